@@ -1,0 +1,38 @@
+"""Shared test set-up: the repository root on the path, one thread, and where the real data is.
+
+Tests that need real data take the fixture `assets`; they are skipped, with the reason, when the folder is missing
+(environment variable ASSETS; the README says what it holds).
+"""
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: spinning workers fight on shared machines
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest                                           # noqa: E402
+import torch                                            # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a longer proof; run with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`pytest -q` is the quick suite; `pytest -m slow` selects the rest."""
+    if not config.option.markexpr:
+        skip = pytest.mark.skip(reason="slow: run with -m slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def assets():
+    folder = pathlib.Path(os.environ.get("ASSETS", ROOT.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"ASSETS: {folder} is missing, so this test on real data is skipped")
+    return folder
