@@ -1,5 +1,11 @@
 """data: everything that reads or measures text. `from data import Tokenizer, load`."""
-from data.formats import load
-from data.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "load"]
+
+def __getattr__(name):                          # on first use: reading weights must not import a tokenizer
+    if name == "load":
+        from data.formats import load
+        return load
+    if name == "Tokenizer":
+        from data.tokenizer import Tokenizer
+        return Tokenizer
+    raise AttributeError(f"data has Tokenizer and load, not {name}")
