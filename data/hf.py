@@ -78,7 +78,8 @@ def read_config(folder):
             block_size=h["max_position_embeddings"], norm_eps=h.get("rms_norm_eps", 1e-6),
             tied=h.get("tie_word_embeddings", False), position="rope", norm="rmsnorm", mlp="swiglu",
             qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
-            mlp_bias=h.get("mlp_bias", False), qk_norm=kind == "qwen3", rope_theta=float(theta), rope_scaling=None if plain else rope)
+            mlp_bias=h.get("mlp_bias", False), qk_norm=kind == "qwen3",
+            rope_theta=float(theta), rope_scaling=None if plain else rope)
     except KeyError as e:
         raise DataError(f"{path}: the field {e.args[0]} is missing, and a {kind} model needs it") from None
 
