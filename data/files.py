@@ -93,7 +93,7 @@ def write_json(path, obj):
     write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
 
 
-# ---- safetensors ----------------------------------------------------------------------------------------------
+# ---- safetensors ------------------------------------------------------------------------------------------
 # In the reference library's order, narrow to wide: it writes the widest first, so every tensor stays aligned.
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
           "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
@@ -175,8 +175,8 @@ def _view(buffer, start, name, entry):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors, atomically, one tensor in memory at a time. Two names for one memory
-    are refused: tied weights are stored once, under one name, and tied again by whoever reads them."""
+    """Write {name: tensor} as safetensors, atomically, one copy in memory at a time. Two names for one memory are
+    refused: tied weights are stored once, under one name, and tied again by whoever reads them."""
     owner, header, end = {}, {"__metadata__": metadata or {"format": "pt"}}, 0
     order = sorted(tensors, key=lambda name: (-list(NAMES).index(tensors[name].dtype), name))
     for name in order:
