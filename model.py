@@ -28,7 +28,7 @@ Public: GPTConfig, GPT, generate, sample
 """
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as rematerialise
 
 from data.files import DataError, UserError, write_json, write_tensors
-from data.hf import hf_config, hf_names, read_config, read_weights
+from data.hf import hf_config, hf_names, parse_config, read_config, read_weights
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class GPTConfig:
     eos: object = None                  # int, or a list of ints
 
     def __post_init__(self):
+        for name, words in (("position", ("learned", "rope")), ("norm", ("layernorm", "rmsnorm")),
+                            ("mlp", ("gelu", "swiglu"))):
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(words)}")
         for name, value in (("n_kv_head", self.n_head), ("head_size", self.n_embd // self.n_head),
                             ("n_inner", 4 * self.n_embd)):
             if getattr(self, name) is None:
@@ -73,6 +77,8 @@ class GPTConfig:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
         if self.position == "learned" and self.n_embd != self.n_head * self.head_size:
             raise UserError(f"width {self.n_embd} is not {self.n_head} heads times {self.head_size}")
+        if self.position == "rope" and self.head_size % 2:
+            raise UserError(f"rotary positions turn pairs, so head_size must be even; it is {self.head_size}")
 
     @property
     def family(self):
@@ -224,14 +230,14 @@ class GPT(nn.Module):
             mask = torch.arange(S, device=device) <= slots              # (B, 1, T, S)
         elif P and T > 1:           # SDPA's own causal flag counts from the top left: wrong behind a past
             mask = torch.arange(S, device=device) <= positions[:, None]         # (T, S)
-        h = self.wte(x) if x.dim() == 2 else x                          # (B, T, C)
+        h = self.wte(x) if x.dim() == 2 else x.to(self.wte.weight.dtype)        # (B, T, C)
         if self.wpe is not None:
             h = h + self.wpe(positions)
         else:
             rope = rope_table(self.config, positions)
             rope = rope if lengths is None else [t[:, None] for t in rope]      # one table for all heads
         out = []
-        for block, entry in zip(self.blocks, past or [None] * len(self.blocks)):
+        for block, entry in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             if checkpoint and torch.is_grad_enabled():
                 h, kv = rematerialise(block, h, entry, rope, mask, slots, use_reentrant=False)
             else:
@@ -261,13 +267,15 @@ class GPT(nn.Module):
         Every tensor must be there, in shape, and nothing foreign beside it; DataError names the first fault.
         Weights that need neither reshaping nor a cast stay memory-mapped: a sweep's processes share them.
         """
-        config = GPTConfig(**read_config(folder))
+        try:
+            config = GPTConfig(**read_config(folder))
+        except UserError as e:                      # a shape that cannot be; or already a DataError
+            raise e if isinstance(e, DataError) else DataError(f"{folder}/config.json: {e}") from None
         with torch.device("meta"):
             model = cls(config)
         found = read_weights(folder)
-        if config.family == "gpt2":                 # the hub's own GPT-2 files carry no prefix
-            found = {k if k.startswith(("transformer.", "lm_head.")) else "transformer." + k: t
-                     for k, t in found.items()}
+        if config.family == "gpt2" and "wte.weight" in found:       # the hub's own GPT-2 carries no prefix
+            found = {k if k.startswith("lm_head.") else "transformer." + k: t for k, t in found.items()}
         constants = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")      # buffers of old writers
         found = {k: t for k, t in found.items() if not k.endswith(constants)}
         state, used = {}, set()
@@ -304,7 +312,6 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each atomically, as `transformers` reads them."""
-        os.makedirs(folder, exist_ok=True)
         out = {}
         for ours, (theirs, part) in self.hf_names().items():
             if ours == "head" and self.config.tied:
@@ -314,8 +321,15 @@ class GPT(nn.Module):
                 if getattr(module, leaf, None) is not None:
                     t, key = self.conv1d(ours, getattr(module, leaf).detach()), f"{theirs}.{leaf}"
                     out[key] = torch.cat((out[key], t), -1) if key in out else t    # q, then k, then v
+        widest = max((t.dtype for t in out.values()), key=lambda d: d.itemsize)     # loaders round to this
+        config = hf_config(self.config, widest)
+        back = GPTConfig(**parse_config(config, folder))
+        if odd := [f.name for f in fields(back) if getattr(back, f.name) != getattr(self.config, f.name)]:
+            raise UserError(f"{folder}: transformers knows no {self.config.family} with this {' '.join(odd)}, "
+                            "so this hybrid has no Hugging Face form")
+        os.makedirs(folder, exist_ok=True)
         write_tensors(os.path.join(folder, "model.safetensors"), {k: t.contiguous() for k, t in out.items()})
-        write_json(os.path.join(folder, "config.json"), hf_config(self.config, self.wte.weight.dtype))
+        write_json(os.path.join(folder, "config.json"), config)
 
 
 # ----------------------------------------------------------------------------------------------- generation
@@ -351,6 +365,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     new = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return new
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 <= top_p <= 1)):
+        raise UserError(f"generate: temperature {temperature}, top_k {top_k}, top_p {top_p} cannot be; they "
+                        "are 0 (greedy) or more, 1 or more, and 0 to 1")
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     device, T = model.wte.weight.device, max(map(len, prompts))
     x = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)   # (B, T), right-padded

@@ -1,15 +1,17 @@
 """hf.py: what a Hugging Face model folder says, in our words, and back.
 
-    config.json                       -> the fields of GPTConfig, as a dict            read_config, hf_config
-    model.safetensors, or shards      -> one dict of tensors under their stored names   read_weights
-    our module path                   -> their module path                              hf_names
+    config.json                   -> the fields of GPTConfig, as a dict             read_config (parse_config)
+    the fields of GPTConfig       -> config.json                                    hf_config
+    model.safetensors, or shards  -> one dict of tensors under their stored names   read_weights
+    our module path               -> their module path                              hf_names
 
 transformers 4 and 5 spell two things differently (`rope_theta` + `rope_scaling` against `rope_parameters`,
 `torch_dtype` against `dtype`): both are read, both are written. Whatever would change the mathematics and is
 not implemented here is refused by name, never ignored.
 
-Public: read_config, hf_config, read_weights, hf_names
+Public: read_config, parse_config, hf_config, read_weights, hf_names
 """
+import json
 import os
 
 from data.files import DataError, read_json, read_tensors
@@ -23,7 +25,10 @@ def read_weights(folder):
     if not os.path.exists(index):
         raise DataError(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
                         "pickled weights (.bin, .pt) are never read, so convert them first")
-    weight_map, out = read_json(index).get("weight_map", {}), {}
+    found, out = read_json(index), {}
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise DataError(f"{index}: weight_map is missing or does not map tensor names to file names")
     for shard in sorted(set(weight_map.values())):
         if os.path.basename(shard) != shard:
             raise DataError(f"{index}: shard {shard!r} is not a file name inside this folder")
@@ -42,46 +47,74 @@ def read_config(folder):
     if not os.path.exists(path):
         raise DataError(f"{folder}: no config.json; a model folder holds config.json, model.safetensors "
                         "and a tokenizer")
-    h = read_json(path)
-    kind = h.get("model_type")
+    return parse_config(read_json(path), path)
+
+
+def parse_config(h, path):
+    """The object in config.json -> the fields of GPTConfig. JSON's null means absent, as in transformers."""
+    kind = h.get("model_type") if isinstance(h, dict) else None
     if kind not in ("gpt2", "llama", "qwen2", "qwen3"):
         raise DataError(f"{path}: model_type {kind!r} is not supported; gpt2, llama, qwen2 and qwen3 are")
 
     def only(key, *accepted):
-        if h.get(key, accepted[0]) not in accepted:
-            raise DataError(f"{path}: {key} is {h[key]!r}; supported: {' or '.join(map(repr, accepted))}")
+        if h.get(key) not in (None, *accepted):
+            raise DataError(f"{path}: {key} is {json.dumps(h[key])[:80]}; supported here: "
+                            f"{' or '.join(map(json.dumps, accepted))}")
 
-    try:
-        common = dict(vocab_size=h["vocab_size"], bos=h.get("bos_token_id"), eos=h.get("eos_token_id"))
-        if kind == "gpt2":
-            only("activation_function", "gelu_new", "gelu_pytorch_tanh")
-            only("scale_attn_weights", True)
-            only("scale_attn_by_inverse_layer_idx", False)
-            only("add_cross_attention", False)
-            return dict(common, n_layer=h["n_layer"], n_head=h["n_head"], n_embd=h["n_embd"],
-                        n_inner=h.get("n_inner"), block_size=h.get("n_positions", 1024),
-                        norm_eps=h.get("layer_norm_epsilon", 1e-5), tied=h.get("tie_word_embeddings", True))
-        only("hidden_act", "silu")
-        only("use_sliding_window", False)
-        only("pretraining_tp", 1)
-        rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
-        theta = rope.pop("rope_theta", None) or h.get("rope_theta", 10000.0)
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        kinds, plain = ("default", "linear", "llama3"), rope["rope_type"] == "default"
-        if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1) != 1:
-            raise DataError(f"{path}: rotary positions {rope} are not supported; default, linear, llama3 are")
-        bias = h.get("attention_bias", False)           # Llama's switch; Qwen2 has q, k, v biases anyway
-        return dict(
-            common, n_layer=h["num_hidden_layers"], n_head=h["num_attention_heads"], n_embd=h["hidden_size"],
-            n_kv_head=h.get("num_key_value_heads"), n_inner=h["intermediate_size"],
-            head_size=h.get("head_dim") or (128 if kind == "qwen3" else None),
-            block_size=h["max_position_embeddings"], norm_eps=h.get("rms_norm_eps", 1e-6),
-            tied=h.get("tie_word_embeddings", False), position="rope", norm="rmsnorm", mlp="swiglu",
-            qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
-            mlp_bias=h.get("mlp_bias", False), qk_norm=kind == "qwen3",
-            rope_theta=float(theta), rope_scaling=None if plain else rope)
-    except KeyError as e:
-        raise DataError(f"{path}: the field {e.args[0]} is missing, and a {kind} model needs it") from None
+    def take(key, what, *default, of=h):
+        value = of.get(key)
+        if value is None and default:
+            return default[0]
+        number = type(value) is int or what is float and type(value) is float
+        if type(value) is not bool if what is bool else not (number and 0 < value < float("inf")):
+            need = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}[what]
+            found = "missing" if value is None else f"{value!r:.80}"
+            raise DataError(f"{path}: {key} is {found}, and a {kind} model needs {need} there")
+        return value
+
+    only("quantization_config", None)                   # packed weights are no weights
+    common = dict(vocab_size=take("vocab_size", int), bos=h.get("bos_token_id"), eos=h.get("eos_token_id"))
+    if kind == "gpt2":
+        only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        only("scale_attn_weights", True)
+        only("scale_attn_by_inverse_layer_idx", False)
+        only("add_cross_attention", False)
+        return dict(common, n_layer=take("n_layer", int), n_head=take("n_head", int),
+                    n_embd=take("n_embd", int), n_inner=take("n_inner", int, None),
+                    block_size=take("n_positions", int, 1024), tied=take("tie_word_embeddings", bool, True),
+                    norm_eps=take("layer_norm_epsilon", float, 1e-5))
+    only("hidden_act", "silu")
+    only("use_sliding_window", False)
+    only("pretraining_tp", 1)
+    only("partial_rotary_factor", 1)
+    block_size = take("max_position_embeddings", int)
+    bias = take("attention_bias", bool, False) and kind != "qwen2"      # Qwen2 has q, k, v biases whatever
+    return dict(
+        common, n_layer=take("num_hidden_layers", int), n_head=take("num_attention_heads", int),
+        n_embd=take("hidden_size", int), n_kv_head=take("num_key_value_heads", int, None),
+        head_size=take("head_dim", int, 128 if kind == "qwen3" else None),
+        n_inner=take("intermediate_size", int), block_size=block_size,
+        norm_eps=take("rms_norm_eps", float, 1e-6), tied=take("tie_word_embeddings", bool, False),
+        position="rope", norm="rmsnorm", mlp="swiglu", qkv_bias=bias or kind == "qwen2", o_bias=bias,
+        mlp_bias=kind == "llama" and take("mlp_bias", bool, False), qk_norm=kind == "qwen3",
+        **parse_rope(h, path, take, block_size))
+
+
+def parse_rope(h, path, take, block_size):
+    """rope_theta and rope_scaling, from either dialect; given both, transformers 5 reads the old one."""
+    rope = h.get("rope_scaling") or h.get("rope_parameters") or {}
+    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else None
+    fields = dict(default=(), linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor"))
+    if not isinstance(kind, str) or kind not in fields or rope.get("partial_rotary_factor") not in (None, 1) \
+            or any(isinstance(value, dict) for value in rope.values()):
+        raise DataError(f"{path}: rotary positions {rope!r:.150} are not supported; rope_type default, "
+                        "linear and llama3 are, the same in every layer")
+    theta = float(take("rope_theta", float, take("rope_theta", float, 10000.0), of=rope))
+    scaling = {"rope_type": kind, **{name: take(name, float, of=rope) for name in fields[kind]}}
+    if kind == "llama3":                                # the context before it was stretched
+        old = "original_max_position_embeddings"
+        scaling[old] = take(old, int, take(old, int, block_size, of=rope))
+    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
 
 def hf_config(c, dtype):
