@@ -193,12 +193,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.position == "learned" else None
+        table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, c.n_embd), freeze=False)
+        self.wte = table(c.vocab_size)
+        self.wpe = table(c.block_size) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = (RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm)(c.n_embd, eps=c.norm_eps)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         for name, p in self.named_parameters():
+            if p.is_meta:               # from_pretrained fills it; drawing on meta imports a compiler first
+                continue
             if p.dim() == 2:
                 shrink = math.sqrt(2 * c.n_layer) if name.endswith((".o.weight", ".down.weight")) else 1.0
                 nn.init.normal_(p, std=0.02 / shrink)
@@ -325,8 +328,8 @@ class GPT(nn.Module):
         config = hf_config(self.config, widest)
         back = GPTConfig(**parse_config(config, folder))
         if odd := [f.name for f in fields(back) if getattr(back, f.name) != getattr(self.config, f.name)]:
-            raise UserError(f"{folder}: transformers knows no {self.config.family} with this {' '.join(odd)}, "
-                            "so this hybrid has no Hugging Face form")
+            raise UserError(f"{folder}: transformers knows no {self.config.family} with this "
+                            f"{' '.join(odd)}, so this hybrid has no Hugging Face form")
         os.makedirs(folder, exist_ok=True)
         write_tensors(os.path.join(folder, "model.safetensors"), {k: t.contiguous() for k, t in out.items()})
         write_json(os.path.join(folder, "config.json"), config)
