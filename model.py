@@ -277,7 +277,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         found = read_weights(folder)
-        if config.family == "gpt2" and "wte.weight" in found:       # the hub's own GPT-2 carries no prefix
+        if config.family == "gpt2" and "transformer.wte.weight" not in found:   # the hub's own: no prefix
             found = {k if k.startswith("lm_head.") else "transformer." + k: t for k, t in found.items()}
         constants = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")      # buffers of old writers
         found = {k: t for k, t in found.items() if not k.endswith(constants)}
@@ -354,12 +354,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, past=None,
-             generator=None):
+             generator=None, embed=None):
     """Continue prompts of any lengths, as one batch with a KV cache.
 
     prompts  list of non-empty lists of token ids
     eos      an id, or a collection of ids, that ends a row (and stays in its output); so does a full context
     past     a soft prompt: one entry per layer at batch 1, see the top of this file
+    embed    ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
     Returns the new tokens only, a list of lists. Greedy rows do not depend on their neighbours; finished rows
     leave the batch, so late steps cost only what still runs. The caller decides .eval() and autocast.
     """
@@ -374,7 +375,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     device, T = model.wte.weight.device, max(map(len, prompts))
     x = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)   # (B, T), right-padded
-    hidden, past = model.trunk(x, past)
+    hidden, past = model.trunk(embed(x) if embed else x, past)
     P = past[0][0].size(2) - T                                          # virtual tokens in front
     starts = [P + len(p) for p in prompts]                              # columns used, row by row
     room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column

@@ -1,0 +1,212 @@
+"""runs.py: a run is a folder, and it survives whatever happens to the process.
+
+    config.json   what was asked for, on what machine      log.jsonl    one object per event, flushed
+    state.pt      what is needed to go on (and state.prev.pt, the save before it)
+    result.json   written last of all, atomically: its existence means done
+    .lock         held by the process that works here; a killed process leaves nothing behind
+
+The same command again finds its own folder: finished, it is told so; interrupted, it goes on from state.pt; another
+run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupted at any point of the computation, except
+inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So nothing has to
+poll: whatever a step was computing (an evaluation, a generation) is dropped, and will be computed again.
+
+Public: Run, Interrupted, guard, record, say, note, peak_memory_mb
+"""
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.files import DataError, UserError, atomic, read_json, write_json
+
+try:
+    import fcntl                                    # a lock that dies with its process; absent on Windows
+except ImportError:
+    fcntl = None
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not an Exception, so that nobody handles it by accident."""
+
+
+class Guard:
+    """Signals raise Interrupted at once, or at the end of the block that must not be cut. A second one kills."""
+    depth, pending = 0, None
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, kind, *_):
+        self.depth -= 1
+        if self.pending and not self.depth and kind is None:
+            raise Interrupted
+
+    def handler(self, number, frame):
+        if self.pending:
+            os._exit(128 + number)
+        self.pending = number
+        if not self.depth:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def installed(self):
+        self.depth, self.pending, old = 0, None, {}
+        with contextlib.suppress(ValueError):       # not the main thread: the caller keeps its own handlers
+            old = {s: signal.signal(s, self.handler) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+
+guard = Guard()
+
+
+def say(text=""):
+    """A line of results on stdout. A closed pipe (`| head`) ends the printing, not the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def note(text):
+    """A line of progress on stderr, above the bar if there is one."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
+
+
+class Run:
+    """One run folder. `told` is what identifies the run: the flags that change what it computes."""
+
+    def __init__(self, folder, told, fresh=False):
+        self.folder, self.told, self.fresh = pathlib.Path(folder), told, fresh
+        self.config, self.result = self.folder / "config.json", self.folder / "result.json"
+        self.state, self.before = self.folder / "state.pt", self.folder / "state.prev.pt"
+
+    def finished(self):
+        """The result of this very command, had it run before; UserError when the folder holds something else."""
+        if self.config.exists() and not self.fresh:
+            was = read_json(self.config).get("config", {})
+            for name in [*self.told, *was]:
+                if self.told.get(name) != was.get(name):
+                    raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command says "
+                                    f"--{name} {self.told.get(name)}. Use another --out, or --fresh to start over")
+            return read_json(self.result) if self.result.exists() else None
+        if self.folder.is_dir() and not self.config.exists() and set(os.listdir(self.folder)) - {".lock"}:
+            raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
+
+    @contextlib.contextmanager
+    def opened(self):
+        """Own the folder, one process at a time."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / ".lock", "w")
+        except OSError as e:
+            raise UserError(f"{self.folder} cannot be written ({e.strerror}); choose another --out") from e
+        with lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder} is in use by another process; wait, or use another --out") from None
+            if self.fresh:                          # only what a run writes; nothing else in there is ours
+                for name in ("result.json", "config.json", "log.jsonl", "state.pt", "state.prev.pt"):
+                    (self.folder / name).unlink(missing_ok=True)
+                for name in ("adapter", "model"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            yield self
+
+    def start(self, facts):
+        """Write config.json, or check that a continued run still finds its data and base. Returns the state."""
+        if not self.config.exists():
+            write_json(self.config, {"config": self.told, **facts, "argv": sys.argv[1:], "machine": machine()})
+            return None
+        was = read_json(self.config)
+        for key, what in (("data_sha256", "--data"), ("base_sha256", "--init")):
+            if was.get(key) != facts.get(key):
+                raise DataError(f"{self.folder} was begun when {what} held something else; put the old files back, "
+                                "or use --fresh to start over")
+        for path in (self.state, self.before):
+            if path.exists():
+                try:
+                    return torch.load(path, map_location="cpu", weights_only=True)
+                except Exception as e:              # a torn zip raises many kinds; the save before it is whole
+                    note(f"{path} is damaged ({type(e).__name__}); going on from the save before it")
+        return None
+
+    def log(self, **event):
+        """One line, flushed. A float that JSON cannot hold becomes a string."""
+        event = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+        try:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write(json.dumps(event) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.folder}/log.jsonl cannot be written ({e.strerror}); "
+                            "free some space and give the same command again") from e
+
+    def rewind(self, step):
+        """Forget the events after the step that we go on from (they will happen again), and a torn last line."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            with atomic(path) as f:
+                f.write("".join(line + "\n" for line in kept).encode())
+
+    def save(self, state):
+        """state.pt; the one before it stays until this one is whole."""
+        with atomic(self.folder / "state.new.pt") as f:
+            torch.save(state, f)
+        if self.state.exists():
+            os.replace(self.state, self.before)
+        os.replace(self.folder / "state.new.pt", self.state)
+
+    def finish(self, result):
+        write_json(self.result, result)
+        self.before.unlink(missing_ok=True)
+        record(self.folder.parent, {**result, "out": str(self.folder)})
+
+
+def record(folder, line):
+    """Append to results.jsonl in one write, so that parallel runs never mix their lines."""
+    brief = {k: v for k, v in line.items() if k != "samples"}
+    fd = os.open(folder / "results.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, (json.dumps(brief) + "\n").encode())
+    finally:
+        os.close(fd)
+
+
+def machine():
+    """Commit, versions and threads: what a number needs beside it."""
+    def git(*args):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
+                                  timeout=10).stdout.strip()
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
+            "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+            "threads": torch.get_num_threads()}
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource                             # POSIX only
+    except ImportError:
+        return None
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
