@@ -1,0 +1,245 @@
+"""data/rows.py: one record of anybody's format -> one canonical row, or one sentence about what is wrong with it.
+
+Two sorts of bad record. What cannot be *understood* (a number for a string, an unknown role, a tool call) raises
+DataError with its place. What can be understood but *teaches nothing* (an empty answer, no last answer, all weights 0,
+chosen equal to rejected) raises Useless with the reason, and is dropped and counted by whoever reads the file.
+
+An empty prompt is fine: the model speaks first. Two answers in a row are two answers. Messages keep role (system, user,
+assistant), content and an assistant's weight (0 or 1); OpenAI's `developer` is system, and a `name` is not rendered.
+An HH transcript "\n\nHuman: ...\n\nAssistant: ..." becomes messages; its turns lose the white space at their ends.
+
+Public: Useless, and one function from (record, place) to row for each format that formats.py lists
+"""
+import json
+import math
+import os
+import re
+
+from data.files import DataError
+from data.records import what
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant"}
+TOOLS = ("tool", "function", "function_call", "observation")
+
+
+class Useless(Exception):
+    """A row that can be understood and teaches nothing; its text is the reason it is counted under."""
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
+def _string(value, key, at):
+    if not isinstance(value, str):
+        raise DataError(f'{at}: "{key}" is {what(value)}; it must be a string')
+    return value
+
+
+def _optional(row, key, at):
+    return "" if row.get(key) is None else _string(row[key], key, at)
+
+
+def _strings(value, key, at):
+    if not isinstance(value, list):
+        raise DataError(f'{at}: "{key}" is {what(value)}; it must be a list of strings')
+    return [_string(x, f"{key}[{n}]", at) for n, x in enumerate(value)]
+
+
+def _number(value, key, at):
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise DataError(f'{at}: "{key}" is {what(value)}; it must be a finite number')
+    return value
+
+
+def _message(m, key, at):
+    """One turn, in OpenAI's words (role, content) or ShareGPT's (from, value)."""
+    if not isinstance(m, dict):
+        raise DataError(f'{at}: "{key}" holds {what(m)}; a message is {{"role": "user", "content": "..."}}')
+    role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+    if role in TOOLS or m.get("tool_calls") or m.get("function_call"):
+        raise DataError(f'{at}: "{key}" holds a tool call, which no template here renders; remove such rows')
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f'{at}: "{key}" has the role {json.dumps(role)}; the roles are {", ".join(ROLES)}')
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        content = "".join(_string(part["text"], "text", at) for part in content)     # OpenAI's content parts
+    out = {"role": ROLES[role], "content": _string(content, f"{key}: content", at)}
+    if (weight := m.get("weight")) is not None:
+        if weight not in (0, 1) or out["role"] != "assistant":
+            raise DataError(f'{at}: "weight" is {json.dumps(weight)} on a {role} message; an assistant\'s is 0 or 1')
+        out["weight"] = int(weight)
+    return out
+
+
+def _messages(row, key, at):
+    """A string is one user turn, or an HH transcript up to the answer; a list is a conversation."""
+    value = row[key]
+    if isinstance(value, str):
+        turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.strip())
+        transcript = len(turns) > 1 and not turns[0] and turns[-2:] == ["Assistant", ""]
+        out = _hh(turns[1:-2]) if transcript else [{"role": "user", "content": value}]
+    elif isinstance(value, list) and value:
+        out = [_message(m, key, at) for m in value]
+    else:
+        raise DataError(f'{at}: "{key}" is {what(value)}{" of nothing" * (value == [])}; it must be a string or messages')
+    if row.get("tools") or row.get("functions"):
+        raise DataError(f'{at}: "tools" are not rendered by any template here; remove them and the rows that call them')
+    return _system(row, at) + out
+
+
+def _hh(turns):
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+
+
+def _system(row, at):
+    text = _optional(row, "system", at)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _prompt(row, key, at):
+    messages = _messages(row, key, at)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f'{at}: "{key}" ends with an answer; it must end with what is to be answered')
+    return messages
+
+
+def _answer(row, key, at):
+    """A string, or the one assistant message that holds it."""
+    if isinstance(row[key], str):
+        return row[key]
+    value = [row[key]] if isinstance(row[key], dict) else row[key]
+    turns = _messages({key: value}, key, at)
+    if [m["role"] for m in turns] != ["assistant"]:
+        raise DataError(f'{at}: "{key}" must be a string or one assistant message')
+    return turns[0]["content"]
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------
+def _chat(row, messages, at):
+    """The common end of all conversations; `references` or `outputs` may stand in for the last answer."""
+    key = "references" if "references" in row else "outputs"
+    out = {"messages": messages}
+    if row.get(key) is not None:
+        out["references"] = [text for text in _strings(row[key], key, at) if text.strip()]
+        if out["references"] and messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": out["references"][0]})
+    if messages[-1]["role"] != "assistant":
+        raise Useless("without a last answer")
+    learnt = [m["content"] for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
+    if not learnt:
+        raise Useless("with all weights 0")
+    if not all(text.strip() for text in learnt):
+        raise Useless("with an empty answer")
+    return out
+
+
+def completion(row, at):
+    last = [{"role": "assistant", "content": _answer(row, "completion", at)}] if "completion" in row else []
+    return _chat(row, _prompt(row, "prompt", at) + last, at)
+
+
+def _alpaca_turns(row, at):
+    turns = _system(row, at)
+    for pair in row.get("history") or []:
+        said = _strings(pair, "history", at)
+        if len(said) != 2:
+            raise DataError(f'{at}: "history" holds a list of {len(said)}; it must hold [question, answer] pairs')
+        turns += [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]
+    asked = [_optional(row, "instruction", at), _optional(row, "input", at)]
+    return turns + [{"role": "user", "content": "\n".join(filter(None, asked))}]
+
+
+def alpaca(row, at):
+    last = [{"role": "assistant", "content": _string(row["output"], "output", at)}] if "output" in row else []
+    return _chat(row, _alpaca_turns(row, at) + last, at)
+
+
+def _pair(row, prompt, chosen, rejected, at):
+    if not chosen.strip() or not rejected.strip():
+        raise Useless("with an empty answer")
+    if chosen == rejected:
+        raise Useless("with chosen equal to rejected")
+    votes = {key: _number(row[key], key, at) for key in ("votes_for", "votes_against") if key in row}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **votes}
+
+
+def pair(row, at):
+    prompt = _alpaca_turns(row, at) if "instruction" in row else \
+        _prompt(row, "prompt" if "prompt" in row else "conversations", at)
+    return _pair(row, prompt, _answer(row, "chosen", at), _answer(row, "rejected", at), at)
+
+
+def openai_pair(row, at):
+    inner = row["input"] if isinstance(row["input"], dict) else {}
+    if "messages" not in inner:
+        raise DataError(f'{at}: "input" is {what(row["input"])} without "messages"; it must be {{"messages": [...]}}')
+    answers = [_answer(row, key, at) for key in ("preferred_output", "non_preferred_output")]
+    return _pair(row, _prompt(inner, "messages", at), *answers, at)
+
+
+def whole_pair(row, at):
+    """Two whole conversations (HH transcripts, or TRL's lists) that differ in their last answer only."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list):
+        chosen, rejected = _messages(row, "chosen", at), _messages(row, "rejected", at)
+        same, answers = chosen[:-1] == rejected[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+        prompt = chosen[:-1]
+    else:
+        both = [_string(chosen, "chosen", at), _string(rejected, "rejected", at)]
+        shared, marker = os.path.commonprefix(both), "\n\nAssistant:"
+        if marker not in shared:
+            raise DataError(f'{at}: no "prompt", and "chosen" and "rejected" do not begin as one transcript '
+                            '("\\n\\nHuman: ... \\n\\nAssistant: ..."); give the prompt its own key')
+        end = shared.rindex(marker) + len(marker)
+        answers = [text[end:] for text in both]
+        same = not any("\n\nHuman:" in text for text in answers)
+        prompt, answers = _prompt({"p": shared[:end]}, "p", at), [text.strip() for text in answers]
+    if not same:
+        raise Useless("whose conversations part before the last answer")
+    return _pair(row, prompt, *answers, at)
+
+
+def conversation(row, at):
+    return _chat(row, _messages(row, "messages" if "messages" in row else "conversations", at), at)
+
+
+def ranking(row, at):
+    """K answers and their ranks: smaller is better, ties are allowed."""
+    responses = _strings(row["responses"], "responses", at)
+    rank = [_number(x, "rank", at) for x in row["rank"]] if isinstance(row["rank"], list) else []
+    if len(responses) != len(rank) or len(rank) < 2:
+        raise DataError(f'{at}: "rank" must be a list of as many numbers as "responses" has strings, at least two')
+    if not all(text.strip() for text in responses):
+        raise Useless("with an empty answer")
+    if len(set(rank)) == 1:
+        raise Useless("with all answers ranked alike")
+    return {"prompt": _prompt(row, "prompt", at), "responses": responses, "rank": rank}
+
+
+def prompt(row, at):
+    messages = _prompt(row, "prompt", at)
+    if not any(m["content"].strip() for m in messages):
+        raise Useless("with an empty prompt")
+    return {"prompt": messages}
+
+
+def text(row, at):
+    if not _string(row["text"], "text", at).strip():
+        raise Useless("with an empty text")
+    return {"text": row["text"]}
+
+
+def label(row, at):
+    """Labels are names: 1 in JSON and 1 in CSV are the same label, "1"."""
+    value = str(row["label"]) if type(row["label"]) in (int, bool) else _string(row["label"], "label", at)
+    if not value.strip():
+        raise DataError(f'{at}: "label" is empty; it must be a name')
+    return {**text(row, at), "label": value}
+
+
+def tags(row, at):
+    tokens, tags = _strings(row["tokens"], "tokens", at), _strings(row["tags"], "tags", at)
+    if len(tokens) != len(tags):
+        raise DataError(f'{at}: {len(tokens)} tokens and {len(tags)} tags; every token needs one tag')
+    if not tokens:
+        raise Useless("without tokens")
+    return {"tokens": tokens, "tags": tags}
