@@ -37,7 +37,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.files import DataError, UserError
-from data.peft import fuse, read_adapter, split, write_adapter
+from data.peft import base_fingerprint, fused, read_adapter, write_adapter
+from data.quant import Quantised, QuantProduct, compute_dtype, keep_wide
 
 
 # -------------------------------------------------------------------------------------- one adapted Linear
@@ -52,7 +53,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)                                # nn.Linear's own would draw a new weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.training = linear.weight, linear.bias, linear.training
-        self.quant, self.adapters, self.live = None, nn.ModuleDict(), None
+        self.quant, self.adapters, self.live = None, Adapters(), None
 
     def dense(self, dtype):                                     # (out, in)
         return self.weight.to(dtype) if self.quant is None else self.quant(dtype)
@@ -66,10 +67,8 @@ class LoRALinear(nn.Linear):
         return self.adapters[self.live](x, self) if self.live in self.adapters else self.frozen(x)
 
 
-def compute_dtype(x, like):
-    """The dtype of an adapter's arithmetic: its own (fp32), unless the caller asked for autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like
+class Adapters(nn.ModuleDict):
+    _apply = keep_wide
 
 
 class LoRA(nn.Module):
@@ -189,43 +188,38 @@ def owned(linear, tensor):
 # ----------------------------------------------------------------------------------- inject, choose, merge
 
 def linears(model):
-    """{path: Linear} of the whole model; the last word of a path (q k v o up gate down head) is what users say."""
+    """{path: Linear}; the last word of a path (q k v o up gate down head) is what users say."""
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def adapters(model, name=None):
-    """{(path, name): adapter} of the adapters called `name`, or of all."""
-    return {(path, n): a for path, m in linears(model).items() if isinstance(m, LoRALinear)
-            for n, a in m.adapters.items() if name in (None, n)}
+def adapters(model, name):
+    return {path: m.adapters[name] for path, m in linears(model).items()
+            if isinstance(m, LoRALinear) and name in m.adapters}
 
 
-def known(model, name):
-    if name is not None and not adapters(model, name):
-        have = sorted({n for _, n in adapters(model)})
-        raise UserError(f"no adapter is called {name!r} here; this model has {' '.join(have) or 'none'}")
+def put(model, path, module):
+    setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module)
+    return module
 
 
 def adopt(model, path):
     """The LoRALinear at `path`, put there if it is still a plain Linear."""
     linear = model.get_submodule(path)
-    if not isinstance(linear, LoRALinear):
-        linear = LoRALinear(linear)
-        setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], linear)
-    return linear
+    return linear if isinstance(linear, LoRALinear) else put(model, path, LoRALinear(linear))
 
 
 def attach(model, made, name, trainable=True):
-    """Add {path: adapter} under `name`, make it the live one, and freeze everything that is no adapter."""
+    """Add {path: adapter} as `name` and make it live; freeze all that is no adapter, so that backward stops at
+    the lowest adapter: nothing below asks for a gradient."""
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise UserError(f"{name!r} cannot name an adapter; use letters, digits and _ (policy, value, ...)")
+        raise UserError(f"{name!r} cannot name an adapter; use a word like policy, value or default")
     if adapters(model, name):
         raise UserError(f"this model already has an adapter called {name!r}; choose another name")
     for path, adapter in made.items():
         adopt(model, path).adapters[name] = adapter.train(model.training).requires_grad_(trainable)
-    ours = {id(p) for a in adapters(model).values() for p in a.parameters()}
-    for p in model.parameters():
-        if id(p) not in ours:
-            p.requires_grad_(False)             # no gradient below the lowest adapter: nothing there asks for one
+    for n, p in model.named_parameters():
+        if ".adapters." not in n:
+            p.requires_grad_(False)
     for m in linears(model).values():
         if isinstance(m, LoRALinear):
             m.live = name
@@ -233,32 +227,28 @@ def attach(model, made, name, trainable=True):
 
 def inject(model, targets=("q", "v"), rank=8, alpha=16, dropout=0.0, kind="lora", rslora=False, dora=False,
            pissa=False, layers=None, rank_map=None, name="default", seed=0):
-    """Put new adapters on every Linear whose last word is in `targets`, and freeze the rest of the model.
+    """Put a new adapter on every Linear whose last word is in `targets`, freeze the rest, and make it live.
 
-    kind      "lora" (with rslora, or one of dora, pissa), "adalora", or "ia3" (no rank, alpha, dropout)
-    layers    block indices, None for all;  rank_map  {word or full path: rank} where it differs from `rank`
-    seed      of the adapters' own generator: adding an adapter shifts no other random number
-    Returns the paths adapted, like "blocks.0.attn.q".
+    kind      "lora" (with rslora, or one of dora and pissa), "adalora", or "ia3" (no rank, alpha or dropout)
+    layers    block numbers, None for all       rank_map  {word or full path: rank} where it is not `rank`
+    seed      of the adapter's own generator: adding an adapter shifts no other random number
+    Returns the adapted paths, such as "blocks.0.attn.q".
     """
     if kind not in ("lora", "adalora", "ia3"):
         raise UserError(f"adapter kind {kind!r} is unknown; lora, adalora and ia3 are")
     if kind != "lora" and (rslora or dora or pissa) or dora and pissa or kind == "ia3" and (dropout or rank_map):
-        raise UserError("rslora, dora and pissa belong to kind lora (dora and pissa exclude each other); "
-                        "ia3 takes no dropout and no rank_map")
+        raise UserError("rslora, dora and pissa are for kind lora, dora and pissa not together; "
+                        "ia3 takes neither dropout nor rank_map")
     if not (alpha > 0 and 0 <= dropout < 1):
-        raise UserError(f"alpha must be positive and dropout in [0, 1), not {alpha} and {dropout}")
-    found, rank_map = linears(model), rank_map or {}
+        raise UserError(f"alpha must be positive and dropout in [0, 1); they are {alpha} and {dropout}")
+    found, rank_map, depth = linears(model), rank_map or {}, len(model.blocks)
     words = list(dict.fromkeys(path.rpartition(".")[2] for path in found))
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
-    if unknown := [t for t in targets if t not in words] or ["nothing"] * (not targets):
-        raise UserError(f"targets: {unknown[0]!r} matches nothing in this model; it has {' '.join(words)}")
-    if unknown := [t for t in rank_map if t not in words and t not in found]:
-        raise UserError(f"rank_map: {unknown[0]!r} matches nothing; say a word ({' '.join(words)}) or a full path")
-    depth = len(model.blocks)
-    layers = range(depth) if layers is None else list(layers)
-    if wrong := [i for i in layers if i not in range(depth)]:
-        raise UserError(f"layers: there is no block {wrong[0]}; this model has 0-{depth - 1}")
-    inside = tuple(f"blocks.{i}." for i in layers)
+    if wrong := [t for t in targets if t not in words] + [t for t in rank_map if t not in {*words, *found}]:
+        raise UserError(f"{wrong[0]!r} matches nothing in this model; it has {' '.join(words)}")
+    if wrong := [i for i in layers or () if i not in range(depth)]:
+        raise UserError(f"there is no block {wrong[0]} in this model; layers go from 0 to {depth - 1}")
+    inside = tuple(f"blocks.{i}." for i in (range(depth) if layers is None else layers))
     generator, made = torch.Generator().manual_seed(seed), {}
     for path, linear in found.items():
         word = path.rpartition(".")[2]
@@ -266,23 +256,24 @@ def inject(model, targets=("q", "v"), rank=8, alpha=16, dropout=0.0, kind="lora"
             continue
         r, most = rank_map.get(path, rank_map.get(word, rank)), min(linear.in_features, linear.out_features)
         if kind != "ia3" and not 1 <= r <= most:
-            raise UserError(f"rank {r} does not fit {path}, which takes 1 to {most}")
+            raise UserError(f"rank {r} does not fit {path}; it takes 1 to {most}")
         s = alpha / (r + 1e-5 if kind == "adalora" else math.sqrt(r) if rslora else r)
+        make = KINDS["dora" if dora else "pissa" if pissa else kind]
         linear = adopt(model, path)
-        made[path] = (IA3(linear, inputs=word == "down") if kind == "ia3" else
-                      KINDS["dora" if dora else "pissa" if pissa else kind](linear, r, s, dropout, generator))
+        made[path] = IA3(linear, word == "down") if kind == "ia3" else make(linear, r, s, dropout, generator)
         made[path].rslora = rslora
     if not made:
-        raise UserError(f"targets {','.join(targets)} matches nothing in layers {layers}")
+        raise UserError(f"targets {','.join(targets)!r} in layers {list(layers or ())} are no modules at all")
     attach(model, made, name)
     return list(made)
 
 
 @contextmanager
 def use(model, name):
-    """While inside, the adapter called `name` is live (None: none is). With activation checkpointing run
-    backward inside too: it recomputes the forward, and would find another adapter."""
-    known(model, name)
+    """While inside, the adapter called `name` is live (None: none is). With activation checkpointing, run
+    backward inside too: it computes the forward again, and must find the same adapter."""
+    if name is not None and not adapters(model, name):
+        raise UserError(f"this model has no adapter called {name!r}")
     before = [(m, m.live) for m in linears(model).values() if isinstance(m, LoRALinear)]
     try:
         for m, _ in before:
@@ -299,16 +290,16 @@ def disabled(model):
 
 
 def adapter_parameters(model, name=None):
-    """{state_dict name: Parameter} of the adapters called `name`, or of all; a shared A or E is there once."""
-    ours = {id(p) for a in adapters(model, name).values() for p in a.parameters()}
-    return {n: p for n, p in model.named_parameters() if id(p) in ours}
+    """{state_dict name: Parameter} of the adapter called `name`, or of all; what is shared is there once."""
+    mark = ".adapters." if name is None else f".adapters.{name}."
+    return {n: p for n, p in model.named_parameters() if mark in n}
 
 
 def param_groups(model, lr, lora_plus=1.0, weight_decay=0.0, name=None):
-    """Optimiser groups of the trainable adapter parameters. B learns `lora_plus` times faster (LoRA+); decay pulls
-    A and B only: an IA3 vector, a magnitude or a singular value pulled to 0 is damage, not regularisation."""
-    groups = [("lora_A", lr, weight_decay), ("lora_B", lr * lora_plus, weight_decay),
-              (("lora_E", "lora_magnitude_vector", "ia3_l"), lr, 0.0)]
+    """Optimiser groups of the trainable adapter parameters. LoRA+: B learns `lora_plus` times faster than A.
+    Only A and B decay: a multiplier (l, m, E) pulled to 0 is damage, not regularisation."""
+    rest = ("lora_E", "lora_magnitude_vector", "ia3_l")
+    groups = (("lora_A", lr, weight_decay), ("lora_B", lr * lora_plus, weight_decay), (rest, lr, 0.0))
     named = [(n, p) for n, p in adapter_parameters(model, name).items() if p.requires_grad]
     out = [dict(params=[p for n, p in named if n.endswith(leaf)], lr=rate, weight_decay=decay)
            for leaf, rate, decay in groups]
@@ -317,222 +308,180 @@ def param_groups(model, lr, lora_plus=1.0, weight_decay=0.0, name=None):
 
 @torch.no_grad()
 def merge(model):
-    """A plain fp32 copy of the model with its live adapter folded into the weights.
+    """A plain copy of the model, in fp32, with its live adapter folded into the weights.
 
-    fp32, because a delta drowns in bf16: at |delta| = 1e-3 |W| three entries in four would not change. A copy,
-    because subtracting is not the inverse of adding. A quantised base is dequantised: that is what the adapter
-    was trained against. An adapted tied head is untied, so the embedding stays what it was.
+    fp32: in bf16 a delta of 1e-3 |W| leaves three entries in four unchanged. A copy: subtracting is not the
+    inverse of adding. A quantised base is dequantised: that is what the adapter was trained against. An adapted
+    head that was tied gets a weight of its own, or the embedding would change with it.
     """
     if not any(m.live in m.adapters for m in linears(model).values() if isinstance(m, LoRALinear)):
         raise UserError("merge: no adapter is live in this model, so there is nothing to merge")
     model = copy.deepcopy(model)
+    model.to(torch.promote_types(model.wte.weight.dtype, torch.float32))
     for path, m in linears(model).items():
         if isinstance(m, LoRALinear):
-            plain = nn.Linear(m.in_features, m.out_features, device="meta")     # draws no random weights
+            plain = put(model, path, nn.Linear(m.in_features, m.out_features, device="meta"))
             plain.weight, plain.bias, plain.training = m.weight, m.bias, m.training
             if m.quant is not None:
-                plain.weight = nn.Parameter(m.quant(torch.float32))
+                plain.weight = nn.Parameter(m.dense(torch.float32))
             if m.live in m.adapters:
-                wide = torch.promote_types(plain.weight.dtype, torch.float32)
-                b = None if m.bias is None else m.bias.to(wide)
-                W, b = m.adapters[m.live].merged(plain.weight.to(wide), b)
+                W, b = m.adapters[m.live].merged(plain.weight, m.bias)
                 plain.weight, plain.bias = nn.Parameter(W), None if b is None else nn.Parameter(b)
                 if path == "head" and model.config.tied:
                     model.config = replace(model.config, tied=False)
-            setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], plain)
-    return model.to(torch.promote_types(model.wte.weight.dtype, torch.float32))
+    return model
 
 
-# ------------------------------------------------------------------------------------------ quantised base
+# ----------------------------------------------------------------------------------- AdaLoRA's rank budget
 
-QUANTILES = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])        # (8,)
-NF4 = torch.cat((QUANTILES, torch.zeros(1), torch.special.ndtri(
-    1 - torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1]))).sort()[0] / QUANTILES.max()  # (16,)
-PAIRS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)     # (256, 2): byte -> its two codes
-
-
-class Quantised(nn.Module):
-    """A tensor as codes, blockwise relative to the largest magnitude. int8: 8.5 bits a weight. nf4: 4.5, and
-    with double quantisation (the block maxima, less their mean, as int8 in blocks of 256) 4.13."""
-
-    def __init__(self, w, kind, double=False, block=64):
-        super().__init__()
-        self.shape, self.kind, self.block, self.sample = w.shape, kind, block, w.flatten()[:1].clone()
-        flat = w.detach().float().flatten()
-        flat = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
-        top = flat.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)     # (blocks,)
-        unit = flat / top[:, None]                                              # in [-1, 1]
-        if kind == "int8":
-            codes = (unit * 127).round().to(torch.int8)
-        else:                                                                   # the nearest of 16, two to a byte
-            nearest = torch.bucketize(unit, ((NF4[1:] + NF4[:-1]) / 2).to(unit)).to(torch.uint8)
-            codes = nearest[:, ::2] * 16 + nearest[:, 1::2]
-        self.register_buffer("codes", codes)                                    # (blocks, block or block/2)
-        self.register_buffer("mean", top.mean() if double else None)
-        if double:
-            self.top = Quantised(top - self.mean, "int8", block=256)
-        else:
-            self.register_buffer("top", top)
-
-    def forward(self, dtype):                                                   # -> the tensor again
-        top = self.top if self.mean is None else (self.top(torch.float32) + self.mean).clamp_min(0)
-        if self.kind == "int8":
-            unit = self.codes.to(dtype) / 127
-        else:
-            unit = F.embedding(self.codes.int(), PAIRS.to(self.codes.device, dtype)).flatten(1)
-        return (unit * top.to(dtype)[:, None]).flatten()[:self.shape.numel()].view(self.shape)
+def budget(t, T, t_i, t_f, b0, bT):
+    """Triplets left after step t of T, t from 0: b0, from t_i a cubic descent, from T - t_f on bT. Eq. 14 of the
+    paper also subtracts t_f in the numerator, which would start above b0: a misprint; its code does as we do."""
+    if t >= T - t_f:
+        return bT
+    return b0 if t <= t_i else int(bT + (b0 - bT) * (1 - (t - t_i) / (T - t_f - t_i)) ** 3)
 
 
-class QuantProduct(torch.autograd.Function):
-    """x W^T + b from codes. Backward dequantises again: autograd would keep every dense W of the forward alive."""
+def svd_groups(model, name="default"):
+    """[[(path, AdaLoRA), ...], ...]: modules that share A and E (a fused c_attn from peft) share their triplets."""
+    groups = {}
+    for path, a in adapters(model, name).items():
+        groups.setdefault(id(a.lora_E), []).append((path, a))
+    return list(groups.values())
 
-    @staticmethod
-    def forward(ctx, x, quant, bias):
-        ctx.quant = quant
-        return F.linear(x, quant(compute_dtype(x, x.dtype)), bias)
 
-    @staticmethod
-    def backward(ctx, g):                                       # no gradient to the codes, none to the bias
-        return g @ ctx.quant(g.dtype), None, None
+def orthogonality(model, name="default"):
+    """How far AdaLoRA's A and B are from orthonormal: the mean over all of them of |A A^T - 1|, |B^T B - 1|, not
+    squared, as in the authors' code (eq. 4 has squares and a sum). Kept apart from the loss that is reported."""
+    far = []
+    for group in svd_groups(model, name):
+        A, B = group[0][1].lora_A, torch.cat([a.lora_B for _, a in group])      # (r, in), (out, r)
+        far += [torch.linalg.norm(gram - torch.eye(len(A)).to(A)) for gram in (A @ A.T, B.T @ B)]
+    return sum(far) / len(far)
 
+
+class RankAllocator:
+    """AdaLoRA's decision which triplets (E_i, row i of A, column i of B) live (sections 3.2, 3.3).
+
+        I = |w dL/dw|      Ib = b1 Ib + (1 - b1) I      Ub = b2 Ub + (1 - b2) |I - Ib|      s(w) = Ib Ub
+        S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji)
+
+    Every `every` steps the budget(t) best triplets of the whole model keep their E, the others get E = 0; these may
+    grow back until step T - t_f, which prunes for good. Call `update(step)` after optimizer.step() and before
+    zero_grad(): new weights, old gradients, as the authors do. T counts optimiser steps, all of the run's.
+    """
+
+    def __init__(self, model, total, target_rank=4, t_i=None, t_f=None, every=1, beta1=0.85, beta2=0.85,
+                 name="default"):
+        self.T, self.every, self.betas = total, every, (beta1, beta2)
+        self.t_i = total // 5 if t_i is None else t_i           # by default half of the run prunes
+        self.t_f = max(1, 3 * total // 10) if t_f is None else t_f
+        self.groups, self.params = svd_groups(model, name), adapter_parameters(model, name)
+        self.b0, self.bT = sum(len(g[0][1].lora_E) for g in self.groups), target_rank * len(self.groups)
+        if not 0 <= self.t_i < total - self.t_f < total:
+            raise UserError(f"AdaLoRA: {self.t_i} steps before pruning and {self.t_f} after it do not fit a run of "
+                            f"{total}; both phases and at least one step between must, and the last takes 1 or more")
+        if not 0 <= self.bT <= self.b0 or every < 1:
+            raise UserError(f"AdaLoRA: a target rank of {target_rank} is not between 0 and the initial rank "
+                            f"{self.b0 / len(self.groups):g}, or every = {every} is no number of steps")
+        self.left, self.keep, self.final = self.b0, None, False
+        self.I, self.U = ({n: torch.zeros_like(p) for n, p in self.params.items()} for _ in "IU")
+
+    @torch.no_grad()
+    def update(self, t):
+        end, (b1, b2) = self.T - self.t_f, self.betas
+        for n, p in self.params.items() if t < end else ():
+            if p.grad is None:
+                raise UserError(f"AdaLoRA: {n} has no gradient; update after optimizer.step, before zero_grad")
+            I = (p * p.grad).abs()
+            self.I[n].lerp_(I, 1 - b1)
+            self.U[n].lerp_((I - self.I[n]).abs(), 1 - b2)
+        self.left = budget(t, self.T, self.t_i, self.t_f, self.b0, self.bT)
+        prune = not self.final and (t >= end or t > self.t_i and t % self.every == 0)
+        if prune:
+            scores = [self.score(g) for g in self.groups]
+            best = torch.cat(scores).topk(self.left).indices            # exactly so many, ties or not
+            self.keep = torch.zeros(self.b0, dtype=torch.bool, device=best.device).index_fill_(0, best, True)
+            self.final = t >= end
+        if prune or self.final:                                         # the optimiser revives what it can
+            for g, keep in zip(self.groups, self.keep.split([len(g[0][1].lora_E) for g in self.groups])):
+                g[0][1].lora_E.mul_(keep[:, None])
+
+    def score(self, group):                                             # (r,)
+        s = {id(p): self.I[n] * self.U[n] for n, p in self.params.items()}
+        first, B = group[0][1], torch.cat([s[id(a.lora_B)] for _, a in group])
+        return s[id(first.lora_E)][:, 0] + s[id(first.lora_A)].mean(1) + B.mean(0)
+
+    def report(self):
+        """The budget, and how many triplets of each module live."""
+        return dict(budget=self.left, ranks={g[0][0]: int((g[0][1].lora_E != 0).sum()) for g in self.groups})
+
+    def state_dict(self):
+        return dict(I=self.I, U=self.U, keep=self.keep, left=self.left, final=self.final)
+
+    def load_state_dict(self, state):
+        for mine, theirs in ((self.I, state["I"]), (self.U, state["U"])):
+            for n in mine:
+                mine[n].copy_(theirs[n])
+        self.left, self.final = state["left"], state["final"]
+        self.keep = None if state["keep"] is None else state["keep"].to(next(iter(self.I.values())).device)
+
+
+# --------------------------------------------------------------------------- quantised base, and peft folders
 
 def quantise(model, kind, double=False):
-    """Replace the weights of every Linear in the blocks by codes ("int8" | "nf4"). Returns bits per weight."""
+    """Store the weights of every Linear in the blocks as codes ("int8" | "nf4"), for good: data/quant.py.
+    Returns bits per weight."""
     if kind not in ("int8", "nf4"):
-        raise UserError(f"quantise: {kind!r} is unknown; int8 and nf4 are")
-    if adapters(model):
-        raise UserError("quantise: quantise the base before adapters are injected: they start from its weights")
+        raise UserError(f"a base cannot be quantised to {kind!r}; int8 and nf4 are known")
     count = bits = 0
-    for path, linear in linears(model).items():
-        if path.startswith("blocks."):                          # the head is often the embedding too
+    for path in linears(model):
+        if path.startswith("blocks."):                          # not the head, which is often the embedding too
             linear = adopt(model, path)
             linear.quant, linear.weight = Quantised(linear.weight, kind, double), None
-            count += linear.quant.shape.numel()
-            bits += sum(8 * b.numel() * b.element_size() for b in linear.quant.buffers())
+            count, bits = count + linear.quant.shape.numel(), bits + linear.quant.bits()
     return bits / count
-
-
-# ------------------------------------------------------------------------------------- folders, as peft's
-
-def base_fingerprint(model):
-    """The first number of every base matrix and vector, as text: which base an adapter belongs to. Adapters,
-    casts and quantisation leave it recognisable; see `same_base`."""
-    values = []
-    for path, m in model.named_modules():
-        if isinstance(m, nn.Module) and ".adapters" not in path and not isinstance(m, Quantised):
-            values += [p.flatten()[0] for p in m.parameters(recurse=False)]
-            values += [m.quant.sample[0]] if getattr(m, "quant", None) is not None else []
-    return " ".join([str(model.wte.weight.dtype)] + [f"{v:.7g}" for v in values])
-
-
-def same_base(a, b):
-    """Do two fingerprints agree, to the precision of the coarser of their dtypes?"""
-    (da, *va), (db, *vb) = a.split(), b.split()
-    eps = max(torch.finfo(getattr(torch, d.removeprefix("torch."))).eps for d in (da, db))
-    return len(va) == len(vb) and all(math.isclose(float(x), float(y), rel_tol=4 * eps) for x, y in zip(va, vb))
-
-
-def modules_of(model):
-    """{their path: [our paths]}: one Linear of ours, or q, k, v where they have a fused c_attn."""
-    found, out = linears(model), {}
-    for path, (theirs, _) in model.hf_names().items():
-        if path in found:
-            out.setdefault(theirs, []).append(path)
-    return out
-
-
-def tensors_of(adapter, scale, fold, whole):
-    """The tensors of one adapter by field, as files hold them, for a module whose scale is `scale`."""
-    if isinstance(adapter, IA3):
-        return {"ia3_l": adapter.ia3_l}
-    A, B = adapter.factors()
-    B = B * (adapter.scale / scale)
-    if isinstance(adapter, DoRA):
-        return {"lora_A": A, "lora_B": B, "lora_magnitude_vector": adapter.lora_magnitude_vector}
-    if not isinstance(adapter, AdaLoRA):
-        return {"lora_A": A, "lora_B": B}
-    kept = (adapter.lora_E[:, 0] != 0) | whole                          # (r,) bool
-    if fold:
-        return {"lora_A": A[kept], "lora_B": B[:, kept]}
-    return {"lora_A": adapter.lora_A[kept], "lora_B": B[:, kept], "lora_E": adapter.lora_E[kept], "kept": kept.tolist()}
 
 
 @torch.no_grad()
 def save_adapter(model, folder, base="", name="default", fold=False, extra=None):
     """Write the adapter called `name` as a peft folder.
 
-    base   the model it belongs to: a folder or a hub name, for whoever loads it
+    base   the model it belongs to, a folder or a hub name, for whoever loads it
     fold   AdaLoRA as a plain LoRA with a rank per module, which is what servers load
-    extra  {name: tensor} to keep in the same file, e.g. {"score.weight": ...} of a reward model
-    AdaLoRA triplets whose E is exactly 0 are left out (unless all are: an untrained adapter stays whole).
+    extra  {name: tensor} to keep in the same file, such as {"score.weight": ...} of a reward model
+    AdaLoRA triplets with E = 0 are left out (unless all are: an untrained adapter stays whole).
     """
-    known(model, name)
-    found, modules, parts = {path: a for (path, _), a in adapters(model, name).items()}, {}, {}
-    first = next(iter(found.values()))
-    ada = isinstance(first, AdaLoRA)
-    whole = ada and not any(a.lora_E.any() for a in found.values())
-    for theirs, paths in modules_of(model).items():
-        mine = [found[p] for p in paths if p in found]
-        if not mine:
-            continue
-        shared = len(mine) == len(paths) > 1 and len({id(getattr(a, "lora_A", a)) for a in mine}) == 1
-        group = [found.get(p) or blank(model.get_submodule(p), first) for p in paths]
-        scale = first.scale if ada else getattr(mine[0], "scale", None)     # AdaLoRA's file has one for all
-        ts = [tensors_of(a, scale, fold, whole) for a in group]
-        m = modules[theirs] = {**fuse(ts, shared), "scale": scale}
-        if ada and not fold:
-            m["kept"] = ts[0]["kept"] if shared else sum((t["kept"] for t in ts), [])
-        if isinstance(first, IA3):
-            m["inputs"] = mine[0].inputs
-            m["ia3_l"] = m["ia3_l"][None] if m["inputs"] else m["ia3_l"][:, None]
-        elif len(m["lora_A"]) == 0 and (fold or not ada):
-            del modules[theirs]                                     # every triplet pruned: a plain LoRA has no rank 0
-        if len(paths) > 1 and not shared:
-            parts[theirs] = {p: len(t["ia3_l" if "ia3_l" in t else "lora_A"]) for p, t in zip(paths, ts) if p in found}
-    kind = {IA3: "ia3", DoRA: "dora", AdaLoRA: "lora" if fold else "adalora"}.get(type(first), "lora")
-    write_adapter(folder, kind, modules, model.config.family, base, getattr(first, "dropout", 0.0), first.rslora,
-                  {"base_fingerprint": base_fingerprint(model), "parts": parts}, extra)
-
-
-def blank(linear, like):
-    """An adapter of the kind of `like` that changes nothing and, IA3's ones apart, has nothing in it."""
-    linear = linear if isinstance(linear, LoRALinear) else LoRALinear(linear)
-    return IA3(linear, False) if isinstance(like, IA3) else type(like)(linear, 0, like.scale)
+    found, blank = adapters(model, name), {}
+    if not found:
+        raise UserError(f"this model has no adapter called {name!r} to save")
+    like = next(iter(found.values()))
+    for paths in fused(model).values():                 # of a fused module all parts are written: rank 0, or ones
+        for path in set(paths) - set(found) if set(paths) & set(found) else ():
+            linear = LoRALinear(model.get_submodule(path))
+            blank[path] = IA3(linear, False) if isinstance(like, IA3) else type(like)(linear, 0, like.scale)
+    kind = {DoRA: "dora", AdaLoRA: "adalora", IA3: "ia3"}.get(type(like), "lora")       # PiSSA writes its delta
+    write_adapter(model, folder, kind, found, blank, base, fold, extra)
 
 
 def load_adapter(model, folder, name="default", trainable=True, force=False):
-    """Read a peft folder (LoRA, DoRA, AdaLoRA, IA3) into an adapter called `name`; the rest is frozen.
+    """Read a peft folder (LoRA, DoRA, AdaLoRA, IA3) as the adapter called `name`; freeze the rest, make it live.
 
-    Strict: a tensor that is missing, foreign or misshaped is an error, and so is another base than the adapter
-    was trained on, unless `force`. Returns the tensors saved beside the adapter, as `save_adapter`'s `extra`.
+    Strict: a missing, foreign or misshaped tensor is an error, and so is a base other than the one the adapter
+    was trained on, unless `force`. Returns what `save_adapter` took as `extra`.
     """
-    theirs = modules_of(model)
-    mine = {t: [model.get_submodule(p) for p in paths] for t, paths in theirs.items()}
-    sizes = {t: (ms[0].in_features, sum(m.out_features for m in ms)) for t, ms in mine.items()}
-    a = read_adapter(folder, sizes, model.config.family)
-    was, parts = a["side"].get("base_fingerprint"), a["side"].get("parts", {})
-    if was and not force and not same_base(was, base_fingerprint(model)):
-        raise DataError(f"{folder}: this adapter was trained on another base ({a['base'] or 'unnamed'}) than the one "
-                        "loaded here; load that one, or force it")
-    made = {}
-    for t, whole in a["modules"].items():
-        outs, of = [m.out_features for m in mine[t]], parts.get(t)
-        pieces = split(whole, outs, of and [of.get(p, 0) for p in theirs[t]])
-        first = None
-        for path, piece in zip(theirs[t], pieces):
-            if of is not None and path not in of:
-                continue
-            linear = adopt(model, path)
-            if a["kind"] == "ia3":
-                made[path] = IA3(linear, whole["inputs"])
-            else:
-                made[path] = KINDS[a["kind"]](linear, len(piece["lora_A"]), whole["scale"], a["dropout"])
-            made[path].rslora = a["rslora"]
-            for field, tensor in piece.items():
-                if first is not None and len(pieces) > 1 and field in ("lora_A", "lora_E") and piece[field] is pieces[0][field]:
-                    setattr(made[path], field, getattr(first, field))       # one A for q, k and v, as in peft
-                else:
-                    getattr(made[path], field).data.copy_(tensor)
-            first = first or made[path]
+    kind, found, extra = read_adapter(model, folder, force)
+    made, owner = {}, {}
+    for path, (tensors, how) in found.items():
+        linear = adopt(model, path)
+        made[path] = a = IA3(linear, how["inputs"]) if kind == "ia3" else KINDS[kind](
+            linear, len(tensors["lora_A"]), how["scale"], how["dropout"], torch.Generator())
+        a.rslora = how["rslora"]
+        for field, t in tensors.items():
+            twin = owner.setdefault((field, id(t)), a)
+            if twin is a:
+                getattr(a, field).data.copy_(t)
+            else:                                       # one A for q, k and v, and one gradient, as in peft
+                setattr(a, field, getattr(twin, field))
     attach(model, made, name, trainable)
-    return a["extra"]
+    return extra

@@ -1,19 +1,21 @@
 """peft.py: what a peft adapter folder says, in our words, and back.
 
-    adapter_config.json           kind, rank, alpha, dropout, target modules by full path, exceptions by pattern
-    adapter_model.safetensors     base_model.model.<their module path>.<field>
-    run.json                      ours: which base (fingerprint), and which rows of a fused module are whose
+    adapter_config.json         kind, rank, alpha, dropout, target modules by full path, exceptions by pattern
+    adapter_model.safetensors   base_model.model.<their module path>.<field>
+    run.json                    ours: which base (a fingerprint), and which rows of a fused module are whose
 
 Low rank: lora_A (r, in), lora_B (out, r), stored so even for GPT-2's (in, out) matrices; DoRA adds
-lora_magnitude_vector (out); AdaLoRA adds lora_E (r, 1), all three without ".weight". IA3: ia3_l (out, 1), or
-(1, in) where it rescales the input. scale = alpha / r | alpha / sqrt(r) | alpha / (init_r + 1e-5) for AdaLoRA.
+lora_magnitude_vector (out); AdaLoRA adds lora_E (r, 1) and writes all three without ".weight". IA3: ia3_l
+(out, 1), or (1, in) where it rescales the input. Scales: see the top of lora.py.
 
-q, k and v of a fused c_attn become diagonal blocks: A stacked, B block-diagonal, rank the sum; parts that
-share one A are one plain adapter. Nothing is skipped in silence: what is missing, foreign, misshaped or would
-change the mathematics is named and refused, where peft warns or says nothing.
+q, k and v of a fused GPT-2 c_attn become diagonal blocks: A stacked, B block-diagonal, rank the sum; where they
+share one A they are one plain adapter. Nothing is skipped in silence: what is missing, foreign, misshaped, or
+would change the mathematics, is refused by name, where peft warns or says nothing.
 
-Public: fuse, split, write_adapter, read_adapter
+Models and adapters are known here by their attributes only.
+Public: fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter
 """
+import math
 import os
 import re
 from collections import Counter
@@ -22,89 +24,139 @@ import torch
 
 from data.files import DataError, read_json, read_tensors, write_json, write_tensors
 
-SUFFIX = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}         # the rest are stored as they are called
+FIELDS = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "lora_magnitude_vector"],
+          "adalora": ["lora_A", "lora_B", "lora_E"], "ia3": ["ia3_l"]}
 
 
-def fuse(parts, shared):
-    """The adapters of q, k, v (or of one Linear) as one for the whole; `shared`: all hold the very same A, E.
+def key(kind, module, field):
+    """The name of a tensor in the file; torch modules there (A and B of a LoRA) add ".weight"."""
+    suffix = ".weight" if kind in ("lora", "dora") and field in ("lora_A", "lora_B") else ""
+    return f"base_model.model.{module}.{field}{suffix}"
 
-    A part is a dict of tensors by field; an absent one has rank 0 (and the magnitudes or ones that do nothing).
-    """
-    out = {f: torch.cat([p[f] for p in parts]) for f in ("ia3_l", "lora_magnitude_vector") if f in parts[0]}
-    if "lora_A" in parts[0]:
-        for f in ("lora_A", "lora_E"):
-            if f in parts[0]:
-                out[f] = parts[0][f] if shared else torch.cat([p[f] for p in parts])
-        Bs = [p["lora_B"] for p in parts]
-        out["lora_B"] = torch.cat(Bs) if shared else torch.block_diag(*Bs)
+
+# ------------------------------------------------------------------------------ fused modules, and which base
+
+def fused(model):
+    """{their module path: [our paths]}: one Linear each, or the q, k and v of a fused c_attn."""
+    out = {}
+    for path, (theirs, _) in model.hf_names().items():
+        if isinstance(model.get_submodule(path), torch.nn.Linear):
+            out.setdefault(theirs, []).append(path)
+    return out
+
+
+def fuse(pieces, shared):
+    """The adapters of q, k and v (or of one Linear) as one, each a dict of tensors by field; an absent one has
+    rank 0 (or magnitudes, or ones, that do nothing). shared: all hold the very same A and E."""
+    out = {}
+    for f in pieces[0]:
+        ts = [p[f] for p in pieces]
+        if f in ("lora_A", "lora_E", "kept") and shared:
+            out[f] = ts[0]
+        else:
+            out[f] = torch.block_diag(*ts) if f == "lora_B" and not shared else torch.cat(ts)
     return out
 
 
 def split(whole, outs, ranks=None):
-    """Undo `fuse`: one dict per part of `outs` rows. ranks: how many columns of B belong to each part; None, or
-    blocks that have since been trained outside them: every part shares A and E (the very same tensors)."""
-    rows = {f: whole[f].split(outs) for f in ("ia3_l", "lora_magnitude_vector", "lora_B") if f in whole}
-    if "lora_B" not in whole:
-        return [{f: rows[f][i] for f in rows} for i in range(len(outs))]
-    blocks = [b.split(ranks, 1)[i] for i, b in enumerate(rows["lora_B"])] if ranks else []
-    if ranks and torch.equal(torch.block_diag(*blocks), whole["lora_B"]):
-        rows["lora_B"] = blocks
-        rows.update({f: whole[f].split(ranks) for f in ("lora_A", "lora_E") if f in whole})
-    else:
-        rows.update({f: [whole[f]] * len(outs) for f in ("lora_A", "lora_E") if f in whole})
-    return [{f: rows[f][i] for f in rows} for i in range(len(outs))]
+    """Undo `fuse`: one dict per part of outs[i] rows. ranks: how many columns of B are whose; without them, or
+    once somebody has trained outside of the blocks, the parts share A and E: the very same tensors."""
+    rows = {f: t.split(outs) for f, t in whole.items() if f in ("lora_B", "lora_magnitude_vector", "ia3_l")}
+    cols = {f: [t] * len(outs) for f, t in whole.items() if f in ("lora_A", "lora_E")}
+    if ranks and "lora_B" in whole:
+        blocks = [b.split(ranks, 1)[i] for i, b in enumerate(rows["lora_B"])]
+        if torch.equal(torch.block_diag(*blocks), whole["lora_B"]):
+            rows["lora_B"], cols = blocks, {f: whole[f].split(ranks) for f in cols}
+    return [{f: t[i] for f, t in {**rows, **cols}.items()} for i in range(len(outs))]
 
+
+def base_fingerprint(model):
+    """The first number of every base tensor, as text: it says which base an adapter belongs to. Adapters, casts
+    and quantisation leave it recognisable; most training does not."""
+    values = []
+    for path, m in model.named_modules():
+        if ".adapters" not in path and ".quant" not in path:
+            values += [m.quant.first] if getattr(m, "quant", None) is not None else []
+            values += [p.flatten()[0].item() for p in m.parameters(recurse=False)]
+    return " ".join([str(model.wte.weight.dtype)] + [f"{v:.7g}" for v in values])
+
+
+def same_base(a, b):
+    """Do two fingerprints agree, to the precision of the coarser of their dtypes?"""
+    (da, *a), (db, *b) = a.split(), b.split()
+    eps = max(torch.finfo(getattr(torch, d.removeprefix("torch."))).eps for d in (da, db))
+    return len(a) == len(b) and all(math.isclose(float(x), float(y), rel_tol=2 * eps) for x, y in zip(a, b))
+
+
+# -------------------------------------------------------------------------------------------------- writing
 
 def common(values):
     return Counter(values).most_common(1)[0][0]
 
 
-def number(x):
-    return int(x) if x == int(x) else x
+def piece(kind, a, scale, fold, whole):
+    """One adapter as a file holds it, for a module whose scale is `scale`; AdaLoRA's dead triplets drop out."""
+    if kind == "ia3":
+        return {"ia3_l": a.ia3_l}
+    A, B = a.factors()
+    out = {"lora_A": A, "lora_B": B * (a.scale / scale)}
+    if kind == "dora":
+        out["lora_magnitude_vector"] = a.lora_magnitude_vector
+    if kind == "adalora":
+        kept = (a.lora_E[:, 0] != 0) | whole                                    # (r,) bool
+        out = {"lora_A": (A if fold else a.lora_A)[kept], "lora_B": out["lora_B"][:, kept]}
+        out.update({} if fold else {"lora_E": a.lora_E[kept], "kept": kept})
+    return out
 
 
-def write_adapter(folder, kind, modules, family, base="", dropout=0.0, rslora=False, side=None, extra=None):
-    """Write a folder that peft loads.
-
-    kind      "lora" | "dora" | "adalora" | "ia3"
-    modules   {their path: the tensors of that whole module, and its `scale`; adalora: `kept`, a list of bools
-              over the rows it once had; ia3: `inputs`, whether l rescales the input}
-    extra     {name: tensor} outside the adapter, such as score.weight of a reward model
-    """
+def write_adapter(model, folder, kind, found, blank, base, fold, extra):
+    """found, blank: {our path: adapter}, the real ones and the idle ones that fill up fused modules."""
+    modules, parts, like = {}, {}, next(iter(found.values()))
+    whole = kind == "adalora" and not any(a.lora_E.any() for a in found.values())       # untrained: keep all
+    for theirs, paths in fused(model).items():
+        mine = [found[p] for p in paths if p in found]
+        if mine:
+            scale = getattr(like if kind == "adalora" else mine[0], "scale", None)      # AdaLoRA: one for all
+            pieces = [piece(kind, {**blank, **found}[p], scale, fold, whole) for p in paths]
+            shared = len(mine) == len(paths) > 1 and len({id(getattr(a, "lora_A", a)) for a in mine}) == 1
+            m = modules[theirs] = dict(fuse(pieces, shared), scale=scale, inputs=getattr(mine[0], "inputs", None))
+            if fold and kind == "adalora" and not len(m["lora_A"]):                     # LoRA knows no rank 0
+                del modules[theirs]
+            if len(paths) > 1 and not shared:
+                parts[theirs] = {p: len(next(iter(t.values()))) for p, t in zip(paths, pieces) if p in found}
+    kind = "lora" if fold and kind == "adalora" else kind
     extra, targets = extra or {}, list(modules)
     config = dict(peft_type="LORA", task_type="SEQ_CLS" if "score.weight" in extra else "CAUSAL_LM",
                   base_model_name_or_path=base, inference_mode=True, target_modules=targets,
-                  fan_in_fan_out=family == "gpt2",
+                  fan_in_fan_out=model.config.family == "gpt2",
                   modules_to_save=sorted({name.rpartition(".")[0] for name in extra}) or None)
     if kind == "ia3":
+        for m in modules.values():
+            m["ia3_l"] = m["ia3_l"][None] if m["inputs"] else m["ia3_l"][:, None]
         config.update(peft_type="IA3", feedforward_modules=[t for t in targets if modules[t]["inputs"]])
-    elif kind == "adalora":                     # one init_r for all: a shorter module is pruned to its length
-        init_r = max(len(m["kept"]) for m in modules.values())
-        s = common(m["scale"] for m in modules.values())
-        modules = {t: {**m, "lora_E": m["lora_E"] * (m["scale"] / s)} for t, m in modules.items()}
-        kept = {t + ".lora_E": m["kept"] + [False] * (init_r - len(m["kept"])) for t, m in modules.items()}
-        config.update(peft_type="ADALORA", init_r=init_r, lora_alpha=s * (init_r + 1e-5), lora_dropout=dropout,
-                      target_r=max(1, sum(map(sum, kept.values())) // len(kept)), tinit=0, tfinal=0, deltaT=1,
-                      total_step=1, orth_reg_weight=0.0, bias="none",   # a schedule that is over: peft asks for one
-                      rank_pattern=None if all(map(all, kept.values())) else kept)
+    elif kind == "adalora":             # one init_r for all: a shorter module is one that was pruned to its length
+        first = max(len(m["kept"]) for m in modules.values())
+        kept = {t + ".lora_E": m["kept"].tolist() + [False] * (first - len(m["kept"])) for t, m in modules.items()}
+        config.update(peft_type="ADALORA", init_r=first, lora_alpha=like.scale * (first + 1e-5), bias="none",
+                      lora_dropout=like.drop.p, rank_pattern=None if all(map(all, kept.values())) else kept,
+                      target_r=1, tinit=0, tfinal=0, deltaT=1, total_step=1, orth_reg_weight=0.0)   # it is over
     else:
-        ranks = {t: m["lora_A"].size(0) for t, m in modules.items()}
-        alphas = {t: number(m["scale"] * ranks[t] ** (0.5 if rslora else 1)) for t, m in modules.items()}
+        ranks = {t: len(m["lora_A"]) for t, m in modules.items()}
+        alphas = {t: m["scale"] * ranks[t] ** (0.5 if like.rslora else 1) for t, m in modules.items()}
+        alphas = {t: int(a) if a == int(a) else a for t, a in alphas.items()}
         r, alpha = common(ranks.values()), common(alphas.values())
-        config.update(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=kind == "dora",
-                      bias="none", rank_pattern={t: n for t, n in ranks.items() if n != r},
+        config.update(r=r, lora_alpha=alpha, lora_dropout=like.drop.p, use_rslora=like.rslora, bias="none",
+                      use_dora=kind == "dora", rank_pattern={t: n for t, n in ranks.items() if n != r},
                       alpha_pattern={t: a for t, a in alphas.items() if a != alpha})
-    tensors = {f"base_model.model.{name}": t for name, t in extra.items()}
-    for t, m in modules.items():
-        for field in ("lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "ia3_l"):
-            if field in m:
-                suffix = SUFFIX.get(field, field) if kind != "adalora" else field
-                tensors[f"base_model.model.{t}.{suffix}"] = m[field].detach().clone()
+    tensors = {key(kind, t, f): m[f].detach().clone() for t, m in modules.items() for f in FIELDS[kind]}
+    tensors.update({f"base_model.model.{name}": t for name, t in extra.items()})
     os.makedirs(folder, exist_ok=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    write_json(os.path.join(folder, "run.json"), side or {})
+    write_json(os.path.join(folder, "run.json"), {"base_fingerprint": base_fingerprint(model), "parts": parts})
 
+
+# -------------------------------------------------------------------------------------------------- reading
 
 # Settings that change the mathematics in a way that is not implemented here, with the values that do not.
 NEUTRAL = {"bias": ("none",), "lora_bias": (False,), "layer_replication": (None,), "trainable_token_indices": (None,),
@@ -131,69 +183,72 @@ def pattern(config, key, path, default):
     return found[0] if found else default
 
 
-def read_adapter(folder, sizes, family):
-    """Read a peft folder, strictly. sizes: {their path: (in, out)} of every Linear the model has.
+def read_adapter(model, folder, force):
+    """(kind, {our path: (tensors by field, settings)}, extra) of a peft folder, checked against this model.
 
-    Returns dict(kind, modules, dropout, rslora, base, side, extra), each as `write_adapter` takes it.
+    settings: scale, dropout, rslora, and `inputs` for ia3. Parts that share A and E hold the very same tensors.
     """
-    path = os.path.join(folder, "adapter_config.json")
-    config, file = read_json(path), os.path.join(folder, "adapter_model.safetensors")
+    path, file = (os.path.join(folder, f"adapter_{name}") for name in ("config.json", "model.safetensors"))
+    config, run = read_json(path), os.path.join(folder, "run.json")
     kind = {"LORA": "lora", "ADALORA": "adalora", "IA3": "ia3"}.get(config.get("peft_type"))
     if kind is None:
         raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not an adapter of Linears; LORA, "
                         "ADALORA and IA3 are")
-    for key, accepted in NEUTRAL.items():
-        if config.get(key, accepted[0]) not in accepted:
-            raise DataError(f"{path}: {key} is {config[key]!r}, which changes the model in a way that is not "
+    for name, accepted in NEUTRAL.items():
+        if config.get(name, accepted[0]) not in accepted:
+            raise DataError(f"{path}: {name} is {config[name]!r}, which changes the model in a way that is not "
                             f"supported here; {' or '.join(map(str, accepted))} is")
     kind = "dora" if config.get("use_dora") else kind
-    if config.get("target_modules") is None:
-        config["target_modules"] = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
-    needed = {"ia3": ["ia3_l"], "adalora": ["lora_A", "lora_B", "lora_E"], "lora": ["lora_A", "lora_B"],
-              "dora": ["lora_A", "lora_B", "lora_magnitude_vector"]}[kind]
-    suffix = {f: f if kind == "adalora" else SUFFIX.get(f, f) for f in needed}
-    tensors, modules, extra = read_tensors(file), {}, {}
-    for target in (t for t in sizes if targeted(config, t)):
-        m = modules[target] = {}
-        for f in needed:
-            key = f"base_model.model.{target}.{suffix[f]}"
-            if key not in tensors:
-                raise DataError(f"{file}: {key} is missing, and adapter_config.json targets it")
-            m[f] = tensors.pop(key)
-        check(file, config, kind, target, m, *sizes[target])
-    if not modules:
+    if config.get("target_modules") is None:                            # peft's defaults
+        config["target_modules"] = ["c_attn"] if model.config.family == "gpt2" else ["q_proj", "v_proj"]
+    side = read_json(run) if os.path.exists(run) else {}
+    was = side.get("base_fingerprint")
+    if was and not force and not same_base(was, base_fingerprint(model)):
+        raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here (it names "
+                        f"{config.get('base_model_name_or_path') or 'none'}); load that one, or force it")
+    tensors, out, modules, seen = read_tensors(file), {}, fused(model), set()
+    for target in (t for t in modules if targeted(config, t)):
+        linears = [model.get_submodule(p) for p in modules[target]]
+        m = {f: tensors.pop(key(kind, target, f), None) for f in FIELDS[kind]}
+        if lost := [f for f in m if m[f] is None]:
+            raise DataError(f"{file}: {key(kind, target, lost[0])} is missing, and adapter_config.json targets it")
+        outs = [linear.out_features for linear in linears]
+        how = check(file, config, kind, target, m, linears[0].in_features, sum(outs))
+        ranks = side.get("parts", {}).get(target)
+        ranks = ranks and [ranks.get(p, 0) for p in modules[target]]
+        for p, tensor, rank in zip(modules[target], split(m, outs, ranks), ranks or outs):
+            out.update({p: (tensor, how)} if rank else {})
+    if not out:
         raise DataError(f"{path}: target_modules {config['target_modules']} matches nothing in this model; its "
-                        f"modules are called like {' and '.join(list(sizes)[:2])}")
-    for key in list(tensors):
-        name = key.removeprefix("base_model.model.")
-        if name.rpartition(".")[0] not in (config.get("modules_to_save") or ()) or name.rpartition(".")[0] in sizes:
-            raise DataError(f"{file}: {key} belongs to no module that this adapter targets in this model")
-        extra[name] = tensors[key]
-    run = os.path.join(folder, "run.json")
-    return dict(kind=kind, modules=modules, dropout=config.get("lora_dropout", 0.0), extra=extra,
-                rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path"),
-                side=read_json(run) if os.path.exists(run) else {})
+                        f"modules are called like {' and '.join(list(modules)[:2])}")
+    extra = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    for name in extra:
+        owner = name.rpartition(".")[0]
+        if owner not in (config.get("modules_to_save") or ()) or owner in model.hf_names().values():
+            raise DataError(f"{file}: {name} belongs to no module that this adapter targets in this model")
+    return kind, out, extra
 
 
 def check(file, config, kind, target, m, width, out):
-    """Shapes of one module against config and model; adds its `scale`, or for ia3 its side."""
+    """Shapes of one module's tensors against config and model. Returns its settings; flattens ia3_l."""
+    how = dict(dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")))
     if kind == "ia3":
-        m["inputs"] = m["ia3_l"].shape == (1, width) and (out, 1) != (1, width)
-        want = {"ia3_l": (1, width) if m["inputs"] else (out, 1)}
+        how["inputs"] = tuple(m["ia3_l"].shape) == (1, width)
+        want = {"ia3_l": (1, width) if how["inputs"] else (out, 1)}
     else:
+        r = first = config.get("init_r", 12) if kind == "adalora" else None
         alpha = pattern(config, "alpha_pattern", target, config.get("lora_alpha", 8))
         if kind == "adalora":
-            r = first = config.get("init_r", 12)
             kept = (config.get("rank_pattern") or {}).get(target + ".lora_E")
-            r = sum(kept) if kept is not None else r
-            m["scale"], m["kept"] = alpha / (first + 1e-5), [True] * r
+            r, how["scale"] = first if kept is None else sum(kept), alpha / (first + 1e-5)
         else:
             r = pattern(config, "rank_pattern", target, config.get("r", 8))
-            m["scale"] = alpha / (r ** 0.5 if config.get("use_rslora") else r)
+            how["scale"] = alpha / (math.sqrt(r) if how["rslora"] else r)
         want = {"lora_A": (r, width), "lora_B": (out, r), "lora_E": (r, 1), "lora_magnitude_vector": (out,)}
-    for f, shape in want.items():
-        if f in m and tuple(m[f].shape) != shape:
-            raise DataError(f"{file}: {target} has {f} of {list(m[f].shape)}, but this model and "
-                            f"adapter_config.json ask for {list(shape)}")
-    if "ia3_l" in m:
+    for f, t in m.items():
+        if tuple(t.shape) != want[f]:
+            raise DataError(f"{file}: {f} of {target} is {list(t.shape)}, but this model and adapter_config.json "
+                            f"ask for {list(want[f])}")
+    if kind == "ia3":
         m["ia3_l"] = m["ia3_l"].flatten()
+    return how
