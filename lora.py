@@ -192,7 +192,7 @@ def linears(model):
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def adapters(model, name):
+def adapters(model, name="default"):
     return {path: m.adapters[name] for path, m in linears(model).items()
             if isinstance(m, LoRALinear) and name in m.adapters}
 
