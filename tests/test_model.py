@@ -1,0 +1,843 @@
+"""test_model.py: the transformer against transformers' logits (pinned), a naive oracle, and itself.
+
+The fixtures come from make_model_fixtures.py, which also draws the weights (`draw`): two rows of 24 ids,
+vocabulary 64, width 32, 2 layers. Every weight, bias and norm is random and large, so that a swapped or dropped one
+shows.
+"""
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
+from data.hf import parse_config, read_config
+from make_model_fixtures import CASES, HERE, IDS, draw
+from model import GPT, GPTConfig, RMSNorm, generate, rope_table, sample
+
+LOGITS = np.load(HERE / "logits.npz")
+SMALL = GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=4, n_embd=32)
+STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=32)
+KINDS = {"gpt2": SMALL, "llama": SMALL.llama(n_kv_head=2, head_size=16, rope_scaling=STRETCH),
+         "qwen3": SMALL.llama(n_kv_head=1, qk_norm=True, tied=False)}
+ANY = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, seed=0, **changes):
+    """A model whose every parameter matters: as `draw`, but for our own names and any config."""
+    model = GPT(dataclasses.replace(KINDS[kind], **changes))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            z = torch.randn(p.shape, generator=rng)
+            loud = 1.0 if name.startswith(("wte", "wpe")) else 1.5 / 32 ** 0.5
+            p.copy_(z * loud if p.dim() == 2 else 0.3 * z + name.endswith("weight"))
+    return model.eval()
+
+
+def ids(*lengths, seed=1):
+    rng = np.random.RandomState(seed)
+    return [rng.randint(0, 64, n).tolist() for n in lengths]
+
+
+def pad(rows, fill=0):
+    return torch.tensor([row + [fill] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+def soft(model, P, B=1, seed=2, gate=None):
+    """A random past: P columns at batch B, for every layer; with `gate`, side memory."""
+    rng, (nh, nkv, hs) = torch.Generator().manual_seed(seed), model.blocks[0].attn.heads
+    dtype = model.wte.weight.dtype
+    k, v = (torch.randn(len(model.blocks), B, nkv, P, hs, generator=rng).to(dtype) for _ in range(2))
+    return [(k[i], v[i]) if gate is None else (k[i], v[i], gate) for i in range(len(model.blocks))]
+
+
+def folder_of(case, tmp_path, dialect="config", edit=None, config=None):
+    """The Hugging Face folder of a case; `edit` changes its tensors, `config` its configuration, in place."""
+    case = json.loads((HERE / f"{case}.json").read_text())
+    tensors = {name: torch.from_numpy(draw(name, tuple(shape))) for name, shape in case["shapes"].items()}
+    if edit:
+        edit(tensors)
+    if config:
+        config(case[dialect])
+    tmp_path.mkdir(exist_ok=True)
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    write_json(tmp_path / "config.json", case[dialect])
+    return tmp_path
+
+
+def load_case(case, tmp_path, **how):
+    return GPT.from_pretrained(folder_of(case, tmp_path, **how))
+
+
+@torch.no_grad()
+def logits(model, x, past=None):
+    return model(torch.as_tensor(x), past)[0]
+
+
+# ---- the oracle: one row, one head, one query at a time, in numpy at float64 -------------------------------
+
+def naive(model, row, past=None, side=None):
+    """Logits (T, V) of one row of ids. past, side: (k, v) per layer, each (nkv, P, hs); side: + gates (nh,)."""
+    c, every = model.config, model.named_parameters(remove_duplicate=False)
+    w = {name: p.detach().double().numpy() for name, p in every}
+
+    def linear(name, x):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)
+
+    def norm(name, x):
+        if c.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+        return x * w[name + ".weight"] + w.get(name + ".bias", 0.0)
+
+    def turn(x, position):                  # (hs,): rotation of the plane (j, j + hs/2), as complex numbers
+        half = c.head_size // 2
+        freq = c.rope_theta ** (-np.arange(half) / half)
+        if (s := c.rope_scaling) is not None:
+            for j, f in enumerate(freq):
+                wave, old = 2 * math.pi / f, s["original_max_position_embeddings"]
+                smooth = (old / wave - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+                if wave > old / s["low_freq_factor"]:
+                    freq[j] = f / s["factor"]
+                elif wave > old / s["high_freq_factor"]:
+                    freq[j] = (1 - smooth) * f / s["factor"] + smooth * f
+        z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * freq)
+        return np.concatenate([z.real, z.imag])
+
+    def look(q, k, v):                      # one query over the keys that it may see
+        score = np.array([q @ key for key in k]) / math.sqrt(c.head_size)
+        weight = np.exp(score - score.max())
+        return (weight[:, None] * np.array(v)).sum(0) / weight.sum()
+
+    T, P = len(row), 0 if past is None else past[0][0].shape[1]
+    h = w["wte.weight"][row]
+    if c.position == "learned":
+        h = h + w["wpe.weight"][P:P + T]
+    for i in range(c.n_layer):
+        at, z = f"blocks.{i}.attn", norm(f"blocks.{i}.ln_1", h)
+        heads = {n: linear(f"{at}.{n}", z).reshape(T, -1, c.head_size) for n in "qkv"}
+        for n in "qk":
+            if c.qk_norm:
+                heads[n] = norm(f"{at}.{n}_norm", heads[n])
+            if c.position == "rope":
+                for t in range(T):
+                    heads[n][t] = [turn(x, P + t) for x in heads[n][t]]
+        y = np.zeros((T, c.n_head, c.head_size))
+        for n in range(c.n_head):
+            g = n // (c.n_head // c.n_kv_head)                          # the group's key/value head
+            before = ([], []) if past is None else [list(t[g].double().numpy()) for t in past[i]]
+            for t in range(T):
+                y[t, n] = look(heads["q"][t, n], before[0] + list(heads["k"][:t + 1, g]),
+                               before[1] + list(heads["v"][:t + 1, g]))
+                if side is not None:
+                    k, v, gate = side[i]
+                    memory = look(heads["q"][t, n], k[g].double().numpy(), v[g].double().numpy())
+                    y[t, n] = (1 - gate[n]) * y[t, n] + gate[n] * memory
+        h = h + linear(f"{at}.o", y.reshape(T, -1))
+        z = norm(f"blocks.{i}.ln_2", h)
+        a = linear(f"blocks.{i}.mlp.up", z)
+        if c.mlp == "swiglu":
+            b = linear(f"blocks.{i}.mlp.gate", z)
+            a = a * b / (1 + np.exp(-b))
+        else:
+            a = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)))
+        h = h + linear(f"blocks.{i}.mlp.down", a)
+    return norm("ln_f", h) @ w["head.weight"].T
+
+
+@ANY
+def test_trunk_is_the_textbook(kind):
+    model, (row,) = make(kind).double(), ids(11)
+    past, gate = soft(model, 5), torch.tensor([0.0, 1.0, 0.5, 0.2])
+    side = soft(model, 4, gate=gate.view(4, 1, 1))                      # one gate per head
+    first = [(k[0], v[0]) for k, v in past]
+    second = [(k[0], v[0], gate.numpy()) for k, v, _ in side]
+    for given, wanted in ((None, naive(model, row)), (past, naive(model, row, first)),
+                          (side, naive(model, row, side=second))):
+        assert np.abs(logits(model, [row], given)[0].numpy() - wanted).max() < 1e-5      # angles are fp32
+
+
+# ---- Hugging Face folders ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dialect", ["config", "config4"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_transformers(case, dialect, tmp_path):
+    model = load_case(case, tmp_path, dialect=dialect)
+    assert np.abs(logits(model, IDS).numpy() - LOGITS[case]).max() < 2e-5
+    stored = read_tensors(tmp_path / "model.safetensors")
+    assert (model.head.weight is model.wte.weight) == ("lm_head.weight" not in stored)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "sharded"])
+def test_folders_written_by_transformers(name):
+    assert np.abs(logits(GPT.from_pretrained(HERE / name), IDS).numpy() - LOGITS[name]).max() < 1e-5
+
+
+def test_config_dialects():
+    def read(h):
+        return parse_config(h, "config.json")
+
+    def rope(h):
+        return {k: v for k, v in read(h).items() if k.startswith("rope")}
+
+    base = json.loads((HERE / "llama-plain.json").read_text())["config4"] | {"rope_theta": 777.0}
+    linear = {"rope_theta": 777.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert rope(base) == {"rope_theta": 777.0, "rope_scaling": None}
+    assert rope(base | {"rope_scaling": {"type": "linear", "factor": 2.0}}) == linear
+    assert rope(base | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0},
+                        "rope_theta": 5.0}) == linear
+    assert rope(base | {"rope_scaling": None, "rope_parameters": {"rope_theta": 5.0}})["rope_theta"] == 5.0
+    stretched = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = "original_max_position_embeddings"
+    assert rope(base | {"rope_scaling": stretched})["rope_scaling"][old] == base["max_position_embeddings"]
+    assert rope(base | {"rope_scaling": stretched | {old: 9}})["rope_scaling"][old] == 9
+    assert rope(base | {"rope_scaling": stretched | {old: 9}, old: 7})["rope_scaling"][old] == 7
+    absent = dict.fromkeys(("head_dim", "num_key_value_heads", "tie_word_embeddings"))
+    bare = GPTConfig(**read(base | absent))
+    assert (bare.n_kv_head, bare.head_size, bare.tied) == (4, 8, False)
+
+
+def test_hub_gpt2_without_prefix_and_with_mask_buffers(tmp_path):
+    def edit(t):
+        for name in list(t):
+            t[name.removeprefix("transformer.")] = t.pop(name)
+        for i in range(2):
+            t[f"h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+            t[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    model = load_case("gpt2-tied", tmp_path, edit=edit)
+    assert np.abs(logits(model, IDS).numpy() - LOGITS["gpt2-tied"]).max() < 2e-5
+
+
+def test_old_rotary_buffers_and_a_stored_copy_of_the_tied_head_are_no_fault(tmp_path):
+    def edit(t):
+        t["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+    model = load_case("llama-llama3", tmp_path, edit=edit)
+    assert model.head.weight is model.wte.weight
+    assert np.abs(logits(model, IDS).numpy() - LOGITS["llama-llama3"]).max() < 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_is_what_transformers_wrote(case, tmp_path):
+    """Same names, shapes and bits as the file that transformers saved; a config that reads the same."""
+    def shape(folder):
+        return GPTConfig(**read_config(folder))
+
+    source, target = folder_of(case, tmp_path / "in"), tmp_path / "new" / "out"
+    GPT.from_pretrained(source).save_pretrained(target)
+    theirs, ours = read_tensors(source / "model.safetensors"), read_tensors(target / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
+    assert shape(target) == shape(source)
+    written = read_json(target / "config.json")
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+    # What transformers 5 reads and what transformers 4 reads must each be the model.
+    new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
+    for dialect in (new, old):
+        write_json(target / "config.json", dialect)
+        assert shape(target) == shape(source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_what_we_save(case, tmp_path):
+    """PEERS is a python that has transformers; it loads our folder, and may miss nothing or find more."""
+    if not os.environ.get("PEERS"):
+        pytest.skip("PEERS: no python with transformers given")
+    model = load_case(case, tmp_path / "in")
+    with torch.no_grad():
+        for p in model.parameters():                    # not the fixture's numbers: trained ones
+            p.mul_(0.9)
+    model.save_pretrained(tmp_path / "out")
+    script = pathlib.Path(__file__).parent / "make_model_fixtures.py"
+    subprocess.run([os.environ["PEERS"], script, "--logits", tmp_path / "out", tmp_path / "theirs.npz"],
+                   check=True, capture_output=True)
+    theirs = np.load(tmp_path / "theirs.npz")["logits"]
+    assert np.abs(logits(model, IDS).numpy() - theirs).max() < 2e-5
+    assert np.abs(theirs - LOGITS[case]).max() > 0.01
+
+
+def test_adapter_parameters_stay_out_of_the_saved_model(tmp_path):
+    model = make("gpt2")
+    wanted = set(load_case("gpt2-tied", tmp_path / "a").hf_names())
+    model.blocks[0].attn.q.lora_A = torch.nn.Parameter(torch.ones(2, 32))
+    model.save_pretrained(tmp_path / "b")
+    saved = read_tensors(tmp_path / "b" / "model.safetensors")
+    assert set(model.hf_names()) == wanted and not [name for name in saved if "lora" in name]
+    fused = saved["transformer.h.0.attn.c_attn.weight"]
+    assert torch.equal(fused[:, 32:64], model.blocks[0].attn.k.weight.t())
+
+
+def test_hf_names_cover_every_parameter_once():
+    for kind, config in KINDS.items():
+        model = make(kind)
+        names = {f"{ours}.{leaf}" for ours in model.hf_names()
+                 for leaf, _ in model.get_submodule(ours).named_parameters()}
+        assert names == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        assert config.family in (kind, "llama")
+    names = make("gpt2").hf_names()
+    assert names["blocks.1.attn.k"] == ("transformer.h.1.attn.c_attn", "k")
+    assert names["blocks.1.attn.o"] == ("transformer.h.1.attn.c_proj", None)
+    assert make("llama").hf_names()["blocks.0.mlp.gate"] == ("model.layers.0.mlp.gate_proj", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_stored_dtype(dtype, tmp_path):
+    model = make("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["dtype"] == str(dtype)[6:]
+    again = GPT.from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(model.parameters(), again.parameters()))
+    assert GPT.from_pretrained(tmp_path).wte.weight.dtype == torch.float32
+    model.blocks[1].attn.v.float()
+    model.save_pretrained(tmp_path)                     # the widest: a loader that obeys it rounds nothing
+    assert read_json(tmp_path / "config.json")["dtype"] == {2: "float32", 8: "float64"}[dtype.itemsize]
+
+
+def test_loading_draws_nothing_and_training_never_reaches_the_file(tmp_path):
+    folder, state = folder_of("llama-plain", tmp_path), torch.get_rng_state()
+    before = (folder / "model.safetensors").read_bytes()
+    model = GPT.from_pretrained(folder)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+    model.save_pretrained(folder)                       # over the file that it is mapped from
+    assert not any(t.any() for t in read_tensors(folder / "model.safetensors").values())
+
+
+# ---- folders with a fault: one sentence, which names the file and the tensor or field ----------------------
+
+def drop(name):
+    return lambda t: t.pop(name)
+
+
+def put(name, value):
+    return lambda t: t.update({name: value})
+
+
+CONFIG_FAULTS = [
+    ("gpt2-tied", {"model_type": "bert"}, "model_type 'bert' is not supported"),
+    ("gpt2-tied", {"model_type": None}, "model_type None"),
+    ("llama-plain", {"model_type": ["llama"]}, "model_type ['llama']"),
+    ("gpt2-tied", {"activation_function": "relu"}, 'activation_function is "relu"'),
+    ("gpt2-tied", {"scale_attn_weights": False}, "scale_attn_weights is false"),
+    ("gpt2-tied", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
+    ("gpt2-tied", {"add_cross_attention": True}, "add_cross_attention is true"),
+    ("gpt2-tied", {"vocab_size": None}, "vocab_size is missing"),
+    ("gpt2-tied", {"n_layer": 0}, "n_layer is 0, and a gpt2 model needs a whole number above 0"),
+    ("gpt2-tied", {"n_layer": "2"}, "n_layer is '2'"),
+    ("gpt2-tied", {"n_head": True}, "n_head is True"),
+    ("gpt2-tied", {"n_head": 5}, "width 32 is not 5 heads times 6"),
+    ("gpt2-tied", {"n_embd": 32.0}, "n_embd is 32.0"),
+    ("gpt2-tied", {"n_inner": -1}, "n_inner is -1"),
+    ("gpt2-tied", {"n_positions": []}, "n_positions is []"),
+    ("gpt2-tied", {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+    ("gpt2-tied", {"tie_word_embeddings": "yes"}, "is 'yes', and a gpt2 model needs true or false"),
+    ("llama-plain", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+    ("llama-plain", {"pretraining_tp": 2}, "pretraining_tp is 2"),
+    ("llama-plain", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ("llama-plain", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("llama-plain", {"num_hidden_layers": None}, "num_hidden_layers is missing, and a llama model"),
+    ("llama-plain", {"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads"),
+    ("llama-plain", {"head_dim": 7}, "head_size must be even; it is 7"),
+    ("llama-plain", {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+    ("llama-plain", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
+    ("llama-plain", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'rope_type': 'yarn'"),
+    ("llama-plain", {"rope_parameters": {"rope_type": ["linear"]}}, "rotary positions"),
+    ("llama-plain", {"rope_parameters": "linear"}, "rotary positions 'linear'"),
+    ("llama-plain", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "in every layer"),
+    ("llama-plain", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama-plain", {"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    ("llama-plain", {"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+    ("llama-plain", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'type': 'dynamic'"),
+    ("llama-llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
+     "high_freq_factor is missing"),
+    ("qwen2-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
+    ("qwen3-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
+]
+
+
+@pytest.mark.parametrize("case, change, words", CONFIG_FAULTS)
+def test_config_faults(case, change, words, tmp_path):
+    folder_of(case, tmp_path, config=lambda h: h.update(change))
+    with pytest.raises(DataError) as e:
+        GPT.from_pretrained(tmp_path)
+    assert words in str(e.value) and str(tmp_path / "config.json") in str(e.value)
+    assert len(str(e.value)) < 400 and e.value.code == 65
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[]", "model_type None"), ("7", "model_type None"), ("", "not valid JSON"),
+    ('{"model_type": "gpt2", "model_type": "gpt2"}', "twice")])
+def test_config_that_is_no_object(text, words, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        GPT.from_pretrained(tmp_path)
+
+
+C_ATTN, GATE = "transformer.h.1.attn.c_attn.weight", "model.layers.1.mlp.gate_proj.weight"
+TENSOR_FAULTS = [                                       # case, what is done to the tensors, what is said
+    ("gpt2-tied", drop(C_ATTN), f"the weights lack {C_ATTN}, which a gpt2 model needs"),
+    ("gpt2-tied", drop("transformer.ln_f.bias"), "lack transformer.ln_f.bias"),
+    ("gpt2-tied", put(C_ATTN, torch.zeros(96, 32)), f"{C_ATTN} is torch.float32 [32, 96]"),
+    ("gpt2-tied", put(C_ATTN, torch.zeros(32, 97)), f"{C_ATTN} is"),
+    ("gpt2-tied", put(C_ATTN, torch.zeros(32, 96, dtype=torch.int8)), f"{C_ATTN} is torch.int8"),
+    ("gpt2-tied", put("transformer.h.2.ln_1.weight", torch.ones(32)), "hold transformer.h.2.ln_1.weight"),
+    ("gpt2-tied", put("score.weight", torch.ones(1, 32)), "hold score.weight, which a gpt2 model does"),
+    ("gpt2-tied", put("wte.weight", torch.ones(64, 32)), "hold wte.weight"),    # with the prefix and without
+    ("gpt2-tied", put("lm_head.weight", torch.zeros(64, 32)), "lm_head.weight differs"),
+    ("gpt2-untied", drop("lm_head.weight"), "lack lm_head.weight"),
+    ("llama-llama3", put("lm_head.weight", torch.zeros(64, 32)), "set tie_word_embeddings to false"),
+    ("llama-plain", drop("lm_head.weight"), "lack lm_head.weight"),
+    ("llama-plain", drop(GATE), f"lack {GATE}"),
+    ("llama-plain", put(GATE, torch.zeros(32, 40)), f"{GATE} is torch.float32 [32, 40], but config"),
+    ("llama-plain", put("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)), "q_proj.bias"),
+    ("qwen2-tied", drop("model.layers.1.self_attn.v_proj.bias"), "lack model.layers.1.self_attn.v_proj.bias"),
+    ("qwen3-tied", drop("model.layers.0.self_attn.k_norm.weight"), "lack model.layers.0.self_attn.k_norm"),
+    ("llama-plain", put("model.layers.0.self_attn.q_norm.weight", torch.ones(8)), "q_norm.weight"),
+    ("llama-plain", put("base_model.model.x.lora_A.weight", torch.ones(8)), "lora_A.weight"),
+]
+
+
+@pytest.mark.parametrize("case, edit, words", TENSOR_FAULTS)
+def test_weight_faults(case, edit, words, tmp_path):
+    folder_of(case, tmp_path, edit=edit)
+    with pytest.raises(DataError) as e:
+        GPT.from_pretrained(tmp_path)
+    assert words in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_file_faults(tmp_path, monkeypatch):
+    def fault(words):
+        with pytest.raises(DataError, match=words):
+            GPT.from_pretrained(folder)
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "m"
+    fault("no config.json")                                             # no such folder
+    weights = folder_of("gpt2-tied", folder) / "model.safetensors"
+    sound = weights.read_bytes()
+    for bad in (sound[:-1], sound[:100], b"", sound + b"x"):
+        weights.write_bytes(bad)
+        fault("model.safetensors is not a sound safetensors file")
+    weights.write_bytes(pickle.dumps(Bomb()))                           # fault 45: refused, never executed
+    fault("model.safetensors is not a sound .* pickle")
+    torch.save({"x": Bomb()}, weights)
+    fault("model.safetensors is not a sound .* pickle")
+    weights.rename(folder / "pytorch_model.bin")
+    fault("no model.safetensors and no .*index.json; pickled weights")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_shard_faults(tmp_path):
+    def fault(words, **changes):
+        write_json(index, {"weight_map": weight_map | changes} if changes else bad)
+        with pytest.raises(DataError, match=words):
+            GPT.from_pretrained(folder)
+
+    folder = tmp_path / "m"
+    shutil.copytree(HERE / "sharded", folder)
+    index, norm = folder / "model.safetensors.index.json", "model.norm.weight"
+    weight_map = read_json(index)["weight_map"]
+    bad, here = [], weight_map[norm]
+    other = next(shard for shard in weight_map.values() if shard != here)
+    fault("index.json: weight_map is missing")
+    for bad in ({}, {"weight_map": [1]}, {"weight_map": {"x": None}}):
+        fault("index.json: weight_map is missing")
+    fault("index.json: no shard holds ghost", ghost=here)
+    fault(f"holds {norm}, but the index says {other}", **{norm: other})
+    fault("shard '../model.safetensors' is not a file name inside", ghost="../model.safetensors")
+    fault("shard '/etc/passwd' is not a file name", ghost="/etc/passwd")
+    fault("cannot be read", ghost="..")
+    (folder / here).rename(folder / "gone")
+    fault(f"{here} cannot be read", **{norm: here})
+
+
+def test_impossible_configs():
+    for change, words in (({"n_kv_head": 3}, "cannot share 3"), ({"head_size": 4}, "width 32"),
+                          ({"position": "rotary"}, "position is 'rotary'; it can be learned or rope"),
+                          ({"norm": "batchnorm"}, "norm is"), ({"mlp": "relu"}, "mlp is"),
+                          ({"position": "rope", "head_size": 5}, "must be even")):
+        with pytest.raises(UserError, match=words):
+            dataclasses.replace(SMALL, **change)
+
+
+def test_a_hybrid_trains_but_has_no_hugging_face_form(tmp_path):
+    for config, odd in ((SMALL.llama(mlp="gelu"), "mlp"), (SMALL.llama(norm="layernorm"), "norm"),
+                        (dataclasses.replace(SMALL, qkv_bias=False), "qkv_bias"),
+                        (SMALL.llama(qk_norm=True, mlp_bias=True), "mlp_bias")):
+        model = GPT(config)
+        assert model(torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 64)
+        with pytest.raises(UserError, match=f"with this .*{odd}"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+# ---- past, padding, decoding -------------------------------------------------------------------------------
+
+@ANY
+@pytest.mark.parametrize("P", [0, 3])
+def test_cached_equals_uncached(kind, P):
+    """The same 12 tokens: at once, then in pieces of 5, 1 and 6, each behind the past of the others."""
+    model, x = make(kind).double(), torch.tensor(ids(12, 12))
+    past = soft(model, P) if P else None
+    whole, out = logits(model, x, past), []
+    for piece in x.split([5, 1, 6], 1):
+        y, past = model(piece, past)
+        out.append(y)
+    assert (torch.cat(out, 1) - whole).abs().max() < 1e-12
+    assert past[0][0].shape == (2, model.config.n_kv_head, P + 12, model.config.head_size)
+
+
+@ANY
+@pytest.mark.parametrize("T", [1, 2])
+def test_decoding_in_place_equals_the_full_forward_at_every_step(kind, T):
+    """Ragged rows in preallocated caches, whose unused columns hold large rubbish."""
+    model, rows, P = make(kind).double(), ids(3, 9, 1), 2
+    prompt, starts = soft(model, P), torch.tensor([3, 9, 1])
+    more = torch.tensor(ids(8, 8, 8, seed=5))
+    with torch.no_grad():
+        hidden, past = model.trunk(pad(rows), prompt)
+        rubbish = torch.full((3, *past[0][0][0].shape), 1e4).double()[:, :, :1].expand(-1, -1, 24, -1)
+        caches = [(rubbish.clone(), rubbish.clone()) for _ in past]
+        for old, new in zip(past, caches):
+            for b in range(3):
+                for s, t in zip(old, new):
+                    t[b, :, :P + starts[b]] = s[b, :, :P + starts[b]]
+        for step in range(0, 8, T):
+            lengths = P + starts + step
+            views = [tuple(t[:, :, :int(lengths.max()) + T] for t in layer) for layer in caches]
+            hidden, _ = model.trunk(more[:, step:step + T], views, lengths)
+            for b, row in enumerate(rows):
+                full = logits(model, [row + more[b, :step + T].tolist()], prompt)[0, -T:]
+                assert (model.head(hidden[b]) - full).abs().max() < 1e-12
+
+
+@ANY
+@pytest.mark.parametrize("P", [0, 3])
+def test_padding_changes_nothing(kind, P):
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-14)):
+        model, rows = make(kind).to(dtype), ids(7, 1, 12)
+        past = soft(model, P) if P else None
+        zeros, junk = logits(model, pad(rows), past), logits(model, pad(rows, 63), past)
+        for b, row in enumerate(rows):
+            assert torch.equal(zeros[b, :len(row)], junk[b, :len(row)])     # bit for bit: pads are never seen
+            alone = logits(model, [row], past)[0]                       # another shape, other kernels
+            assert (zeros[b, :len(row)] - alone).abs().max() <= tolerance * alone.abs().max()
+
+
+@ANY
+def test_a_batch_1_past_serves_every_row_and_its_gradients_add_up(kind):
+    model, x = make(kind).double(), torch.tensor(ids(6, 6, 6))
+
+    def gradients(x, B):
+        past = [tuple(t.expand(B, -1, -1, -1).clone().requires_grad_() for t in layer)
+                for layer in soft(model, 4)]
+        out, _ = model(x, past)
+        (out * torch.linspace(-1, 1, 64)).sum().backward()
+        return out.detach(), [t.grad.sum(0, keepdim=True) for layer in past for t in layer]
+
+    shared, own = gradients(x, 1), gradients(x, 3)
+    assert (shared[0] - own[0]).abs().max() < 1e-12
+    assert all((a - b).abs().max() < 1e-9 and a.abs().max() > 1e-3 for a, b in zip(shared[1], own[1]))
+
+
+@ANY
+def test_gate_0_is_no_prompt_exactly_and_gate_1_only_memory(kind):
+    model, x = make(kind), torch.tensor(ids(9, 9))
+    off = [(k, v, torch.zeros(4, 1, 1)) for k, v in soft(model, 5)]
+    assert torch.equal(logits(model, x, off), logits(model, x))
+    on = [(k, v, torch.ones(())) for k, v in soft(model, 5)]
+    before = logits(model, x, on)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.v.weight.mul_(2)                                 # what the tokens say is not heard
+    assert torch.equal(logits(model, x, on), before)
+    assert (before - logits(model, x)).abs().max() > 0.1
+    with pytest.raises(ValueError):
+        model(x, on[:1])                                                # one layer short is no past
+
+
+def test_past_may_be_stored_in_another_dtype():
+    model, x = make("llama"), torch.tensor(ids(6, 6))
+    past = soft(model, 3)
+    half = [tuple(t.bfloat16() for t in layer) for layer in past]
+    same = [tuple(t.float() for t in layer) for layer in half]
+    assert torch.equal(logits(model, x, half), logits(model, x, same))
+    low = make("llama").bfloat16()
+    assert logits(low, x, past).dtype == torch.bfloat16
+    assert low.trunk(torch.randn(2, 4, 32))[0].dtype == torch.bfloat16  # fp32 embeddings into a bf16 trunk
+
+
+@ANY
+def test_context_limit(kind):
+    model = make(kind)
+    assert logits(model, ids(32)).shape == (1, 32, 64)
+    assert logits(model, ids(30), soft(model, 2)).shape == (1, 30, 64)
+    for x, past in ((ids(33), None), (ids(31), soft(model, 2))):
+        with pytest.raises(UserError, match="do not fit the context of 32"):
+            logits(model, x, past)
+    gated = [(k, v, torch.tensor(0.5)) for k, v in soft(model, 9)]      # side memory takes no positions
+    assert logits(model, ids(32), gated).shape == (1, 32, 64)
+
+
+@ANY
+def test_embeddings_in_place_of_ids(kind):
+    model, x = make(kind), torch.tensor(ids(9, 9))
+    assert torch.equal(logits(model, x), logits(model, model.wte(x)))
+    e = model.wte(x).detach().requires_grad_()
+    model.trunk(e)[0][:, 4].square().sum().backward()
+    assert e.grad[:, :5].abs().amin((0, 2)).min() > 0 and not e.grad[:, 5:].any()
+
+
+@ANY
+def test_recomputed_activations_give_equal_gradients(kind):
+    x, got = torch.tensor(ids(9, 9)), []
+    for flag in (False, True):
+        model = make(kind)
+        past = [tuple(t.clone().requires_grad_() for t in layer) for layer in soft(model, 2)]
+        hidden, out = model.trunk(x, past, checkpoint=flag)
+        (model.head(hidden).logsumexp(-1).sum() + out[0][0].sum()).backward()
+        got.append([p.grad for p in model.parameters()] + [t.grad for layer in past for t in layer])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*got) if a is not None)
+    assert sum(a is None for a in got[0]) == 0
+
+
+def test_logits_only_where_asked():
+    model, seen = make("llama"), []
+    model.head.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        hidden, _ = model.trunk(torch.tensor(ids(9, 9)))
+        assert seen == []
+        some, every = model.head(hidden[[0, 1], [3, 8]]), logits(model, ids(9, 9))
+        assert torch.allclose(some, every[[0, 1], [3, 8]], atol=1e-5)
+    seen.clear()
+    generate(model, ids(3, 8), 3, temperature=0)
+    assert seen == [(2, 32)] * 3
+
+
+@ANY
+def test_precisions(kind):
+    x, reference = torch.tensor(ids(20, 20)), None
+    for dtype, tolerance in ((torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        y = logits(make(kind).to(dtype), x)
+        assert y.dtype == dtype
+        reference = y if reference is None else reference
+        assert (y.double() - reference).square().mean() <= tolerance ** 2 * reference.square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        model = make(kind)
+        y = logits(model, x, soft(model, 2))
+        assert len(generate(model, ids(3, 8), 4, past=soft(model, 2))[1]) == 4
+    assert (y.double() - logits(model, x, soft(model, 2))).square().mean() < 0.01 * reference.square().mean()
+
+
+def test_positions_are_fp32_even_in_a_bf16_model():
+    c = KINDS["llama"]
+    cos, _ = rope_table(c, torch.tensor([[4099], [4100]]))
+    assert cos.dtype == torch.float32 and cos.shape == (2, 1, 16)
+    assert abs(cos[0, 0, 0].item() - math.cos(4099)) < 1e-3 and (cos[0] != cos[1]).all()
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, vocab_size=500, n_layer=8))
+    std = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    assert abs(std["wte.weight"] - 0.02) < 1e-3 and abs(std["blocks.3.attn.q.weight"] - 0.02) < 2e-3
+    for name in ("attn.o", "mlp.down"):                                 # 0.02 / sqrt(2 * 8)
+        assert abs(std[f"blocks.3.{name}.weight"] - 0.005) < 5e-4
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert model.head.weight is model.wte.weight and len({id(p) for p in model.parameters()}) == len(std) + 82
+    x, y = torch.tensor(ids(32, 32)), torch.tensor(ids(32, 32, seed=9))
+    loss = F.cross_entropy(logits(model, x).flatten(0, 1), y.flatten())
+    assert abs(loss - math.log(500)) < 0.1
+    assert isinstance(GPT(SMALL.llama()).ln_f, RMSNorm)
+
+
+def test_stories(assets):
+    model = GPT.from_pretrained(assets / "stories260k")
+    last = logits(model, [[1, 403, 407, 261, 378]])[0, -1]
+    for token, value in ((432, 17.7994), (383, 14.2813), (322, 9.7097)):
+        assert abs(last[token].item() - value) < 1e-3
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+def greedy(model, row, n, past=None, eos=()):
+    """No cache: the whole row again for every token."""
+    new, P = [], 0 if past is None or len(past[0]) == 3 else past[0][0].size(2)
+    while len(new) < n and P + len(row) + len(new) <= model.config.block_size:
+        new.append(logits(model, [row + new], past)[0, -1].argmax().item())
+        if new[-1] in eos:
+            break
+    return new
+
+
+def watch(model, monkeypatch):
+    """How many rows, tokens and cache columns each call of the trunk sees."""
+    seen, trunk = [], model.trunk
+
+    def spy(x, past=None, lengths=None):
+        seen.append((*x.shape, past[0][0].size(2) if lengths is not None else None))
+        return trunk(x, past, lengths)
+    monkeypatch.setattr(model, "trunk", spy)
+    return seen
+
+
+@ANY
+@pytest.mark.parametrize("what", ["plain", "soft prompt", "memory"])
+def test_ragged_batch_equals_one_by_one_equals_no_cache(kind, what):
+    model, prompts = make(kind, tied=False).double(), ids(4, 11, 1, 7, 7)
+    past = None if what == "plain" else soft(model, 5)
+    if what == "memory":
+        past = [(k, v, torch.tensor(0.4).double()) for k, v in past]
+    wanted = [greedy(model, row, 12, past) for row in prompts]
+    assert generate(model, prompts, 12, temperature=0, past=past) == wanted
+    assert [generate(model, [row], 12, temperature=0, past=past)[0] for row in prompts] == wanted
+    assert len({tuple(row) for row in wanted}) == 5 and sum(len(set(row)) for row in wanted) > 20
+    stop = wanted[1][4]
+    for eos in (stop, {stop}, [stop, 1000]):
+        assert generate(model, prompts, 12, temperature=0, past=past, eos=eos) == \
+            [row[:row.index(stop) + 1] if stop in row else row for row in wanted]
+
+
+@ANY
+def test_prompts_that_fill_the_context(kind):
+    model, prompts = make(kind).double(), ids(32, 31, 28, 2)
+    out = generate(model, prompts, 6, temperature=0)
+    assert list(map(len, out)) == [1, 2, 5, 6] and out == [greedy(model, row, 6) for row in prompts]
+    past = soft(model, 4)
+    assert list(map(len, generate(model, ids(28, 3), 40, past=past))) == [1, 26]
+    for x, p in ((ids(33), None), (ids(29), past)):
+        with pytest.raises(UserError, match="do not fit the context"):
+            generate(model, x, 1, past=p)
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    model, prompts = make("llama").double(), ids(9, 3, 5, 20)
+    free = generate(model, prompts, 10, temperature=0)
+    seen = watch(model, monkeypatch)
+    stop = free[0][0]                                                   # ends row 0 at its first token
+    out = generate(model, prompts, 10, temperature=0, eos=stop)
+    alive = [sum(len(row) > step for row in out) for step in range(10)]
+    assert out[0] == [stop] and alive[1] < 4
+    assert [rows for rows, *_ in seen] == [4] + [n for n in alive[1:] if n]
+    assert all(T == 1 for _, T, _ in seen[1:])
+    columns = [max(len(p) + step for p, row in zip(prompts, out) if len(row) > step) for step in range(1, 10)
+               if alive[step]]
+    assert [S for *_, S in seen[1:]] == columns                         # and none looks past the longest row
+
+
+def test_all_rows_finish_at_step_1(monkeypatch):
+    model, prompts = make("gpt2"), ids(4, 9, 2)
+    first = {row[0] for row in generate(model, prompts, 1, temperature=0)}
+    seen = watch(model, monkeypatch)
+    assert all(len(row) == 1 for row in generate(model, prompts, 50, temperature=0, eos=first))
+    assert len(seen) == 1
+
+
+def test_no_eos_ever_and_nothing_to_do():
+    model = make("gpt2")
+    assert list(map(len, generate(model, ids(4, 9), 20, eos=64))) == [20, 20]    # an id that is never drawn
+    assert list(map(len, generate(model, ids(4, 9), 20, eos=set()))) == [20, 20]
+    assert generate(model, ids(4, 9), 0) == [[], []] and generate(model, [], 5) == []
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generate(model, [[1], []], 5)
+
+
+def test_eos_in_the_prompt_ends_nothing():
+    model = make("gpt2")
+    assert generate(model, [[7, 7, 7]], 3, temperature=0, eos=7)[0] == \
+        greedy(model, [7, 7, 7], 3, eos=[7])
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0),
+                                 dict(top_k=-5), dict(top_p=1.5), dict(top_p=-0.1)])
+def test_impossible_sampling(bad):
+    with pytest.raises(UserError, match="generate: temperature"):
+        generate(make("gpt2"), [[1, 2]], 3, **bad)
+
+
+def test_sampling_edges():
+    logit = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    best = logit.argmax(-1)
+    assert torch.equal(sample(logit, 0), best) and torch.equal(sample(logit, 0, top_k=3, top_p=0.5), best)
+    for how in (dict(top_p=0), dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
+        assert torch.equal(sample(logit, **how), best)
+    for how in (dict(top_k=64), dict(top_k=10 ** 6), dict(top_p=1), dict(top_p=1.0, top_k=65)):
+        draws = [sample(logit, generator=torch.Generator().manual_seed(3), **kw) for kw in (how, {})]
+        assert torch.equal(*draws)                                      # no restriction at all
+    assert torch.equal(sample(logit.bfloat16(), 0), logit.bfloat16().argmax(-1))
+    assert sample(logit.bfloat16(), 1.0, 5, 0.9).shape == (5,)
+
+
+def test_greedy_generation_ignores_the_generator_and_top_p_0_is_greedy():
+    model, prompts = make("llama"), ids(4, 9)
+    wanted = generate(model, prompts, 8, temperature=0)
+    assert generate(model, prompts, 8, temperature=1.0, top_p=0) == wanted
+    assert generate(model, prompts, 8, temperature=2.0, top_k=1) == wanted
+    assert generate(model, prompts, 8, temperature=0, top_k=9999, top_p=0.1) == wanted
+
+
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.5), dict(temperature=2.0), dict(top_k=3),
+                                 dict(top_p=0.7), dict(temperature=3.0, top_k=4, top_p=0.6)])
+def test_sampling_frequencies(how):
+    """40,000 draws against the definition, by chi-square: the 99.9 % quantile of 5 degrees is 20.5."""
+    logit = torch.tensor([2.0, -0.5, 1.0, 0.3, 0.0, 1.5])
+    p = torch.softmax(logit / how.get("temperature", 1), 0)
+    order = p.argsort(descending=True)[:how.get("top_k", 6)].tolist()
+    p = p / p[order].sum()
+    kept, mass = [], 0.0
+    for i in order:                         # the likeliest tokens up to the first that reaches top_p
+        kept, mass = kept + [i], mass + p[i].item()
+        if mass >= how.get("top_p", 1):
+            break
+    drawn = sample(logit.expand(40000, 6), generator=torch.Generator().manual_seed(0), **how)
+    count = torch.bincount(drawn, minlength=6)
+    expected = torch.zeros(6)
+    expected[kept] = 40000 * p[kept] / p[kept].sum()
+    assert not count[expected == 0].any()
+    assert ((count - expected)[kept].square() / expected[kept]).sum() < 20.5
+    assert len(kept) == {"{}": 6, "{'top_k': 3}": 3, "{'top_p': 0.7}": 3}.get(str(how), len(kept))
+
+
+def test_own_generator():
+    model, prompts = make("gpt2"), ids(4, 9)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, same, other = (generate(model, prompts, 12, generator=torch.Generator().manual_seed(s))
+                        for s in (1, 1, 2))
+    assert one == same != other and torch.equal(state, torch.get_rng_state())
+    free = generate(model, prompts, 12)
+    assert not torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(5)
+    assert generate(model, prompts, 12) == free
+
+
+def test_generate_keeps_no_graph_and_no_state():
+    model, past = make("llama"), soft(make("llama"), 3)
+    model.train()
+    past = [tuple(t.requires_grad_() for t in layer) for layer in past]
+    copy, keys = [[t.clone() for t in layer] for layer in past], set(vars(model))
+    first = generate(model, ids(4, 9), 5, temperature=0, past=past)
+    assert generate(model, ids(4, 9), 5, temperature=0, past=past) == first     # nothing wrote to the prompt
+    assert all(torch.equal(a, b) for x, y in zip(past, copy) for a, b in zip(x, y))
+    assert model.training and set(vars(model)) == keys and torch.is_grad_enabled()
