@@ -4,8 +4,8 @@
     python tests/make_model_fixtures.py --logits FOLDER OUT.npz    logits of a folder, for the slow test
 
 For each case in CASES: `<case>.json` holds config.json as transformers 5 wrote it, the same in the dialect of
-transformers 4, and the name and shape of every tensor in the model.safetensors that it wrote; `logits.npz` has the
-logits. The weights are not stored: maker and test both draw them by `draw`, from the tensor's name. Two folders
+transformers 4, and the name and shape of every tensor in the model.safetensors that it wrote; `logits.npz`
+has the logits. The weights are not stored: maker and test draw them by `draw`, from the tensor's name. Two folders
 are stored whole, just as `save_pretrained` left them: `gpt2/`, and `sharded/` with its index.
 """
 import json

@@ -1,8 +1,7 @@
 """test_model.py: the transformer against transformers' logits (pinned), a naive oracle, and itself.
 
 The fixtures come from make_model_fixtures.py, which also draws the weights (`draw`): two rows of 24 ids,
-vocabulary 64, width 32, 2 layers. Every weight, bias and norm is random and large, so that a swapped or dropped one
-shows.
+vocabulary 64, width 32, 2 layers. Weights, biases and norms are all random and large: a dropped one shows.
 """
 import dataclasses
 import json
@@ -87,7 +86,7 @@ def logits(model, x, past=None):
 # ---- the oracle: one row, one head, one query at a time, in numpy at float64 -------------------------------
 
 def naive(model, row, past=None, side=None):
-    """Logits (T, V) of one row of ids. past, side: (k, v) per layer, each (nkv, P, hs); side: + gates (nh,)."""
+    """Logits (T, V) of one row of ids. past, side: (k, v) per layer, each (nkv, P, hs); side adds a gate."""
     c, every = model.config, model.named_parameters(remove_duplicate=False)
     w = {name: p.detach().double().numpy() for name, p in every}
 
