@@ -1,0 +1,80 @@
+"""data/batches.py: which examples make a step, and how they become two tensors.
+
+    plan      lengths -> steps, by length inside pools of 50 steps: nearly no padding, and still a fresh mix each epoch
+    micro     one step -> micro-batches under a budget of padded tokens (rows x longest): memory, not mathematics
+    collate   examples -> x, y (B, T).  y[b, t] is the target of position t, -1 where nothing is learnt
+    blocks    one long stream -> where the windows of an epoch start, at a new offset each epoch
+
+Order is a pure function of (seed, epoch) through numpy's SeedSequence, so there is no data state to save or restore.
+Length grouping as in Hugging Face's "mega-batches"; the remainder that fills no step is drawn *before* sorting (else it
+would always be the longest examples) and comes last. With one pool only, steps would be the same sets in each epoch, so
+there are always at least two.
+
+Public: plan, micro, collate, blocks, padding_waste
+"""
+import numpy as np
+import torch
+
+POOL = 50                                               # steps sorted together: 4 % padding; 1000 would save 1 % more
+
+
+def _generator(seed, epoch):
+    return np.random.default_rng([int(seed < 0), abs(int(seed)), int(epoch)])    # any integer is a seed of its own
+
+
+def plan(lengths, batch, seed, epoch, group=True):
+    """Steps, lists of `batch` indices (the last may be shorter); every example once."""
+    rng, n = _generator(seed, epoch), len(lengths)
+    order = rng.permutation(n)
+    full = n - n % batch
+    if group:
+        pool = min(POOL, -(-full // batch // 2) or 1) * batch
+        lengths = np.asarray(lengths)
+        for start in range(0, full, pool):
+            part = order[start:min(start + pool, full)]             # a view: sorted in place
+            part[:] = part[np.argsort(lengths[part], kind="stable")]
+    steps = order[:full].reshape(-1, batch)
+    steps = steps[rng.permutation(len(steps))].tolist() if group else steps.tolist()
+    return steps + [order[full:].tolist()] * (full < n)
+
+
+def micro(indices, lengths, tokens):
+    """Micro-batches, shortest examples first; rows x longest <= tokens, or one row that alone is longer."""
+    parts = []
+    for i in sorted(indices, key=lambda i: lengths[i]):
+        if not parts or (len(parts[-1]) + 1) * lengths[i] > tokens:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def collate(examples, pad=0):
+    """Right-padded x, y (B, T) int64 of (ids, mask) pairs; the shift by one happens here and nowhere else.
+
+    Causal attention never looks right, so `pad` is any valid id: padding is known by length, never by value.
+    """
+    T = max(1, max(len(ids) for ids, _ in examples) - 1)
+    x, y = np.full((len(examples), T), pad), np.full((len(examples), T), -1)
+    for b, (ids, mask) in enumerate(examples):
+        n = len(ids) - 1                                # the last token is only a target
+        x[b, :n] = ids[:-1]
+        y[b, :n] = np.where(mask[1:], ids[1:], -1)      # the *target* must be supervised, not the position
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def blocks(length, block, seed, epoch):
+    """Starts of an epoch's windows, shuffled: a window is stream[start : start + block + 1], `block` predictions.
+
+    Windows do not overlap in their targets. They begin at a random offset, so that each epoch cuts elsewhere; their
+    number is the same in each epoch. A stream shorter than a window gives one start, and a short window.
+    """
+    rng = _generator(seed, epoch)
+    n = max(1, (length - block) // block)
+    offset = rng.integers(min(block, max(1, length - n * block)))
+    return (offset + block * rng.permutation(n)).tolist()
+
+
+def padding_waste(steps, lengths):
+    """The share of padded tokens that are padding: 1 - real / (rows x longest), over all steps."""
+    padded = sum(len(step) * max(lengths[i] for i in step) for step in steps)
+    return 1 - sum(lengths[i] for step in steps for i in step) / padded
