@@ -43,6 +43,7 @@ def atomic(path):
     path = pathlib.Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")    # same folder: a rename stays on one disk
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, "wb") as f:
             yield f
             f.flush()
@@ -175,8 +176,8 @@ def _view(buffer, start, name, entry):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors, atomically, one copy in memory at a time. Two names for one memory are
-    refused: tied weights are stored once, under one name, and tied again by whoever reads them."""
+    """Write {name: tensor} as safetensors, atomically, one copy in memory at a time. Two names for one memory
+    are refused: tied weights are stored once, under one name, and tied again by whoever reads them."""
     owner, header, end = {}, {"__metadata__": metadata or {"format": "pt"}}, 0
     order = sorted(tensors, key=lambda name: (-list(NAMES).index(tensors[name].dtype), name))
     for name in order:
