@@ -116,10 +116,11 @@ class PiSSA(LoRA):
 
 @torch.no_grad()
 def row_norm(W, A, B, s):
-    """|W + s B A| of each row (out,), without that matrix: |w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>."""
-    W = W.to(A.dtype)
-    square = W.square().sum(1) + 2 * s * (W @ A.T * B).sum(1) + s * s * (B @ (A @ A.T) * B).sum(1)
-    return square.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+    """|W + s B A| of every row, without that matrix: |w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>."""
+    with torch.autocast(W.device.type, enabled=False):          # a norm in bf16 would move every row
+        W = W.to(A.dtype)
+        cross, own = (W @ A.T * B).sum(1), (B @ (A @ A.T) * B).sum(1)           # (out,)
+        return (torch.linalg.vector_norm(W, dim=1).square() + 2 * s * cross + s * s * own).clamp_min(1e-30).sqrt()
 
 
 class DoRA(LoRA):

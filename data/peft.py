@@ -61,6 +61,8 @@ def fuse(pieces, shared):
 def split(whole, outs, ranks=None):
     """Undo `fuse`: one dict per part of outs[i] rows. ranks: how many columns of B are whose; without them, or
     once somebody has trained outside of the blocks, the parts share A and E: the very same tensors."""
+    if len(outs) == 1:
+        return [whole]
     rows = {f: t.split(outs) for f, t in whole.items() if f in ("lora_B", "lora_magnitude_vector", "ia3_l")}
     cols = {f: [t] * len(outs) for f, t in whole.items() if f in ("lora_A", "lora_E")}
     if ranks and "lora_B" in whole:
@@ -159,9 +161,10 @@ def write_adapter(model, folder, kind, found, blank, base, fold, extra):
 # -------------------------------------------------------------------------------------------------- reading
 
 # Settings that change the mathematics in a way that is not implemented here, with the values that do not.
-NEUTRAL = {"bias": ("none",), "lora_bias": (False,), "layer_replication": (None,), "trainable_token_indices": (None,),
-           "target_parameters": (None,), "alora_invocation_tokens": (None,), "use_qalora": (False,),
-           "init_lora_weights": (True, False, "gaussian", "eva"), "init_ia3_weights": (True, False)}
+NEUTRAL = {"bias": ("none",), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
+           "init_lora_weights": (True, False, "gaussian", "eva"),       # others replace the base weight as well
+           **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters", "arrow_config",
+                            "alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config"), (None,))}
 
 
 def targeted(config, path):
@@ -213,7 +216,7 @@ def read_adapter(model, folder, force):
         if lost := [f for f in m if m[f] is None]:
             raise DataError(f"{file}: {key(kind, target, lost[0])} is missing, and adapter_config.json targets it")
         outs = [linear.out_features for linear in linears]
-        how = check(file, config, kind, target, m, linears[0].in_features, sum(outs))
+        how = check(file, config, kind, target, m, linears[0].in_features, outs)
         ranks = side.get("parts", {}).get(target)
         ranks = ranks and [ranks.get(p, 0) for p in modules[target]]
         for p, tensor, rank in zip(modules[target], split(m, outs, ranks), ranks or outs):
@@ -222,18 +225,28 @@ def read_adapter(model, folder, force):
         raise DataError(f"{path}: target_modules {config['target_modules']} matches nothing in this model; its "
                         f"modules are called like {' and '.join(list(modules)[:2])}")
     extra = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
-    for name in extra:
-        owner = name.rpartition(".")[0]
-        if owner not in (config.get("modules_to_save") or ()) or owner in model.hf_names().values():
-            raise DataError(f"{file}: {name} belongs to no module that this adapter targets in this model")
+    for name, t in list(extra.items()):
+        owner, _, leaf = name.replace(".base_layer", "").rpartition(".")
+        mine = [ours for ours, (theirs, _) in model.hf_names().items() if theirs == owner]
+        if mine and is_copy(t, getattr(model.get_submodule(mine[0]), leaf, None)):
+            del extra[name]                             # peft adds the weight of an adapted head, adapter or not
+        elif mine or owner not in (config.get("modules_to_save") or ()):
+            raise DataError(f"{file}: {name} belongs to nothing that this adapter targets in this model")
     return kind, out, extra
 
 
-def check(file, config, kind, target, m, width, out):
+def is_copy(t, own):
+    """Is t the weight the model has already, up to a cast?"""
+    rounding = 0 if own is None else 2 * max(torch.finfo(x.dtype).eps for x in (t, own))
+    return own is not None and t.shape == own.shape and torch.allclose(t.double(), own.double(), rounding, 0)
+
+
+def check(file, config, kind, target, m, width, outs):
     """Shapes of one module's tensors against config and model. Returns its settings; flattens ia3_l."""
+    out = sum(outs)
     how = dict(dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")))
     if kind == "ia3":
-        how["inputs"] = tuple(m["ia3_l"].shape) == (1, width)
+        how["inputs"] = tuple(m["ia3_l"].shape) == (1, width) and len(outs) == 1
         want = {"ia3_l": (1, width) if how["inputs"] else (out, 1)}
     else:
         r = first = config.get("init_r", 12) if kind == "adalora" else None
