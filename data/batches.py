@@ -1,21 +1,22 @@
 """data/batches.py: which examples make a step, and how they become two tensors.
 
-    plan      lengths -> steps, by length inside pools of 50 steps: nearly no padding, and still a fresh mix each epoch
+    plan      lengths -> steps of examples about equally long, in random order: nearly no padding
     micro     one step -> micro-batches under a budget of padded tokens (rows x longest): memory, not mathematics
     collate   examples -> x, y (B, T).  y[b, t] is the target of position t, -1 where nothing is learnt
     blocks    one long stream -> where the windows of an epoch start, at a new offset each epoch
 
 Order is a pure function of (seed, epoch) through numpy's SeedSequence, so there is no data state to save or restore.
-Length grouping as in Hugging Face's "mega-batches"; the remainder that fills no step is drawn *before* sorting (else it
-would always be the longest examples) and comes last. With one pool only, steps would be the same sets in each epoch, so
-there are always at least two.
+Grouping sorts a whole epoch by length, each length stretched by up to 5 % at random, cuts it into steps, and shuffles
+the steps. Two things keep epochs from meeting the same steps again: the stretch, and the one short step (n need not be
+a multiple of the batch), which is cut at a random place and so shifts the others; it comes last in the epoch. Sorting
+inside pools of 50 steps, as is usual, pads 9 % on short messages in batches of 16, where this pads 3 %.
 
 Public: plan, micro, collate, blocks, padding_waste
 """
 import numpy as np
 import torch
 
-POOL = 50                                               # steps sorted together: 4 % padding; 1000 would save 1 % more
+JITTER = 0.05
 
 
 def _generator(seed, epoch):
@@ -23,19 +24,17 @@ def _generator(seed, epoch):
 
 
 def plan(lengths, batch, seed, epoch, group=True):
-    """Steps, lists of `batch` indices (the last may be shorter); every example once."""
-    rng, n = _generator(seed, epoch), len(lengths)
-    order = rng.permutation(n)
-    full = n - n % batch
-    if group:
-        pool = min(POOL, -(-full // batch // 2) or 1) * batch
-        lengths = np.asarray(lengths)
-        for start in range(0, full, pool):
-            part = order[start:min(start + pool, full)]             # a view: sorted in place
-            part[:] = part[np.argsort(lengths[part], kind="stable")]
-    steps = order[:full].reshape(-1, batch)
-    steps = steps[rng.permutation(len(steps))].tolist() if group else steps.tolist()
-    return steps + [order[full:].tolist()] * (full < n)
+    """Steps, lists of `batch` indices, the last of them perhaps shorter; every example once."""
+    n = len(lengths)
+    if n == 0:
+        return []
+    rng = _generator(seed, epoch)
+    order = np.argsort(lengths * (1 + JITTER * rng.random(n))) if group else rng.permutation(n)
+    sizes = np.full(-(-n // batch), batch)
+    short = rng.integers(len(sizes))
+    sizes[short] -= -n % batch
+    steps = np.split(order, sizes.cumsum()[:-1])
+    return [steps[i].tolist() for i in rng.permutation(len(steps)) if i != short] + [steps[short].tolist()]
 
 
 def micro(indices, lengths, tokens):

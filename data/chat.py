@@ -9,7 +9,7 @@ ids, mask: mask[i] is true where token i is *to be predicted*: an answer and its
 
 - Text is encoded as text and marks are added by id, so a text cannot forge a mark and a start token comes once.
 - An answer is always encoded apart from what precedes it. Its first token is then the same in training, where the answer
-  is known, as in generation, where it is not: prompt(messages) is a prefix of render(messages), token for token.
+  is known, as in generation, where it is not: prompt(messages[:-1]) begins render(messages), token for token.
   Everything else between two marks is encoded as one string, as Jinja templates have it.
 - A default system text is read from the chat_template in the tokenizer's folder (SmolLM2, Qwen2.5 have one).
 - plain and alpaca start with the tokenizer's BOS or else with its EOS, which precedes a document in pre-training, and
@@ -108,9 +108,8 @@ def render(messages, template, tokenizer, system=None):
 
 
 def prompt(messages, template, tokenizer, system=None):
-    """ids up to where the assistant speaks; an answer at the end of messages is left out."""
-    asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    return _compose(asked, template, tokenizer, system, speak=True)[0]
+    """ids of the conversation so far, up to where the assistant's next content begins."""
+    return _compose(messages, template, tokenizer, system, speak=True)[0]
 
 
 def answer(text, template, tokenizer):

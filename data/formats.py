@@ -18,9 +18,10 @@ Rows that teach nothing (data/rows.py says which) are dropped and counted; when 
 Splits. A folder holds train, valid and test files. A single file is dealt 80/10/10 by a hash of each row's *question*
 (all but its last answer), so that neither duplicates nor other answers to one prompt straddle, and a new row moves none.
 Should that leave a split empty (all prompts alike), whole rows are hashed; should that too (a handful of rows), every
-split is the whole file. A folder without a valid file deals 10 % of train to it. A .txt is cut at line ends, in order.
+split is the whole file. A folder without a valid file deals 10 % of train to it; without a test file it is tested on
+valid; `source` says so. A .txt file is cut at line ends, in order.
 
-Public: load, splits, Data, question, duplicates, leaks
+Public: load, Data, question, duplicates, leaks
 """
 import collections
 import hashlib
@@ -56,38 +57,38 @@ READ = {key for form in FORMS.values() for keys in form[2:] for key in keys.spli
 class Data(typing.NamedTuple):
     rows: list
     kind: str
-    source: str                                         # which file, and which part of it, for people
-    form: str = ""                                      # the format that was recognised, and keys that are not read
-    dropped: dict = {}                                  # reason -> how many rows of the file teach nothing
+    source: str                                         # which file, and which part of it: for people
+    form: str                                           # the format that was recognised, and keys that are not read
+    dropped: dict                                       # reason -> how many rows of the file teach nothing
 
 
-def recognise(row, at):
-    """The name of the one format whose keys the row has; the keys of a larger format beat those of a smaller."""
-    if {"completion", "label"} <= row.keys() or "kto_tag" in row:
-        raise DataError(f"{at}: single thumbs (KTO) are not supported; give pairs with prompt, chosen and rejected")
-    seen = [(name, set(keys.split())) for name, form in FORMS.items() for keys in form[2:]]
-    seen = [(name, keys) for name, keys in seen if keys <= row.keys()]
-    names = {name for name, keys in seen if not any(keys < other for _, other in seen)}
+def recognise(record, at):
+    """(name, keys) of the one format whose keys are all there; a larger set of keys beats a smaller one inside it."""
+    if "kto_tag" in record or {"completion", "label"} <= record.keys():
+        raise DataError(f"{at}: a thumb up or down per answer (KTO) is not supported; give prompt, chosen and rejected")
+    seen = [(name, keys.split()) for name, form in FORMS.items() for keys in form[2:]]
+    seen = [(name, keys) for name, keys in seen if record.keys() >= set(keys)]
+    seen = [(name, keys) for name, keys in seen if not any(set(keys) < set(larger) for _, larger in seen)]
+    names = sorted({name for name, _ in seen})
     if len(names) > 1:
-        raise DataError(f"{at}: the keys of {len(names)} formats at once ({' and '.join(sorted(names))}); "
-                        "keep the keys of one")
-    return names.pop() if names else None
+        raise DataError(f"{at}: the keys of two formats at once, {names[0]} and {names[1]}; keep those of one")
+    return seen[0] if seen else (None, [])
 
 
 def _interpret(found, source):
-    """Records -> Data. The first one fixes the format, the others must agree."""
-    first, out, dropped, keys, count = None, [], collections.Counter(), set(), 0
-    for count, (at, record) in enumerate(found, 1):
-        name = recognise(record, at)
+    """(place, record) pairs -> Data. The first one fixes the format, the others must agree."""
+    out, first, dropped, unread = [], None, collections.Counter(), set()
+    for at, record in found:
+        name, keys = recognise(record, at)
         if first is None and name is None:
-            raise DataError(f"{at}: no known format has the keys {', '.join(record) or '(none)'}; "
-                            f"known are {', '.join(dict.fromkeys(form[2] for form in FORMS.values()))}".replace(" ", " "))
-        first = first or (name, at)
+            known = " | ".join(dict.fromkeys(form[2].replace(" ", "+") for form in FORMS.values()))
+            raise DataError(f"{at}: the keys {', '.join(list(record)[:8]) or '(none)'} make no known format: {known}")
+        first = first or (name, keys, at)
         if name != first[0]:
-            missing = [key for key in FORMS[first[0]][2].split() if key not in record]
-            raise DataError(f"{at}: " + (f'no "{missing[0]}"' if missing else f"this is a {name} row") +
-                            f"; {first[1]} made this a file of {first[0]} rows")
-        keys |= record.keys() - READ
+            missing = [key for key in first[1] if key not in record]
+            fault = f'no "{missing[0]}"' if missing else f"the keys of a {name} row"
+            raise DataError(f"{at}: {fault}, but {first[2]} made this a file of {first[0]} rows; one format per file")
+        unread |= record.keys() - READ
         try:
             out.append({**FORMS[name][1](record, at), "line": at})
         except read.Useless as reason:
@@ -95,52 +96,56 @@ def _interpret(found, source):
     if not out:
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "it holds no rows"
         raise DataError(f"0 usable examples in {source}: {why}")
-    unread = f" (not read: {', '.join(sorted(keys))})" if keys else ""
-    return Data(out, FORMS[first[0]][0], source, first[0] + unread, dict(dropped))
+    form = first[0] + f" (not read: {', '.join(sorted(unread)[:8])})" * bool(unread)
+    return Data(out, FORMS[first[0]][0], source, form, dict(dropped))
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------
-def question(row):
-    """What must not be in two splits: the row without its last answer (the whole row when nothing is asked)."""
-    asked = row.get("text") or row.get("tokens") or row.get("prompt") or row["messages"][:-1]
-    if isinstance(asked, list) and not any(m["content"].strip() for m in asked if isinstance(m, dict)):
-        return whole(row) if not isinstance(asked[0] if asked else {}, str) else json.dumps(asked)
-    return json.dumps(asked)
-
-
 def whole(row):
     return json.dumps({key: value for key, value in row.items() if key != "line"}, sort_keys=True)
 
 
+def question(row):
+    """What must not be in two splits: the row without its last answer; all of it when nothing is asked."""
+    if "text" in row or "tokens" in row:
+        return json.dumps(row.get("text", row.get("tokens")))
+    turns = row["prompt"] if "prompt" in row else row["messages"][:-1]
+    return json.dumps(turns) if any(m["content"].strip() for m in turns) else whole(row)
+
+
 def duplicates(rows):
     """How many rows repeat an earlier one."""
-    return len(rows) - len({whole(row) for row in rows})
+    return len(rows) - len(set(map(whole, rows)))
 
 
 def leaks(train, other):
-    """How many rows of `other` ask what `train` has answered."""
-    known = {question(row) for row in train}
+    """How many rows of `other` ask what `train` answers."""
+    known = set(map(question, train))
     return sum(question(row) in known for row in other)
 
 
-def _deal(rows, held):
-    """{split: rows}; `held` names the splits that get tenths 8 and 9 of the hash, train gets the rest."""
+def _deal(data, held):
+    """{split: rows}: each split in `held` gets its tenth of the hash, train gets the rest."""
+    if data.rows[0]["line"].endswith(".txt:1"):
+        return _cut(data.rows[0], held)
     for key in (question, whole):
         parts = {"train": [], **{split: [] for split in held.values()}}
-        for row in rows:
+        for row in data.rows:
             tenth = int.from_bytes(hashlib.blake2b(key(row).encode(), digest_size=8).digest(), "big") % 10
             parts[held.get(tenth, "train")].append(row)
         if all(parts.values()):
             return parts
-    return dict.fromkeys(parts, rows)
+    return dict.fromkeys(parts, data.rows)
 
 
-def _cut(row):
-    """One long text, in order: the first 80 %, the next 10 %, the rest, each ending at a line end."""
-    text = row["text"]
-    a, b = (text.find("\n", len(text) * tenths // 10) + 1 or len(text) * tenths // 10 for tenths in (8, 9))
-    return {split: [{**row, "text": piece}] if piece.strip() else []
-            for split, piece in zip(SPLITS, (text[:a], text[a:b], text[b:]))}
+def _cut(row, held):
+    """One long text in order: train, then a tenth for each split in `held`, cut behind the line end that follows."""
+    text, starts = row["text"], [0]
+    for tenth in sorted(held):
+        at = len(text) * (tenth + 10 - 1 - max(held)) // 10
+        starts.append(text.find("\n", at) + 1 or at)
+    return {split: [{**row, "text": text[a:b]}] for split, a, b in
+            zip(("train", *held.values()), starts, [*starts[1:], len(text)])}
 
 
 def _files(folder):
@@ -150,46 +155,42 @@ def _files(folder):
         here = [p for stem in stems for suffix in SUFFIXES if (p := folder / (stem + suffix)).is_file()]
         if len(here) > 1:
             raise DataError(f"{folder} holds both {here[0].name} and {here[1].name}; keep one")
-        found.update({split: path for path in here})
+        found.update((split, path) for path in here)
     if not found:
         raise DataError(f"{folder} holds no train, valid or test file ({' '.join(SUFFIXES)})")
     return found
 
 
-def _toy(name):
-    return name.split("/")[0] == "toy"
-
-
-def splits(path_or_name):
-    """The splits that `load` can give: a folder without a test file has none."""
-    path = pathlib.Path(path_or_name)
-    found = _files(path) if not _toy(str(path_or_name)) and path.is_dir() else SPLITS
-    return tuple(s for s in SPLITS if s in found or s == "valid" and "train" in found)
-
-
 def load(path_or_name, split=None):
-    """A file, a folder, or a name of the toy world; one split of it, or (None) everything."""
+    """A file, a folder, or a name of the toy world: one split of it, or (None) all of it."""
     name, path = str(path_or_name), pathlib.Path(path_or_name)
     if split not in (None, *SPLITS):
-        raise UserError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    if _toy(name):
-        from data import toy                            # here: reading files needs no toy world
-        found = [(f"{name}:{s}:{n}", row) for s in ([split] if split else SPLITS)
-                 for n, row in enumerate(toy.rows(name, s), 1)]
-        return _interpret(found, f"{name} ({split})" if split else name)
-    if path.is_dir():
-        return _folder(path, split)
-    if not path.exists():
-        raise DataError(f"{name} does not exist; data is a file ({' '.join(SUFFIXES)}), a folder with train.jsonl, "
-                        "or a name such as toy or toy/sentiment")
-    data = _interpret(records(path), name)
-    if split is None:
-        return data
-    parts = _cut(data.rows[0]) if path.suffix.lower() == ".txt" else _deal(data.rows, {8: "valid", 9: "test"})
-    if not parts[split]:
-        raise DataError(f"0 usable examples in {name} ({split}): the text is too short to cut in three")
-    part = "all of it: too few rows to split" if parts[split] is data.rows else f"{split}: {len(parts[split])} rows"
-    return data._replace(rows=parts[split], source=f"{name} ({part})")
+        raise UserError(f"{split!r} is no split; there are {', '.join(SPLITS)}")
+    if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
+        return _toy(name, split)
+    try:
+        if path.is_dir():
+            return _folder(path, split)
+        if not path.is_file():
+            raise DataError(f"{name} {'is no file or folder' if path.exists() else 'does not exist'}; data is a file "
+                            f"({' '.join(SUFFIXES)}), a folder with train.jsonl, or a name such as toy/sentiment")
+        data = _interpret(records(path), name)
+    except OSError as e:
+        raise DataError(f"{name} cannot be read ({e.strerror or e})") from e
+    return data if split is None else _part(data, split, {8: "valid", 9: "test"})
+
+
+def _part(data, split, held):
+    rows = _deal(data, held)[split]
+    part = "all of it, too few rows to split" if rows is data.rows else f"its {split} part"
+    return data._replace(rows=rows, source=f"{data.source} ({part})")
+
+
+def _toy(name, split):
+    from data import toy                                # here: reading files needs no toy world
+    found = ((f"{name} {s}:{n}", row) for s in ([split] if split else SPLITS)
+             for n, row in enumerate(toy.rows(name, s), 1))
+    return _interpret(found, f"{name} {split or ''}".strip())
 
 
 def _folder(path, split):
@@ -199,11 +200,12 @@ def _folder(path, split):
         if len({data.kind for data in every}) > 1:
             raise DataError(f"{path} holds files of several kinds: {', '.join(data.kind for data in every)}")
         dropped = sum((collections.Counter(data.dropped) for data in every), collections.Counter())
-        return every[0]._replace(rows=[row for data in every for row in data.rows], source=str(path), dropped=dict(dropped))
-    if "valid" not in files and "train" in files and split != "test":
-        data = load(files["train"])
-        parts = _cut(data.rows[0]) if files["train"].suffix == ".txt" else _deal(data.rows, {8: "valid"})
-        return data._replace(rows=parts[split], source=f"{files['train']} ({split} part, by hash: {path} has no valid file)")
-    if split not in files:
+        return every[0]._replace(rows=[row for data in every for row in data.rows], source=str(path), dropped=dropped)
+    if split == "test" and "test" not in files:
+        data = _folder(path, "valid")
+        return data._replace(source=f"{data.source}, for want of a test file")
+    if split == "test" or "valid" in files and split in files:
+        return load(files[split])
+    if "train" not in files:
         raise DataError(f"{path} has no {split} file; it has {', '.join(p.name for p in files.values())}")
-    return load(files[split])
+    return _part(load(files["train"]), split, {8: "valid"})

@@ -35,13 +35,10 @@ def records(path):
     read = {".txt": _text, ".csv": _table, ".tsv": _table}.get(suffix, _json)
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: the last name of a data file is one of {' '.join(SUFFIXES)}")
-    try:
-        for at, row in read(path):
-            if not isinstance(row, dict):
-                raise DataError(f"{at}: {what(row)}; a row is an object such as {EXAMPLE}")
-            yield at, row
-    except OSError as e:
-        raise DataError(f"{path} cannot be read ({e.strerror or e})") from e
+    for at, row in read(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{at}: {what(row)}; a row is an object such as {EXAMPLE}")
+        yield at, row
 
 
 def _utf8(raw, path, line=1):

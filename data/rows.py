@@ -8,7 +8,7 @@ An empty prompt is fine: the model speaks first. Two answers in a row are two an
 assistant), content and an assistant's weight (0 or 1); OpenAI's `developer` is system, and a `name` is not rendered.
 An HH transcript "\n\nHuman: ...\n\nAssistant: ..." becomes messages; its turns lose the white space at their ends.
 
-Public: Useless, and one function from (record, place) to row for each format that formats.py lists
+Public: Useless, and for each format that data/formats.py lists a function (record, place) -> row
 """
 import json
 import math
@@ -139,7 +139,8 @@ def completion(row, at):
 
 def _alpaca_turns(row, at):
     turns = _system(row, at)
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         said = _strings(pair, "history", at)
         if len(said) != 2:
             raise DataError(f'{at}: "history" holds a list of {len(said)}; it must hold [question, answer] pairs')
@@ -177,25 +178,25 @@ def openai_pair(row, at):
 
 
 def whole_pair(row, at):
-    """Two whole conversations (HH transcripts, or TRL's lists) that differ in their last answer only."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, list):
-        chosen, rejected = _messages(row, "chosen", at), _messages(row, "rejected", at)
-        same, answers = chosen[:-1] == rejected[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
-        prompt = chosen[:-1]
-    else:
-        both = [_string(chosen, "chosen", at), _string(rejected, "rejected", at)]
+    """Two conversations (HH transcripts, or lists of messages) that differ in their last answer only."""
+    if isinstance(row["chosen"], str):
+        both = [_string(row[key], key, at) for key in ("chosen", "rejected")]
         shared, marker = os.path.commonprefix(both), "\n\nAssistant:"
         if marker not in shared:
             raise DataError(f'{at}: no "prompt", and "chosen" and "rejected" do not begin as one transcript '
-                            '("\\n\\nHuman: ... \\n\\nAssistant: ..."); give the prompt its own key')
+                            '(\\n\\nHuman: ... \\n\\nAssistant: ...); give the prompt its own key')
         end = shared.rindex(marker) + len(marker)
-        answers = [text[end:] for text in both]
-        same = not any("\n\nHuman:" in text for text in answers)
-        prompt, answers = _prompt({"p": shared[:end]}, "p", at), [text.strip() for text in answers]
-    if not same:
+        asked, answers = [_prompt({"chosen": text[:end]}, "chosen", at) for text in both], [t[end:] for t in both]
+        parted = any("\n\nHuman:" in text for text in answers)
+    else:
+        both = [_messages(row, key, at) for key in ("chosen", "rejected")]
+        if any(len(turns) < 2 or turns[-1]["role"] != "assistant" for turns in both):
+            raise DataError(f'{at}: no "prompt", so "chosen" and "rejected" must be conversations that end with an answer')
+        asked, answers = [turns[:-1] for turns in both], [turns[-1]["content"] for turns in both]
+        parted = asked[0] != asked[1]
+    if parted:
         raise Useless("whose conversations part before the last answer")
-    return _pair(row, prompt, *answers, at)
+    return _pair(row, asked[0], *(text.strip() for text in answers), at)
 
 
 def conversation(row, at):
@@ -230,9 +231,9 @@ def text(row, at):
 
 def label(row, at):
     """Labels are names: 1 in JSON and 1 in CSV are the same label, "1"."""
-    value = str(row["label"]) if type(row["label"]) in (int, bool) else _string(row["label"], "label", at)
-    if not value.strip():
-        raise DataError(f'{at}: "label" is empty; it must be a name')
+    value = row["label"] if isinstance(row["label"], str) else json.dumps(row["label"])
+    if not value.strip() or type(row["label"]) not in (str, int, bool):
+        raise DataError(f'{at}: "label" is {value[:60] or "empty"}; it must be a name, or a whole number')
     return {**text(row, at), "label": value}
 
 
