@@ -1,15 +1,16 @@
 """data/batches.py: which examples make a step, and how they become two tensors.
 
     plan      lengths -> steps of examples about equally long, in random order: nearly no padding
-    micro     one step -> micro-batches under a budget of padded tokens (rows x longest): memory, not mathematics
-    collate   examples -> x, y (B, T).  y[b, t] is the target of position t, -1 where nothing is learnt
+    micro     a step -> micro-batches under a budget of padded tokens, rows x longest: memory, not mathematics
+    collate   examples -> x, y (B, T): y[b, t] is the target of position t, -1 where nothing is learnt
     blocks    one long stream -> where the windows of an epoch start, at a new offset each epoch
 
-Order is a pure function of (seed, epoch) through numpy's SeedSequence, so there is no data state to save or restore.
-Grouping sorts a whole epoch by length, each length stretched by up to 5 % at random, cuts it into steps, and shuffles
-the steps. Two things keep epochs from meeting the same steps again: the stretch, and the one short step (n need not be
-a multiple of the batch), which is cut at a random place and so shifts the others; it comes last in the epoch. Sorting
-inside pools of 50 steps, as is usual, pads 9 % on short messages in batches of 16, where this pads 3 %.
+Order is a pure function of (seed, epoch), so there is no data state to save or restore.
+
+Grouping sorts a whole epoch by length, each length stretched by up to 5 % at random, cuts it into steps, and
+shuffles the steps. Two things keep an epoch from meeting the steps of another: the stretch, and the one short
+step (n is rarely a multiple of the batch), which is cut at a random place and so shifts the others; it comes
+last. The usual sorting inside pools of 50 steps pads 9 % on short messages in batches of 16, this pads 3 %.
 
 Public: plan, micro, collate, blocks, padding_waste
 """
@@ -20,7 +21,7 @@ JITTER = 0.05
 
 
 def _generator(seed, epoch):
-    return np.random.default_rng([int(seed < 0), abs(int(seed)), int(epoch)])    # any integer is a seed of its own
+    return np.random.default_rng([int(seed < 0), abs(int(seed)), int(epoch)])   # any integer is its own seed
 
 
 def plan(lengths, batch, seed, epoch, group=True):
@@ -62,10 +63,10 @@ def collate(examples, pad=0):
 
 
 def blocks(length, block, seed, epoch):
-    """Starts of an epoch's windows, shuffled: a window is stream[start : start + block + 1], `block` predictions.
+    """Starts of an epoch's windows, shuffled; a window is stream[start : start + block + 1], `block` targets.
 
-    Windows do not overlap in their targets. They begin at a random offset, so that each epoch cuts elsewhere; their
-    number is the same in each epoch. A stream shorter than a window gives one start, and a short window.
+    No token is a target twice. The first window begins at a random offset, so that each epoch cuts elsewhere;
+    their number is the same in each. A stream shorter than a window gives one start, and a short window.
     """
     rng = _generator(seed, epoch)
     n = max(1, (length - block) // block)

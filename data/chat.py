@@ -1,21 +1,21 @@
-"""data/chat.py: conversations -> token ids and loss mask; what a model is trained on is what it is asked with.
+r"""data/chat.py: conversations -> token ids and loss mask; a model is asked with what it was trained on.
 
-    chatml   <|im_start|>role \\n content <|im_end|> \\n                                     Qwen, SmolLM2
-    llama3   <|begin_of_text|> <|start_header_id|>role<|end_header_id|> \\n\\n content <|eot_id|>
-    alpaca   preamble, "### Instruction:" and "### Response:" headings in plain text         any base model
-    plain    start, prompt, answer, end; prompt, answer, end; ...  nothing in between        completions
+    chatml   <|im_start|>role \n content <|im_end|> \n                                    Qwen, SmolLM2
+    llama3   <|begin_of_text|> <|start_header_id|>role<|end_header_id|> \n\n content <|eot_id|>
+    alpaca   a preamble, then "### Instruction:" and "### Response:" in plain text        any base model
+    plain    start, prompt, answer, end; prompt, answer, end; ...  nothing in between     completions
 
-ids, mask: mask[i] is true where token i is *to be predicted*: an answer and its end token, unless its weight is 0.
+mask[i] is true where token i is *to be predicted*: an answer and its end token, unless its weight is 0.
 
-- Text is encoded as text and marks are added by id, so a text cannot forge a mark and a start token comes once.
-- An answer is always encoded apart from what precedes it. Its first token is then the same in training, where the answer
-  is known, as in generation, where it is not: prompt(messages[:-1]) begins render(messages), token for token.
-  Everything else between two marks is encoded as one string, as Jinja templates have it.
-- A default system text is read from the chat_template in the tokenizer's folder (SmolLM2, Qwen2.5 have one).
-- plain and alpaca start with the tokenizer's BOS or else with its EOS, which precedes a document in pre-training, and
-  without which nothing could predict the first token after an empty prompt. In plain, neighbouring texts of system and
-  user are joined by a newline; white space between prompt and answer is up to the data ("completion": " yes").
-- llama3 strips contents, like the original; the dates that Llama 3.1 writes into its system turn are left out.
+- Text is encoded as text and marks are added by id: no text can forge a mark, and a start token comes once.
+- An answer is encoded apart from what precedes it, so its first token is the same in training, where it is
+  known, as in generation, where it is not: prompt(messages[:-1]) begins render(messages), token for token.
+  All else between two marks is encoded as one string, which is what Jinja templates do.
+- A default system text is read from the tokenizer's own chat_template (SmolLM2 and Qwen2.5 have one).
+- plain and alpaca start with the tokenizer's BOS, or else its EOS: in pre-training it precedes a document,
+  and without it nothing could predict the first token after an empty prompt. In plain, neighbouring texts of
+  system and user are joined by a newline; between prompt and answer the data decides ("completion": " yes").
+- llama3 strips contents, like the original; the dates in Llama 3.1's system turn are left out.
 
 Public: TEMPLATES, guess, render, prompt, answer, end_token, fit
 """
@@ -27,7 +27,8 @@ from data.files import DataError, UserError
 TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
 MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"),
          "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PREAMBLE = ("Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.")
 
 
 def guess(tokenizer):
@@ -36,18 +37,18 @@ def guess(tokenizer):
 
 
 def _marks(template, tokenizer):
-    """The ids of a template's marks, in the order of MARKS; for plain text the start and the end of a document."""
+    """The ids of a template's marks, as in MARKS; for those of plain text, start and end of a document."""
     if template not in TEMPLATES:
         raise UserError(f"{template!r} is no chat template; there are {', '.join(TEMPLATES)}")
     if template in MARKS:
         missing = [mark for mark in MARKS[template] if mark not in tokenizer.special]
         if missing:
-            raise UserError(f"the template {template} needs the token {missing[0]}, which this tokenizer lacks; "
-                            f"it has those of {guess(tokenizer)}")
+            raise UserError(f"the template {template} needs the token {missing[0]}, not in this tokenizer; "
+                            f"say --template {guess(tokenizer)}")
         return [tokenizer.special[mark] for mark in MARKS[template]]
     if tokenizer.eos is None:
-        raise UserError(f"the template {template} ends answers with the end-of-text token; this tokenizer names none")
-    turn = tokenizer.special.get("<|im_start|>")        # SmolLM2 calls it its BOS; it opens turns, not documents
+        raise UserError(f"{template} text ends with an end-of-text token, and this tokenizer names none")
+    turn = tokenizer.special.get("<|im_start|>")    # SmolLM2 calls it its BOS; it opens turns, not documents
     return [tokenizer.eos if tokenizer.bos in (None, turn) else tokenizer.bos, tokenizer.eos]
 
 
@@ -57,7 +58,7 @@ def end_token(template, tokenizer):
 
 
 def _default_system(template, tokenizer):
-    """What the family says when no system message is given: SmolLM2 and Qwen2.5 state it in their Jinja template."""
+    """What is said for a conversation without a system message."""
     if template == "alpaca":
         return PREAMBLE
     jinja = str(tokenizer.chat_template) if template == "chatml" else ""
@@ -66,7 +67,7 @@ def _default_system(template, tokenizer):
 
 
 def _turn(role, last, template, marks):
-    """What stands before a turn's content, its end token, what follows: lists of ids and texts. `last`: role before."""
+    """What precedes a turn's content, its end token, what follows: ids and texts. `last`: the role before."""
     if template == "chatml":
         return [marks[0], f"{role}\n"], [marks[1]], ["\n"]
     if template == "llama3":
@@ -84,16 +85,18 @@ def _compose(messages, template, tokenizer, system, speak):
     system = _default_system(template, tokenizer) if system is None else system
     if system and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": system}, *messages]
-    pieces = [(marks[0], None)] if template != "chatml" else []     # (id or text, learn it?); None: not an answer
+    pieces = [(marks[0], None)] if template != "chatml" else []     # (id or text, learn it?), None: no answer
     last = None
     for m in messages:
         learn = bool(m.get("weight", 1)) if m["role"] == "assistant" else None
         before, end, after = _turn(m["role"], last, template, marks)
         content = m["content"].strip() if template == "llama3" else m["content"]
-        pieces += [(p, None) for p in before] + [(p, learn) for p in (content, *end)] + [(p, None) for p in after]
+        pieces += [(piece, None) for piece in before]
+        pieces += [(content, learn), *((mark, learn) for mark in end)]
+        pieces += [(piece, None) for piece in after]
         last = m["role"]
     if speak:
-        pieces += [(p, None) for p in _turn("assistant", last, template, marks)[0]]
+        pieces += [(piece, None) for piece in _turn("assistant", last, template, marks)[0]]
     ids, mask = [], []
     for (kind, learn), run in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
         run = [piece for piece, _ in run]
@@ -103,7 +106,7 @@ def _compose(messages, template, tokenizer, system, speak):
 
 
 def render(messages, template, tokenizer, system=None):
-    """ids, mask of a whole conversation. system: text for those that bring none; None: the family's; "": none."""
+    """ids, mask of a conversation. system: for those that bring none; None: the tokenizer's own; "": none."""
     return _compose(messages, template, tokenizer, system, speak=False)
 
 
@@ -121,19 +124,21 @@ def answer(text, template, tokenizer):
 def fit(ids, mask, limit, too_long="truncate", at="an example"):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 
-    Truncation cuts the prompt (all before the first supervised token) from the left and the rest from the right. Each
-    may count on half of the limit, and has what the other leaves: neither ever goes altogether. The first token stays,
-    because a model without its start token is another model. A cut answer has no end token: it did not end there.
+    Truncation cuts the prompt (all before the first supervised token) from the left, the rest from the right.
+    Each may count on half of the limit and has what the other leaves, so neither ever goes altogether. The
+    first token stays: a model without its start token is another model. A cut answer has no end token.
     """
+    if limit < 2:
+        raise UserError(f"{limit} tokens are no room for an example; allow more, or fewer virtual ones")
     if len(ids) <= limit:
         return ids, mask
     if too_long == "error":
-        raise DataError(f"{at} has {len(ids)} tokens and {limit} fit; shorten it, or say --too_long truncate or drop")
+        raise DataError(f"{at} has {len(ids)} tokens, {limit} fit; shorten it, or say --too_long truncate")
     if too_long == "drop":
         return None
     asked = mask.index(True) if True in mask else len(ids)
     said = len(ids) - asked
     said = min(said, max(limit // 2, limit - asked))
-    cut = asked - (limit - said)                                    # tokens to lose on the left, behind the first
-    keep = [*range(min(asked, 1)), *range(max(cut, 0) + 1, asked + said)]
+    cut = max(0, asked + said - limit)                  # tokens to lose on the left, behind the first
+    keep = [0, *range(cut + 1, asked + said)]
     return [ids[i] for i in keep], [mask[i] for i in keep]

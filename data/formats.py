@@ -4,26 +4,29 @@
     text    {"text"}                                        text (a .txt file is one such row)
     label   {"text", "label"}                               text + label
     tags    {"tokens", "tags"}                              tokens + tags
-    chat    {"messages": [{"role", "content", "weight"?}],  prompt + completion; messages (OpenAI); instruction and/or
-             "references"?: [str]}                          input + output (Alpaca); conversations (ShareGPT)
-    pairs   {"prompt": messages, "chosen", "rejected",      prompt + chosen + rejected; chosen + rejected (HH, TRL);
-             "votes_for"?, "votes_against"?}                input + preferred_output + non_preferred_output (OpenAI)
-    ranked  {"prompt": messages, "responses", "rank"}       prompt + responses + rank (the best has the smallest)
+    chat    {"messages": [{"role", "content", "weight"?}],  prompt + completion; messages (OpenAI);
+             "references"?: [str]}                          instruction, input + output (Alpaca);
+                                                            conversations (ShareGPT)
+    pairs   {"prompt": messages, "chosen", "rejected",      prompt + chosen + rejected; or with instruction,
+             "votes_for"?, "votes_against"?}                conversations; chosen + rejected (HH, TRL);
+                                                            input + preferred_output + non_preferred_output
+    ranked  {"prompt": messages, "responses", "rank"}       prompt + responses + rank (smallest is best)
     prompt  {"prompt": messages}                            prompt
 
-and "line": "file:17" in each. A format is recognised by its keys; the first row fixes it for the file, and a row with
-the keys of two formats is an error. An evaluation may give "references" (or "outputs") in place of the last answer.
-Rows that teach nothing (data/rows.py says which) are dropped and counted; when nothing is left, that is an error.
+and "line": "file:17" in each. A format is recognised by its keys. The first row fixes it for the file; a row
+with the keys of two formats is an error. For evaluation, "references" (or "outputs") may replace the last
+answer. Rows that teach nothing (data/rows.py) are dropped and counted; when none is left, that is an error.
 
-Splits. A folder holds train, valid and test files. A single file is dealt 80/10/10 by a hash of each row's *question*
-(all but its last answer), so that neither duplicates nor other answers to one prompt straddle, and a new row moves none.
-Should that leave a split empty (all prompts alike), whole rows are hashed; should that too (a handful of rows), every
-split is the whole file. A folder without a valid file deals 10 % of train to it; without a test file it is tested on
-valid; `source` says so. A .txt file is cut at line ends, in order.
+Splits. A folder holds train, valid and test files. A single file is dealt 80/10/10 by a hash of each row's
+*question* (all but its last answer): neither duplicates nor other answers to one prompt ever straddle, and a
+new row moves no old one. Should that leave a split empty (all prompts alike), whole rows are hashed; should
+that too (a handful of rows), every split is the whole file. A folder without a valid file deals 10 % of train
+to it; one without a test file is tested on valid. A .txt is cut in order, at line ends. `source` says so.
 
 Public: load, Data, question, duplicates, leaks
 """
 import collections
+import functools
 import hashlib
 import json
 import pathlib
@@ -41,7 +44,8 @@ FORMS = {                                               # name: kind, reader, th
     "prompt/completion": ("chat", read.completion, "prompt completion", "prompt references"),
     "messages": ("chat", read.conversation, "messages"),
     "ShareGPT": ("chat", read.conversation, "conversations"),
-    "Alpaca": ("chat", read.alpaca, "instruction output", "instruction outputs", "input output", "input outputs"),
+    "Alpaca": ("chat", read.alpaca, "instruction output", "input output",
+               "instruction outputs", "input outputs"),
     "prompt/chosen/rejected": ("pairs", read.pair, "prompt chosen rejected"),
     "Alpaca preference": ("pairs", read.pair, "instruction chosen rejected"),
     "ShareGPT preference": ("pairs", read.pair, "conversations chosen rejected"),
@@ -51,27 +55,31 @@ FORMS = {                                               # name: kind, reader, th
     "prompt": ("prompt", read.prompt, "prompt"),
 }
 OPTIONAL = "input system history references outputs tools functions votes_for votes_against"
-READ = {key for form in FORMS.values() for keys in form[2:] for key in keys.split()} | set(OPTIONAL.split())
 
 
 class Data(typing.NamedTuple):
     rows: list
     kind: str
     source: str                                         # which file, and which part of it: for people
-    form: str                                           # the format that was recognised, and keys that are not read
+    form: str                                           # the format recognised, and the keys not read
     dropped: dict                                       # reason -> how many rows of the file teach nothing
 
 
+@functools.lru_cache
+def _seen(keys):
+    """The formats whose keys are all there, (name, its keys), and not part of a larger one that is there too."""
+    seen = [(name, some.split()) for name, form in FORMS.items() for some in form[2:] if keys >= set(some.split())]
+    return [(name, some) for name, some in seen if not any(set(some) < set(more) for _, more in seen)]
+
+
 def recognise(record, at):
-    """(name, keys) of the one format whose keys are all there; a larger set of keys beats a smaller one inside it."""
+    """(name, keys) of the one format that a record is in, (None, []) if it is in none."""
     if "kto_tag" in record or {"completion", "label"} <= record.keys():
-        raise DataError(f"{at}: a thumb up or down per answer (KTO) is not supported; give prompt, chosen and rejected")
-    seen = [(name, keys.split()) for name, form in FORMS.items() for keys in form[2:]]
-    seen = [(name, keys) for name, keys in seen if record.keys() >= set(keys)]
-    seen = [(name, keys) for name, keys in seen if not any(set(keys) < set(larger) for _, larger in seen)]
+        raise DataError(f"{at}: thumbs up or down (KTO) are not supported; give prompt, chosen and rejected")
+    seen = _seen(frozenset(record))
     names = sorted({name for name, _ in seen})
     if len(names) > 1:
-        raise DataError(f"{at}: the keys of two formats at once, {names[0]} and {names[1]}; keep those of one")
+        raise DataError(f"{at}: the keys of two formats, {names[0]} and {names[1]}; keep those of one")
     return seen[0] if seen else (None, [])
 
 
@@ -82,13 +90,15 @@ def _interpret(found, source):
         name, keys = recognise(record, at)
         if first is None and name is None:
             known = " | ".join(dict.fromkeys(form[2].replace(" ", "+") for form in FORMS.values()))
-            raise DataError(f"{at}: the keys {', '.join(list(record)[:8]) or '(none)'} make no known format: {known}")
+            keys = ", ".join(list(record)[:8]) or "(none)"
+            raise DataError(f"{at}: no format has the keys {keys}; there are {known}")
         first = first or (name, keys, at)
         if name != first[0]:
             missing = [key for key in first[1] if key not in record]
-            fault = f'no "{missing[0]}"' if missing else f"the keys of a {name} row"
-            raise DataError(f"{at}: {fault}, but {first[2]} made this a file of {first[0]} rows; one format per file")
-        unread |= record.keys() - READ
+            fault = f'no "{missing[0]}"' if missing else f"the keys of {name}"
+            raise DataError(f"{at}: {fault}, in a file of {first[0]} rows (so says {first[2]}); "
+                            "a file has one format")
+        unread |= record.keys() - set(" ".join((OPTIONAL, *FORMS[name][2:])).split())
         try:
             out.append({**FORMS[name][1](record, at), "line": at})
         except read.Useless as reason:
@@ -100,7 +110,7 @@ def _interpret(found, source):
     return Data(out, FORMS[first[0]][0], source, form, dict(dropped))
 
 
-# ---- splits ----------------------------------------------------------------------------------------------------
+# ---- splits ------------------------------------------------------------------------------------------------
 def whole(row):
     return json.dumps({key: value for key, value in row.items() if key != "line"}, sort_keys=True)
 
@@ -139,10 +149,10 @@ def _deal(data, held):
 
 
 def _cut(row, held):
-    """One long text in order: train, then a tenth for each split in `held`, cut behind the line end that follows."""
+    """One long text in order: train, and a tenth for each split in `held`; pieces end with a line."""
     text, starts = row["text"], [0]
-    for tenth in sorted(held):
-        at = len(text) * (tenth + 10 - 1 - max(held)) // 10
+    for tenths in range(10 - len(held), 10):
+        at = len(text) * tenths // 10
         starts.append(text.find("\n", at) + 1 or at)
     return {split: [{**row, "text": text[a:b]}] for split, a, b in
             zip(("train", *held.values()), starts, [*starts[1:], len(text)])}
@@ -172,8 +182,9 @@ def load(path_or_name, split=None):
         if path.is_dir():
             return _folder(path, split)
         if not path.is_file():
-            raise DataError(f"{name} {'is no file or folder' if path.exists() else 'does not exist'}; data is a file "
-                            f"({' '.join(SUFFIXES)}), a folder with train.jsonl, or a name such as toy/sentiment")
+            fault = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise DataError(f"{name} {fault}; data is a file ({' '.join(SUFFIXES)}), a folder with "
+                            "train.jsonl, or a name such as toy/sentiment")
         data = _interpret(records(path), name)
     except OSError as e:
         raise DataError(f"{name} cannot be read ({e.strerror or e})") from e
@@ -199,8 +210,9 @@ def _folder(path, split):
         every = [load(file) for file in files.values()]
         if len({data.kind for data in every}) > 1:
             raise DataError(f"{path} holds files of several kinds: {', '.join(data.kind for data in every)}")
+        rows = [row for data in every for row in data.rows]
         dropped = sum((collections.Counter(data.dropped) for data in every), collections.Counter())
-        return every[0]._replace(rows=[row for data in every for row in data.rows], source=str(path), dropped=dropped)
+        return every[0]._replace(rows=rows, source=str(path), dropped=dict(dropped))
     if split == "test" and "test" not in files:
         data = _folder(path, "valid")
         return data._replace(source=f"{data.source}, for want of a test file")

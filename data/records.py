@@ -4,8 +4,8 @@
     .csv .tsv       a header names the keys; in a .tsv a quote is only a quote
     .txt            one record {"text": the whole file}
 
-UTF-8 only, with or without a byte order mark, any line ends. JSON is read more strictly than Python reads it: a key
-twice in one object, NaN, Infinity and half a surrogate pair are errors, because each would change the data in silence.
+UTF-8 only, with or without a byte order mark, any line ends. JSON is read more strictly than by Python: a key
+twice in one object, NaN, Infinity and half a surrogate pair are errors: they would change data in silence.
 A place is "file:17" (or "file:item 17" in an array) and starts every error sentence.
 
 Public: records, what
@@ -45,8 +45,8 @@ def _utf8(raw, path, line=1):
     try:
         return raw.decode("utf-8-sig")                  # -sig: a byte order mark is no part of the text
     except UnicodeDecodeError as e:
-        line += e.object.count(b"\n", 0, e.start)
-        raise DataError(f"{path}:{line}: byte 0x{e.object[e.start]:02x} is not UTF-8; save the file as UTF-8") from e
+        line, byte = line + e.object.count(b"\n", 0, e.start), e.object[e.start]
+        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from e
 
 
 def _text(path):
@@ -61,9 +61,9 @@ def _json(path):
             rows = _parse(_utf8(f.read(), path), path, 1, "a file that starts with [ is one array of rows")
             yield from ((f"{path}:item {n}", row) for n, row in enumerate(rows, 1))
             return
-        for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):   # not str.splitlines: U+2028
+        for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
             if len(line) > MAX_LINE:
-                raise DataError(f"{path}:{n}: the line is longer than {MAX_LINE >> 20} MiB; cut it into several rows")
+                raise DataError(f"{path}:{n}: a line of over {MAX_LINE >> 20} MiB; cut it into several rows")
             if text := _utf8(line, path, n).strip():
                 yield f"{path}:{n}", _parse(text, path, n, "each line is one whole object")
 
@@ -77,7 +77,8 @@ def _parse(text, path, line, rule):
     except json.JSONDecodeError as e:
         raise DataError(f"{path}:{line + e.lineno - 1}: not JSON ({e.msg}, column {e.colno}); {rule}") from e
     except UnicodeEncodeError as e:
-        raise DataError(f"{path}:{line}: \\u{ord(e.object[e.start]):04x} is half of a surrogate pair, not text") from e
+        half = f"\\u{ord(e.object[e.start]):04x}"
+        raise DataError(f"{path}:{line}: {half} is half of a surrogate pair, not a character") from e
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}:{line}: not JSON ({e})") from e
 

@@ -1,12 +1,13 @@
-"""data/rows.py: one record of anybody's format -> one canonical row, or one sentence about what is wrong with it.
+r"""data/rows.py: one record of anybody's format -> one canonical row, or a sentence about what is wrong.
 
-Two sorts of bad record. What cannot be *understood* (a number for a string, an unknown role, a tool call) raises
-DataError with its place. What can be understood but *teaches nothing* (an empty answer, no last answer, all weights 0,
-chosen equal to rejected) raises Useless with the reason, and is dropped and counted by whoever reads the file.
+Two sorts of bad record. What cannot be *understood* (a number for a string, an unknown role, a tool call)
+raises DataError with its place. What can be understood but *teaches nothing* (an empty or no last answer, all
+weights 0, chosen equal to rejected) raises Useless with the reason, under which the row is counted.
 
-An empty prompt is fine: the model speaks first. Two answers in a row are two answers. Messages keep role (system, user,
-assistant), content and an assistant's weight (0 or 1); OpenAI's `developer` is system, and a `name` is not rendered.
-An HH transcript "\n\nHuman: ...\n\nAssistant: ..." becomes messages; its turns lose the white space at their ends.
+An empty prompt is fine: the model speaks first. Two answers in a row are two answers. Messages keep a role
+(system, user, assistant), content, and an assistant's weight (1: learnt, 0: context). OpenAI's developer is
+system; a name is not rendered. Strings are kept as they are; only the turns of an HH transcript ("\n\nHuman:
+...\n\nAssistant: ...") lose the white space around them.
 
 Public: Useless, and for each format that data/formats.py lists a function (record, place) -> row
 """
@@ -27,7 +28,7 @@ class Useless(Exception):
     """A row that can be understood and teaches nothing; its text is the reason it is counted under."""
 
 
-# ---- values ----------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 def _string(value, key, at):
     if not isinstance(value, str):
         raise DataError(f'{at}: "{key}" is {what(value)}; it must be a string')
@@ -58,13 +59,13 @@ def _message(m, key, at):
     if role in TOOLS or m.get("tool_calls") or m.get("function_call"):
         raise DataError(f'{at}: "{key}" holds a tool call, which no template here renders; remove such rows')
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f'{at}: "{key}" has the role {json.dumps(role)}; the roles are {", ".join(ROLES)}')
+        raise DataError(f'{at}: "{key}" has the role {json.dumps(role)[:60]}; roles are {", ".join(ROLES)}')
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         content = "".join(_string(part["text"], "text", at) for part in content)     # OpenAI's content parts
-    out = {"role": ROLES[role], "content": _string(content, f"{key}: content", at)}
+    out = {"role": ROLES[role], "content": _string(content, "value" if "from" in m else "content", at)}
     if (weight := m.get("weight")) is not None:
         if weight not in (0, 1) or out["role"] != "assistant":
-            raise DataError(f'{at}: "weight" is {json.dumps(weight)} on a {role} message; an assistant\'s is 0 or 1')
+            raise DataError(f'{at}: "weight" is {json.dumps(weight)} on a {role} turn; assistants: 0 or 1')
         out["weight"] = int(weight)
     return out
 
@@ -74,20 +75,18 @@ def _messages(row, key, at):
     value = row[key]
     if isinstance(value, str):
         turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.strip())
-        transcript = len(turns) > 1 and not turns[0] and turns[-2:] == ["Assistant", ""]
-        out = _hh(turns[1:-2]) if transcript else [{"role": "user", "content": value}]
+        out = [{"role": "user", "content": value}]
+        if not turns[0] and turns[-2:] == ["Assistant", ""]:
+            out = [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+                   for who, said in zip(turns[1:-2:2], turns[2:-2:2])]
     elif isinstance(value, list) and value:
         out = [_message(m, key, at) for m in value]
     else:
-        raise DataError(f'{at}: "{key}" is {what(value)}{" of nothing" * (value == [])}; it must be a string or messages')
+        found = "an empty list" if value == [] else what(value)
+        raise DataError(f'{at}: "{key}" is {found}; it must be a string or a list of messages')
     if row.get("tools") or row.get("functions"):
-        raise DataError(f'{at}: "tools" are not rendered by any template here; remove them and the rows that call them')
+        raise DataError(f'{at}: "tools" are rendered by no template here; remove them and all calls')
     return _system(row, at) + out
-
-
-def _hh(turns):
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
 def _system(row, at):
@@ -109,11 +108,11 @@ def _answer(row, key, at):
     value = [row[key]] if isinstance(row[key], dict) else row[key]
     turns = _messages({key: value}, key, at)
     if [m["role"] for m in turns] != ["assistant"]:
-        raise DataError(f'{at}: "{key}" must be a string or one assistant message')
+        raise DataError(f'{at}: "{key}" must be a string, or one assistant message')
     return turns[0]["content"]
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------
 def _chat(row, messages, at):
     """The common end of all conversations; `references` or `outputs` may stand in for the last answer."""
     key = "references" if "references" in row else "outputs"
@@ -143,7 +142,7 @@ def _alpaca_turns(row, at):
     for pair in history if isinstance(history, list) else [history]:
         said = _strings(pair, "history", at)
         if len(said) != 2:
-            raise DataError(f'{at}: "history" holds a list of {len(said)}; it must hold [question, answer] pairs')
+            raise DataError(f'{at}: "history" holds a list of {len(said)}; it holds [question, answer] pairs')
         turns += [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]
     asked = [_optional(row, "instruction", at), _optional(row, "input", at)]
     return turns + [{"role": "user", "content": "\n".join(filter(None, asked))}]
@@ -172,7 +171,8 @@ def pair(row, at):
 def openai_pair(row, at):
     inner = row["input"] if isinstance(row["input"], dict) else {}
     if "messages" not in inner:
-        raise DataError(f'{at}: "input" is {what(row["input"])} without "messages"; it must be {{"messages": [...]}}')
+        found = what(row["input"])
+        raise DataError(f'{at}: "input" is {found} without "messages"; it must be {{"messages": [...]}}')
     answers = [_answer(row, key, at) for key in ("preferred_output", "non_preferred_output")]
     return _pair(row, _prompt(inner, "messages", at), *answers, at)
 
@@ -186,17 +186,19 @@ def whole_pair(row, at):
             raise DataError(f'{at}: no "prompt", and "chosen" and "rejected" do not begin as one transcript '
                             '(\\n\\nHuman: ... \\n\\nAssistant: ...); give the prompt its own key')
         end = shared.rindex(marker) + len(marker)
-        asked, answers = [_prompt({"chosen": text[:end]}, "chosen", at) for text in both], [t[end:] for t in both]
+        asked = [_prompt({"chosen": shared[:end]}, "chosen", at)]
+        answers = [text[end:].strip() for text in both]
         parted = any("\n\nHuman:" in text for text in answers)
     else:
         both = [_messages(row, key, at) for key in ("chosen", "rejected")]
         if any(len(turns) < 2 or turns[-1]["role"] != "assistant" for turns in both):
-            raise DataError(f'{at}: no "prompt", so "chosen" and "rejected" must be conversations that end with an answer')
-        asked, answers = [turns[:-1] for turns in both], [turns[-1]["content"] for turns in both]
+            raise DataError(f'{at}: no "prompt", so "chosen" and "rejected" must each end a conversation')
+        asked = [turns[:-1] for turns in both]
+        answers = [turns[-1]["content"] for turns in both]
         parted = asked[0] != asked[1]
     if parted:
         raise Useless("whose conversations part before the last answer")
-    return _pair(row, asked[0], *(text.strip() for text in answers), at)
+    return _pair(row, asked[0], *answers, at)
 
 
 def conversation(row, at):
@@ -204,11 +206,11 @@ def conversation(row, at):
 
 
 def ranking(row, at):
-    """K answers and their ranks: smaller is better, ties are allowed."""
+    """K answers and their ranks: smaller is better, ties teach nothing about the tied."""
     responses = _strings(row["responses"], "responses", at)
     rank = [_number(x, "rank", at) for x in row["rank"]] if isinstance(row["rank"], list) else []
     if len(responses) != len(rank) or len(rank) < 2:
-        raise DataError(f'{at}: "rank" must be a list of as many numbers as "responses" has strings, at least two')
+        raise DataError(f'{at}: "rank" must be a list with a number for each of "responses", at least two')
     if not all(text.strip() for text in responses):
         raise Useless("with an empty answer")
     if len(set(rank)) == 1:
