@@ -1,19 +1,19 @@
-"""train.py: the command. One objective (--task) times one choice of what learns (--method), one folder per run.
+"""train.py: the command. One objective (--task) times one choice of what learns (--method), a folder per run.
 
-    python train.py --method lora                                   LoRA on the toy world, the shipped base model
-    python train.py --task classify --data sms_spam --init FOLDER   your data, a real model
+    python train.py --method lora                                LoRA, the toy world, the shipped base model
+    python train.py --task classify --data FILE --init FOLDER    your data, a real model
     for r in 1 2 4 8; do python train.py --method lora --rank $r; done
 
     loss of a step = sum over supervised tokens of -log p(token | before) / their number in the whole step
 
-A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; because the division is by
-the count of the whole step, the cut does not change the gradient. Everything random in step t is a function of
+A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; because the division is
+by the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
 (seed, t), the order of data of (seed, epoch): a run that is killed and started again ends in the same bits.
 
-A run folder (default out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl,
-state.pt, the weights as adapter/ (peft's format) or model/ (transformers' format), and last of all result.json.
-The same command again prints a finished run's result, continues an interrupted one, refuses another one's folder.
-stdout is results, stderr is progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted and saved.
+The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
+the weights as adapter/ (peft's format) or model/ (transformers' format), and last of all result.json. The same
+command again prints a finished run's result, continues an interrupted one, refuses another one's folder.
+stdout is results, stderr progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted and saved.
 
 Public: main, Config, load
 """
@@ -40,26 +40,28 @@ from data import chat, evaluate, formats
 from data.examples import Feed, Text, targets, windows
 from data.fetch import find_cached
 from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
-from data.runs import Interrupted, Run, guard, note, peak_memory_mb, record, say
+from data.hf import read_config
+from data.report import describe, report
+from data.runs import Interrupted, Run, guard, note, peak_memory_mb, say
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 TASKS = ("sft", "pretrain", "classify", "eval", "chat", "merge")
 METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
 TRAIN, TEXT = ("sft", "pretrain", "classify"), ("sft", "classify", "eval", "chat")
 LORA, SOFT = METHODS[:3], METHODS[3:7]                  # methods that inject; methods that are a past
 LEARN = METHODS[:8]
-ROLES = {"the run": (TASKS, METHODS), "training": (TRAIN, LEARN), "text": (TEXT, METHODS), "LoRA": (TRAIN, LORA),
-         "virtual tokens": (TRAIN, SOFT), "classify": (("classify",), METHODS), "generation": (("chat",), METHODS),
-         "a new model, --init new": (("pretrain",), METHODS)}
+ROLES = {"the run": (TASKS, METHODS), "training": (TRAIN, LEARN), "text": (TEXT, METHODS),
+         "LoRA": (TRAIN, LORA), "virtual tokens": (TRAIN, SOFT), "classify": (("classify",), METHODS),
+         "generation": (("chat",), METHODS), "a new model, --init new": (("pretrain",), METHODS)}
 
 
 def opt(group, default, help, tasks=None, methods=None, type=None, choices=None):
-    """A flag: its default, its line of help, and the tasks and methods that read it. Others do not get to see it."""
+    """A flag: its default, its line of help, and the tasks and methods that read it. Others do not see it."""
     return field(default=default, metadata=dict(
         group=group, help=help, tasks=tasks or ROLES[group][0], methods=methods or ROLES[group][1],
         type=type or default.__class__, choices=choices))
@@ -70,10 +72,11 @@ class Config:
     """Everything a run is told: flag = field = JSON key, read-only."""
     task: str = opt("the run", "sft", "the objective", choices=TASKS)
     method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
-    init: str = opt("the run", "data/base", "start from: a model, adapter or run folder, a cached model's name, new")
-    data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME", TRAIN + ("eval",))
-    out: str = opt("the run", None, "the run folder; default: a readable name in out/", TRAIN + ("eval", "merge"),
-                   type=str)
+    init: str = opt("the run", "data/base", "start from a model, adapter or run folder, a cached model, or new")
+    data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
+                    TRAIN + ("eval",))
+    out: str = opt("the run", None, "the run folder; default: a readable name in out/",
+                   TRAIN + ("eval", "merge"), type=str)
     seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
     device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
@@ -84,8 +87,8 @@ class Config:
     steps: int = opt("training", None, "optimiser steps; overrides --epochs", type=int)
     epochs: float = opt("training", 3.0, "passes over the training data")
     batch: int = opt("training", 16, "examples per optimiser step")
-    micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics", TRAIN + ("eval",),
-                     METHODS)
+    micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
+                     TRAIN + ("eval",), METHODS)
     lr: float = opt("training", 1e-3, "peak learning rate")
     warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
     schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
@@ -96,7 +99,7 @@ class Config:
     checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time")
     eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
     save_every: int = opt("training", 100, "steps between saves of state.pt")
-    forget: str = opt("training", "toy/corpus", "held-out text for the forgetting metric; none: do not measure")
+    forget: str = opt("training", "toy/corpus", "held-out text for the forgetting metric; none: skip it")
 
     rank: int = opt("LoRA", 8, "r, the width of the bottleneck", methods=("lora", "adalora"))
     alpha: float = opt("LoRA", 16.0, "the delta is scaled by alpha / rank", methods=("lora", "adalora"))
@@ -118,10 +121,10 @@ class Config:
     prune_every: int = opt("LoRA", 10, "steps between prunings", methods=("adalora",))
 
     n_virtual: int = opt("virtual tokens", 20, "how many")
-    start: str = opt("virtual tokens", None, "start from vocab text labels random (embeddings), or text zero random "
-                     "gated (keys and values); default: vocab, text", type=str,
+    start: str = opt("virtual tokens", None, "embeddings start from vocab (default), text, labels or random; "
+                     "keys and values from text (default), zero, random or gated", type=str,
                      choices=("vocab", "text", "labels", "random", "zero", "gated"))
-    start_text: str = opt("virtual tokens", None, "the text for --start text; default: common tokens", type=str)
+    start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
     place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; default: in front',
                      methods=("prompt", "ptuning"), type=str)
     encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
@@ -130,17 +133,19 @@ class Config:
                       methods=("ptuning", "prefix"), type=int)
     prefix_dropout: float = opt("virtual tokens", 0.0, "on keys and values", methods=("ptuning2",))
 
-    by: str = opt("classify", "words", "classify by label words, or by a linear head", choices=("words", "head"))
-    ask: str = opt("classify", None, "the question behind each text; default: one that names the labels", type=str)
+    by: str = opt("classify", "words", "answer with a label word, or use a linear head",
+                  choices=("words", "head"))
+    ask: str = opt("classify", None, "the question behind each text; default: one that names the labels",
+                   type=str)
 
     template: str = opt("text", "auto", "chat template", choices=("auto",) + chat.TEMPLATES)
     system: str = opt("text", None, "system message; default: the template's own", type=str)
-    block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024", TRAIN + ("eval",),
-                     type=int)
+    block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024",
+                     TRAIN + ("eval",), type=int)
     too_long: str = opt("text", "truncate", "what to do with longer ones", ("sft", "classify", "eval"),
                         choices=("truncate", "drop", "error"))
-    shots: int = opt("text", 0, "solved training examples in front of each question", ("sft", "classify", "eval"),
-                     ("none",))
+    shots: int = opt("text", 0, "solved training examples in front of each question",
+                     ("sft", "classify", "eval"), ("none",))
     items: int = opt("text", 0, "measure on the first N test items; 0: on all", TRAIN + ("eval",))
     max_new: int = opt("text", 64, "longest generated answer, in tokens", ("sft", "eval", "chat"))
 
@@ -157,11 +162,12 @@ class Config:
 
 
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
-METHOD_DEFAULTS = {"full": dict(lr=3e-4), "lora": dict(lr=2e-3), "adalora": dict(lr=5e-3, rank=8, alpha=16.0),
+METHOD_DEFAULTS = {"full": dict(lr=3e-4), "lora": dict(lr=2e-3), "adalora": dict(lr=5e-3),
                    "ia3": dict(lr=2e-2, targets="k,v,down"), "prompt": dict(lr=3e-2), "ptuning": dict(lr=3e-3),
                    "prefix": dict(lr=2e-3), "ptuning2": dict(lr=1e-2), "none": {}}
-TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", epochs=1.0, lr=1e-3, min_lr=0.1,
-                                  beta2=0.99, weight_decay=0.1), "classify": dict(data="toy/sentiment"),
+TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
+                                  lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
+                 "classify": dict(data="toy/sentiment"),
                  **{task: dict(method="none") for task in ("eval", "chat", "merge")}}
 NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
 
@@ -172,7 +178,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Flags -> Config. Only the flags that this task and method read exist; for the others it says whose they are."""
+    """Flags -> Config. Only the flags that this task and method read exist; the others are told whose they are."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="sft", choices=TASKS)
     first.add_argument("--method", choices=METHODS)
@@ -181,7 +187,7 @@ def parse(argv):
     if task not in TRAIN and method != "none":
         raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
     defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
-    parser = Parser(prog="train.py", allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
+    parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
                     description=f"The flags of --task {task} --method {method}, with its defaults.",
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100))
     fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
@@ -212,27 +218,27 @@ def explain(word, fields, task, method):
     if name in fields:
         m = fields[name].metadata
         whose = ("task", m["tasks"]) if task not in m["tasks"] else ("method", m["methods"])
-        return f"--{name} belongs to --{whose[0]} {', '.join(whose[1])}; this is --task {task} --method {method}"
+        return f"--{name} belongs to --{whose[0]} {' '.join(whose[1])}; this is --task {task} --method {method}"
     near = difflib.get_close_matches(name, fields, 1)
     return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
 
 
 def check(cfg):
     """What no flag can check alone."""
-    for name, low in dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
-                          max_new=1, shots=0, seed=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
-                          top_p=0).items():
+    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2, seed=0,
+                 max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1, top_p=0)
+    for name, low in least.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value < 2 ** 63:
             raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
     if cfg.init == "new" and cfg.task != "pretrain":
-        raise UserError(f"--init new starts from nothing, which only --task pretrain does; this is --task {cfg.task}")
+        raise UserError(f"--init new starts from nothing: only --task pretrain can, and this is --task {cfg.task}")
     if cfg.task == "pretrain" and cfg.init != "new":
         for name in ("n_layer", "n_head", "n_embd", "family", "vocab"):
             if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
-        raise UserError(f"--init new has nothing to adapt, so --method {cfg.method} cannot learn; use --method full")
+        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
     if cfg.method in SOFT and cfg.lr < 1e-3:
         note(f"--lr {cfg.lr:g} is small for virtual tokens: they want ten to a hundred times LoRA's rate")
 
@@ -248,7 +254,7 @@ def default_out(cfg):
     return os.path.join("out", "-".join(parts) + f"-s{cfg.seed}")
 
 
-# ---------------------------------------------------------------------------------------------- models and machines
+# ---------------------------------------------------------------------------------------- models and machines
 
 def find(name, beside=None):
     """A folder by path, by path beside this file or a folder, or a model by its name in the local cache."""
@@ -269,7 +275,7 @@ def weights_folder(name, beside=None):
     for inner in (folder / "adapter", folder / "model"):
         if inner.is_dir() and (folder / "result.json").exists():
             return inner
-    raise DataError(f"{folder} is a run that has not finished, so it holds no weights yet; give its command again")
+    raise DataError(f"{folder} is a run that has not finished and holds no weights yet; give its command again")
 
 
 def base_of(folder):
@@ -278,14 +284,14 @@ def base_of(folder):
         return None
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
-        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; write its base's folder there")
+        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; write a folder there")
     return weights_folder(base, folder)
 
 
 def load(folder, dtype=torch.float32):
     """(model, prompt or None, tokenizer) of any folder that a run, `transformers` or `peft` wrote.
 
-    An adapter names its base, which may be an adapter again: what that one learned is merged into the base here.
+    An adapter names its base, which may be an adapter again: what that one learned is merged in here.
     """
     folder = weights_folder(folder)
     base = base_of(folder)
@@ -293,10 +299,10 @@ def load(folder, dtype=torch.float32):
         return GPT.from_pretrained(folder, dtype), None, Tokenizer.from_pretrained(folder)
     model, prompt, tokenizer = load(base)
     if prompt is not None:
-        raise DataError(f"{folder} stands on {base}, which is a soft prompt; prompts cannot be merged into a model")
+        raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
     model = (lora.merge(model) if lora.adapters(model) else model).to(dtype)
-    if "PROMPT" in (kind := read_json(folder / "adapter_config.json")["peft_type"]) or "P_TUN" in kind or \
-            "PREFIX" in kind:
+    kind = read_json(folder / "adapter_config.json").get("peft_type", "")
+    if kind.endswith("_TUNING"):                    # prompts: PROMPT_, P_, PREFIX_TUNING
         prompt = prompts.load_prompt(model, folder)
     else:
         lora.load_adapter(model, folder)
@@ -332,7 +338,7 @@ def pick_dtype(cfg, device, width):
     with contextlib.suppress(OSError):
         flags = pathlib.Path("/proc/cpuinfo").read_text() if device.type == "cpu" and width >= 512 else ""
         if "avx512_bf16" in flags or "amx_bf16" in flags:
-            return torch.bfloat16, f"this CPU computes in bf16, and from width 512 on it pays; width is {width}"
+            return torch.bfloat16, f"this CPU computes in bf16, which pays from width 512 on; this is {width}"
     return torch.float32, f"on {device.type} at width {width} bf16 would not be faster"
 
 
@@ -347,9 +353,9 @@ def open_kit(cfg):
         folder = weights_folder(cfg.init)
         while (base := base_of(folder)) is not None:
             folder = base
-        width = read_json(folder / "config.json").get("hidden_size") or read_json(folder / "config.json")["n_embd"]
+        width = GPTConfig(**read_config(folder)).n_embd
     dtype, because = pick_dtype(cfg, device, width)
-    if cfg.init != "new":                           # what learns is fp32; frozen weights are stored as they compute
+    if cfg.init != "new":                           # what learns is fp32; what is frozen is stored as it computes
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
     template = cfg.template if cfg.template != "auto" else said.get("template") or chat.guess(tokenizer)
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
@@ -368,21 +374,22 @@ def open_kit(cfg):
 
 
 def new_model(cfg):
-    """A tokenizer trained on the data (--vocab 0: bytes), and a model of the flagged shape, its weights seeded."""
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|start|>", "<|spare_0|>", "<|spare_1|>")
+    """A tokenizer trained on the data (--vocab 0: bytes), and a model of the flagged shape, weights seeded."""
+    special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
     texts = [row["text"] for row in formats.load(cfg.data, "train").rows]
     tokenizer = Tokenizer.train(texts, cfg.vocab or 256 + len(special), special)
-    shape = GPTConfig(tokenizer.vocab_size, cfg.block or 256, cfg.n_layer, cfg.n_head, cfg.n_embd, eos=tokenizer.eos)
+    shape = GPTConfig(tokenizer.vocab_size, cfg.block or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                      eos=tokenizer.eos)
     if cfg.family == "llama":                       # three matrices at 8/3 of the width: GPT-2's size
         shape = shape.llama(n_inner=-(-8 * cfg.n_embd // 96) * 32)
     torch.manual_seed(cfg.seed)
     return GPT(shape), tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------- the methods
+# ------------------------------------------------------------------------------------------------ the methods
 
 def build(kit, cfg):
-    """The one place that knows the methods: freeze, inject, and return what learns, {name: parameter}, fp32."""
+    """The one place that knows the methods: freeze, inject; returns what learns, {name: parameter}, all fp32."""
     model, first = kit.model, {}
     if cfg.method == "full":
         learn = dict(model.named_parameters())
@@ -406,7 +413,8 @@ def build(kit, cfg):
         if cfg.method == "prompt":
             kit.prompt = prompts.PromptTuning(model, template=cfg.place, **first)
         elif cfg.method == "ptuning":
-            kit.prompt = prompts.PTuning(model, template=cfg.place, encoder=cfg.encoder, hidden=cfg.hidden, **first)
+            kit.prompt = prompts.PTuning(model, template=cfg.place, encoder=cfg.encoder, hidden=cfg.hidden,
+                                         **first)
         elif cfg.method == "prefix":
             kit.prompt = prompts.PrefixTuning(model, hidden=cfg.hidden or 512, **first)
         elif cfg.method == "ptuning2":
@@ -437,28 +445,28 @@ def ranges(text):
 
 
 def param_groups(kit, cfg, learn):
-    """Optimiser groups. Decay pulls matrices of the model and of LoRA; virtual tokens and heads are left alone."""
+    """Optimiser groups. Decay pulls matrices of the model and of LoRA, never virtual tokens or a head."""
     if cfg.method in LORA:
         groups = lora.param_groups(kit.model, cfg.lr, cfg.lora_plus, cfg.weight_decay)
         learn = {name: p for name, p in learn.items() if name.startswith("head.")}
     else:
         groups = []
-    decays = [cfg.method == "full" and p.dim() > 1 and not name.startswith("head.") for name, p in learn.items()]
+    decays = {name: cfg.method == "full" and p.dim() > 1 and name != "head.score.weight" for name, p in learn.items()}
     for decay in (True, False):
-        if ps := [p for p, d in zip(learn.values(), decays) if d == decay]:
+        if ps := [p for name, p in learn.items() if decays[name] == decay]:
             groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
     return groups
 
 
 def save_weights(kit, cfg, folder):
-    """The trained weights in other people's formats, and what only we know in run.json. Returns bytes of weights."""
+    """The trained weights in other people's formats, what only we know in run.json. Returns their bytes."""
     inner = folder / ("model" if cfg.method == "full" else "adapter")
     inner.mkdir(exist_ok=True)
     if cfg.method == "full":
         kit.model.save_pretrained(inner)
         kit.text.tokenizer.save_pretrained(inner)
     else:
-        base = find(cfg.init).resolve()             # a base inside this folder travels with it: keep it relative
+        base = find(cfg.init).resolve()             # a base inside this repository travels with it
         base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
         if kit.prompt is not None:
             prompts.save_prompt(kit.prompt, inner, base=str(base))
@@ -467,13 +475,13 @@ def save_weights(kit, cfg, folder):
     if kit.head is not None:
         write_tensors(inner / "head.safetensors", {"score.weight": kit.head.weight.detach().cpu()})
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, "template": kit.text.template,
-                                    "system": kit.text.system, "labels": list(kit.text.labels), "ask": kit.text.ask,
-                                    "by": kit.text.by})
+    text = kit.text
+    write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, "template": text.template,
+                                    "system": text.system, "labels": text.labels, "ask": text.ask, "by": text.by})
     return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 def lr_at(step, total, cfg):
     """Linear warm-up, then the schedule down to min_lr (a share of --lr)."""
@@ -495,7 +503,10 @@ def culprit(learn):
 
 
 def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
-    """The supervised loop, the only one. learn: {name: parameter}; state: what state.pt held, or {} at the start."""
+    """The supervised loop, the only one. learn: {name: parameter}; state: what state.pt held.
+
+    `evaluate_now` is called a few times on the way. Returns the counters: step, tokens, seconds, skipped.
+    """
     optimiser = torch.optim.AdamW(param_groups(kit, cfg, learn), betas=(0.9, cfg.beta2),
                                   fused=kit.device.type != "mps")
     shares = [g["lr"] / (cfg.lr or 1) for g in optimiser.param_groups]      # LoRA+: a group's own rate
@@ -513,23 +524,24 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
 
     def save():
         with guard:
-            run.save({**state, "learn": {name: p.detach().cpu() for name, p in learn.items()}, "now": dict(now),
-                      "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+            run.save({**state, "learn": {name: p.detach().cpu() for name, p in learn.items()},
+                      "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(), "now": dict(now),
                       "ranks": ranks.state_dict() if ranks else {}})
 
     run.rewind(now["step"])
-    every, began, spoke = cfg.eval_every or -(-total // 4), time.monotonic() - now["seconds"], time.monotonic()
+    began, spoke = time.monotonic() - now["seconds"], time.monotonic()
+    every = cfg.eval_every or -(-total // 4)
     bar = tqdm(total=total, initial=now["step"], disable=None, unit="step", mininterval=0.5)
     kit.train()
     try:
         while now["step"] < total:
             step = now["step"]
-            torch.manual_seed((cfg.seed * 1_000_003 + step) % 2 ** 63)      # dropout: a function of (seed, step)
+            torch.manual_seed((cfg.seed * 1_000_003 + step) % 2 ** 63)  # dropout: a function of (seed, step)
             parts = feed(step)
             count, loss, extra = sum(targets(e) for part in parts for e in part), 0.0, {}
             with kit.cast():
                 past, finish = kit.past(), None
-            if past is not None and len(parts) > 1:                         # one pass through the prompt per step
+            if past is not None and len(parts) > 1:                     # one pass through the prompt per step
                 past, finish = prompts.cut(past)
             for part in parts:
                 with kit.cast():
@@ -551,30 +563,34 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                         group["lr"] = rate * own
                     scaler.step(optimiser)
                     if ranks:                       # new weights with this step's gradient, as its authors do
-                        extra.update(ranks.update(step))
+                        ranks.update(step)
                 elif now["bad"] == 9:
                     raise UserError(f"{run.folder}: 10 steps in a row were not finite, first of all "
                                     f"{culprit(learn)}; lower --lr, or use --dtype fp32")
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
-                now.update(step=step + 1, seconds=time.monotonic() - began, skipped=now["skipped"] + (not sound),
-                           bad=0 if sound else now["bad"] + 1,
-                           tokens=now["tokens"] + sum(len(e[0]) for part in parts for e in part))
+                now.update(step=step + 1, seconds=time.monotonic() - began, bad=0 if sound else now["bad"] + 1,
+                           tokens=now["tokens"] + sum(len(e[0]) for part in parts for e in part),
+                           skipped=now["skipped"] + (not sound))
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
             last = step + 1 == total
+            if ranks:
+                extra.update(ranks.report())
             if (step + 1) % max(1, total // 100) == 0 or last or not sound:
-                run.log(event="train", **clock, loss=loss, lr=rate, grad_norm=norm, skipped=now["skipped"], **extra)
+                run.log(event="train", **clock, loss=loss, lr=rate, grad_norm=norm, skipped=now["skipped"],
+                        **extra)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if bar.disable and time.monotonic() - spoke > 5:
-                note(f"step {step + 1}/{total}  loss {loss:.4f}  {now['tokens'] / now['seconds']:,.0f} tokens/s")
+                speed = now["tokens"] / now["seconds"]
+                note(f"step {step + 1}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
                 spoke = time.monotonic()
             if (step + 1) % every == 0 and not last:
                 kit.train(False)
                 found = evaluate_now()
                 kit.train()
                 run.log(event="valid", **clock, **found)
-                note(f"step {step + 1}/{total}  valid: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+                note(f"step {step + 1}/{total}  valid  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
             if (step + 1) % cfg.save_every == 0 and not last:
                 save()
         save()
@@ -593,7 +609,7 @@ def pruning(cfg, total):
                 t_f=round(cfg.prune_end * total), every=cfg.prune_every)
 
 
-# --------------------------------------------------------------------------------------------------------- the tasks
+# -------------------------------------------------------------------------------------------------- the tasks
 
 def supervised(cfg):
     """pretrain, sft, classify; with --method none (and --task eval) the same without learning."""
@@ -607,10 +623,12 @@ def supervised(cfg):
             kit.text.labels = tuple(sorted({row["label"] for split in rows.values() for row in split}))
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
-            return describe(kit, cfg, build(kit, cfg), rows, kind, base)
+            learn = build(kit, cfg)
+            shown = [] if kind == "text" else encode(kit, cfg, {"train": rows["train"][:2]}, kind)["train"]
+            return describe(kit, learn, base, shown)
+        data_sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         state = run.start(dict(device=str(kit.device), dtype=str(kit.dtype)[6:], template=kit.text.template,
-                               data_sha256=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
-                               base_sha256=fingerprint(kit.model))) or {}
+                               data_sha256=data_sha256, base_sha256=fingerprint(kit.model))) or {}
         test, shots = rows["test"], rows["train"][:cfg.shots]
         if "baseline" not in state:
             examples = encode(kit, cfg, {"test": test}, kind)["test"]
@@ -625,7 +643,8 @@ def supervised(cfg):
             state.setdefault("general", general())
             learn = build(kit, cfg)
             examples = encode(kit, cfg, rows, kind)
-            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block_of(kit, cfg) if kind == "text" else None)
+            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed,
+                        block_of(kit, cfg) if kind == "text" else None)
             total = math.ceil(cfg.epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
             note(f"{sum(p.numel() for p in learn.values()):,} of {base:,} parameters learn; {total} steps")
             now = fit(kit, cfg, run, learn, feed, total, state,
@@ -639,15 +658,15 @@ def supervised(cfg):
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
-            samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0], before=b, after=a)
-                       for row, b, a in zip(test, state["before"], after)]
-            run.log(event="test", step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3), **found)
-            result = dict(status="done", **{name: told[name] for name in ("task", "method", "init", "data", "seed")},
+            samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0], before=b,
+                            after=a) for row, b, a in zip(test, state["before"], after)]
+            clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
+            run.log(event="test", **clock, **found)
+            result = dict(status="done", **{k: told[k] for k in ("task", "method", "init", "data", "seed")},
                           metrics=found, baseline_metrics=state["baseline"],
                           params_trainable=sum(p.numel() for p in learn.values()), params_total=base,
                           adapter_bytes=weights, steps=now["step"], skipped=now["skipped"], tokens=now["tokens"],
-                          seconds=round(now["seconds"], 2),
-                          tokens_per_second=round(now["tokens"] / now["seconds"]) if now["seconds"] else None,
+                          seconds=clock["seconds"], tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)),
                           peak_memory_mb=peak_memory_mb(kit.device), samples=samples)
             run.finish(result)
     return report(result, run.folder)
@@ -657,7 +676,8 @@ def open_data(cfg):
     """({split: rows}, kind) of --data, fit for the task."""
     data = {split: formats.load(cfg.data, split) for split in ("train", "valid", "test")}
     rows, kind = {split: d.rows for split, d in data.items()}, data["train"].kind
-    note(f"{data['train'].source}, {kind} rows: " + ", ".join(f"{len(r)} {split}" for split, r in rows.items())
+    sizes = ", ".join(f"{len(r)} {split}" for split, r in rows.items())
+    note(f"{data['train'].source}, {kind} rows: {sizes}"
          + "".join(f"; {n} dropped {why}" for why, n in data["train"].dropped.items()))
     reads = {"pretrain": ("text",), "classify": ("label",), "sft": ("chat", "label")}
     reads = reads.get(cfg.task, ("chat", "label", "text"))
@@ -673,25 +693,29 @@ def open_data(cfg):
 def block_of(kit, cfg):
     """The longest example: --block, or what the context leaves, 1024 at most."""
     if cfg.block is not None and cfg.block > kit.room():
-        raise UserError(f"--block {cfg.block} does not fit: the context of {kit.model.config.block_size} leaves room "
-                        f"for {kit.room()} tokens behind the virtual tokens")
+        raise UserError(f"--block {cfg.block} does not fit: the context of {kit.model.config.block_size} leaves "
+                        f"room for {kit.room()} tokens behind the virtual tokens")
     return cfg.block or min(kit.room(), 1024)
 
 
 def encode(kit, cfg, rows, kind):
-    """{split: rows} -> {split: examples}; the training split of raw text stays one stream, which Feed cuts."""
+    """{split: rows} -> {split: examples}. The training split of raw text stays one stream: Feed cuts it."""
     out, block = {}, block_of(kit, cfg)
     for split, some in rows.items():
         if kind == "text":
             ids = kit.text.stream(some)
-            out[split] = ids if split == "train" else windows(ids, range(0, len(ids) - 1, block), block)
+            if split != "train":                    # valid is a look at progress: a stretch of it will do
+                ids = ids if split == "test" else ids[:16384]
+                ids = windows(ids, range(0, len(ids) - 1, block), block)
+            out[split] = ids
             continue
         out[split], long = kit.text.encode(some, block, cfg.too_long)
         if any(long.values()):
             note(f"{split}: " + ", ".join(f"{n} {what}" for what, n in long.items() if n)
                  + f" because longer than {block} tokens")
         if some and not out[split]:
-            raise DataError(f"{cfg.data}: no usable example in {split}: all {len(some)} are longer than {block} tokens")
+            raise DataError(f"{cfg.data}: 0 usable examples in {split}: all {len(some)} are longer than {block} "
+                            "tokens; use a larger --block, or --too_long truncate")
     return out
 
 
@@ -711,45 +735,6 @@ def fingerprint(model):
     for p in model.parameters():
         h.update(p.detach().flatten()[::997].float().cpu().numpy().tobytes())
     return h.hexdigest()
-
-
-def describe(kit, cfg, learn, rows, kind, base):
-    """--dry_run: what would learn, what it would take, and what the model would see."""
-    n, c = sum(p.numel() for p in learn.values()), kit.model.config
-    frozen = sum(p.numel() * p.element_size() for p in kit.model.parameters() if not p.requires_grad)
-    acts = cfg.micro * c.n_layer * (12 * c.n_embd + 3 * c.n_inner) * kit.dtype.itemsize
-    say(f"{n:,} of {base:,} parameters learn ({n / base:.2%})")
-    say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (weights, gradients, "
-        f"two moments) + {acts / 2**20:.0f} MB activations of {cfg.micro} tokens")
-    for ids, mask in ([] if kind == "text" else encode(kit, cfg, {"train": rows["train"][:2]}, kind)["train"]):
-        say("\n" + "-" * 40 + " [[supervised]]")
-        mask, out = mask if isinstance(mask, list) else [False] * len(ids), ""
-        for i, (token, on) in enumerate(zip(ids, mask)):
-            out += "[[" * (on and not mask[i - 1]) + kit.text.tokenizer.decode([token], special=True)
-            out += "]]" * (on and (i + 1 == len(ids) or not mask[i + 1]))
-        say(out)
-    return 0
-
-
-def report(result, folder):
-    """The end of a run on stdout: before and after, samples, one line for machines, the command that talks to it."""
-    before, after = result.get("baseline_metrics", {}), result["metrics"]
-    say(f"{'':16}{'before':>10}{'after':>10}")
-    for name, value in after.items():
-        if name != "tokens":
-            say(f"{name:16}" + (f"{before[name]:10.4f}" if name in before else " " * 10) + f"{value:10.4f}")
-    for s in result["samples"]:
-        say()
-        for key in ("prompt", "wanted", "before", "after"):
-            lines = s[key].strip().splitlines() or [""]
-            say(f"  {key:8}" + ("\n" + " " * 10).join(lines))
-    if result["method"] != "none":
-        say(f"\npython train.py --task chat --init {folder}")
-    brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps",
-                                             "seconds", "tokens_per_second") if result.get(name) is not None}
-    measured = {name: round(v, 4) for name, v in after.items() if name != "tokens"}
-    say(" ".join(f"{name}={value}" for name, value in {**brief, **measured, "out": folder}.items()))
-    return 0
 
 
 def talk(cfg):
@@ -777,14 +762,14 @@ def talk(cfg):
 
 
 def merge(cfg):
-    """--task merge: an adapter run as a plain Hugging Face folder, fp32, with the largest logit difference."""
+    """--task merge: an adapter run as a plain Hugging Face folder in fp32; prints the largest logit difference."""
     if not cfg.out:
         raise UserError("--task merge needs --out FOLDER, where the merged model goes")
     if os.path.exists(cfg.out) and os.listdir(cfg.out):
         raise UserError(f"--out {cfg.out} is not empty; name a new folder")
     model, prompt, tokenizer = load(cfg.init)
     if prompt is not None:
-        raise UserError(f"--init {cfg.init} is a soft prompt: it stands in front of a model and has no weights to merge")
+        raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
     merged = lora.merge(model)
     x = torch.arange(min(64, model.config.vocab_size))[None]
     with torch.no_grad():
@@ -817,8 +802,8 @@ def main(argv=None):
     except RuntimeError as e:                       # torch.OutOfMemoryError is one, and so is the CPU's
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise
-        note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block, or --checkpoint, "
-             "needs less")
+        note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block needs less, "
+             "and so does --checkpoint")
         return 1
 
 

@@ -160,7 +160,7 @@ def measure(kit, rows, examples, shots=()):
     """(metrics, answers as text) of the model on rows; what can be measured depends on their kind."""
     if "text" in rows[0] and "label" not in rows[0]:
         loss, count = mean_loss(kit, examples)
-        return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "tokens": count}, []
+        return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}, []
     prompts = [kit.text.asked(row, shots)[-(kit.room() - 1):] for row in rows]  # the question is at the end
     wanted = [kit.text.wanted(row) for row in rows]
     if "label" in rows[0]:
@@ -172,7 +172,7 @@ def measure(kit, rows, examples, shots=()):
     said, found = answer(kit, prompts), {}
     if not shots:                                   # the examples hold no shots, so their loss would be another's
         loss, count = mean_loss(kit, examples)
-        found = {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "tokens": count}
+        found = {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}
     exact = sum(map(metrics.exact_match, said, wanted)) / len(said)
     return {"exact_match": exact, **found, "rouge_l": metrics.rouge_l(said, wanted),
             "bleu": metrics.bleu(said, wanted)}, said
