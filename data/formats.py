@@ -67,8 +67,9 @@ class Data(typing.NamedTuple):
 
 @functools.lru_cache
 def _seen(keys):
-    """The formats whose keys are all there, (name, its keys), and not part of a larger one that is there too."""
-    seen = [(name, some.split()) for name, form in FORMS.items() for some in form[2:] if keys >= set(some.split())]
+    """(name, its keys) of the formats whose keys are all there; prompt+completion is not also a prompt."""
+    forms = [(name, some.split()) for name, form in FORMS.items() for some in form[2:]]
+    seen = [(name, some) for name, some in forms if keys >= set(some)]
     return [(name, some) for name, some in seen if not any(set(some) < set(more) for _, more in seen)]
 
 
@@ -153,7 +154,7 @@ def _cut(row, held):
     text, starts = row["text"], [0]
     for tenths in range(10 - len(held), 10):
         at = len(text) * tenths // 10
-        starts.append(text.find("\n", at) + 1 or at)
+        starts.append(text.find("\n", max(at - 1, 0)) + 1 or at)
     return {split: [{**row, "text": text[a:b]}] for split, a, b in
             zip(("train", *held.values()), starts, [*starts[1:], len(text)])}
 
