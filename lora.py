@@ -98,10 +98,10 @@ class LoRA(nn.Module):
 class PiSSA(LoRA):
     def __init__(self, linear, rank, scale=1.0, dropout=0.0, generator=None):
         super().__init__(linear, rank, scale, dropout, generator)
-        U, S, Vh = torch.linalg.svd(linear.dense(torch.float32), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(linear.dense(torch.float32).detach(), full_matrices=False)
         root = (S[:rank] / scale).sqrt()                        # shared evenly, so A and B learn alike
-        self.register_buffer("lora_A0", (root[:, None] * Vh[:rank]).to(self.lora_A))
-        self.register_buffer("lora_B0", (U[:, :rank] * root).to(self.lora_B))
+        for name, t in (("lora_A0", root[:, None] * Vh[:rank]), ("lora_B0", U[:, :rank] * root)):
+            self.register_buffer(name, t.to(self.lora_A.dtype).contiguous())    # strides decide how products round
         self.lora_A.data.copy_(self.lora_A0)
         self.lora_B.data.copy_(self.lora_B0)
 

@@ -59,17 +59,21 @@ def fuse(pieces, shared):
 
 
 def split(whole, outs, ranks=None):
-    """Undo `fuse`: one dict per part of outs[i] rows. ranks: how many columns of B are whose; without them, or
-    once somebody has trained outside of the blocks, the parts share A and E: the very same tensors."""
+    """Undo `fuse`: a dict per part of outs[i] rows. ranks: how many columns of B are whose; None for a part with
+    none. Without ranks, or once somebody has trained outside of the blocks, all parts share the same A and E."""
     if len(outs) == 1:
         return [whole]
-    rows = {f: t.split(outs) for f, t in whole.items() if f in ("lora_B", "lora_magnitude_vector", "ia3_l")}
-    cols = {f: [t] * len(outs) for f, t in whole.items() if f in ("lora_A", "lora_E")}
-    if ranks and "lora_B" in whole:
-        blocks = [b.split(ranks, 1)[i] for i, b in enumerate(rows["lora_B"])]
+    pieces = [{f: (t.split(outs)[i] if f in ("lora_B", "lora_magnitude_vector", "ia3_l") else t)
+               for f, t in whole.items()} for i in range(len(outs))]
+    if ranks and "ia3_l" in whole:
+        return [p if r or (p["ia3_l"] != 1).any() else None for p, r in zip(pieces, ranks)]
+    if ranks:
+        blocks = [p["lora_B"].split(ranks, 1)[i] for i, p in enumerate(pieces)]
         if torch.equal(torch.block_diag(*blocks), whole["lora_B"]):
-            rows["lora_B"], cols = blocks, {f: whole[f].split(ranks) for f in cols}
-    return [{f: t[i] for f, t in {**rows, **cols}.items()} for i in range(len(outs))]
+            own = [{f: t.split(ranks)[i] for f, t in p.items() if f in ("lora_A", "lora_E")}
+                   for i, p in enumerate(pieces)]
+            return [{**p, **o, "lora_B": b} if r else None for p, o, b, r in zip(pieces, own, blocks, ranks)]
+    return pieces
 
 
 def base_fingerprint(model):
@@ -219,8 +223,7 @@ def read_adapter(model, folder, force):
         how = check(file, config, kind, target, m, linears[0].in_features, outs)
         ranks = side.get("parts", {}).get(target)
         ranks = ranks and [ranks.get(p, 0) for p in modules[target]]
-        for p, tensor, rank in zip(modules[target], split(m, outs, ranks), ranks or outs):
-            out.update({p: (tensor, how)} if rank else {})
+        out.update({p: (t, how) for p, t in zip(modules[target], split(m, outs, ranks)) if t is not None})
     if not out:
         raise DataError(f"{path}: target_modules {config['target_modules']} matches nothing in this model; its "
                         f"modules are called like {' and '.join(list(modules)[:2])}")
