@@ -6,14 +6,14 @@
 
     loss of a step = sum over supervised tokens of -log p(token | before) / their number in the whole step
 
-A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; because the division is
-by the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
-(seed, t), the order of data of (seed, epoch): a run that is killed and started again ends in the same bits.
+A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; as the division is by
+the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
+(seed, t), the order of data one of (seed, epoch): a run that is killed and continued ends in the same bits.
 
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
-the weights as adapter/ (peft's format) or model/ (transformers' format), and last of all result.json. The same
+the weights as adapter/ (peft's format) or model/ (transformers'), and, last of all, result.json. The same
 command again prints a finished run's result, continues an interrupted one, refuses another one's folder.
-stdout is results, stderr progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted and saved.
+stdout: results; stderr: progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted and saved.
 
 Public: main, Config, load
 """
@@ -72,7 +72,7 @@ class Config:
     """Everything a run is told: flag = field = JSON key, read-only."""
     task: str = opt("the run", "sft", "the objective", choices=TASKS)
     method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
-    init: str = opt("the run", "data/base", "start from a model, adapter or run folder, a cached model, or new")
+    init: str = opt("the run", "data/base", "a model, adapter or run folder, a cached model, or new")
     data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
                     TRAIN + ("eval",))
     out: str = opt("the run", None, "the run folder; default: a readable name in out/",
@@ -163,8 +163,8 @@ class Config:
 
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
 METHOD_DEFAULTS = {"full": dict(lr=3e-4), "lora": dict(lr=2e-3), "adalora": dict(lr=5e-3),
-                   "ia3": dict(lr=2e-2, targets="k,v,down"), "prompt": dict(lr=3e-2), "ptuning": dict(lr=3e-3),
-                   "prefix": dict(lr=2e-3), "ptuning2": dict(lr=1e-2), "none": {}}
+                   "ia3": dict(lr=2e-2, targets="k,v,down"), "prompt": dict(lr=3e-2),
+                   "ptuning": dict(lr=3e-3), "prefix": dict(lr=2e-3), "ptuning2": dict(lr=1e-2), "none": {}}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"),
@@ -178,7 +178,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Flags -> Config. Only the flags that this task and method read exist; the others are told whose they are."""
+    """Flags -> Config. Only what this task and method read exists; for the rest it says whose it is."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="sft", choices=TASKS)
     first.add_argument("--method", choices=METHODS)
@@ -189,7 +189,7 @@ def parse(argv):
     defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
     parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
                     description=f"The flags of --task {task} --method {method}, with its defaults.",
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100))
+                    formatter_class=lambda p: argparse.HelpFormatter(p, max_help_position=26, width=100))
     fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
     for name, f in fields.items():
         m = f.metadata
@@ -218,21 +218,23 @@ def explain(word, fields, task, method):
     if name in fields:
         m = fields[name].metadata
         whose = ("task", m["tasks"]) if task not in m["tasks"] else ("method", m["methods"])
-        return f"--{name} belongs to --{whose[0]} {' '.join(whose[1])}; this is --task {task} --method {method}"
+        whose = f"--{whose[0]} {' '.join(whose[1])}"
+        return f"--{name} belongs to {whose}; this is --task {task} --method {method}"
     near = difflib.get_close_matches(name, fields, 1)
     return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
 
 
 def check(cfg):
     """What no flag can check alone."""
-    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2, seed=0,
-                 max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1, top_p=0)
+    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
+                 seed=0, max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
+                 top_p=0)
     for name, low in least.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value < 2 ** 63:
             raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
     if cfg.init == "new" and cfg.task != "pretrain":
-        raise UserError(f"--init new starts from nothing: only --task pretrain can, and this is --task {cfg.task}")
+        raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
     if cfg.task == "pretrain" and cfg.init != "new":
         for name in ("n_layer", "n_head", "n_embd", "family", "vocab"):
             if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
@@ -275,7 +277,7 @@ def weights_folder(name, beside=None):
     for inner in (folder / "adapter", folder / "model"):
         if inner.is_dir() and (folder / "result.json").exists():
             return inner
-    raise DataError(f"{folder} is a run that has not finished and holds no weights yet; give its command again")
+    raise DataError(f"{folder} is an unfinished run and holds no weights yet; give its command again")
 
 
 def base_of(folder):
@@ -284,7 +286,7 @@ def base_of(folder):
         return None
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
-        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; write a folder there")
+        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; add its folder")
     return weights_folder(base, folder)
 
 
@@ -320,7 +322,7 @@ def pick_device(cfg):
         try:
             torch.empty(0, device=cfg.device)
         except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {cfg.device} is not to be had here: {str(e).splitlines()[0]}") from None
+            raise UserError(f"--device {cfg.device} is not there: {str(e).splitlines()[0]}") from None
         return torch.device(cfg.device), "asked for"
     if torch.cuda.is_available():
         return torch.device("cuda"), "a CUDA device is there"
@@ -355,7 +357,7 @@ def open_kit(cfg):
             folder = base
         width = GPTConfig(**read_config(folder)).n_embd
     dtype, because = pick_dtype(cfg, device, width)
-    if cfg.init != "new":                           # what learns is fp32; what is frozen is stored as it computes
+    if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
     template = cfg.template if cfg.template != "auto" else said.get("template") or chat.guess(tokenizer)
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
@@ -374,7 +376,7 @@ def open_kit(cfg):
 
 
 def new_model(cfg):
-    """A tokenizer trained on the data (--vocab 0: bytes), and a model of the flagged shape, weights seeded."""
+    """A tokenizer trained on the data (--vocab 0: bytes), a model of the flagged shape, seeded weights."""
     special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
     texts = [row["text"] for row in formats.load(cfg.data, "train").rows]
     tokenizer = Tokenizer.train(texts, cfg.vocab or 256 + len(special), special)
@@ -389,7 +391,7 @@ def new_model(cfg):
 # ------------------------------------------------------------------------------------------------ the methods
 
 def build(kit, cfg):
-    """The one place that knows the methods: freeze, inject; returns what learns, {name: parameter}, all fp32."""
+    """The one place that knows the methods. Freezes, injects, and returns what learns: {name: parameter}."""
     model, first = kit.model, {}
     if cfg.method == "full":
         learn = dict(model.named_parameters())
@@ -451,9 +453,10 @@ def param_groups(kit, cfg, learn):
         learn = {name: p for name, p in learn.items() if name.startswith("head.")}
     else:
         groups = []
-    decays = {name: cfg.method == "full" and p.dim() > 1 and name != "head.score.weight" for name, p in learn.items()}
+    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"}
+    pulled.discard("head.score.weight")
     for decay in (True, False):
-        if ps := [p for name, p in learn.items() if decays[name] == decay]:
+        if ps := [p for name, p in learn.items() if (name in pulled) == decay]:
             groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
     return groups
 
@@ -475,9 +478,8 @@ def save_weights(kit, cfg, folder):
     if kit.head is not None:
         write_tensors(inner / "head.safetensors", {"score.weight": kit.head.weight.detach().cpu()})
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    text = kit.text
-    write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, "template": text.template,
-                                    "system": text.system, "labels": text.labels, "ask": text.ask, "by": text.by})
+    said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by")}
+    write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, **said})
     return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
 
 
@@ -569,9 +571,9 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                                     f"{culprit(learn)}; lower --lr, or use --dtype fp32")
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
-                now.update(step=step + 1, seconds=time.monotonic() - began, bad=0 if sound else now["bad"] + 1,
-                           tokens=now["tokens"] + sum(len(e[0]) for part in parts for e in part),
-                           skipped=now["skipped"] + (not sound))
+                now["step"], now["seconds"] = step + 1, time.monotonic() - began
+                now["tokens"] += sum(len(ids) for part in parts for ids, _ in part)
+                now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
             last = step + 1 == total
             if ranks:
@@ -590,7 +592,8 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 found = evaluate_now()
                 kit.train()
                 run.log(event="valid", **clock, **found)
-                note(f"step {step + 1}/{total}  valid  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+                note(f"step {step + 1}/{total}  valid  "
+                     + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             if (step + 1) % cfg.save_every == 0 and not last:
                 save()
         save()
@@ -658,16 +661,18 @@ def supervised(cfg):
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
-            samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0], before=b,
-                            after=a) for row, b, a in zip(test, state["before"], after)]
+            samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0],
+                            before=b, after=a) for row, b, a in zip(test, state["before"], after)]
             clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
             run.log(event="test", **clock, **found)
-            result = dict(status="done", **{k: told[k] for k in ("task", "method", "init", "data", "seed")},
-                          metrics=found, baseline_metrics=state["baseline"],
-                          params_trainable=sum(p.numel() for p in learn.values()), params_total=base,
-                          adapter_bytes=weights, steps=now["step"], skipped=now["skipped"], tokens=now["tokens"],
-                          seconds=clock["seconds"], tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)),
-                          peak_memory_mb=peak_memory_mb(kit.device), samples=samples)
+            result = dict(
+                status="done", **{name: told[name] for name in ("task", "method", "init", "data", "seed")},
+                metrics=found, baseline_metrics=state["baseline"], params_total=base,
+                params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
+                steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
+                samples=samples,
+                tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)),
+                peak_memory_mb=peak_memory_mb(kit.device))
             run.finish(result)
     return report(result, run.folder)
 
@@ -693,8 +698,8 @@ def open_data(cfg):
 def block_of(kit, cfg):
     """The longest example: --block, or what the context leaves, 1024 at most."""
     if cfg.block is not None and cfg.block > kit.room():
-        raise UserError(f"--block {cfg.block} does not fit: the context of {kit.model.config.block_size} leaves "
-                        f"room for {kit.room()} tokens behind the virtual tokens")
+        raise UserError(f"--block {cfg.block} does not fit: of the context of {kit.model.config.block_size}, "
+                        f"{kit.room()} tokens are left for text")
     return cfg.block or min(kit.room(), 1024)
 
 
@@ -714,7 +719,7 @@ def encode(kit, cfg, rows, kind):
             note(f"{split}: " + ", ".join(f"{n} {what}" for what, n in long.items() if n)
                  + f" because longer than {block} tokens")
         if some and not out[split]:
-            raise DataError(f"{cfg.data}: 0 usable examples in {split}: all {len(some)} are longer than {block} "
+            raise DataError(f"{cfg.data}: 0 usable examples in {split}: {len(some)} are longer than {block} "
                             "tokens; use a larger --block, or --too_long truncate")
     return out
 
@@ -762,7 +767,7 @@ def talk(cfg):
 
 
 def merge(cfg):
-    """--task merge: an adapter run as a plain Hugging Face folder in fp32; prints the largest logit difference."""
+    """--task merge: an adapter run as a plain Hugging Face folder, fp32; says the largest logit change."""
     if not cfg.out:
         raise UserError("--task merge needs --out FOLDER, where the merged model goes")
     if os.path.exists(cfg.out) and os.listdir(cfg.out):
@@ -802,8 +807,8 @@ def main(argv=None):
     except RuntimeError as e:                       # torch.OutOfMemoryError is one, and so is the CPU's
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise
-        note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block needs less, "
-             "and so does --checkpoint")
+        note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block, and "
+             "--checkpoint, need less")
         return 1
 
 

@@ -4,8 +4,8 @@
     by words      argmin over labels of -sum log p(label tokens, end token | question); no length correction
     by a head     argmax of a linear map of the last token's hidden state
 
-Logits are computed at the targets and nowhere else. Rows are grouped by length under a token budget, so the numbers
-do not depend on how they were batched (causal attention: a pad cannot be seen).
+Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
+budget; no number depends on how they were batched (attention is causal: a pad cannot be seen).
 
 Public: Kit, summed_loss, mean_loss, answer, measure
 """
@@ -109,8 +109,8 @@ def answer(kit, prompts, **sampling):
     with kit.cast():
         past = kit.past()
         for rows in by_length(kit, list(map(len, prompts)), kit.max_new):
-            new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past, embed=kit.embed,
-                           **sampling)
+            new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
+                           embed=kit.embed, **sampling)
             for i, ids in zip(rows, new):
                 out[i] = kit.text.tokenizer.decode([t for t in ids if t != end]).strip()
     return out
@@ -118,23 +118,23 @@ def answer(kit, prompts, **sampling):
 
 @torch.no_grad()
 def word_scores(kit, prompts):
-    """-log p of every label word behind every prompt: (N, labels). The prompt runs once; each label is then laid
-    over the same cache columns behind it."""
+    """-log p of every label word behind every prompt: (N, labels). The prompt runs once; each label is
+    then laid over the same cache columns behind it."""
     text = kit.text
-    words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # the end token is last
+    words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # end token last
     longest, out = max(map(len, words)), torch.zeros(len(prompts), len(words))
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts)), longest):
             rows = [prompts[i] for i in index]
             hidden, filled = kit.trunk(pad(rows, kit.device), past)
-            first = kit.model.head(at_last(hidden, rows))[:, None]                          # (B, 1, V)
+            first = kit.model.head(at_last(hidden, rows))[:, None]                  # (B, 1, V)
             used = torch.tensor([len(r) for r in rows], device=kit.device)
-            used += filled[0][0].size(2) - hidden.size(1)                                   # virtual tokens in front
+            used += filled[0][0].size(2) - hidden.size(1)                           # virtual tokens in front
             tail = (0, 0, 0, longest - 1)
             cache = [(F.pad(k, tail), F.pad(v, tail), *side) for k, v, *side in filled]
             for j, word in enumerate(words):
-                w, logits = torch.tensor([word] * len(rows), device=kit.device), first      # (B, label tokens)
+                w, logits = torch.tensor([word] * len(rows), device=kit.device), first      # w (B, tokens)
                 if len(word) > 1:
                     hidden, _ = kit.model.trunk(w[:, :-1], cache, used)
                     logits = torch.cat((first, kit.model.head(hidden)), 1)
@@ -165,12 +165,12 @@ def measure(kit, rows, examples, shots=()):
     wanted = [kit.text.wanted(row) for row in rows]
     if "label" in rows[0]:
         scores = (word_scores if kit.head is None else head_scores)(kit, prompts)
-        said, gold = [kit.text.labels[j] for j in scores.argmin(1).tolist()], [answers[0] for answers in wanted]
+        said, gold = [kit.text.labels[j] for j in scores.argmin(1).tolist()], [words[0] for words in wanted]
         right = torch.tensor([kit.text.labels.index(g) for g in gold])
         return {"accuracy": metrics.accuracy(said, gold), "macro_f1": metrics.macro_f1(said, gold),
                 "loss": scores.gather(1, right[:, None]).mean().item()}, said
     said, found = answer(kit, prompts), {}
-    if not shots:                                   # the examples hold no shots, so their loss would be another's
+    if not shots:                                   # the examples hold no shots: theirs is another loss
         loss, count = mean_loss(kit, examples)
         found = {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}
     exact = sum(map(metrics.exact_match, said, wanted)) / len(said)

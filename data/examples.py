@@ -4,8 +4,8 @@
               (ids, label)   for a classification head: the label's number, read at the last token
     step      `batch` examples, cut into micro-batches under a budget of padded tokens
 
-The same text is rendered for training, scoring and generation in one place, `Text`: whatever a model was trained
-on is what it is asked with. Feed is a pure function of (seed, step), so there is no data state to save or restore.
+Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is what
+it is asked with. Feed is a pure function of (seed, step), so there is no data state to save or to restore.
 
 Public: Text, Feed, targets, windows
 """

@@ -12,7 +12,7 @@ def describe(kit, learn, base, examples):
     kept = kit.micro * c.n_layer * (12 * c.n_embd + 3 * c.n_inner) * kit.dtype.itemsize
     say(f"{n:,} of {base:,} parameters learn ({n / base:.2%})")
     say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (weights, gradients, "
-        f"two moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
+        f"moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
     for ids, mask in examples:
         say("\n" + "-" * 40 + " [[supervised]]")
         mask, out = mask if isinstance(mask, list) else [False] * len(ids), ""
@@ -24,7 +24,7 @@ def describe(kit, learn, base, examples):
 
 
 def report(result, folder):
-    """The end of a run on stdout: before and after, samples, the command to go on with, one line for machines."""
+    """The end of a run on stdout: before and after, samples, how to go on, one line for machines."""
     before, after = result.get("baseline_metrics", {}), result["metrics"]
     shown = {name: value for name, value in after.items() if name != "targets"}
     say(f"{'':16}{'before':>10}{'after':>10}")
@@ -37,8 +37,8 @@ def report(result, folder):
             say(f"  {key:8}" + ("\n" + " " * 10).join(lines))
     if result["method"] != "none":
         say(f"\npython train.py --task chat --init {folder}")
-    brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps",
-                                             "seconds", "tokens_per_second")}
+    brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes",
+                                             "steps", "seconds", "tokens_per_second")}
     brief.update({name: round(value, 4) for name, value in shown.items()}, out=folder)
     say(" ".join(f"{name}={value}" for name, value in brief.items()))
     return 0

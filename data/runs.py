@@ -5,10 +5,10 @@
     result.json   written last of all, atomically: its existence means done
     .lock         held by the process that works here; a killed process leaves nothing behind
 
-The same command again finds its own folder: finished, it is told so; interrupted, it goes on from state.pt; another
-run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupted at any point of the computation, except
-inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So nothing has to
-poll: whatever a step was computing (an evaluation, a generation) is dropped, and will be computed again.
+The same command again finds its own folder: finished, it is told so; interrupted, it goes on from state.pt;
+another run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupted at any point of the work,
+except inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So
+nothing has to poll: what a step was computing (an evaluation, a generation) is dropped, and computed again.
 
 Public: Run, Interrupted, guard, record, say, note, peak_memory_mb
 """
@@ -41,7 +41,7 @@ class Interrupted(BaseException):
 
 
 class Guard:
-    """Signals raise Interrupted at once, or at the end of the block that must not be cut. A second one kills."""
+    """Signals raise Interrupted at once, or at the end of a guarded block. A second one kills."""
     depth, pending = 0, None
 
     def __enter__(self):
@@ -97,13 +97,14 @@ class Run:
         self.state, self.before = self.folder / "state.pt", self.folder / "state.prev.pt"
 
     def finished(self):
-        """The result of this very command, had it run before; UserError when the folder holds something else."""
+        """The result of this very command, if it has run before; UserError if another run is in there."""
         if self.config.exists() and not self.fresh:
             was = read_json(self.config).get("config", {})
             for name in [*self.told, *was]:
                 if self.told.get(name) != was.get(name):
-                    raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command says "
-                                    f"--{name} {self.told.get(name)}. Use another --out, or --fresh to start over")
+                    raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command "
+                                    f"says --{name} {self.told.get(name)}. Use another --out, or --fresh to "
+                                    "start over")
             return read_json(self.result) if self.result.exists() else None
         if self.folder.is_dir() and not self.config.exists() and set(os.listdir(self.folder)) - {".lock"}:
             raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
@@ -121,7 +122,8 @@ class Run:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"{self.folder} is in use by another process; wait, or use another --out") from None
+                raise UserError(f"{self.folder} is in use by another process; "
+                                "wait for it, or use another --out") from None
             if self.fresh:                          # only what a run writes; nothing else in there is ours
                 for name in ("result.json", "config.json", "log.jsonl", "state.pt", "state.prev.pt"):
                     (self.folder / name).unlink(missing_ok=True)
@@ -130,20 +132,20 @@ class Run:
             yield self
 
     def start(self, facts):
-        """Write config.json, or check that a continued run still finds its data and base. Returns the state."""
+        """Write config.json, or see that a continued run still finds its data and base. Returns the state."""
         if not self.config.exists():
-            write_json(self.config, {"config": self.told, **facts, "argv": sys.argv[1:], "machine": machine()})
+            write_json(self.config, {"config": self.told, **facts, "argv": sys.argv, "machine": machine()})
             return None
         was = read_json(self.config)
         for key, what in (("data_sha256", "--data"), ("base_sha256", "--init")):
             if was.get(key) != facts.get(key):
-                raise DataError(f"{self.folder} was begun when {what} held something else; put the old files back, "
-                                "or use --fresh to start over")
+                raise DataError(f"{self.folder} was begun when {what} held something else; put the old files "
+                                "back, or use --fresh to start over")
         for path in (self.state, self.before):
             if path.exists():
                 try:
                     return torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as e:              # a torn zip raises many kinds; the save before it is whole
+                except Exception as e:              # a torn zip raises many kinds; the one before is whole
                     note(f"{path} is damaged ({type(e).__name__}); going on from the save before it")
         return None
 
@@ -158,7 +160,7 @@ class Run:
                             "free some space and give the same command again") from e
 
     def rewind(self, step):
-        """Forget the events after the step that we go on from (they will happen again), and a torn last line."""
+        """Forget the events after the step we go on from (they will happen again), and a torn last line."""
         path = self.folder / "log.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
