@@ -7,9 +7,9 @@ bytes: Radford et al. 2019, section 2.2).
 Learning.  Count the pairs of neighbours in all words, join the most frequent pair everywhere, repeat.  Ties
 go to the pair of smaller ids: one corpus, one vocabulary.  Only words with the joined pair are counted again.
 
-Agreeing.  Hugging Face joins the *pairs* of a list, in list order; tiktoken joins neighbours whose *bytes* are a
-token, in token order.  Call a token sound if its bytes, encoded alone by the list, arrive at the token.  In a
-longer word, while nothing has crossed the token's ends, its bytes go through the same steps as alone; so
+Agreeing.  Hugging Face joins the *pairs* of a list, in list order; tiktoken joins neighbours whose *bytes*
+are a token, in token order.  Call a token sound if its bytes, encoded alone by the list, arrive at the token.
+In a longer word, while nothing has crossed the token's ends, its bytes take the same steps as alone; so
 neighbours that spell a sound token are the last pair of its own encoding, which is in the list.  Hence, given
 the sound tokens in the order of their last pairs, both take the same steps, and no unsound token can appear.
 
@@ -113,8 +113,8 @@ def _join(ids, pair, new):
 def ranked(vocab, merges, whole=False):
     """Tokens longer than a byte, in the order in which tiktoken has to know them to follow the list `merges`.
 
-    `whole` is Hugging Face's ignore_merges: a piece that is a token becomes that token, sound or not; tiktoken
-    does so anyway. Then unsound tokens need a rank, too: safe if *every* split of theirs is in the list, and no
+    `whole` is Hugging Face's ignore_merges: a piece that is a token becomes that token, sound or not, as in
+    tiktoken. Then unsound tokens need a rank, too: safe if *every* split of theirs is in the list, and no
     other token's pair between (lists derived from a tiktoken file, such as Llama 3's, are so).
     """
     index = {pair: i for i, pair in enumerate(merges)}

@@ -191,4 +191,4 @@ def write_tensors(path, tensors, metadata=None):
     with atomic(path) as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for name in order:
-            f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            f.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -109,6 +109,7 @@ def _gather(folder, spec, config):
             tokens.setdefault(token, added(token, vocab[token]))
     if (folder / "chat_template.jinja").exists():
         config.setdefault("chat_template", (folder / "chat_template.jinja").read_text("utf-8"))
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")     # or transformers may guess a class
     spec["added_tokens"] = sorted(tokens.values(), key=lambda t: t["id"])
 
 

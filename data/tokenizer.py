@@ -23,6 +23,10 @@ from data.bpe import BYTE, CHAR, DIGITS, learn, ranked, splitter
 from data.files import DataError
 
 
+# tiktoken's regular expressions panic at a million characters of white space in a row; Python's do not.
+LONG = re.compile(r"(?<!\s)\s{900000}")
+
+
 class Tokenizer:
     """`spec` and `config` are the contents of tokenizer.json and tokenizer_config.json, kept as they came."""
 
@@ -56,7 +60,7 @@ class Tokenizer:
         self._words = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
         self.vocab_size = max(self._bytes) + 1
         self.bos, self.eos, self.pad = (self._role(config.get(role)) for role in tokenfiles.ROLES)
-        self.chat_template = config.get("chat_template", "")        # Jinja; data/chat.py reads its system text
+        self.chat_template = config.get("chat_template", "")    # Jinja; data/chat.py reads its system text
 
     def _role(self, token):
         token = tokenfiles.content(token)
@@ -74,10 +78,11 @@ class Tokenizer:
 
     def _encode(self, text):
         text = unicodedata.normalize(self._form, text) if self._form else text
-        ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
-        if -1 not in ids:
-            return ids
-        ids = []            # a byte without a token: it goes before BPE, and its neighbours may join
+        if not LONG.search(text):
+            ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
+            if -1 not in ids:
+                return ids
+        ids = []            # a byte without a token leaves before BPE, so that its neighbours may join
         for piece in splitter(self._pattern).finditer(text):
             if known := bytes(b for b in piece.group().encode() if self._ids[b] >= 0):
                 ids += [self._ids[rank] for rank in self._bpe._encode_single_piece(known)]
@@ -108,7 +113,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None):
-        """256 bytes (id = byte), merges learned from texts, then the special tokens; eos is the first of these
+        """256 bytes (id = byte), merges learned from texts, then the special tokens; eos is the first of them
         if not named. 256 + len(special) means plain bytes; a small text may give less than vocab_size."""
         n = vocab_size - 256 - len(special)
         if n < 0 or len(set(special)) < len(special):
