@@ -1,108 +1,116 @@
 """ppo.py: learn from preferences. Reward model, PPO with a KL penalty to a reference, and its relatives.
 
-The objective of all of them, over responses y to prompts x, and its one solution (the tests hold us to it):
+The objective of all of them, over answers y to prompts x, and its one solution (the tests hold us to it):
 
-    J(pi) = E[score(x, y)] - beta KL(pi || ref)        pi*(y|x) = ref(y|x) exp(score(x, y) / beta) / Z(x)
-    J(pi*) - J(pi) = beta KL(pi || pi*)                exactly, for every pi
+    J(pi) = E[score(x, y)] - beta KL(pi || ref)      pi*(y|x) = ref(y|x) exp(score(x, y) / beta) / Z(x)
+    J(pi*) - J(pi) = beta KL(pi || pi*)              exactly, for every pi
 
 One iteration of PPO:
- 1. sample a response to each prompt from the policy; it ends at the first EOS, which is an action like any other
- 2. logp, ref_logp, values over it, one forward each; score = a reward model, or any callable
- 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (a missing EOS replaces the score)
+ 1. sample an answer to each prompt from the policy; it ends at the first EOS, an action like any other
+ 2. logp, ref_logp, value of every action, one forward each; score = a reward model, or any callable
+ 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (no EOS: a constant score)
  4. delta_t     = reward_t + gamma value_{t+1} - value_t           value past the last token = 0
-    advantage_t = delta_t + gamma lam advantage_{t+1},  return_t = advantage_t + value_t;  advantages are whitened
+    advantage_t = delta_t + gamma lam advantage_{t+1};  return_t = advantage_t + value_t;  then whiten
  5. epochs x minibatches (x micro-batches, which only accumulate),       ratio = exp(logp_new - logp)
-    policy  mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))        + ptx_coef cross-entropy on pre-training text
+    policy  mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))   + ptx_coef cross-entropy on plain text
     value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)
  6. beta drifts towards the KL target; the average of the weights (EMA) follows
 
 The index convention, everywhere. Rows are right-padded; column t of a response tensor is the *action* "emit
-response token t", taken by looking at everything before it: position start - 1 + t. Here start = 3, n = 4.
+response token t", taken knowing all before it: position start - 1 + t. Here start = 3 and n = 4:
 
-    position      0    1    2    3    4    5    6    7    8
-    tokens        p    p    p    a    b    c   EOS   .    .      (T)   pads: any id at all
-    action t                0    1    2    3    -                (R)   column t reads position start - 1 + t
-    emits                   a    b    c   EOS   .                      token start + t
-    mask                    1    1    1    1    0                      t < n
+    position      0    1    2    3    4    5    6    7
+    tokens        p    p    p    a    b    c   EOS   .     (T)   pads: any id at all
+    action t                0    1    2    3    -          (R)   column t reads position start - 1 + t
+    emits                   a    b    c   EOS   .                token start + t
+    mask                    1    1    1    1    0                t < n
     logp, ref_logp, value   x    x    x    x    0
-    reward                 -k   -k   -k  s-k    0                      k = beta (logp - ref_logp), s = score
-    the score itself is read *at* the last real token, position start + n - 1, where the EOS is
+    reward                 -k   -k   -k  s-k    0                k = beta (logp - ref_logp), s = score
+    the score is read *at* the last real token, position start + n - 1: the EOS, when there is one
 
-Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO 2402.14740;
-GRPO 2402.03300; Dr. GRPO 2503.20783; DPO 2305.18290; IPO 2310.12036; several roles on one base 2309.00754; the KL
-estimators k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
+Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
+2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; DPO 2305.18290; IPO 2310.12036; all roles on one base
+2309.00754; KL estimators k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
 
-Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its own
-Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one estimator
-and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, in the loss at 0.3).
+Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
+own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
+estimator and place whose gradient is that of J (k3 in the reward ends 0.8 away from pi*, in the loss 0.3).
 
-A *role* is a callable that returns a context manager yielding (model, past). So policy, reference, critic and
-reward model can be adapters of one frozen base, copies, or soft prompts; this file cannot tell, and imports none
-of them. Dropout is off in every role: model.eval(), gradients on.
+A *role* is a callable returning a context manager that yields (model, past). So policy, reference, critic and
+reward model can be adapters of one frozen base, copies, or soft prompts; this file cannot tell and imports
+none of them. Dropout is off in every role: model.eval(), gradients on.
 
-B rows  T tokens  R response columns  N response tokens  C width  V vocabulary  K ranked answers  k samples a prompt
-Public: PPOConfig, DPOConfig, Batch, pack, Actor, logprobs, values, scores, ScalarHead, calibrate, model_reward,
-reward_step, reward_report, dpo_step, rollout, Roles, PPOState, train_ppo, health, show, and the equations
+B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k samples a prompt
+Public: PPOConfig, DPOConfig, Batch, pack, Actor, logprobs, values, scores, ScalarHead, calibrate,
+model_reward, reward_step, dpo_step, rollout, Roles, PPOState, train_ppo, and the equations
 """
-import contextlib
 import math
 import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Callable, Literal, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data.files import UserError
+from data.health import describe
 from model import generate
 
 
-def opt(default, help):
-    return field(default=default, metadata={"help": help})
+def opt(default, help, type=None, choices=None):
+    return field(default=default, metadata=dict(help=help, type=type or default.__class__, choices=choices))
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Flag = field. Learning rate, batch (answers per iteration), steps (iterations) and seed are the command's."""
-    algo: Literal["ppo", "rloo", "reinforce", "grpo", "drgrpo"] = opt("ppo", "ppo is the one with a critic")
-    samples: int = opt(0, "answers per prompt; 0: 4 where answers are compared (rloo, grpo, drgrpo), else 1")
-    response_tokens: int = opt(48, "longest answer, its end token included")
+    """Flag = field. The first eight every training task has; here are the values PPO wants for them."""
+    lr: float = opt(1e-3, "learning rate of the policy")
+    batch: int = opt(64, "answers per iteration")
+    steps: int = opt(100, "iterations: a rollout and its updates")
+    seed: int = opt(1, "seed of prompts, samples and minibatches")
+    max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    kl_coef: float = opt(0.05, "beta: reward per nat of KL to the reference (the start value, with --kl_target)")
-    kl_target: float = opt(0.0, "nats per answer to steer beta to; 0: beta stays")
-    kl_horizon: int = opt(10_000, "answers over which beta may change by 20 %")
-    missing_eos: Optional[float] = opt(-1.0, "score of an answer that does not end; none: whatever it scored")
+    micro: int = opt(16_384, "padded tokens per forward: memory and time, not mathematics")
+    clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
+
+    algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
+    samples: int = opt(0, "answers per prompt; 0: 4 where they are compared (rloo, grpo, drgrpo), else 1")
+    kl_coef: float = opt(0.05, "beta: score paid per nat of KL; where it starts, with --kl_target")
+    kl_target: float = opt(0.0, "nats per answer that beta is steered to; 0: beta stays")
+    kl_horizon: int = opt(10_000, "answers over which beta may change by a fifth")
+    missing_eos: float = opt(-1.0, "score of an answer that does not end; none: whatever it scored",
+                             type=lambda word: None if word == "none" else float(word))
     gamma: float = opt(1.0, "discount; below 1 the optimum is no longer pi*")
-    lam: float = opt(0.95, "GAE lambda")
+    lam: float = opt(0.95, "GAE's lambda")
     ppo_epochs: int = opt(4, "passes over one rollout")
     minibatches: int = opt(4, "optimiser steps per pass")
-    cliprange: float = opt(0.2, "how far a ratio may move from 1")
-    cliprange_value: float = opt(0.2, "how far a value may move from its rollout value; 0: no clipping")
-    target_kl: float = opt(0.0, "stop the passes when a minibatch has moved this far from the rollout; 0: never")
+    cliprange: float = opt(0.2, "how far a ratio may usefully move from 1")
+    cliprange_value: float = opt(0.2, "how far a value may usefully move from its old self; 0: no limit")
+    target_kl: float = opt(0.0, "end the passes when a minibatch is this far from the rollout; 0: never")
     value_lr: float = opt(0.0, "learning rate of the critic; 0: that of the policy")
-    value_warmup: int = opt(0, "iterations that train the critic alone")
-    schedule: Literal["linear", "warmup"] = opt("linear", "linear to zero, or 10 iterations up to a constant rate")
-    ptx_coef: float = opt(0.0, "PPO-ptx: weight of the pre-training loss per token (InstructGPT: 27.8, in its units)")
+    value_warmup: int = opt(0, "first iterations, which train the critic alone")
+    ptx_coef: float = opt(0.0, "PPO-ptx: weight of the pre-training loss per token; 0: none")
     ema: float = opt(0.0, "decay per iteration of an average of the policy (InstructGPT: 0.992); 0: none")
-    micro_tokens: int = opt(16_384, "padded tokens per forward; changes memory and time, no number")
 
     def __post_init__(self):
         grouped = self.algo in ("rloo", "grpo", "drgrpo")
-        if not self.samples:
-            object.__setattr__(self, "samples", 4 if grouped else 1)
+        object.__setattr__(self, "samples", self.samples or (4 if grouped else 1))
         if grouped and self.samples < 2:
-            raise UserError(f"--algo {self.algo} compares answers to one prompt; it needs --samples 2 or more")
+            raise UserError(f"--algo {self.algo} compares answers to one prompt: --samples must be 2 or more")
         if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature} leaves nothing to explore; PPO needs more than 0")
+            raise UserError(f"--temperature {self.temperature} explores nothing; it must be above 0")
+        if self.batch % self.samples or self.batch < self.minibatches:
+            raise UserError(f"--batch {self.batch} must be a multiple of --samples {self.samples}, at least "
+                            f"--minibatches {self.minibatches}")
 
 
 @dataclass(frozen=True)
 class DPOConfig:
-    dpo_beta: float = opt(0.1, "beta: how dearly a nat away from the reference is paid")
-    dpo_loss: Literal["dpo", "ipo"] = opt("dpo", "log-sigmoid of the margin, or its squared distance to 1/(2 beta)")
+    dpo_beta: float = opt(0.1, "beta: the price of a nat away from the reference")
+    dpo_loss: str = opt("dpo", "log-sigmoid of the margin, or squared error of it", choices=("dpo", "ipo"))
     label_smoothing: float = opt(0.0, "the chance that a label is wrong (cDPO)")
 
 
@@ -127,36 +135,36 @@ def whiten(x, mask):
 
 
 def token_weights(mask, mean="token", limit=None):
-    """(B, R) weights w: the loss of a minibatch is sum(w * loss). Micro-batches take rows of w, so their losses add
-    up to the minibatch's however it is cut.
+    """(B, R) weights w: a minibatch's loss is sum(w * loss). Micro-batches take rows of w, so theirs add up to
+    the minibatch's, however it is cut.
 
     token     1 / N          every token alike (PPO, RLOO)
     sequence  1 / (B n_b)    GRPO as published: the longer an answer, the less each of its tokens counts
     constant  1 / (B limit)  Dr. GRPO, unbiased; limit = the longest answer allowed
     """
-    B, n = mask.size(0), mask.sum(1, keepdim=True)                                  # n (B, 1)
+    B, n = mask.size(0), mask.sum(1, keepdim=True)                              # n (B, 1)
     if mean == "token":
         return mask / n.sum()
     return mask / (B * n if mean == "sequence" else B * limit)
 
 
 def kl_estimate(logp, ref_logp, kind="k1"):
-    """KL(pi || ref) per token, on tokens drawn from pi. k1 and k3 are unbiased values, k3 is never negative. That
-    says nothing about gradients: only k1, and only in the reward, optimises J."""
+    """KL(pi || ref) per token, on tokens drawn from pi. k1 and k3 are unbiased values, k3 is never negative.
+    That says nothing about gradients: only k1, and only in the reward, optimises J."""
     log_ratio = ref_logp - logp
     return {"k1": -log_ratio, "k2": log_ratio ** 2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}[kind]
 
 
 def token_rewards(scores, logp, ref_logp, mask, beta):
-    """-beta k1 on every real token, + score (B,) on the last one. Detached: rewards are data. Returns (B, R)."""
+    """-beta k1 on every real token, + score (B,) on the last. Detached: rewards are data. Returns (B, R)."""
     penalty = (beta * kl_estimate(logp, ref_logp)).detach().masked_fill(~mask, 0)
-    last = mask.sum(1, keepdim=True) - 1                                            # (B, 1)
+    last = mask.sum(1, keepdim=True) - 1                                        # (B, 1)
     return (-penalty).scatter_add(1, last, scores[:, None].to(penalty.dtype))
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). Past the last real token reward and value
-    are zero: a padded row gives the same numbers as the row alone. Returns advantages, returns, both (B, R)."""
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). Past the last real token reward and
+    value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R)."""
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     adv, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
@@ -180,19 +188,20 @@ def grpo_advantage(scores, std=True):
 
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    """The clipped surrogate (PPO, eq. 7, negated) per token: (B, R), 0 outside the mask. No gradient where the ratio
-    has already left the clip range in the direction its advantage asks for."""
+    """The clipped surrogate (PPO, eq. 7, negated) per token: (B, R), 0 outside the mask. No gradient where
+    the ratio has already left the clip range in the direction its advantage asks for."""
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
     advantages = advantages.masked_fill(~mask, 0)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
-    """Half the squared error per token, of the value or of its clipped move, whichever is worse: (B, R), 0 outside."""
+    """Half the squared error of the value or of its clipped move, whichever is worse: (B, R), 0 outside."""
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     loss = (values - returns) ** 2
     if clip:
-        loss = torch.maximum(loss, (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2)
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - returns) ** 2)
     return loss / 2
 
 
@@ -202,19 +211,19 @@ def pairwise_loss(chosen, rejected):
 
 
 def rank_loss(scores, rank, mask=None):
-    """All pairs among a prompt's K answers, averaged per prompt so that a 9-way ranking does not outvote a pair
-    (InstructGPT, eq. 1). scores, rank (B, K), smaller rank = better; equal ranks are no pair; mask: which answers
-    exist. Returns the loss (B,) and the number of pairs (B,)."""
+    """All pairs among a prompt's K answers, averaged per prompt: a 9-way ranking must not outvote a pair
+    (InstructGPT, eq. 1). scores, rank (B, K), smaller rank = better; equal ranks are no pair; mask says which
+    answers exist. Returns the loss (B,) and the number of pairs (B,)."""
     mask = torch.ones_like(rank, dtype=torch.bool) if mask is None else mask
-    s = scores.masked_fill(~mask, 0)
-    pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]              # (B, K, K)
-    loss, n = pairwise_loss(s[:, :, None], s[:, None, :]).masked_fill(~pair, 0), pair.sum((1, 2))
+    pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]             # (B, K, K)
+    s, n = scores.masked_fill(~mask, 0), pair.sum((1, 2))
+    loss = pairwise_loss(s[:, :, None], s[:, None, :]).masked_fill(~pair, 0)
     return loss.sum((1, 2)) / n.clamp(min=1), n
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind="dpo"):
-    """Log-probabilities (B,), *summed* over the response -> loss (B,), margin (B,). The margin is the difference of
-    the implicit rewards beta log(pi / ref); given all pairs, the optimum is pi* again (DPO, eq. 7; IPO, eq. 17)."""
+    """Log-probabilities (B,), *summed* over the answer -> loss (B,), margin (B,): the difference of the
+    implicit rewards beta log(pi / ref). With all pairs its optimum is pi* too (DPO, eq. 7; IPO, eq. 17)."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     if kind == "ipo":
         return (h - 1 / (2 * beta)) ** 2, beta * h
@@ -227,37 +236,26 @@ def entropy(logits):
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def explained_variance(values, returns, mask):
-    """1: the critic knows the return. 0: no better than a constant. Below: worse."""
-    return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12)
-
-
 def best_of_n(scores):
     """scores (B, n) -> (B,) the best sample of each prompt: the baseline that RL has to meet."""
     return scores.argmax(1)
 
 
-def best_of_n_kl(n):
-    """How far best-of-n is from its sampler, at most."""
-    return math.log(n) - (n - 1) / n
-
-
 def feedme(scores, keep=1, at_least=-math.inf):
-    """Which samples to imitate: each prompt's `keep` best that reach `at_least`. (B, n) -> [(b, i), ...]. Supervised
-    tuning on those and on demonstrations is how text-davinci-001 was made."""
-    top = scores.topk(min(keep, scores.size(1)), 1)
-    return [(b, i) for b, row in enumerate(zip(top.values.tolist(), top.indices.tolist()))
-            for s, i in zip(*row) if s >= at_least]
+    """Which samples to imitate: each prompt's `keep` best that reach `at_least`. (B, n) -> [(b, i), ...].
+    SFT on those and on demonstrations is how text-davinci-001 was made."""
+    top = scores.topk(min(keep, scores.size(1)), 1).indices.tolist()
+    return [(b, i) for b, row in enumerate(top) for i in row if scores[b, i] >= at_least]
 
 
 class KLController:
-    """beta, nudged so that KL approaches `target` nats (Ziegler et al. 2019, section 2.2). Target 0: fixed."""
+    """beta, nudged so that KL nears `target` nats (Ziegler et al. 2019, section 2.2); target 0: fixed."""
 
     def __init__(self, beta, target=0.0, horizon=10_000):
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl, answers):
-        if self.target:                                     # an error counts as 20 % at most: one batch is noise
+        if self.target:                                 # an error counts as a fifth at most: a batch is noise
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * answers / self.horizon
 
@@ -279,30 +277,14 @@ class EMA:
         for name, p in params.items():
             self.shadow[name].lerp_(p, 1 - self.decay)
 
-    @contextlib.contextmanager
-    def applied(self, params):
-        """Inside, the parameters are the average; afterwards they are themselves again."""
-        own = {name: p.detach().clone() for name, p in params.items()}
-        try:
-            assign(params, self.shadow)
-            yield
-        finally:
-            assign(params, own)
 
-
-@torch.no_grad()
-def assign(params, values):
-    for name, p in params.items():
-        p.copy_(values[name])
-
-
-# --------------------------------------------------------------------------------------- from models to numbers
+# ------------------------------------------------------------------------------------ from models to numbers
 
 class Batch(NamedTuple):
-    """Prompts with responses in right-padded rows, and what is known about every action (diagram above)."""
+    """Prompts with answers in right-padded rows, and what is known of every action (diagram above)."""
     tokens: torch.Tensor                        # (B, T)
     start: torch.Tensor                         # (B,)      prompt lengths
-    mask: torch.Tensor                          # (B, R)    from here on, all (B, R)
+    mask: torch.Tensor                          # (B, R)    as is all that follows
     logp: torch.Tensor = None                   #           of the sampler, at rollout
     ref_logp: torch.Tensor = None
     entropy: torch.Tensor = None
@@ -317,78 +299,75 @@ class Batch(NamedTuple):
 
     def take(self, rows):
         """These rows alone, trimmed to the longest of them: padding costs time, never a number."""
-        start, mask, T = self.start[rows], self.mask[rows], int(self.lengths[rows].max())
-        R = int(mask.sum(1).max())
-        rest = (x if x is None else x[rows, :R] for x in self[3:])
-        return Batch(self.tokens[rows, :T], start, mask[:, :R], *rest)
+        start, mask = self.start[rows], self.mask[rows]
+        n = mask.sum(1)
+        T, R = int((start + n).max()), int(n.max())
+        columns = (x if x is None else x[rows, :R] for x in self[3:])
+        return Batch(self.tokens[rows, :T], start, mask[:, :R], *columns)
 
 
-def pack(prompts, responses, device="cpu", pad=0):
+def pack(prompts, answers, device="cpu", pad=0):
     """Lists of token ids -> Batch. Lengths, never the pad id, say what is real."""
-    rows = [[*p, *y] for p, y in zip(prompts, responses)]
-    T, R = max(map(len, rows)), max(map(len, responses))
+    rows = [[*p, *y] for p, y in zip(prompts, answers)]
+    T, R = max(map(len, rows)), max(map(len, answers))
     tokens = torch.tensor([row + [pad] * (T - len(row)) for row in rows], device=device)
-    start, n = (torch.tensor([len(x) for x in lists], device=device) for lists in (prompts, responses))
+    start, n = (torch.tensor([len(x) for x in lists], device=device) for lists in (prompts, answers))
     return Batch(tokens, start, torch.arange(R, device=device) < n[:, None])
 
 
 class Actor:
-    """A model as a distribution over actions: softmax(logits / temperature), `banned` ids impossible. Sampling and the
-    old, new and reference log-probabilities all read this one head, so they cannot disagree about either."""
+    """A model as a distribution over actions: softmax(logits / temperature), `banned` ids impossible.
+    Sampling, old, new and reference log-probabilities read this one head, so they cannot disagree."""
 
     def __init__(self, model, temperature=1.0, banned=()):
         self.model, self.temperature, self.banned = model, temperature, list(banned)
 
-    def __getattr__(self, name):                            # trunk, config, ...: as the model has them
+    def __getattr__(self, name):                            # trunk, config, wte: the model's own
         return getattr(self.model, name)
 
     def head(self, hidden):                                 # (..., C) -> (..., V), at least fp32
         logits = self.model.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        if self.banned:
-            logits[..., self.banned] = -torch.inf
-        return logits
+        ban = torch.tensor(self.banned, dtype=torch.long, device=logits.device)
+        return logits.index_fill(-1, ban, -torch.inf) if self.banned else logits
 
 
-def action_states(model, batch, past=None):
-    """The hidden state each action was taken in, (N, C), row by row; the model's head has yet to see them."""
+def states(model, batch, past):
+    """The hidden state in which each action was taken: (N, C), row by row."""
     hidden, _ = model.trunk(batch.tokens, past)
     b, t = batch.mask.nonzero(as_tuple=True)
     return hidden[b, batch.start[b] - 1 + t]
 
 
 def spread(x, mask):
-    """(N, ...) in row order -> (B, R, ...), 0 where no action was taken."""
-    out = x.new_zeros(*mask.shape, *x.shape[1:])
-    return out.index_put(mask.nonzero(as_tuple=True), x)
+    """(N, ...), one entry per action -> (B, R, ...), 0 where there was none."""
+    return x.new_zeros(*mask.shape, *x.shape[1:]).index_put(mask.nonzero(as_tuple=True), x)
 
 
-def action_logp(logits, batch):
-    """log-probability of the tokens that were emitted, (B, R), from the logits (N, V) of their states."""
+def logprobs(actor, batch, past=None, entropies=False):
+    """log pi of every response token, (B, R), 0 outside the mask; `entropies`: both, (B, R, 2). The
+    vocabulary is paid for where there is an action, and nowhere else."""
+    logits = actor.head(states(actor, batch, past))                             # (N, V)
     b, t = batch.mask.nonzero(as_tuple=True)
-    emitted = batch.tokens[b, batch.start[b] + t]
-    return spread(logits.log_softmax(-1).gather(-1, emitted[:, None])[:, 0], batch.mask)
-
-
-def logprobs(actor, batch, past=None):
-    """log pi of every response token, (B, R), 0 outside the mask. Costs vocabulary only where there is an action."""
-    return action_logp(actor.head(action_states(actor, batch, past)), batch)
+    emitted = batch.tokens[b, batch.start[b] + t]                               # (N,)
+    logp = logits.log_softmax(-1).gather(-1, emitted[:, None])[:, 0]
+    return spread(torch.stack((logp, entropy(logits)), -1) if entropies else logp, batch.mask)
 
 
 def values(model, head, batch, past=None):
-    """The critic's forecast before every action, (B, R): same positions as `logprobs`."""
-    return spread(head(action_states(model, batch, past)), batch.mask)
+    """The critic's forecast before every action, (B, R): the positions that `logprobs` reads."""
+    return spread(head(states(model, batch, past)), batch.mask)
 
 
 def scores(model, head, batch, past=None):
-    """The reward model's verdict on whole rows, (B,), read at the last real token (found by length, not by pad id)."""
+    """The reward model's verdict on whole rows, (B,), at the last real token (by length, not by pad id)."""
     hidden, _ = model.trunk(batch.tokens, past)
     return head(hidden[torch.arange(len(hidden)), batch.lengths - 1])
 
 
 class ScalarHead(nn.Module):
-    """hidden (..., C) -> (...): gain (w h + b) + shift. w starts N(0, 1 / (C + 1)), or zero. gain and shift are set by
-    `calibrate`, saved, and never trained."""
+    """hidden (..., C) -> (...): gain (w h + b) + shift. w starts N(0, 1 / (C + 1)), or zero. gain and shift
+    are set by `calibrate`, saved, and never trained."""
 
     def __init__(self, width, zero=False):
         super().__init__()
@@ -403,8 +382,8 @@ class ScalarHead(nn.Module):
 
 @torch.no_grad()
 def calibrate(head, scores, scale=True):
-    """The ranking loss cannot see a shift or know a scale, so fix both: what scored `scores` now scores 0 on average,
-    with standard deviation 1. Then beta means the same for every reward model. scale=False only moves the zero."""
+    """Ranking cannot see a shift and hardly a scale, so fix both: what scored `scores` now has mean 0 and
+    standard deviation 1, and beta means the same under every reward model. scale=False: the zero only."""
     std = scores.std(unbiased=False).item() if scale else 1.0
     if not std > 1e-8:
         raise UserError("the reward model gives every reference sample the same score; train it longer")
@@ -413,9 +392,9 @@ def calibrate(head, scores, scale=True):
 
 
 def micro_batches(lengths, budget):
-    """Row indices in groups of similar length, each at most `budget` tokens once padded (a longer row goes alone)."""
+    """Row indices in groups of similar length, each at most `budget` tokens once padded, or a single row."""
     groups = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):                  # ascending: i sets the width
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):              # ascending: i sets the width
         if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
             groups[-1].append(i)
         else:
@@ -425,7 +404,7 @@ def micro_batches(lengths, budget):
 
 @torch.no_grad()
 def inference(f, batch, budget):
-    """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was computed."""
+    """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
     out = None
     for rows in micro_batches(batch.lengths.tolist(), budget):
         y = f(batch.take(rows))
@@ -435,375 +414,270 @@ def inference(f, batch, budget):
 
 
 def model_reward(role, head, budget=16_384):
-    """A reward model in the shape `train_ppo` wants: (prompts, responses), lists of ids -> scores (B,)."""
-    def reward(prompts, responses):
+    """A reward model in the shape `train_ppo` wants: (prompts, answers), lists of ids -> scores (B,)."""
+    def reward(prompts, answers):
         with role() as (model, past):
-            batch = pack(prompts, responses, model.wte.weight.device)
+            batch = pack(prompts, answers, model.wte.weight.device)
             return inference(lambda part: scores(model, head, part, past)[:, None], batch, budget)[:, 0]
     return reward
 
 
-# ------------------------------------------------------------------------- supervised steps: reward model and DPO
-# Each takes one micro-batch and returns a sum and a count, so that a step can divide by the count of all its parts.
-
-class Ranked(NamedTuple):
-    scores: torch.Tensor                        # (B, K)
-    rank: torch.Tensor                          # (B, K)   smaller = better; the distance is the confidence
-    mask: torch.Tensor                          # (B, K)   which answers exist
-    length: torch.Tensor                        # (B, K)   response tokens
-
+# --------------------------------------------------------------------- supervised steps: reward model and DPO
+# One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 
 def reward_step(role, head, examples):
-    """examples: [(prompt, [answer, ...], [rank, ...]), ...]; a comparison is two answers of ranks 0 and 1 (or 0 and
-    the margin of votes). One forward scores every answer, and all pairs of a prompt stay together: spread over batches
-    they overfit within an epoch. Returns the loss summed over prompts, the number of prompts that hold a pair, Ranked."""
+    """examples: [(prompt, [answer, ...], [rank, ...]), ...]; a comparison is two answers of ranks 0 and 1, or
+    0 and the margin of votes. One forward scores every answer, and all pairs of a prompt stay together: dealt
+    out over batches they overfit within an epoch. Returns the loss summed over prompts, how many prompts hold
+    a pair, and scores, rank, mask, answer length, all (B, K), for data.health.reward_report."""
+    prompts, answers, ranks = zip(*((p, y, r) for p, ys, rs in examples for y, r in zip(ys, rs)))
     with role() as (model, past):
-        flat = pack([p for p, answers, _ in examples for _ in answers],
-                    [y for _, answers, _ in examples for y in answers], model.wte.weight.device)
-        s = scores(model, head, flat, past)
-    n = torch.tensor([len(answers) for _, answers, _ in examples], device=s.device)
-    mask = torch.arange(int(n.max()), device=s.device) < n[:, None]                 # (B, K)
-    rank = torch.tensor([float(r) for _, _, ranks in examples for r in ranks], device=s.device)
-    grid = [torch.zeros(mask.shape, dtype=x.dtype, device=s.device).masked_scatter(mask, x)
-            for x in (s, rank, flat.mask.sum(1))]
-    loss, pairs = rank_loss(grid[0], grid[1], mask)
-    return loss.sum(), (pairs > 0).sum(), Ranked(grid[0].detach(), grid[1], mask, grid[2])
-
-
-def correlation(x, y):
-    x, y = (z.double() - z.double().mean() for z in (x, y))
-    return ((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12)).item()
-
-
-def reward_report(parts):
-    """[Ranked, ...] -> accuracy over pairs (a tie in score is half right), overall and by rank distance; how much score
-    follows length (0.5 and more is a length model)."""
-    right = defaultdict(list)
-    for s, rank, mask, _ in parts:
-        pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-        won = torch.sign(s[:, :, None] - s[:, None, :])[pair] / 2 + 0.5
-        for distance, w in zip((rank[:, None, :] - rank[:, :, None])[pair].tolist(), won.tolist()):
-            right[round(distance)].append(w)
-    everything = [w for ws in right.values() for w in ws]
-    report = {"accuracy": sum(everything) / max(len(everything), 1), "pairs": len(everything)}
-    report |= {f"accuracy_margin_{d}": sum(ws) / len(ws) for d, ws in sorted(right.items())}
-    s, n = (torch.cat([part[i][part.mask] for part in parts]) for i in (0, 3))
-    return report | {"score_length_corr": correlation(s, n), "score_mean": s.mean().item(), "score_std": s.std().item()}
+        flat = pack(prompts, answers, model.wte.weight.device)
+        s = scores(model, head, flat, past)                                     # (all answers,)
+    n = torch.tensor([len(ys) for _, ys, _ in examples], device=s.device)
+    mask = torch.arange(int(n.max()), device=s.device) < n[:, None]             # (B, K)
+    columns = (s, torch.tensor(ranks, dtype=s.dtype, device=s.device), flat.mask.sum(1))
+    s, rank, length = (spread(x, mask) for x in columns)                        # (B, K)
+    loss, pairs = rank_loss(s, rank, mask)
+    return loss.sum(), (pairs > 0).sum(), (s.detach(), rank, mask, length)
 
 
 def dpo_step(policy, reference, examples, cfg):
-    """examples: [(prompt, chosen, rejected), ...]. Returns the loss summed over pairs, their number, and sums to
-    log. That both answers grow less likely is normal: only their margin is trained."""
+    """examples: [(prompt, chosen, rejected), ...]. Returns the loss summed over pairs, their number, and sums
+    to log. That both answers grow less likely is normal: only their margin is trained."""
     prompts, chosen, rejected = zip(*examples)
     logp = []
     for role, learns in ((policy, torch.is_grad_enabled()), (reference, False)):
         with role() as (model, past), torch.set_grad_enabled(learns):
             batch = pack(prompts + prompts, chosen + rejected, model.wte.weight.device)
-            logp += logprobs(Actor(model), batch, past).sum(1).chunk(2)             # chosen (B,), rejected (B,)
+            logp += logprobs(Actor(model), batch, past).sum(1).chunk(2)         # chosen (B,), rejected (B,)
     loss, margin = dpo_loss(*logp, cfg.dpo_beta, cfg.label_smoothing, cfg.dpo_loss)
-    seen = {"accuracy": (margin > 0).float(), "margin": margin, "chosen_logp": logp[0], "rejected_logp": logp[1]}
+    seen = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=logp[0], rejected_logp=logp[1])
     return loss.sum(), len(examples), {name: x.detach().sum().item() for name, x in seen.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ PPO
+# ------------------------------------------------------------------------------------------------------- PPO
 
 class Roles(NamedTuple):
     policy: Callable
-    reference: Callable                         # the policy as it began; never a gradient
-    critic: Callable = None                     # --algo ppo only
+    reference: Callable                         # the policy as it began; never sees a gradient
+    critic: Callable = None                     # algo ppo only, with
+    value_head: Callable = None                 # hidden -> value, a ScalarHead
 
 
 @torch.no_grad()
-def rollout(policy, reference, prompts, eos, max_new, temperature=1.0, banned=(), generator=None, budget=16_384):
-    """Answer every prompt and score every action. Returns Batch (logp, ref_logp, entropy filled) and the answers.
+def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
+    """Answer every prompt and score every action: Batch with logp, entropy, ref_logp, values; the answers.
 
-    The old log-probabilities come from a second forward, the very one `update` will run, not from the sampler: the
-    ratio then starts at 1 to rounding, whatever dtype the cache has. Policy and reference see the same micro-batches,
-    so equal weights give a KL of exactly 0.
+    The old log-probabilities come from a second forward, the one `update` will run, not from the sampler: the
+    ratio then starts at 1 to rounding, whatever the cache does. Policy and reference see the same
+    micro-batches, so equal weights give a KL of exactly 0.
     """
-    responses = [None] * len(prompts)
-    with policy() as (model, past):
-        actor = Actor(model, temperature, banned)
-        for rows in micro_batches([len(p) + max_new for p in prompts], budget):
-            new = generate(actor, [prompts[i] for i in rows], max_new, eos=eos, past=past, generator=generator)
+    def act(part):
+        return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
+    answers, v = [None] * len(prompts), None
+    with roles.policy() as (model, past):
+        for rows in micro_batches([len(p) + cfg.max_new for p in prompts], cfg.micro):
+            new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
+                           eos=eos, past=past, generator=generator)
             for i, y in zip(rows, new):
-                responses[i] = y
-        batch = pack(prompts, responses, model.wte.weight.device)
+                answers[i] = y
+        batch = pack(prompts, answers, model.wte.weight.device)
+        logp, h = inference(act, batch, cfg.micro).unbind(-1)
+    with roles.reference() as (model, past):
+        ref_logp = inference(act, batch, cfg.micro)[..., 0]
+    if roles.critic:
+        with roles.critic() as (model, past):
+            v = inference(lambda part: values(model, roles.value_head, part, past), batch, cfg.micro)
+    return batch._replace(logp=logp, entropy=h, ref_logp=ref_logp, values=v), answers
 
-        def f(part):
-            logits = actor.head(action_states(actor, part, past))
-            return torch.stack((action_logp(logits, part), spread(entropy(logits), part.mask)), -1)
-        logp, h = inference(f, batch, budget).unbind(-1)
-    with reference() as (model, past):
-        actor = Actor(model, temperature, banned)
-        ref_logp = inference(lambda part: logprobs(actor, part, past), batch, budget)
-    return batch._replace(logp=logp, ref_logp=ref_logp, entropy=h), responses
+
+def advantages(cfg, batch, scores):
+    """Where the algorithms differ: a batch with rewards, scores (B,) -> advantages, returns, both (B, R)."""
+    mask, group = batch.mask, (-1, cfg.samples)
+    if cfg.algo in ("ppo", "reinforce"):
+        v, lam = (batch.values, cfg.lam) if cfg.algo == "ppo" else (torch.zeros_like(batch.rewards), 1.0)
+        adv, returns = gae(batch.rewards, v, mask, cfg.gamma, lam)
+        return whiten(adv, mask), returns                   # REINFORCE: reward to go, its mean the baseline
+    total = batch.rewards.sum(1)                            # the others: one advantage for the whole answer
+    each = (rloo_advantage(total.view(group)) if cfg.algo == "rloo"
+            else grpo_advantage(scores.view(group), std=cfg.algo == "grpo"))
+    return each.view(-1, 1) * mask, total[:, None] * mask
 
 
 class PPOState:
-    """Everything that evolves: parameters by name, their Adam states, beta, the average, the iteration count. All
-    randomness is a function of (seed, iteration), so this, saved between iterations, is an exact resume."""
+    """Everything that evolves: parameters by name, their Adam states, beta, the average, the iteration count.
+    Randomness is a function of (seed, iteration): this, saved between iterations, is an exact resume."""
 
-    def __init__(self, cfg, lr, policy, value=None):
+    def __init__(self, cfg, policy, value=None):
         self.params = {"policy": dict(policy)} | ({"value": dict(value)} if value else {})
-        self.lr = {"policy": lr, "value": cfg.value_lr or lr}
+        self.lr, self.clip = {"policy": cfg.lr, "value": cfg.value_lr or cfg.lr}, cfg.clip or math.inf
         self.optim = {who: torch.optim.Adam(params.values(), self.lr[who], betas=(0.9, 0.95), eps=1e-5)
                       for who, params in self.params.items()}
         self.kl = KLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
         self.ema = EMA(self.params["policy"], cfg.ema) if cfg.ema else None
         self.step = 0                                       # iterations done
-        self.bad = dict.fromkeys(self.params, 0)            # non-finite gradients in a row
+        self.bad = dict.fromkeys(self.params, 0)            # gradients in a row that were not finite
 
-    def apply(self, who, scale, max_norm=1.0):
-        """Clip and step at `scale` times the learning rate; scale 0 only forgets the gradient. A gradient that is not
-        finite steps nowhere, and ten of them end the run. Returns the norm before clipping."""
+    def apply(self, who, share):
+        """Clip, and step at this share of the learning rate; share 0 only forgets the gradient. What is not
+        finite steps nowhere, and ten in a row end the run. Returns the norm before clipping."""
         params, optim = self.params[who], self.optim[who]
-        optim.param_groups[0]["lr"] = self.lr[who] * scale
-        norm = nn.utils.clip_grad_norm_(params.values(), max_norm).item()
+        optim.param_groups[0]["lr"] = self.lr[who] * share
+        norm = nn.utils.clip_grad_norm_(params.values(), self.clip).item()
         self.bad[who] = 0 if math.isfinite(norm) else self.bad[who] + 1
         if self.bad[who] == 10:
             name = next(k for k, p in params.items() if p.grad is not None and not p.grad.isfinite().all())
-            raise UserError(f"ten gradients in a row were not finite, beginning with {name} ({who}); lower --lr")
-        if scale and not self.bad[who]:
+            raise UserError(f"ten gradients in a row were not finite, first in {name} ({who}); lower --lr")
+        if share and not self.bad[who]:
             optim.step()
         optim.zero_grad()
         return norm
 
     def state_dict(self):
-        return {"step": self.step, "bad": self.bad, "beta": self.kl.beta, "ema": self.ema and self.ema.shadow,
-                "params": {who: {k: p.detach() for k, p in params.items()} for who, params in self.params.items()},
+        """Live tensors: write them out, or copy them, before the next iteration."""
+        return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
+                "ema": self.ema and self.ema.shadow, "params": {w: dict(ps) for w, ps in self.params.items()},
                 "optim": {who: optim.state_dict() for who, optim in self.optim.items()}}
 
     def load_state_dict(self, state):
-        self.step, self.bad, self.kl.beta = state["step"], dict(state["bad"]), state["beta"]
+        self.step, self.bad = state["step"], dict(state["bad"])
+        self.kl.load_state_dict(state["kl"])
         for who, params in self.params.items():
-            assign(params, state["params"][who])
+            for name, p in params.items():
+                p.data.copy_(state["params"][who][name])
             self.optim[who].load_state_dict(state["optim"][who])
         if self.ema:
-            self.ema.shadow = {k: t.clone() for k, t in state["ema"].items()}
+            self.ema.shadow = {name: t.clone() for name, t in state["ema"].items()}
 
 
 def rng(*key, device="cpu"):
-    """A generator that is a function of its key, through `random` because torch keeps 32 bits of a CPU seed."""
+    """A generator that is a function of its key (hashed, because torch keeps 32 bits of a CPU seed)."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
 def draw(n, count, seed, step):
-    """Which of n prompts iteration `step` asks: each one once per pass, every pass in an order of its own."""
-    orders = defaultdict(list)
+    """Which of n prompts iteration `step` asks: each once per turn, every turn in an order of its own."""
+    orders = {}
     for at in range(step * count, (step + 1) * count):
-        pass_, i = divmod(at, n)
-        orders[pass_] = orders[pass_] or torch.randperm(n, generator=rng(seed, "prompts", pass_)).tolist()
-        yield orders[pass_][i]
+        turn, i = divmod(at, n)
+        if turn not in orders:
+            orders[turn] = torch.randperm(n, generator=rng(seed, "prompts", turn)).tolist()
+        yield orders[turn][i]
 
 
-def rate(kind, step, steps):
-    """Share of the learning rate. Whitened advantages never shrink: only the rate can let a policy settle."""
-    return 1 - step / steps if kind == "linear" else min(1.0, 0.1 + 0.09 * step)
-
-
-def advantages(cfg, batch, scores):
-    """Where the algorithms differ: Batch with rewards (and values), scores (B,) -> advantages, returns, both (B, R)."""
-    mask, groups = batch.mask, (-1, cfg.samples)
-    if cfg.algo == "ppo":
-        adv, returns = gae(batch.rewards, batch.values, mask, cfg.gamma, cfg.lam)
-        return whiten(adv, mask), returns
-    if cfg.algo == "reinforce":                             # reward to go; whitening is the baseline
-        adv, returns = gae(batch.rewards, torch.zeros_like(batch.rewards), mask, cfg.gamma, lam=1.0)
-        return whiten(adv, mask), returns
-    total = batch.rewards.sum(1)                            # one advantage for the whole answer
-    each = (rloo_advantage(total.view(groups)) if cfg.algo == "rloo"
-            else grpo_advantage(scores.view(groups), std=cfg.algo == "grpo"))
-    return each.view(-1, 1) * mask, total[:, None] * mask
-
-
-def add_ptx(cfg, policy, params, parts):
-    """Add ptx_coef times the cross-entropy per token of pre-training text to the gradients. parts: [(x, y), ...], y -1
-    where there is no target. Returns the cross-entropy and the norm of what it added over that of what was there."""
-    ppo = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
+def add_ptx(coef, policy, params, parts):
+    """Add coef x (cross-entropy per token) to the gradients. parts: [(x, y), ...], y = -1 where no target is.
+    Returns the cross-entropy, and the norm of what was added over the norm of what was there."""
+    before = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
     count, total = sum(int((y >= 0).sum()) for _, y in parts), 0.0
     for x, y in parts:
         with policy() as (model, past):
             hidden, _ = model.trunk(x, past)
-            loss = F.cross_entropy(model.head(hidden[y >= 0]).float(), y[y >= 0], reduction="sum") / count
-            (cfg.ptx_coef * loss).backward()
+            logits = model.head(hidden[y >= 0]).float()
+            loss = F.cross_entropy(logits, y[y >= 0], reduction="sum") / count
+            (coef * loss).backward()
             total += loss.item()
-    added = nn.utils.get_total_norm([params[name].grad - g for name, g in ppo.items()])
-    return total, (added / nn.utils.get_total_norm(ppo.values()).clamp(min=1e-12)).item()
+    added = nn.utils.get_total_norm([params[name].grad - g for name, g in before.items()])
+    return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
 
-def update(cfg, roles, state, batch, value_head, scale, generator, banned=(), ptx=None):
-    """Step 5. Every pass is one permutation, cut into minibatches, each one optimiser step. Returns what was seen,
-    averaged over minibatches, every number over real tokens only."""
+def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=None):
+    """Step 5. A pass is a permutation cut into minibatches, a minibatch one optimiser step. Returns what was
+    seen, averaged over minibatches; within one, over real tokens."""
     log, mean = defaultdict(list), {"grpo": "sequence", "drgrpo": "constant"}.get(cfg.algo, "token")
     passes = (torch.randperm(len(batch.mask), generator=generator) for _ in range(cfg.ppo_epochs))
     for minibatch in (m for order in passes for m in order.tensor_split(cfg.minibatches)):
-        mini, seen = batch.take(minibatch), defaultdict(float)
-        even, weight = token_weights(mini.mask), token_weights(mini.mask, mean, cfg.response_tokens)
-        for rows in micro_batches(mini.lengths.tolist(), cfg.micro_tokens):
-            part = mini.take(rows)
+        mini, seen = batch.mask[minibatch], defaultdict(float)
+        even, weight = token_weights(mini), token_weights(mini, mean, cfg.max_new)
+        for rows in micro_batches(batch.lengths[minibatch].tolist(), cfg.micro):
+            part = batch.take(minibatch[rows])
             mask, e, w = part.mask, *(x[rows, :part.mask.size(1)] for x in (even, weight))
-            with roles.policy() as (model, past):           # backward inside: recomputation must meet the same role
+            with roles.policy() as (model, past):       # backward inside: recomputation must meet this role
                 logp = logprobs(Actor(model, cfg.temperature, banned), part, past)
                 loss = ppo_policy_loss(logp, part.logp, part.advantages, mask, cfg.cliprange)
-                if mean != "token":                         # GRPO's penalty. Its optimum is not pi*
-                    loss = loss + state.kl.beta * kl_estimate(logp, part.ref_logp, "k3").masked_fill(~mask, 0)
+                if mean != "token":                     # GRPO's own penalty; its optimum is not pi*
+                    k3 = kl_estimate(logp, part.ref_logp, "k3")
+                    loss = loss + state.kl.beta * k3.masked_fill(~mask, 0)
                 (w * loss).sum().backward()
-            with torch.no_grad():
-                log_ratio = (logp - part.logp).masked_fill(~mask, 0)
-                ratio = log_ratio.exp()
-                seen["policy_loss"] += (w * loss).sum()
-                seen["ratio"] += (e * ratio).sum()
-                seen["approx_kl"] += (e * kl_estimate(0.0, log_ratio, "k3")).sum()
-                seen["clipfrac"] += (e * ((ratio - 1).abs() > cfg.cliprange)).sum()
-                seen["ratio_off"] = max(seen["ratio_off"], (ratio - 1).abs().max().item())
+            log_ratio = (logp.detach() - part.logp).masked_fill(~mask, 0)
+            ratio = log_ratio.exp()
+            off = (ratio - 1).abs()
+            sums = {"policy_loss": w * loss, "ratio": e * ratio, "clipfrac": e * (off > cfg.cliprange),
+                    "approx_kl": e * kl_estimate(0.0, log_ratio, "k3")}
             if roles.critic:
                 with roles.critic() as (model, past):
-                    v = values(model, value_head, part, past)
+                    v = values(model, roles.value_head, part, past)
                     loss = ppo_value_loss(v, part.values, part.returns, mask, cfg.cliprange_value)
                     (e * loss).sum().backward()
                 moved = (v.detach() - part.values).masked_fill(~mask, 0).abs()
-                seen["value_loss"] += (e * loss).sum().detach()
-                seen["clipfrac_value"] += (e * (moved > cfg.cliprange_value)).sum()
-        stop = cfg.target_kl and seen["approx_kl"] > cfg.target_kl
+                sums |= {"value_loss": e * loss, "clipfrac_value": e * (moved > cfg.cliprange_value)}
+            for name, x in sums.items():
+                seen[name] += x.sum().item()
+            seen["ratio_off"] = max(seen["ratio_off"], off.max().item())
+        stop = 0 < cfg.target_kl < seen["approx_kl"]
         if ptx and not stop:
-            seen["ptx_loss"], seen["ptx_grad_ratio"] = add_ptx(
-                cfg, roles.policy, state.params["policy"], ptx(state.step, len(log["ratio"])))
+            seen["ptx_loss"], seen["ptx_ratio"] = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"],
+                                                          ptx(state.step, len(log["ratio"])))
         for who in state.params:
-            frozen = stop or (who == "policy" and state.step < cfg.value_warmup)
-            seen[f"grad_norm_{who}"] = state.apply(who, 0 if frozen else scale)
+            idle = stop or (who == "policy" and state.step < cfg.value_warmup)
+            seen[f"grad_norm_{who}"] = state.apply(who, 0.0 if idle else share)
+        seen["skipped"] = sum(bad > 0 for bad in state.bad.values())
         for name, x in seen.items():
-            log[name].append(float(x))
+            log[name].append(x)
         if stop:
             break
-    stats = {name: sum(xs) / len(xs) for name, xs in log.items()}
-    return stats | {"ratio_off": max(log["ratio_off"]), "ratio_first": log["ratio_off"][0],
-                    "minibatches": len(log["ratio"]), "skipped": sum(not math.isfinite(x) for name in state.params
-                                                                     for x in log[f"grad_norm_{name}"])}
+    return {name: sum(xs) / len(xs) for name, xs in log.items()} | {
+        "ratio_first": log["ratio_off"][0], "ratio_off": max(log["ratio_off"]),
+        "skipped": sum(log["skipped"]), "minibatches": len(log["ratio"])}
 
 
-def describe(batch, responses, scores, ended, beta):
-    """The rollout in numbers: over answers, or over real tokens."""
-    mask, n = batch.mask, batch.mask.sum(1).float()
-    k1, k3 = (kl_estimate(batch.logp, batch.ref_logp, k).masked_fill(~mask, 0).sum(1) for k in ("k1", "k3"))
-    grams = [[tuple(y[i:i + 4]) for i in range(len(y) - 3)] for y in responses]
-    kl = k1.mean().item()
-    return {"score": scores.mean().item(), "score_std": scores.std(unbiased=False).item(),
-            "objective": scores.mean().item() - beta * kl, "beta": beta, "kl": kl, "kl_k3": k3.mean().item(),
-            "kl_stderr": k1.std(unbiased=False).item() / len(k1) ** 0.5, "sqrt_kl": max(kl, 0.0) ** 0.5,
-            "entropy": masked_mean(batch.entropy, mask).item(),
-            "entropy_answer": -batch.logp.masked_fill(~mask, 0).sum(1).mean().item(),
-            "length": n.mean().item(), "length_p95": n.quantile(0.95).item(),
-            "eos_rate": ended.float().mean().item(), "score_length_corr": correlation(scores, n),
-            "unique": len(set(map(tuple, responses))) / len(responses),
-            "repeat4": 1 - sum(len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)}
-
-
-def train_ppo(cfg, roles, state, prompts, reward, eos, steps, batch, seed=0, value_head=None, banned=(), gold=None,
-              ptx=None):
-    """Iterate until `state.step` is `steps`; after each iteration yield (metrics, Batch), the moment to log and save.
+def train_ppo(cfg, roles, state, prompts, reward, eos, banned=(), gold=None, ptx=None,
+              rate=lambda step, steps: 1 - step / steps):
+    """Iterate until `state.step` is cfg.steps; yield (metrics, Batch) after each: the moment to save.
 
     roles    Roles; `state` holds the parameters that learn in them
-    prompts  lists of token ids; reward and gold: (prompts, responses) -> scores, one per response; gold is only logged
-    eos      id, or ids, that end an answer; banned: ids that can neither be sampled nor cost probability (pads)
-    batch    answers per iteration, cfg.samples of them to each prompt
+    prompts  lists of token ids; reward, gold: (prompts, answers) -> a score per answer; gold is only logged
+    eos      id, or ids, that end an answer; banned: ids never sampled and given no probability (pads)
     ptx      None, or (iteration, minibatch) -> [(x, y), ...] of pre-training text
-    An interrupted iteration leaves no trace in the last saved state: it is run again, with the same random numbers.
+    rate     share of the learning rate. To zero: whitened advantages never shrink, so only it lets us settle
+    A stopped iteration leaves no trace in the last state saved; it runs again, with the same random numbers.
     """
-    stop = {eos} if isinstance(eos, int) else set(eos)
-    if batch % cfg.samples or batch < cfg.minibatches:
-        raise UserError(f"--batch {batch} must be a multiple of --samples {cfg.samples} and at least --minibatches "
-                        f"{cfg.minibatches}")
-    for role in filter(None, roles):
+    eos = {eos} if isinstance(eos, int) else set(eos)
+    for role in filter(None, roles[:3]):
         with role() as (model, _):
             model.eval()
     device = model.wte.weight.device
-    while state.step < steps:
-        clock, beta, in_loss = [time.perf_counter()], state.kl.beta, cfg.algo in ("grpo", "drgrpo")
-        ask = [prompts[i] for i in draw(len(prompts), batch // cfg.samples, seed, state.step) for _ in range(cfg.samples)]
-        b, responses = rollout(roles.policy, roles.reference, ask, stop, cfg.response_tokens, cfg.temperature, banned,
-                               rng(seed, "sample", state.step, device=device), cfg.micro_tokens)
+    while state.step < cfg.steps:
+        clock, beta = [time.perf_counter()], state.kl.beta
+        chosen = draw(len(prompts), cfg.batch // cfg.samples, cfg.seed, state.step)
+        asked = [prompts[i] for i in chosen for _ in range(cfg.samples)]
+        generator = rng(cfg.seed, "sample", state.step, device=device)
+        batch, answers = rollout(roles, asked, eos, cfg, banned, generator)
         clock.append(time.perf_counter())
 
-        raw = torch.as_tensor(reward(ask, responses), dtype=torch.float32, device=device)
-        if raw.shape != (batch,) or not raw.isfinite().all():
-            raise UserError(f"the reward must be one finite number for each of {batch} answers; it gave "
-                            f"{tuple(raw.shape)}, {int((~raw.isfinite()).sum())} of them not finite")
-        ended = torch.tensor([y[-1] in stop for y in responses], device=device)
-        s = raw if cfg.missing_eos is None else torch.where(ended, raw, cfg.missing_eos)
-        b = b._replace(rewards=token_rewards(s, b.logp, b.ref_logp, b.mask, 0.0 if in_loss else beta))
-        if roles.critic:
-            with roles.critic() as (model, past):
-                v = inference(lambda part: values(model, value_head, part, past), b, cfg.micro_tokens)
-            b = b._replace(values=v)
-        adv, returns = advantages(cfg, b, s)
-        b = b._replace(advantages=adv, returns=returns)
-        clock.append(time.perf_counter())
-
-        metrics = {"step": state.step + 1, **describe(b, responses, s, ended, beta)}
-        if roles.critic:
-            plain = returns - b.values                      # advantages before whitening
-            metrics |= {"explained_variance": explained_variance(b.values, returns, b.mask).item(),
-                        "value": masked_mean(b.values, b.mask).item(), "return": masked_mean(returns, b.mask).item(),
-                        "advantage": masked_mean(plain, b.mask).item(),
-                        "advantage_std": masked_var(plain, b.mask).sqrt().item()}
-        if cfg.samples > 1:
-            metrics["zero_std"] = (s.view(-1, cfg.samples).std(1) < 1e-6).float().mean().item()
+        s = torch.as_tensor(reward(asked, answers), dtype=torch.float32, device=device)
+        if s.shape != (cfg.batch,) or not s.isfinite().all():
+            raise UserError(f"the reward must be a finite number for each of {cfg.batch} answers; it gave "
+                            f"{list(s.shape)}, {int((~s.isfinite()).sum())} of them not finite")
+        ended = torch.tensor([y[-1] in eos for y in answers], device=device)
+        if cfg.missing_eos is not None:                     # replaced, not reduced: no score can outbid it
+            s = s.where(ended, cfg.missing_eos)
+        in_reward = 0.0 if cfg.algo in ("grpo", "drgrpo") else beta
+        batch = batch._replace(rewards=token_rewards(s, batch.logp, batch.ref_logp, batch.mask, in_reward))
+        adv, returns = advantages(cfg, batch, s)
+        batch = batch._replace(advantages=adv, returns=returns)
+        metrics = {"step": state.step + 1, "beta": beta, **describe(batch, answers, s, ended, cfg.samples)}
+        metrics["objective"] = metrics["score"] - beta * metrics["kl"]
         if gold:
-            metrics["gold"] = torch.as_tensor(gold(ask, responses), dtype=torch.float32).mean().item()
-        scale = rate(cfg.schedule, state.step, steps)
-        metrics |= update(cfg, roles, state, b, value_head, scale, rng(seed, "order", state.step), banned, ptx)
+            metrics["gold"] = torch.as_tensor(gold(asked, answers), dtype=torch.float32).mean().item()
+        clock.append(time.perf_counter())
 
-        state.kl.update(metrics["kl"], batch)
+        share = rate(state.step, cfg.steps)
+        metrics |= update(cfg, roles, state, batch, share, rng(cfg.seed, "order", state.step), banned, ptx)
+        state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:
             state.ema.update(state.params["policy"])
         state.step += 1
-        clock.append(time.perf_counter())
-        parts = zip(("rollout", "score", "update"), clock, clock[1:])
-        yield metrics | {"lr": state.lr["policy"] * scale} | {f"seconds_{n}": y - x for n, x, y in parts}, b
-
-
-# ------------------------------------------------------------------------------------------------ in plain words
-
-def health(m, tolerance=1e-4):
-    """What is wrong with an iteration, in words; [] when every number is in its healthy range. `tolerance` is the
-    rounding of a log-probability: 1e-4 in fp32, 0.1 in bf16."""
-    see = defaultdict(float, m)
-    checks = (
-        (see["ratio_first"] > tolerance, "the first ratio is off 1 by {ratio_first:.1e}: rollout and update "
-         "disagree (dropout on? another temperature or dtype?)"),
-        (see["step"] == 1 and abs(see["kl"]) > tolerance, "KL starts at {kl:.2g}, not 0: the policy does not begin "
-         "at the reference"),
-        (see["kl"] < -3 * see["kl_stderr"] - tolerance, "KL is {kl:.2f}, below 0 by more than chance: sampling and "
-         "scoring disagree"),
-        (see["kl"] > 25, "KL is {kl:.0f} nats: the policy is leaving the reference; raise --kl_coef or set --kl_target"),
-        (see["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
-        (see["zero_std"] > 0.5, "{zero_std:.0%} of the prompts have equal scores on all answers and teach nothing"),
-        (see["eos_rate"] < 0.5, "only {eos_rate:.0%} of the answers end: allow more --response_tokens, or train the "
-         "end token in SFT"),
-        (see["length"] < 1.5, "answers have shrunk to {length:.1f} tokens: beta may cost more than the score pays"),
-        (abs(see["score_length_corr"]) > 0.5, "score follows length (correlation {score_length_corr:.2f})"),
-        (see["approx_kl"] > 0.1 or see["clipfrac"] > 0.5, "steps are too big (KL to the rollout {approx_kl:.3f}, "
-         "{clipfrac:.0%} clipped): lower --lr or --ppo_epochs, or set --target_kl 0.05"),
-        (see["clipfrac_value"] > 0.5, "{clipfrac_value:.0%} of the values are clipped: raise --cliprange_value"),
-        (see["step"] > 10 and see["explained_variance"] < 0, "the critic is worse than a constant (explained variance "
-         "{explained_variance:.2f}): raise --value_lr"),
-        (see["unique"] < 0.1, "only {unique:.0%} of the answers differ: the policy has collapsed; raise --kl_coef"),
-        (see["repeat4"] > 0.5, "{repeat4:.0%} of 4-grams are repeats"),
-        (see["ptx_grad_ratio"] > 10, "the pre-training gradient is {ptx_grad_ratio:.0f} times PPO's: lower --ptx_coef"),
-        (see["skipped"] > 0, "{skipped} steps were skipped: gradients were not finite"))
-    return [text.format_map(m) for wrong, text in checks if wrong]
-
-
-def show(batch, row=0, decode=str):
-    """One padded row with every tensor, as a table. Line i is token i; its action was taken one position earlier."""
-    names = [name for name in Batch._fields[3:] if getattr(batch, name) is not None]
-    start, R, n = int(batch.start[row]), batch.mask.size(1), int(batch.lengths[row])
-    lines = [f"{'position':>8} {'token':>12} {'action':>6} {'mask':>4} " + " ".join(f"{x:>10}" for x in names)]
-    for i, token in enumerate(batch.tokens[row].tolist()):
-        cells, t = f"{i:>8} {decode(token) if i < n else 'pad':>12}", i - start
-        if 0 <= t < R:
-            cells += f" {t:>6} {int(batch.mask[row, t]):>4} "
-            cells += " ".join(f"{getattr(batch, name)[row, t].item():>10.4f}" for name in names)
-        lines.append(cells)
-    return "\n".join(lines)
+        spans = zip(("rollout", "score", "update"), clock, [*clock[1:], time.perf_counter()])
+        yield metrics | {"lr": cfg.lr * share} | {f"seconds_{name}": b - a for name, a, b in spans}, batch

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
+from data.health import explained_variance, health, reward_report, show
 
 F64 = torch.float64
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
@@ -140,9 +141,9 @@ def test_entropy_is_exact_and_survives_banned_tokens():
 
 def test_explained_variance():
     mask, (ret, noise, *_) = ragged()
-    assert abs(ppo.explained_variance(ret, ret, mask) - 1) < 1e-12
-    assert abs(ppo.explained_variance(torch.zeros_like(ret), ret, mask)) < 1e-12
-    assert ppo.explained_variance(-ret, ret, mask) < -2.9
+    assert abs(explained_variance(ret, ret, mask) - 1) < 1e-12
+    assert abs(explained_variance(torch.zeros_like(ret), ret, mask)) < 1e-12
+    assert explained_variance(-ret, ret, mask) < -2.9
 
 
 def test_selection():
@@ -150,7 +151,6 @@ def test_selection():
     assert ppo.best_of_n(scores).tolist() == [1, 0]
     assert ppo.feedme(scores, keep=2) == [(0, 1), (0, 3), (1, 0), (1, 2)]
     assert ppo.feedme(scores, keep=9, at_least=3) == [(0, 1), (0, 3), (0, 2)]
-    assert abs(ppo.best_of_n_kl(4) - 0.636294) < 1e-6 and abs(ppo.best_of_n_kl(16) - 1.835089) < 1e-6
 
 
 def test_ema_is_the_closed_form():
@@ -163,9 +163,6 @@ def test_ema_is_the_closed_form():
         ema.update(p)
     want = decay ** 3 * path[0] + 0.1 * (decay ** 2 * path[1] + decay * path[2] + path[3])
     torch.testing.assert_close(ema.shadow["w"], want)
-    with ema.applied(p):
-        torch.testing.assert_close(p["w"], want)
-    assert torch.equal(p["w"], path[3])
 
 
 # ----------------------------------------------------------------------------------------- naive loops, fp64 1e-10
@@ -256,7 +253,7 @@ def test_what_lies_outside_the_mask_changes_no_number_and_no_gradient():
             adv, ret = ppo.gae(rewards, a[4], m)
             tensors = [rewards, adv, ret, ppo.whiten(adv, m), a[0].grad, a[3].grad]
         assert not any(x[~m].any() for x in tensors)
-        results.append([*losses, ppo.masked_var(a[0], m), ppo.explained_variance(a[4], ret, m), *(x[:, :7] for x in tensors)])
+        results.append([*losses, ppo.masked_var(a[0], m), explained_variance(a[4], ret, m), *(x[:, :7] for x in tensors)])
     for other in results[1:-1]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
     for a, b in zip(results[0], results[-1]):
