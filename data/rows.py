@@ -235,7 +235,8 @@ def label(row, at):
     """Labels are names: 1 in JSON and 1 in CSV are the same label, "1"."""
     value = row["label"] if isinstance(row["label"], str) else json.dumps(row["label"])
     if not value.strip() or type(row["label"]) not in (str, int, bool):
-        raise DataError(f'{at}: "label" is {json.dumps(row["label"])[:60]}; it must be a name, or a whole number')
+        found = json.dumps(row["label"])[:60]
+        raise DataError(f'{at}: "label" is {found}; it must be a name, or a whole number')
     return {**text(row, at), "label": value}
 
 

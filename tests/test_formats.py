@@ -257,7 +257,7 @@ def test_12_missing_field(tmp_path):
         'data.jsonl:3: no "completion", in a file of prompt/completion rows (so says data.jsonl:1); '
         "a file has one format")
     message = fault(tmp_path, [dict(question="a", answer="b")])
-    assert message.startswith("data.jsonl:1: no format has the keys question, answer; there are text | text+l")
+    assert message.startswith("data.jsonl:1: no format has the keys question, answer; there are text | text+")
     assert "no format has the keys (none)" in fault(tmp_path, "{}\n")
 
 

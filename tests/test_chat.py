@@ -1,0 +1,253 @@
+"""Chat templates: ids equal to Hugging Face's, the mask, and what is cut when an example is too long."""
+import json
+import os
+import pathlib
+
+import pytest
+
+from data import chat
+from data.chat import TEMPLATES, answer, end_token, fit, guess, prompt, render
+from data.files import DataError, UserError
+from data.tokenizer import Tokenizer
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "chat"
+ANSWERS = json.loads((FIXTURES / "answers.json").read_text("utf-8"))
+TALKS = ANSWERS["conversations"]
+SPECIAL = ["<|endoftext|>", *(mark for marks in chat.MARKS.values() for mark in marks)]
+TOK = Tokenizer.train("Two and two is four.\n\n### Response:\nuser\nassistant\n" * 9, 320, special=SPECIAL)
+
+
+def turns(*contents, role="user"):
+    """user, assistant, user, ..."""
+    return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(contents)]
+
+
+def shown(ids, tokenizer=TOK):
+    return tokenizer.decode(ids, special=True)
+
+
+def learnt(ids, mask, tokenizer=TOK):
+    return tokenizer.decode([i for i, m in zip(ids, mask) if m], special=True)
+
+
+# ---- what is written ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["smol", "qwen", "llama3", "smollm2"])
+def test_ids_equal_those_of_hugging_face(name):
+    folder = os.environ.get("SMOLLM2", "") if name == "smollm2" else FIXTURES / name
+    if not folder:
+        pytest.skip("SMOLLM2 names no folder of SmolLM2-135M-Instruct")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    template = guess(tokenizer)
+    assert template == ("llama3" if name == "llama3" else "chatml")
+    for messages, (whole, asked) in zip(TALKS, ANSWERS[name], strict=True):
+        assert render(messages, template, tokenizer)[0] == asked[:whole]
+        assert prompt(messages, template, tokenizer) == asked
+
+
+def test_llama3_strips_contents():
+    messages = [dict(m, content=f" \n{m['content']}\n ") for m in turns("Hi", "Ho")]
+    assert render(messages, "llama3", TOK) == render(turns("Hi", "Ho"), "llama3", TOK)
+    assert answer(" Ho\n", "llama3", TOK) == answer("Ho", "llama3", TOK)
+
+
+TALK = [dict(role="system", content="Sum."), *turns("1+1", "2", "2+2", "4")]
+TEXTS = {
+    "chatml": ("<|im_start|>system\nSum.<|im_end|>\n"
+               "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+               "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"),
+    "llama3": ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSum.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n1+1<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n2<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n2+2<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"),
+    "alpaca": ("<|endoftext|>Sum.\n\n### Instruction:\n1+1\n\n### Response:\n2<|endoftext|>"
+               "\n\n### Instruction:\n2+2\n\n### Response:\n4<|endoftext|>"),
+    "plain": "<|endoftext|>Sum.\n1+12<|endoftext|>2+24<|endoftext|>",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_to_the_letter(template):
+    ids, mask = render(TALK, template, TOK)
+    end = shown([end_token(template, TOK)])
+    assert shown(ids) == TEXTS[template]
+    assert learnt(ids, mask) == f"2{end}4{end}"
+    assert len(ids) == len(mask) and all(type(m) is bool for m in mask)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_begins_its_conversation(template):
+    """The property that makes training and asking the same: for every answer of every talk."""
+    odd = ["", " four", "\nfour", "\n\n", "  ", "### Response:\n", "four\n"]
+    talks = TALKS + [turns(a, b, b, a) for a in odd for b in odd]
+    for messages in talks:
+        ids, mask = render(messages, template, TOK)
+        for i, m in enumerate(messages):
+            if m["role"] == "assistant" and i + 1 == len(messages):
+                asked = prompt(messages[:i], template, TOK)
+                said = answer(m["content"], template, TOK)
+                assert ids[:len(asked) + len(said)] == asked + said
+                assert mask[len(asked):] == [True] * len(said) + [False] * (len(ids) - len(asked) - len(said))
+
+
+def test_the_answer_keeps_its_first_token_whatever_precedes_it():
+    """'Two' is one token here, and so is ' two': after 'and' the boundary must not be swallowed."""
+    for text in (" two", "two", "\n\n"):
+        ids, mask = render(turns("Two and", text), "plain", TOK)
+        assert [i for i, m in zip(ids, mask) if m] == TOK.encode(text) + [TOK.eos]
+        assert ids[1:][:-len(TOK.encode(text)) - 1] == TOK.encode("Two and")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_23_32_marks_in_a_text_are_text_and_there_is_one_start(template):
+    text = "".join(SPECIAL)
+    ids, mask = render(turns(text, text), template, TOK)
+    plain, _ = render(turns("a", "a"), template, TOK)
+    for mark in TOK.special.values():
+        assert ids.count(mark) == plain.count(mark)
+    assert plain.count(plain[0]) == {"llama3": 1, "chatml": 2}.get(template, 2)      # eos is also the start
+    assert learnt(ids, mask) == text + shown([end_token(template, TOK)])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_20_answers_of_weight_0_are_context(template):
+    heard = turns("1+1", "2", "2+2", "4")
+    heard[1]["weight"] = 0
+    ids, mask = render(heard, template, TOK)
+    assert ids == render(turns("1+1", "2", "2+2", "4"), template, TOK)[0]
+    assert learnt(ids, mask) == "4" + shown([end_token(template, TOK)])
+    heard[1]["weight"] = 1
+    assert render(heard, template, TOK) == render(turns("1+1", "2", "2+2", "4"), template, TOK)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_14_an_empty_prompt_leaves_something_to_predict_from(template):
+    ids, mask = render(turns("", "four"), template, TOK)
+    assert not mask[0] and learnt(ids, mask) == "four" + shown([end_token(template, TOK)])
+    assert prompt([], template, TOK) and prompt(turns(""), template, TOK)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_19_two_answers_and_two_questions_in_a_row(template):
+    messages = [*turns("a"), *turns("b"), *turns("", "c")[1:], *turns("", "d")[1:]]
+    ids, mask = render(messages, template, TOK)
+    end = shown([end_token(template, TOK)])
+    assert learnt(ids, mask) == f"c{end}d{end}"
+    if template == "plain":
+        assert shown(ids) == "<|endoftext|>a\nbc<|endoftext|>d<|endoftext|>"
+
+
+def test_system_texts():
+    smol = Tokenizer.from_pretrained(FIXTURES / "smol")
+    qwen = Tokenizer.from_pretrained(FIXTURES / "qwen")
+    assert "system\nYou are Smol, a model.<" in shown(prompt(turns("a"), "chatml", smol), smol)
+    assert "system\nYou are Qwen, a model.<" in shown(prompt(turns("a"), "chatml", qwen), qwen)
+    for tokenizer in (smol, TOK):
+        assert "system" not in shown(prompt(turns("a"), "chatml", tokenizer, system=""), tokenizer)
+        assert "system\nSum.<" in shown(prompt(turns("a"), "chatml", tokenizer, system="Sum."), tokenizer)
+        own = [dict(role="system", content="Mine."), *turns("a")]
+        assert "Sum" not in shown(prompt(own, "chatml", tokenizer, system="Sum."), tokenizer)
+    assert "system" not in shown(prompt(turns("a"), "chatml", TOK))
+    assert "Smol" not in shown(prompt(turns("a"), "plain", smol), smol)
+    assert shown(prompt(turns("a"), "alpaca", TOK)) == \
+        f"<|endoftext|>{chat.PREAMBLE}\n\n### Instruction:\na\n\n### Response:\n"
+    assert shown(prompt(turns("a"), "alpaca", TOK, "")).startswith("<|endoftext|>### Instruction:\na\n")
+
+
+# ---- which template, which tokens --------------------------------------------------------------------------
+def test_guess_and_end_tokens():
+    base = Tokenizer.train("a", 257)
+    assert guess(base) == "plain" and end_token("plain", base) == end_token("alpaca", base) == base.eos == 256
+    assert end_token("chatml", TOK) == TOK.special["<|im_end|>"]
+    assert end_token("llama3", TOK) == TOK.special["<|eot_id|>"]
+
+
+def test_the_start_of_plain_text():
+    """BOS where there is a real one, else EOS; SmolLM2's BOS opens turns."""
+    turn, end = "<|im_start|>", "<|im_end|>"
+    special = [turn, end, "<s>", "</s>"]
+    for bos, eos, first in (("<s>", "</s>", "<s>"), (None, "</s>", "</s>"), (turn, end, end)):
+        tokenizer = Tokenizer.train("a", 260, special=special, bos=bos, eos=eos)
+        assert shown(prompt(turns("a"), "plain", tokenizer), tokenizer) == first + "a"
+        assert shown([end_token("plain", tokenizer)], tokenizer) == eos
+
+
+def test_templates_that_do_not_fit_the_tokenizer():
+    base = Tokenizer.train("a", 256, special=())
+    with pytest.raises(UserError, match=r"chatml needs the token <\|im_start\|>, .*; say --template plain"):
+        render(turns("a", "b"), "chatml", base)
+    with pytest.raises(UserError, match="plain text ends with an end-of-text token, and this tokenizer"):
+        render(turns("a", "b"), "plain", base)
+    with pytest.raises(UserError, match="'gpt' is no chat template; there are chatml, llama3, alpaca, plain"):
+        end_token("gpt", TOK)
+
+
+# ---- too long ----------------------------------------------------------------------------------------------
+def example(asked, said, after=0):
+    """Distinct ids: 0.. the prompt, 100.. the answer, 200.. what follows it."""
+    ids = [*range(asked), *range(100, 100 + said), *range(200, 200 + after)]
+    return ids, [False] * asked + [True] * said + [False] * after
+
+
+def test_what_fits_is_left_alone():
+    for choice in ("truncate", "drop", "error"):
+        ids, mask = example(5, 5)
+        assert fit(ids, mask, 10, choice) == (ids, mask)
+
+
+def test_21_drop_and_error():
+    assert fit(*example(5, 6), 10, "drop") is None
+    with pytest.raises(DataError, match="^data.jsonl:3 has 11 tokens, 10 fit; shorten it, or say --too_lo"):
+        fit(*example(5, 6), 10, "error", at="data.jsonl:3")
+    with pytest.raises(UserError, match="^1 tokens are no room for an example"):
+        fit(*example(5, 6), 1)
+
+
+@pytest.mark.parametrize("asked, said, kept", [
+    (4, 20, [0, 1, 2, 3, *range(100, 106)]),            # a short prompt stays whole
+    (30, 3, [0, *range(24, 30), 100, 101, 102]),        # a short answer stays whole, with its end token
+    (30, 30, [0, *range(26, 30), *range(100, 105)]),    # two long ones share
+    (6, 5, [0, 2, 3, 4, 5, *range(100, 105)]),
+    (1, 20, [0, *range(100, 109)]),
+])
+def test_21_22_truncation(asked, said, kept):
+    ids, mask = fit(*example(asked, said), 10)
+    assert ids == kept and mask == [i >= 100 for i in kept]
+
+
+def test_22_truncation_always_leaves_some_of_both():
+    for limit in range(2, 12):
+        for asked in range(1, 15):
+            for said in range(1, 15):
+                ids, mask = fit(*example(asked, said, after=2), limit)
+                assert len(ids) == min(limit, asked + said + 2)
+                assert ids[0] == 0 and ids == sorted(ids)
+                assert mask == [100 <= i < 200 for i in ids] and 100 in ids     # the answer's first token
+                if asked > 1 and limit > 3:
+                    assert asked - 1 in ids                                     # the prompt's last
+
+
+def test_truncation_of_a_prompt_alone_and_of_many_turns():
+    assert fit(list(range(20)), [False] * 20, 5) == ([0, 16, 17, 18, 19], [False] * 5)
+    ids, mask = render(turns("Two", "two", "Four", "four"), "chatml", TOK)
+    for limit in range(8, len(ids)):
+        cut, kept = fit(ids, mask, limit)
+        assert len(cut) == limit and any(kept)
+        assert learnt(ids, mask).startswith(learnt(cut, kept))
+
+
+def test_a_cut_answer_has_no_end_token():
+    for template in TEMPLATES:
+        ids, mask = render(turns("Two and two is", "four, " * 50), template, TOK)
+        cut, kept = fit(ids, mask, 60)
+        assert kept[-1] and cut[-1] != end_token(template, TOK)
+        assert cut[0] == ids[0]
+
+
+def test_real_instructions(assets):
+    from data.formats import load
+    smol = Tokenizer.from_pretrained(FIXTURES / "smol")
+    for row in load(assets / "instruct", "valid").rows:
+        ids, mask = render(row["messages"], "chatml", smol)
+        assert learnt(ids, mask, smol) == row["messages"][-1]["content"] + "<|im_end|>"
+        assert ids[:mask.index(True)] == prompt(row["messages"][:-1], "chatml", smol)
