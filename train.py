@@ -42,7 +42,7 @@ from data.fetch import find_cached
 from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
 from data.hf import read_config
 from data.report import describe, report
-from data.runs import Interrupted, Run, guard, note, peak_memory_mb, say
+from data.runs import Interrupted, Run, RunError, guard, note, peak_memory_mb, say
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -189,7 +189,7 @@ def parse(argv):
     defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
     parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
                     description=f"The flags of --task {task} --method {method}, with its defaults.",
-                    formatter_class=lambda p: argparse.HelpFormatter(p, max_help_position=26, width=100))
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
     fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
     for name, f in fields.items():
         m = f.metadata
@@ -304,10 +304,10 @@ def load(folder, dtype=torch.float32):
         raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
     model = (lora.merge(model) if lora.adapters(model) else model).to(dtype)
     kind = read_json(folder / "adapter_config.json").get("peft_type", "")
-    if kind.endswith("_TUNING"):                    # prompts: PROMPT_, P_, PREFIX_TUNING
-        prompt = prompts.load_prompt(model, folder)
-    else:
+    if kind in ("LORA", "ADALORA", "IA3"):
         lora.load_adapter(model, folder)
+    else:
+        prompt = prompts.load_prompt(model, folder)
     return model, prompt, tokenizer
 
 
@@ -359,6 +359,8 @@ def open_kit(cfg):
     dtype, because = pick_dtype(cfg, device, width)
     if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
+        if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
+            model = lora.merge(model).to(model.wte.weight.dtype)
     template = cfg.template if cfg.template != "auto" else said.get("template") or chat.guess(tokenizer)
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
     by = said.get("by", "words") if cfg.task == "eval" else cfg.by
@@ -393,6 +395,9 @@ def new_model(cfg):
 def build(kit, cfg):
     """The one place that knows the methods. Freezes, injects, and returns what learns: {name: parameter}."""
     model, first = kit.model, {}
+    if kit.prompt is not None and cfg.method not in SOFT:
+        raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or continue "
+                        "it with --method prompt (embeddings) or ptuning2 (keys and values)")
     if cfg.method == "full":
         learn = dict(model.named_parameters())
     elif cfg.method in LORA:
@@ -405,6 +410,12 @@ def build(kit, cfg):
             first.update(rslora=cfg.rslora, dora=cfg.dora, pissa=cfg.pissa)
         lora.inject(model, cfg.targets, kind=cfg.method, layers=ranges(cfg.layers), seed=cfg.seed, **first)
         learn = {name: p for name, p in lora.adapter_parameters(model).items() if p.requires_grad}
+    elif kit.prompt is not None:                    # a prompt that was tuned before: go on with its numbers
+        same = "prompt" if isinstance(kit.prompt, prompts.PromptTuning) else "ptuning2"
+        if cfg.method != same:
+            raise UserError(f"--init {cfg.init} is a soft prompt that --method {same} can continue, not {cfg.method}")
+        model.requires_grad_(False)
+        learn = {f"prompt.{name}": p.requires_grad_() for name, p in kit.prompt.named_parameters()}
     else:
         model.requires_grad_(False)
         first = dict(n_virtual=cfg.n_virtual, seed=cfg.seed, **({"init": cfg.start} if cfg.start else {}))
@@ -424,8 +435,11 @@ def build(kit, cfg):
         if cfg.place:
             kit.text.frame = prompts.place(cfg.place, kit.text.tokenizer.encode)
         learn = {f"prompt.{name}": p for name, p in kit.prompt.to(kit.device).named_parameters()}
-    if kit.head is not None:
-        learn["head.score.weight"] = kit.head.weight
+    if kit.text.by == "head":
+        if kit.head is None:                        # from zero: every label equally likely, nothing to seed
+            kit.head = nn.Linear(model.config.n_embd, len(kit.text.labels), bias=False, device=kit.device)
+            nn.init.zeros_(kit.head.weight)
+        learn["head.score.weight"] = kit.head.weight.requires_grad_()
     return learn
 
 
@@ -495,13 +509,11 @@ def lr_at(step, total, cfg):
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * down)
 
 
-def culprit(learn):
-    """The first tensor that is not finite, for the sentence that ends a run."""
-    for name, p in learn.items():
-        for what, t in (("the weight", p), ("the gradient of", p.grad)):
-            if t is not None and not t.isfinite().all():
-                return f"{what} {name}"
-    return "the loss itself"
+def culprit(kit, learn):
+    """The first tensor that is not finite, for the sentence that ends a run: weights before their gradients."""
+    named = [("the weight " + name, p) for name, p in [*kit.model.named_parameters(), *learn.items()]]
+    named += [("the gradient of " + name, p.grad) for name, p in learn.items() if p.grad is not None]
+    return next((what for what, t in named if not t.isfinite().all()), "the loss itself")
 
 
 def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
@@ -531,13 +543,13 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                       "ranks": ranks.state_dict() if ranks else {}})
 
     run.rewind(now["step"])
-    began, spoke = time.monotonic() - now["seconds"], time.monotonic()
+    spoke = time.monotonic()
     every = cfg.eval_every or -(-total // 4)
     bar = tqdm(total=total, initial=now["step"], disable=None, unit="step", mininterval=0.5)
     kit.train()
     try:
         while now["step"] < total:
-            step = now["step"]
+            step, began = now["step"], time.monotonic()
             torch.manual_seed((cfg.seed * 1_000_003 + step) % 2 ** 63)  # dropout: a function of (seed, step)
             parts = feed(step)
             count, loss, extra = sum(targets(e) for part in parts for e in part), 0.0, {}
@@ -567,11 +579,11 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                     if ranks:                       # new weights with this step's gradient, as its authors do
                         ranks.update(step)
                 elif now["bad"] == 9:
-                    raise UserError(f"{run.folder}: 10 steps in a row were not finite, first of all "
-                                    f"{culprit(learn)}; lower --lr, or use --dtype fp32")
+                    raise RunError(f"{run.folder}: 10 steps in a row were not finite, first of all "
+                                   f"{culprit(kit, learn)}; lower --lr, or use --dtype fp32")
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
-                now["step"], now["seconds"] = step + 1, time.monotonic() - began
+                now["step"], now["seconds"] = step + 1, now["seconds"] + time.monotonic() - began
                 now["tokens"] += sum(len(ids) for part in parts for ids, _ in part)
                 now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
@@ -622,8 +634,13 @@ def supervised(cfg):
         return report(done, run.folder)
     with contextlib.nullcontext() if cfg.dry_run else run.opened():
         kit, rows, kind = open_kit(cfg), *open_data(cfg)
-        if kind == "label" and kit.head is None:
-            kit.text.labels = tuple(sorted({row["label"] for split in rows.values() for row in split}))
+        if kind == "label":
+            found = {row["label"] for split in rows.values() for row in split}
+            if not found <= set(kit.text.labels):   # a tuned model keeps its own order, and its unused labels
+                if kit.head is not None:
+                    raise DataError(f"{cfg.data} has the labels {sorted(found)}; the head of {cfg.init} knows "
+                                    f"{list(kit.text.labels)}")
+                kit.text.labels = tuple(sorted(found))
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)

@@ -10,7 +10,7 @@ another run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupt
 except inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So
 nothing has to poll: what a step was computing (an evaluation, a generation) is dropped, and computed again.
 
-Public: Run, Interrupted, guard, record, say, note, peak_memory_mb
+Public: Run, RunError, Interrupted, guard, say, note, peak_memory_mb
 """
 import contextlib
 import json
@@ -38,6 +38,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that nobody handles it by accident."""
+
+
+class RunError(UserError):
+    """A run that cannot go on, through no fault of the command line."""
+    code = 1
 
 
 class Guard:

@@ -1,0 +1,583 @@
+"""The command: flags, run folders, exact resume, every method learns, faults have an outcome.
+
+Runs happen in this process through train.main on a two-layer model over bytes; what a signal or a kill does to a
+process is tested on real processes.
+"""
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import lora
+import train
+from data import evaluate, runs
+from data.files import UserError, read_json, read_tensors
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
+
+ROOT = pathlib.Path(train.__file__).resolve().parent
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+METHODS = [m for m in train.METHODS if m != "none"]
+SHORT = ["--steps", "6", "--batch", "4", "--eval_every", "100", "--max_new", "4", "--forget", "none"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a tiny base model, and data: chat rows, labelled rows, raw text."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 160, 2, 2, 32, eos=tokenizer.eos))
+    for p in model.parameters():
+        p.data.mul_(8 if p.dim() > 1 else 1)        # as spread as trained weights: frozen parts must be of use
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    letters = "abcdefgh"
+    chat = [{"prompt": f"{a}{b}", "completion": a} for a in letters for b in letters]
+    label = [{"text": f"{a}{b}", "label": "x" if a < "e" else "y"} for a in letters for b in letters]
+    for name, rows in (("chat", chat), ("label", label), ("text", [{"text": "abcd efgh " * 20}] * 12)):
+        (folder / name).mkdir()
+        for split in ("train", "valid", "test"):
+            part = rows if split == "train" else rows[::8]
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    return folder
+
+
+def command(world, out, *flags, data="chat"):
+    short = SHORT if data == "chat" else SHORT[:-4] + SHORT[-2:]        # only answers that are generated have a length
+    return ["--init", str(world / "base"), "--data", str(world / data), "--out", str(out), *short, *map(str, flags)]
+
+
+def run(world, out, *flags, data="chat"):
+    assert train.main(command(world, out, *flags, data=data)) == 0
+    return read_json(out / "result.json")
+
+
+def weights(out):
+    inner = out / "adapter" if (out / "adapter").exists() else out / "model"
+    return {f"{f.name}/{k}": t for f in sorted(inner.glob("*.safetensors")) for k, t in read_tensors(f).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+@pytest.mark.parametrize("argv, says", [
+    (["--rnk", "4"], "did you mean --rank"), (["--ran", "4"], "--ran is not a flag"),
+    (["--method", "lroa"], "invalid choice: 'lroa'"), (["--lr", "abc"], "invalid float"), (["stray"], "not a flag"),
+    (["--method", "full", "--rank", "4"], "--rank belongs to --method lora"),
+    (["--method", "lora", "--n_virtual", "4"], "--n_virtual belongs to --method prompt"),
+    (["--task", "chat", "--lr", "1"], "--lr belongs to --task sft"), (["--task", "chat", "--method", "lora"], "leave"),
+    (["--batch", "0"], "--batch 0 is out of range"), (["--seed", "-1"], "--seed"), (["--seed", str(2 ** 63)], "--seed"),
+    (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--init", "new"], "only --task pretrain"),
+    (["--task", "pretrain", "--init", "x", "--vocab", "9"], "--vocab shapes a new model"),
+    (["--task", "merge", "--init", "data"], "--out"), (["--init", "no/such/folder"], "no such folder"),
+    (["--layers", "a-b"], "written"), (["--device", "cuda:99"], "--device cuda:99"),
+])
+def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
+    monkeypatch.chdir(tmp_path)
+    if argv[0] in ("--layers", "--device"):
+        argv = [*argv, "--init", str(world / "base"), "--data", str(world / "chat")]
+    if argv[0] == "--layers":
+        says = "--layers a-b cannot be read"
+    code = train.main(argv)
+    err = capsys.readouterr().err
+    assert code in (2, 65) and says in err and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("train.py: ")] == [err.splitlines()[-1]]
+
+
+def test_flags_have_the_spellings_people_try():
+    assert train.parse(["--lr=1"]).lr == 1.0 and train.parse(["--lr", "1"]).lr == 1.0
+    assert train.parse(["--no-checkpoint"]).checkpoint is False
+    assert train.parse(["--method", "full"]).lr != train.parse(["--method", "lora"]).lr
+
+
+def test_help_is_that_methods_manual(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "prefix", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--n_virtual" in text and "--rank " not in text
+    assert f"default {train.METHOD_DEFAULTS['prefix']['lr']}" in text
+
+
+def test_every_field_is_read():
+    """No dead flags: each field is used outside its definition."""
+    source = (ROOT / "train.py").read_text()
+    for f in dataclasses.fields(train.Config):
+        assert re.search(rf"\bcfg\.{f.name}\b", source), f.name
+    for values in train.METHOD_DEFAULTS.values():
+        assert values.keys() <= {f.name for f in dataclasses.fields(train.Config)}
+
+
+def test_default_folder_is_readable_and_stable():
+    name = train.default_out(train.parse(["--method", "lora", "--rank", "4", "--seed", "3"]))
+    assert name == os.path.join("out", "sft-lora-rank4-s3")
+    assert train.default_out(train.parse([])) == os.path.join("out", "sft-lora-s1")
+    long = train.default_out(train.parse(["--data", "x" * 60]))
+    assert len(long) < 40 and long != train.default_out(train.parse(["--data", "x" * 61]))
+
+
+def test_schedule_values():
+    cfg = train.parse(["--lr", "1", "--warmup", "0.1", "--min_lr", "0.1"])
+    assert train.lr_at(0, 100, cfg) == pytest.approx(1 / 11) and train.lr_at(10, 100, cfg) == pytest.approx(1)
+    assert train.lr_at(55, 100, cfg) == pytest.approx(0.55) and train.lr_at(100, 100, cfg) == pytest.approx(0.1)
+    flat = dataclasses.replace(cfg, schedule="constant", warmup=0.0)
+    assert train.lr_at(0, 100, flat) == train.lr_at(99, 100, flat) == 1
+
+
+# ------------------------------------------------------------------------------------------- runs and their folder
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task, data", [("sft", "chat"), ("classify", "label"), ("pretrain", "text")])
+def test_every_cell_runs_and_only_what_learns_moves(task, data, method, world, tmp_path):
+    before = {k: t.clone() for k, t in read_tensors(world / "base" / "model.safetensors").items()}
+    extra = ["--block", "24"] if task == "pretrain" else []
+    if method not in train.LORA + ("full",):
+        extra += ["--n_virtual", "4"]
+    r = run(world, tmp_path / "r", "--task", task, "--method", method, *extra, data=data)
+    assert r["status"] == "done" and r["steps"] == 6 and r["skipped"] == 0
+    assert all(math.isfinite(v) for v in r["metrics"].values())
+    assert same(before, read_tensors(world / "base" / "model.safetensors"))
+    assert (r["params_trainable"] == r["params_total"]) == (method == "full")
+    model, prompt, _ = train.load(tmp_path / "r")
+    base, _, _ = train.load(world / "base")
+    x = torch.tensor([[97, 98, 99]])
+    with torch.no_grad():
+        past = prompt(model) if prompt is not None else None
+        assert not torch.equal(model(x, past)[0], base(x)[0])
+        if method in train.LORA:
+            with lora.disabled(model):
+                assert torch.equal(model(x)[0], base(x)[0])
+
+
+@pytest.mark.parametrize("method, most", [("full", 0.3), ("lora", 0.3), ("adalora", 0.7), ("ia3", 0.9),
+                                          ("prompt", 0.9), ("ptuning", 0.9), ("prefix", 0.7), ("ptuning2", 0.7)])
+def test_every_method_overfits_a_fixed_batch(method, most, world, tmp_path):
+    """The loss must fall to this share of where it started: the methods differ in reach, not in whether they learn."""
+    flags = ["--targets", "q,k,v,o,up,down"] if method in ("lora", "adalora") else []
+    r = run(world, tmp_path / "r", "--method", method, "--steps", "120", "--batch", "64", "--lr",
+            {"full": 3e-3, "lora": 2e-2, "adalora": 3e-2}.get(method, 5e-2), *flags)
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in log if e["event"] == "train"]
+    assert losses[-1] < most * losses[0], (losses[0], losses[-1])
+    assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"]
+
+
+def test_the_folder_holds_what_it_should(world, tmp_path):
+    r = run(world, tmp_path / "r", "--method", "lora", "--rank", "3")
+    told = read_json(tmp_path / "r" / "config.json")
+    assert told["config"]["rank"] == 3 and told["config"]["lr"] == train.METHOD_DEFAULTS["lora"]["lr"]
+    assert {"argv", "machine", "device", "dtype", "data_sha256", "base_sha256"} <= told.keys()
+    assert {"status", "task", "method", "init", "data", "seed", "metrics", "baseline_metrics", "params_trainable",
+            "params_total", "adapter_bytes", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_mb",
+            "samples"} <= r.keys()
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert all({"step", "tokens", "seconds"} <= e.keys() for e in log)
+    assert [e["event"] for e in log][0] == "baseline" and log[-1]["event"] == "test"
+    config = read_json(tmp_path / "r" / "adapter" / "adapter_config.json")
+    assert config["peft_type"] == "LORA" and config["r"] == 6       # q and v of a fused c_attn: rank the sum
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    assert line["out"] == str(tmp_path / "r") and "samples" not in line
+
+
+def test_the_same_command_again(world, tmp_path, capsys):
+    run(world, tmp_path / "r")
+    first = capsys.readouterr().out
+    before = (tmp_path / "r" / "result.json").stat().st_mtime_ns
+    run(world, tmp_path / "r")
+    assert capsys.readouterr().out == first and (tmp_path / "r" / "result.json").stat().st_mtime_ns == before
+    assert train.main(command(world, tmp_path / "r", "--rank", "4")) == 2
+    assert "holds a run with --rank 8; this command says --rank 4" in capsys.readouterr().err
+    assert run(world, tmp_path / "r", "--rank", "4", "--fresh")["params_trainable"] == 2 * 2 * 4 * 64
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert train.main(command(world, tmp_path / "mine", "--fresh")) == 2    # never write among somebody's files
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_same_seed_same_bits_other_seed_other_order(world, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(world, tmp_path / name, "--seed", seed, "--dropout", "0.1")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_micro_batches_do_not_change_the_step(world, tmp_path):
+    run(world, tmp_path / "a", "--method", "full", "--micro", "100000")
+    run(world, tmp_path / "b", "--method", "full", "--micro", "1")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all((a[k] - b[k]).abs().max() < 2e-5 for k in a)
+    run(world, tmp_path / "c", "--method", "prefix", "--micro", "100000", "--n_virtual", "4")
+    run(world, tmp_path / "d", "--method", "prefix", "--micro", "1", "--n_virtual", "4")
+    c, d = weights(tmp_path / "c"), weights(tmp_path / "d")
+    assert all((c[k] - d[k]).abs().max() < 2e-4 for k in c)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bit_exact(method, world, tmp_path, monkeypatch):
+    """Cut a run in the middle of step 4 of 6, after a save at step 2: nothing of the lost steps may show."""
+    flags = ["--method", method, "--save_every", "2"]
+    flags += ["--dropout", "0.1"] if method == "lora" else ["--prefix_dropout", "0.1"] if method == "ptuning2" else []
+    run(world, tmp_path / "whole", *flags)
+    original, calls = evaluate.summed_loss, []
+
+    def cut(kit, examples, past):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 4:
+                raise Stop
+        return original(kit, examples, past)
+
+    monkeypatch.setattr(evaluate, "summed_loss", cut)
+    with pytest.raises(Stop):
+        train.main(command(world, tmp_path / "cut", *flags))
+    monkeypatch.setattr(evaluate, "summed_loss", original)
+    r = run(world, tmp_path / "cut", *flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    whole = read_json(tmp_path / "whole" / "result.json")
+    assert r["metrics"] == whole["metrics"] and r["tokens"] == whole["tokens"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
+             if json.loads(line)["event"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_state_falls_back_to_the_one_before(world, tmp_path, monkeypatch, capsys):
+    run(world, tmp_path / "whole", "--save_every", "1")
+    original, calls = evaluate.summed_loss, []
+
+    def cut(kit, examples, past):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4 and torch.is_grad_enabled():
+            raise Stop
+        return original(kit, examples, past)
+
+    monkeypatch.setattr(evaluate, "summed_loss", cut)
+    with pytest.raises(Stop):
+        train.main(command(world, tmp_path / "cut", "--save_every", "1"))
+    monkeypatch.setattr(evaluate, "summed_loss", original)
+    state = tmp_path / "cut" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    run(world, tmp_path / "cut", "--save_every", "1")
+    assert "state.pt is damaged" in capsys.readouterr().err
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_other_data_or_base_under_a_run_is_refused(world, tmp_path, capsys, monkeypatch):
+    import shutil
+    shutil.copytree(world, tmp_path / "w")
+    args = command(tmp_path / "w", tmp_path / "r")
+    monkeypatch.setattr(evaluate, "summed_loss", lambda *a: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(Stop):
+        train.main(args)
+    monkeypatch.undo()
+    with open(tmp_path / "w" / "chat" / "train.jsonl", "a") as f:
+        f.write('{"prompt": "zz", "completion": "z"}\n')
+    assert train.main(args) == 65 and "--data held something else" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- signals, kills, disks
+
+def launch(world, out, *flags):
+    args = [sys.executable, str(ROOT / "train.py"), *command(world, out, *flags)]
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert path.exists(), process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(number, world, tmp_path):
+    flags = ["--steps", "400", "--save_every", "5"]
+    p = launch(world, tmp_path / "cut", *flags)
+    wait_for(tmp_path / "cut" / "state.pt", p)
+    p.send_signal(number)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 75 and "the same command goes on" in err, err
+    assert not (tmp_path / "cut" / "result.json").exists()
+    run(world, tmp_path / "cut", *flags)
+    run(world, tmp_path / "whole", *flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(world, tmp_path):
+    flags = ["--steps", "300", "--save_every", "1"]
+    run(world, tmp_path / "whole", *flags)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        p = launch(world, tmp_path / "cut", *flags)
+        time.sleep(3 + 3 * torch.rand(1, generator=generator).item())
+        p.kill()
+        p.communicate()
+    assert train.main(command(world, tmp_path / "cut", *flags)) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_guard_holds_signals_back_and_lets_them_through():
+    guard = runs.Guard()
+    with guard.installed():
+        with pytest.raises(runs.Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    with guard.installed():
+        done = []
+        with pytest.raises(runs.Interrupted):
+            with guard:
+                with guard:
+                    os.kill(os.getpid(), signal.SIGINT)
+                done.append("all of the block")
+        assert done
+
+
+def test_two_processes_on_one_folder(world, tmp_path, capsys):
+    cfg = train.parse(command(world, tmp_path / "r"))
+    with runs.Run(cfg.out, {}).opened():
+        assert train.main(command(world, tmp_path / "r")) == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(world, tmp_path, monkeypatch, capsys):
+    import errno
+
+    def full(state, f):
+        f.write(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags = ["--save_every", "2"]
+    original, saves = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda state, f: (saves.append(1),
+                                                         full(state, f) if len(saves) == 2 else original(state, f)))
+    assert train.main(command(world, tmp_path / "r", *flags)) in (1, 2)
+    assert "No space left" in capsys.readouterr().err
+    assert torch.load(tmp_path / "r" / "state.pt", weights_only=True)["now"]["step"] == 2
+    assert not list((tmp_path / "r").glob("*.tmp")) and not list((tmp_path / "r").glob(".*.tmp"))
+    monkeypatch.setattr(torch, "save", original)
+    run(world, tmp_path / "r", *flags)
+    run(world, tmp_path / "whole", *flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "r"))
+
+
+def test_a_file_where_the_folder_should_be(world, tmp_path, capsys):
+    (tmp_path / "r").write_text("")
+    assert train.main(command(world, tmp_path / "r" / "x")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_does_not_end_the_run(world, tmp_path):
+    p = launch(world, tmp_path / "r")
+    p.stdout.close()
+    assert p.wait(timeout=120) == 0, p.stderr.read()
+    assert (tmp_path / "r" / "result.json").exists()
+    p.stderr.close()
+
+
+# -------------------------------------------------------------------------------------------------------- numbers
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_end_the_run(world, tmp_path, monkeypatch, capsys):
+    original, calls = evaluate.summed_loss, []
+
+    def once(kit, examples, past):
+        calls.append(torch.is_grad_enabled())
+        bad = torch.is_grad_enabled() and sum(calls) == 3
+        return original(kit, examples, past) * (math.inf if bad else 1.0)
+
+    monkeypatch.setattr(evaluate, "summed_loss", once)
+    r = run(world, tmp_path / "once")
+    assert r["skipped"] == 1 and all(t.isfinite().all() for t in weights(tmp_path / "once").values())
+
+    def always(kit, examples, past):
+        return original(kit, examples, past) * (math.nan if torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(evaluate, "summed_loss", always)
+    assert train.main(command(world, tmp_path / "always", "--steps", "20")) == 1
+    assert "10 steps in a row were not finite, first of all the gradient of" in capsys.readouterr().err
+
+
+def test_a_bad_weight_in_the_base_is_named(world, tmp_path, capsys):
+    model, _, tokenizer = train.load(world / "base")
+    model.blocks[1].mlp.up.weight.data[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "bad")
+    tokenizer.save_pretrained(tmp_path / "bad")
+    args = command(world, tmp_path / "r", "--steps", "20", "--method", "full")
+    args[1] = str(tmp_path / "bad")
+    assert train.main(args) == 1
+    assert "first of all the weight blocks.1.mlp.up.weight" in capsys.readouterr().err
+
+
+def test_learning_rate_zero_and_absurd(world, tmp_path):
+    run(world, tmp_path / "zero", "--lr", "0", "--method", "full")
+    assert same({k.split("/")[1]: t for k, t in weights(tmp_path / "zero").items()},
+                read_tensors(world / "base" / "model.safetensors"))
+    assert train.main(command(world, tmp_path / "huge", "--lr", "1000", "--clip", "0")) in (0, 1)
+
+
+def test_zero_steps_measure_only(world, tmp_path):
+    r = run(world, tmp_path / "r", "--steps", "0")
+    assert r["steps"] == 0 and r["metrics"]["loss"] == pytest.approx(r["baseline_metrics"]["loss"], abs=1e-6)
+
+
+def test_fp16_with_a_scaler_on_the_cpu(world, tmp_path):
+    r = run(world, tmp_path / "r", "--method", "full", "--dtype", "fp16", "--steps", "12")
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 0 and r["skipped"] < 10
+    assert all(t.dtype == torch.float32 for t in state["learn"].values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix"])
+def test_bf16_learns_in_fp32(method, world, tmp_path):
+    run(world, tmp_path / "r", "--method", method, "--dtype", "bf16")
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    assert all(t.dtype == torch.float32 for t in state["learn"].values())
+
+
+def test_quantised_bases_and_checkpointing_run(world, tmp_path):
+    for name, flags in dict(int8=["--quant", "int8"], nf4=["--quant", "nf4", "--double_quant"],
+                            dora=["--dora"], pissa=["--pissa"], rs=["--rslora"], plus=["--lora_plus", "16"],
+                            map=["--rank_map", "v=2", "--layers", "1"]).items():
+        assert run(world, tmp_path / name, *flags)["skipped"] == 0
+    run(world, tmp_path / "plain", "--method", "full")
+    run(world, tmp_path / "again", "--method", "full", "--checkpoint")
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "again")
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_out_of_memory_is_advice(world, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(evaluate, "summed_loss", full)
+    assert train.main(command(world, tmp_path / "r")) == 1
+    assert "--micro" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- the tasks
+
+def test_classify_by_words_and_by_head(world, tmp_path):
+    for by in ("words", "head"):
+        r = run(world, tmp_path / by, "--task", "classify", "--by", by, "--method", "full", "--steps", "60", "--batch",
+                "32", "--lr", "3e-3", data="label")
+        assert r["metrics"]["accuracy"] > 0.9, (by, r["metrics"])
+        out = tmp_path / f"eval-{by}"
+        args = ["--task", "eval", "--init", str(tmp_path / by), "--data", str(world / "label"), "--out", str(out)]
+        assert train.main(args) == 0
+        again = read_json(out / "result.json")["metrics"]
+        assert again["accuracy"] == r["metrics"]["accuracy"]
+        assert again["loss"] == pytest.approx(r["metrics"]["loss"], rel=1e-4)
+
+
+def test_word_scores_equal_whole_sequences(world):
+    """The cached scoring of labels against the sum over each whole sequence, with and without a soft prompt."""
+    from data import chat
+    from data.examples import Text
+    from prompts import PTuningV2
+    model, _, tokenizer = train.load(world / "base")
+    text = Text(tokenizer, "chatml", labels=("x", "yes sir", "no"))
+    for prompt in (None, PTuningV2(model, 3, dropout=0.0)):
+        kit = evaluate.Kit(model.eval(), text, torch.device("cpu"), torch.float32, prompt=prompt)
+        asked = [tokenizer.encode("ab"), tokenizer.encode("abcdefg"), tokenizer.encode("c")]
+        got = evaluate.word_scores(kit, asked)
+        for i, ids in enumerate(asked):
+            for j, label in enumerate(text.labels):
+                word = chat.answer(label, "chatml", tokenizer)
+                past = prompt(model) if prompt is not None else None
+                with torch.no_grad():
+                    logp = model(torch.tensor([ids + word]), past)[0].log_softmax(-1)[0]
+                want = -sum(logp[len(ids) - 1 + t, w] for t, w in enumerate(word))
+                assert got[i, j].item() == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_chains_merge_and_chat(world, tmp_path, capsys):
+    run(world, tmp_path / "one", "--targets", "q,v,up", "--lr", "1e-2")
+    args = command(world, tmp_path / "two", "--method", "lora")
+    args[1] = str(tmp_path / "one")
+    assert train.main(args) == 0
+    assert train.main(["--task", "merge", "--init", str(tmp_path / "two"), "--out", str(tmp_path / "merged")]) == 0
+    assert float(re.search(r"merging: (\S+)", capsys.readouterr().out)[1]) < 1e-4
+    model, _, _ = train.load(tmp_path / "two")
+    merged, _, tokenizer = train.load(tmp_path / "merged")
+    x = torch.tensor([[97, 98, 99, 100]])
+    with torch.no_grad():
+        assert (model(x)[0] - merged(x)[0]).abs().max() < 1e-4
+    assert train.main(["--task", "chat", "--init", str(tmp_path / "merged"), "--prompt", "ab", "--max_new", "3"]) == 0
+    assert train.main(["--task", "merge", "--init", str(tmp_path / "two"), "--out", str(tmp_path / "merged")]) == 2
+
+
+def test_few_shot_and_zero_shot(world, tmp_path):
+    zero = run_none(world, tmp_path / "zero")
+    two = run_none(world, tmp_path / "two", "--shots", "2")
+    assert zero["steps"] == 0 and zero["metrics"]["loss"] > 0 and "loss" not in two["metrics"]
+    model, _, tokenizer = train.load(world / "base")
+    from data.examples import Text
+    text = Text(tokenizer, "chatml")
+    rows = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": c}]} for c in "ab"]
+    assert tokenizer.decode(text.asked(rows[1], rows[:1]), special=True) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n")
+
+
+def run_none(world, out, *flags):
+    args = ["--init", str(world / "base"), "--data", str(world / "chat"), "--out", str(out), "--method", "none",
+            "--max_new", "4", *flags]
+    assert train.main(args) == 0
+    return read_json(out / "result.json")
+
+
+def test_a_template_puts_virtual_tokens_inside_the_prompt(world, tmp_path):
+    r = run(world, tmp_path / "r", "--method", "ptuning", "--n_virtual", "4", "--place", "{p:2} {prompt} {p:2}",
+            "--steps", "40", "--lr", "1e-2")
+    assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"]
+    out = tmp_path / "again"
+    assert train.main(["--task", "eval", "--init", str(tmp_path / "r"), "--data", str(world / "chat"), "--out", str(out),
+                       "--max_new", "4"]) == 0
+    assert read_json(out / "result.json")["metrics"]["loss"] == pytest.approx(r["metrics"]["loss"], rel=1e-4)
+
+
+def test_dry_run_shows_the_mask_and_writes_nothing(world, tmp_path, capsys):
+    assert train.main(command(world, tmp_path / "r", "--dry_run")) == 0
+    out = capsys.readouterr().out
+    assert "[[a<|im_end|>]]" in out and "parameters learn" in out and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("rows, code, says", [
+    ([], 65, ""), ([{"text": "only text"}] * 20, 65, "reads chat or label rows"),
+    ([{"prompt": "x" * 400, "completion": "a"}] * 20, 65, "0 usable examples"),
+    ([{"prompt": "a", "completion": "b"}], 0, ""),                                              # one example
+    ([{"prompt": "", "completion": "b"}] * 3 + [{"prompt": "q", "completion": "r"}] * 9, 0, ""),    # empty prompts
+])
+def test_data_of_every_shape_has_an_outcome(rows, code, says, world, tmp_path, capsys):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = command(world, tmp_path / "r", "--too_long", "drop")
+    args[3] = str(file)
+    assert train.main(args) == code
+    assert says in capsys.readouterr().err
+
+
+def test_recorded_failures_do_not_count_as_done(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "summed_loss", lambda *a: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(Stop):
+        train.main(command(world, tmp_path / "r"))
+    assert not (tmp_path / "r" / "result.json").exists()
+
+
+def test_no_error_is_a_base_class_in_disguise():
+    assert not issubclass(runs.Interrupted, Exception) and runs.RunError("x").code == 1 and UserError("x").code == 2
