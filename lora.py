@@ -459,7 +459,8 @@ def save_adapter(model, folder, base="", name="default", fold=False, extra=None)
     like = next(iter(found.values()))
     for paths in fused(model).values():                 # of a fused module all parts are written: rank 0, or ones
         for path in set(paths) - set(found) if set(paths) & set(found) else ():
-            linear = LoRALinear(model.get_submodule(path))
+            m = model.get_submodule(path)               # quantised ones are LoRALinears already
+            linear = m if isinstance(m, LoRALinear) else LoRALinear(m)
             blank[path] = IA3(linear, False) if isinstance(like, IA3) else type(like)(linear, 0, like.scale)
     kind = {DoRA: "dora", AdaLoRA: "adalora", IA3: "ia3"}.get(type(like), "lora")       # PiSSA writes its delta
     write_adapter(model, folder, kind, found, blank, base, fold, extra)
