@@ -26,8 +26,10 @@ def _sequence(*steps):
 
 
 OURS = _sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL), None
+# Classes of transformers that mean something themselves: how to cut text, and which roles <|endoftext|> has.
 KNOWN = {"GPT2Tokenizer": (BYTE_LEVEL, None),
          "Qwen2Tokenizer": (_sequence(SPLIT, BYTE_LEVEL | {"use_regex": False}), {"type": "NFC"})}
+END = {"GPT2Tokenizer": ("bos_token", "eos_token"), "Qwen2Tokenizer": ("eos_token", "pad_token")}
 
 
 def spec(vocab, merges, added_tokens, pre_tokenizer, normalizer):
@@ -79,7 +81,7 @@ def _object(path, missing=None):
 
 
 def _from_lists(folder, config):
-    kind = config.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    kind = config.setdefault("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
     if kind not in KNOWN or config.get("add_prefix_space"):
         raise DataError(f"{folder}: how {kind} cuts text is written in tokenizer.json, which is missing; "
                         f"without it, only {' and '.join(KNOWN)} are known, with add_prefix_space off")
@@ -100,6 +102,10 @@ def _gather(folder, spec, config):
         tokens.setdefault(t, added(t, i))
     names = {i: t for t, i in vocab.items()} | {t["id"]: t["content"] for t in tokens.values()}
     ids = _object(folder / "config.json", {}) | _object(folder / "generation_config.json", {})
+    kind = config.setdefault("tokenizer_class", "PreTrainedTokenizerFast").removesuffix("Fast")
+    for role in END.get(kind, ()):
+        if "<|endoftext|>" in names.values():
+            config.setdefault(role, "<|endoftext|>")
     for role in ROLES:
         i = ids.get(role + "_id")
         i = i[0] if isinstance(i, list) else i                  # several ways to end: the first
@@ -109,7 +115,6 @@ def _gather(folder, spec, config):
             tokens.setdefault(token, added(token, vocab[token]))
     if (folder / "chat_template.jinja").exists():
         config.setdefault("chat_template", (folder / "chat_template.jinja").read_text("utf-8"))
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")     # or transformers may guess a class
     spec["added_tokens"] = sorted(tokens.values(), key=lambda t: t["id"])
 
 

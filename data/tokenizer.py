@@ -39,7 +39,8 @@ class Tokenizer:
         if len({*names.values()}) < len(names) or any(vocab.get(t, i) != i for t, i in self.special.items()):
             raise DataError("two of its tokens share an id, or one token has two")
         hidden = {t["content"] for t in added if t["special"]}
-        vocab = {t: i for t, i in vocab.items() if t not in hidden}
+        spelled = {left + right for left, right in merges} | BYTE.keys()        # text may give these
+        vocab = {t: i for t, i in vocab.items() if t not in hidden or t in spelled}
         try:
             self._bytes = {i: bytes([BYTE[c] for c in t]) for t, i in vocab.items()}
         except KeyError as e:
