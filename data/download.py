@@ -57,7 +57,7 @@ def _shown(url):
 
 
 def _headers(url, start):
-    headers = {"User-Agent": "fetch.py", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "fetch.py"}
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(HUB + "/"):
         if not re.fullmatch(r"[!-~]+", token):          # else http.client would quote it in its complaint

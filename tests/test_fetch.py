@@ -183,13 +183,14 @@ def test_a_web_page_is_refused_and_the_part_survives(get, server, tmp_path, page
     assert get(good()) == BODY and len(server.seen) == 4
 
 
-def test_larger_than_expected(get, server, tmp_path):
-    for answer in (good(), good(length=False)):
+def test_larger_than_expected(get, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "CHUNK", 1000)
+    for answer in (good(), good(length=False), good(send=10)):              # as claimed, or as it comes
         with pytest.raises(DataError, match="larger than the 5000 bytes"):
             get(answer, limit=5000)
         assert not (tmp_path / "f").exists()
         assert sum(p.stat().st_size for p in tmp_path.iterdir()) == 0
-    assert len(server.seen) == 2
+    assert len(server.seen) == 3
 
 
 def test_unknown_hash_is_never_resumed(get, server, tmp_path):
@@ -376,6 +377,7 @@ def test_what_other_tools_cached_is_used(tiny, server, monkeypatch, tmp_path, ca
             (base / "snapshots" / revision / name).write_bytes(b"{}")
         return base / "snapshots" / revision
     snapshot(tiny, "b" * 40, "config.json", "pytorch_model.bin")            # pickles are never read
+    snapshot(tiny, "0" * 40, "model.safetensors")                           # half a model
     assert F.find_cached("tiny") is None
     c = snapshot(tiny, "c" * 40, "config.json", "model.safetensors.index.json")
     assert F.find_cached("tiny") == c
@@ -385,16 +387,31 @@ def test_what_other_tools_cached_is_used(tiny, server, monkeypatch, tmp_path, ca
     assert F.find_cached("tiny") == F.find_cached("org/tiny") == d          # what the ref says
     assert F.fetch("tiny") == d and not server.seen
     assert "not checked" in capsys.readouterr().err
+    assert F.fetch("tiny", tmp_path / "m") == tmp_path / "m" and len(server.seen) == 3      # --out means it
     a = snapshot(tiny, REVISION, "config.json", "model.safetensors")
     assert F.find_cached("tiny") == a and F.find_cached("org/tiny") == d    # the known commit comes first
+    assert F.fetch("tiny") == a and (a / "model.safetensors").read_bytes() == BODY          # and is checked
+    assert (tiny / "refs" / "main").read_text() == "d" * 40 + "\n"          # their business
     (tiny / "refs" / "main").write_text("../../../../etc")
     assert F.find_cached("org/tiny") == a
-    old = snapshot(tiny.parent / "models--tiny", "e" * 40, "config.json", "model.safetensors")
+    old = snapshot(tiny.parent / "models--tiny", REVISION, "config.json", "model.safetensors")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nowhere"))
     assert F.find_cached("tiny") is None and F.find_cached("../..") is None
     monkeypatch.setenv("HF_HUB_CACHE", str(tiny.parent))
     monkeypatch.setitem(F.MODELS, "tiny", F.MODELS["tiny"]._replace(repo="org/other"))
-    assert F.find_cached("tiny") == old
+    assert F.find_cached("tiny") == old == F.fetch("tiny")
+
+
+def test_only_the_hub_has_a_mirror(tiny, monkeypatch, tmp_path):
+    urls = []
+    monkeypatch.setattr(F, "download", lambda url, target, *_: (urls.append(url), target.write_bytes(b"")))
+    for endpoint in ("https://mirror.example/hub/", "https://mirror.example/hub", ""):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        F.fetch("tiny", tmp_path / f"m{len(urls)}")
+    end = f"/org/tiny/resolve/{REVISION}/config.json"
+    assert urls[::3] == [f"https://mirror.example/hub{end}"] * 2 + [f"{D.HUB}{end}"]
+    F.fetch("alpaca", tmp_path / "a")
+    assert urls[-1] == S.DATASETS["alpaca"].files[0].url
 
 
 def test_offline(tiny, server, monkeypatch, tmp_path, capsys):                         # [76]
@@ -426,6 +443,9 @@ def test_from_is_checked_like_a_download(tiny, tmp_path, capsys):
     (copies / "tokenizer.json").write_bytes(b"x" * (10 ** 6 + 1))
     assert F.main(["tiny", "--out", str(tmp_path / "m"), "--from", str(copies)]) == 65
     assert "is not the tokenizer.json expected" in capsys.readouterr().err
+    (copies / "tokenizer.json").unlink()
+    assert F.main(["tiny", "--out", str(tmp_path / "m"), "--from", str(copies / "config.json")]) == 65
+    assert "no tokenizer.json there" in capsys.readouterr().err         # one file does not stand for three
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["config.json"]
 
 
@@ -582,6 +602,8 @@ def test_damaged_contents(convert, tmp_path):
     def boxed(body):
         archive = make_zip(tmp_path / "z", ("SMSSpamCollection", body, 0))
         return {"sms+spam+collection.zip": archive.read_bytes()}
+    with pytest.raises(DataError, match=r"\(a bomb\?\); nothing was extracted, so get another copy$"):
+        convert("sms_spam", boxed(bytes(10 ** 6)))
     for name, raw in (("hh-rlhf", {"train.jsonl.gz": b"?", "test.jsonl.gz": b"?"}),
                       ("hh-rlhf", {"train.jsonl.gz": gzip.compress(b"[1]\n"), "test.jsonl.gz": b""}),
                       ("e2e", {"trainset.csv": b"a,b\n1,2\n", "devset.csv": b"", "testset_w_refs.csv": b""}),
@@ -599,11 +621,14 @@ def as_csv(rows):
 
 
 def test_e2e(convert):
-    pairs = [("name[A], near[B]", 'It is "A",\r\n near B. '), ("name[A], near[B]", "A, B"), ("name[C]", "C")]
-    folder = convert("e2e", {n: as_csv(pairs) for n in ("trainset.csv", "devset.csv", "testset_w_refs.csv")})
+    pairs = [("name[A], near[B]", 'It is "A",\r\n near B. '), ("name[A], near[B]", "A, B"), ("name[C] ", "C")]
+    raw = {n: as_csv(pairs) for n in ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
+    raw["trainset.csv"] = b"\xef\xbb\xbf" + raw["trainset.csv"]            # a BOM is no part of "mr"
+    folder = convert("e2e", raw)
     train = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert train[0] == {"input": "name[A], near[B]", "output": 'It is "A",\r\n near B.'} and len(train) == 3
     assert formats.load(folder, "train").kind == formats.load(folder, "test").kind == "chat"
+    assert train[2]["input"] == "name[C]"
     assert formats.load(folder, "valid").rows[0]["references"] == ['It is "A",\r\n near B.', "A, B"]
 
 
@@ -613,6 +638,8 @@ def test_e2e_on_the_real_texts(convert, assets):
     raw = as_csv((r["input"], r["output"]) for r in train)
     assert len(raw) == 9_340_189 - 3                  # the published size; our copy lost three blanks
     dev = as_csv((r["input"], o) for r in valid for o in r["outputs"])
+    train = train[:3000]
+    raw = as_csv((r["input"], r["output"]) for r in train)
     folder = convert("e2e", {"trainset.csv": raw, "devset.csv": dev, "testset_w_refs.csv": dev})
     for split, rows in (("train", train), ("valid", valid)):
         assert [json.loads(x) for x in open(folder / f"{split}.jsonl", encoding="utf-8")] == rows
