@@ -9,8 +9,7 @@ arXiv         2104.08691           2103.10385           2101.00190           211
 learned       E (P, C)             E, MLP or bi-LSTM    E, MLP               E (P, 2 L nkv hs)
 table         E                    encoder(E)           MLP(E)               E
 which holds   input embeddings     input embeddings     k, v of all layers   k, v of all layers
-it stands     before the text      before the text, or  before the text      before the text
-                                   in template slots
+it stands     before the text      so, or in a template before the text      before the text
 it predicts   the first token      the next token       nothing              nothing
 starts as     words, labels        words, labels        k, v of a text       k, v of a text
 dropout       none                 none                 none                 on k, v, one draw a call
@@ -61,14 +60,14 @@ class PromptTuning(nn.Module):
 
     def run(self, model):
         """hidden (1, P, C), past. head(hidden[:, -1]) is what a prompt predicts: every row's first token."""
-        return model.trunk(self.table()[None].to(model.wte.weight.dtype))
+        return model.trunk(self.table()[None])
 
     def forward(self, model):           # with a template nothing stands in front, and None is a past too
         return None if self.template else self.run(model)[1]
 
     def embed(self, model, ids):
         """ids (B, T), -1 - j meaning virtual token j -> embeddings (B, T, C), which trunk takes instead."""
-        soft = self.table()[(-1 - ids).clamp(min=0)].to(model.wte.weight.dtype)
+        soft = self.table()[(-1 - ids).clamp(min=0)]                        # (B, T, C)
         return torch.where((ids < 0)[..., None], soft, model.wte(ids.clamp(min=0)))
 
     def fold(self):

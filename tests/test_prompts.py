@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.files import DataError, UserError, write_tensors
+from data.files import DataError, UserError, read_tensors, write_tensors
 from model import GPT, GPTConfig, generate
 from prompts import (PrefixTuning, PromptTuning, PTuning, PTuningV2, cut, load_prompt, nearest_tokens, place,
                      save_prompt)
@@ -147,7 +147,7 @@ def test_peft_computes_the_same(case, dtype, tol):
 
 
 @pytest.mark.parametrize("case", CASES[:8], ids=lambda c: f"{c.parent.name}-{c.name}")
-def test_folders_written_by_peft_load(case):
+def test_folders_written_by_peft_load_and_go_back_as_they_came(case, tmp_path):
     z = dict(np.load(f"{case}.npz"))
     model = GPT.from_pretrained(case.parent / "base")
     prompt = load_prompt(model, case)
@@ -156,6 +156,13 @@ def test_folders_written_by_peft_load(case):
         got = model(x, prompt(model))[0]
     want = torch.from_numpy(z["out/logits"])[:, -x.size(1):]
     assert far(got[0], want[0]) < 1e-5                                  # the only row without padding
+    save_prompt(prompt, tmp_path)
+    ours, theirs = (json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, case))
+    differ = {key for key, value in ours.items() if theirs.get(key, value) != value}
+    assert differ <= {"base_model_name_or_path", "peft_type"}
+    assert "peft_type" not in differ or theirs["peft_type"] == "P_TUNING"
+    ours, theirs = (read_tensors(d / "adapter_model.safetensors") for d in (tmp_path, case))
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
 @pytest.mark.slow
