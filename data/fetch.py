@@ -124,7 +124,7 @@ def fetch(name, out=None, source=None):
         raise UserError(f"{name} is not known here{near}; known are {', '.join(known)}; any other folder of "
                         "a Hugging Face model can be given to --init as it is")
     _, files, convert, repo, revision = known[name]
-    cached = find_cached(name) if repo and not out else None
+    cached = find_cached(name) if repo and not (out or source) else None
     if cached and cached.name != revision:
         say(f"{cached} holds revision {cached.name}, not {revision}: used as it is, not checked")
         return cached

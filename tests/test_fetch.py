@@ -388,6 +388,9 @@ def test_what_other_tools_cached_is_used(tiny, server, monkeypatch, tmp_path, ca
     assert F.fetch("tiny") == d and not server.seen
     assert "not checked" in capsys.readouterr().err
     assert F.fetch("tiny", tmp_path / "m") == tmp_path / "m" and len(server.seen) == 3      # --out means it
+    with pytest.raises(DataError, match="no config.json there"):            # and so does --from
+        F.fetch("tiny", source=tmp_path / "none")
+    (tiny / "snapshots" / REVISION).rmdir()
     a = snapshot(tiny, REVISION, "config.json", "model.safetensors")
     assert F.find_cached("tiny") == a and F.find_cached("org/tiny") == d    # the known commit comes first
     assert F.fetch("tiny") == a and (a / "model.safetensors").read_bytes() == BODY          # and is checked
