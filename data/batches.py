@@ -10,14 +10,14 @@ Order is a pure function of (seed, epoch), so there is no data state to save or 
 Grouping sorts a whole epoch by length, each length stretched by up to 5 % at random, cuts it into steps, and
 shuffles the steps. Two things keep an epoch from meeting the steps of another: the stretch, and the one short
 step (n is rarely a multiple of the batch), which is cut at a random place and so shifts the others; it comes
-last. The usual sorting inside pools of 50 steps pads 9 % on short messages in batches of 16, this pads 3 %.
+last. The usual sorting inside pools of 50 steps pads 9 % on short messages in batches of 16, this 3.5 %.
 
 Public: plan, micro, collate, blocks, padding_waste
 """
 import numpy as np
 import torch
 
-JITTER = 0.05
+JITTER = 0.05                                           # how wrongly grouping sorts, on purpose
 
 
 def _generator(seed, epoch):

@@ -138,7 +138,9 @@ def leaks(train, other):
 def _deal(data, held):
     """{split: rows}: each split in `held` gets its tenth of the hash, train gets the rest."""
     if data.rows[0]["line"].endswith(".txt:1"):
-        return _cut(data.rows[0], held)
+        parts = _cut(data.rows[0], held)
+        whole_text = not all(rows[0]["text"].strip() for rows in parts.values())
+        return dict.fromkeys(parts, data.rows) if whole_text else parts
     for key in (question, whole):
         parts = {"train": [], **{split: [] for split in held.values()}}
         for row in data.rows:
@@ -150,11 +152,11 @@ def _deal(data, held):
 
 
 def _cut(row, held):
-    """One long text in order: train, and a tenth for each split in `held`; pieces end with a line."""
+    """One long text in order: train, and a tenth for each split in `held`; cut at a near line end."""
     text, starts = row["text"], [0]
     for tenths in range(10 - len(held), 10):
         at = len(text) * tenths // 10
-        starts.append(text.find("\n", max(at - 1, 0)) + 1 or at)
+        starts.append(text.find("\n", max(at - 1, 0), at + len(text) // 20) + 1 or at)
     return {split: [{**row, "text": text[a:b]}] for split, a, b in
             zip(("train", *held.values()), starts, [*starts[1:], len(text)])}
 
@@ -217,7 +219,7 @@ def _folder(path, split):
     if split == "test" and "test" not in files:
         data = _folder(path, "valid")
         return data._replace(source=f"{data.source}, for want of a test file")
-    if split == "test" or "valid" in files and split in files:
+    if split in files and ("valid" in files or split == "test"):
         return load(files[split])
     if "train" not in files:
         raise DataError(f"{path} has no {split} file; it has {', '.join(p.name for p in files.values())}")

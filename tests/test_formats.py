@@ -112,6 +112,8 @@ OTHER = {
     "prompt": (dict(prompt="Hi"), dict(prompt=user("Hi"))),
     "pairs, votes": (pair(votes_for=2, votes_against=1), pair(user("Hi"), votes_for=2, votes_against=1)),
     "pairs, HH prompt": (pair(hh("Hi") + "\n\nAssistant:", " Ho", " Hm"), pair(user("Hi"), " Ho", " Hm")),
+    "prompt, not HH": (dict(prompt=hh("Hi")), dict(prompt=user(hh("Hi")))),
+    "prompt, not HH either": (dict(prompt=hh("Hi", "Ho", "")), dict(prompt=user(hh("Hi", "Ho", "")))),
     "pairs, HH, long": (dict(chosen=hh("Hi", "Yes?", "Bye", "Ah"), rejected=hh("Hi", "Yes?", "Bye", "Go")),
                         pair(user("Hi", "Yes?") + user("Bye"), "Ah", "Go")),
     **{f"chat, {name}": (row, dict(messages=wanted)) for name, (row, wanted) in CHAT.items()},
@@ -149,8 +151,9 @@ def test_tables(tmp_path):
     spam, ham = read(tmp_path, table, "data.csv").rows
     assert (spam["text"], spam["label"]) == ('Win, now "free"', "spam")
     assert (ham["text"], ham["label"]) == ("two\nlines", "ham") and ham["line"].endswith("data.csv:5")
-    data = read(tmp_path, 'label\ttext\nham\tShe said "hi\n', "data.tsv")               # a quote is a quote
-    assert data.rows[0]["text"] == 'She said "hi'
+    data = read(tmp_path, 'label\ttext\nham\t"Hi\n', "data.tsv")                       # a quote is a quote
+    assert data.rows[0]["text"] == '"Hi'
+    assert len(read(tmp_path, "text\n" + "a" * 200_000, "data.csv").rows[0]["text"]) == 200_000
     assert read(tmp_path, "prompt,completion\n1+1?,2\n", "data.csv").kind == "chat"
     assert "3 cells under a header of 2: label, text" in fault(tmp_path, "label,text\nham,a,b\n", "data.csv")
     assert "data.csv:2: not a table (1 cells" in fault(tmp_path, "label,text\nham\n", "data.csv")
@@ -166,6 +169,10 @@ def test_a_text_file_is_one_document_cut_in_order_at_line_ends(tmp_path):
     parts = [load(path, split).rows[0]["text"] for split in ("train", "valid", "test")]
     assert "".join(parts) == text and all(part.endswith("\n") for part in parts)
     assert [round(len(part) / len(text), 2) for part in parts] == [0.8, 0.1, 0.1]
+    path = write(tmp_path, "a" * 1000 + "\n", "data.txt")                # no line ends to cut at
+    assert [len(load(path, split).rows[0]["text"]) for split in ("train", "valid", "test")] == [800, 100, 101]
+    data = load(write(tmp_path, "abc", "data.txt"), "valid")
+    assert data.rows[0]["text"] == "abc" and data.source.endswith("(all of it, too few rows to split)")
 
 
 # ---- faults ------------------------------------------------------------------------------------------------
@@ -284,6 +291,7 @@ def test_13_not_a_string(tmp_path, row, key, value, found):
     (dict(TAGGED, tokens=["a", None]), '"tokens[1]" is null'),
     (dict(TAGGED, tags=["O"]), "2 tokens and 1 tags; every token needs one tag"),
     (dict(RANKED, rank=[1, 2]), '"rank" must be a list with a number for each of "responses"'),
+    (dict(prompt="a", responses=["b"], rank=[1]), '"rank" must be a list with a number for each'),
     (dict(RANKED, rank="123"), '"rank" must be a list with a number for each of "responses"'),
     (dict(RANKED, rank=[1, 2, "3"]), '"rank" is a string; it must be a finite number'),
     (dict(text="a", label=0.5), '"label" is 0.5; it must be a name, or a whole number'),
