@@ -361,7 +361,9 @@ def open_kit(cfg):
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
         if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
             model = lora.merge(model).to(model.wte.weight.dtype)
-    template = cfg.template if cfg.template != "auto" else said.get("template") or chat.guess(tokenizer)
+    template = cfg.template
+    if template == "auto":                          # a new model has seen plain text only
+        template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
     by = said.get("by", "words") if cfg.task == "eval" else cfg.by
     text = Text(tokenizer, template, cfg.system or said.get("system"), tuple(said.get("labels", ())),

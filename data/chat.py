@@ -14,7 +14,7 @@ mask[i] is true where token i is *to be predicted*: an answer and its end token,
 - A default system text is read from the tokenizer's own chat_template (SmolLM2 and Qwen2.5 have one).
 - plain and alpaca start with the tokenizer's BOS, or else its EOS: in pre-training it precedes a document,
   and without it nothing could predict the first token after an empty prompt. In plain, neighbouring texts of
-  system and user are joined by a newline; between prompt and answer the data decides ("completion": " yes").
+  system and user are joined by a newline, and an answer brings a blank unless it begins with white space.
 - llama3 strips contents, like the original; the dates in Llama 3.1's system turn are left out.
 
 Public: TEMPLATES, guess, render, prompt, answer, end_token, fit
@@ -79,6 +79,13 @@ def _turn(role, last, template, marks):
     return ["\n" * (last in ("system", "user") and role != "assistant")], end, []
 
 
+def _content(text, template, role):
+    """A turn's text as it is encoded. A plain answer follows its prompt as a word follows a word."""
+    if template == "plain" and role == "assistant" and not text[:1].isspace():
+        return " " + text
+    return text.strip() if template == "llama3" else text
+
+
 def _compose(messages, template, tokenizer, system, speak):
     """ids and mask of the conversation and, to `speak`, of the opening of one more answer."""
     marks = _marks(template, tokenizer)
@@ -90,7 +97,7 @@ def _compose(messages, template, tokenizer, system, speak):
     for m in messages:
         learn = bool(m.get("weight", 1)) if m["role"] == "assistant" else None
         before, end, after = _turn(m["role"], last, template, marks)
-        content = m["content"].strip() if template == "llama3" else m["content"]
+        content = _content(m["content"], template, m["role"])
         pieces += [(piece, None) for piece in before]
         pieces += [(content, learn), *((mark, learn) for mark in end)]
         pieces += [(piece, None) for piece in after]
@@ -117,8 +124,7 @@ def prompt(messages, template, tokenizer, system=None):
 
 def answer(text, template, tokenizer):
     """ids of an answer with its end token: what follows prompt(...)."""
-    text = text.strip() if template == "llama3" else text
-    return [*tokenizer.encode(text), end_token(template, tokenizer)]
+    return [*tokenizer.encode(_content(text, template, "assistant")), end_token(template, tokenizer)]
 
 
 def fit(ids, mask, limit, too_long="truncate", at="an example"):
