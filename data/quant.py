@@ -19,11 +19,11 @@ import torch.nn.functional as F
 POSITIVE = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])         # (8,)
 NEGATIVE = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])        # (7,)
 NF4 = torch.cat((NEGATIVE, torch.zeros(1), POSITIVE.flip(0))) / POSITIVE[0]     # (16,), rising
-BYTES = torch.cartesian_prod(NF4, NF4)                                          # (256, 2): both codes of a byte
+PAIRS = torch.view_as_complex(torch.cartesian_prod(NF4, NF4).float())           # (256,): a byte is two codes
 
 
 def keep_wide(self, fn, recurse=True):
-    """nn.Module._apply for tensors that a cast of the model, like model.bfloat16(), must not round below fp32."""
+    """nn.Module._apply for tensors that a cast of the model, like model.bfloat16(), must leave in fp32."""
     def wide(t):
         new = fn(t)
         if not new.is_floating_point():
@@ -51,8 +51,8 @@ class Quantised(nn.Module):
         unit = flat / top[:, None]                                              # in [-1, 1]
         if kind == "int8":
             codes = (unit * 127).round().to(torch.int8)
-        else:
-            code = torch.bucketize(unit, ((NF4[1:] + NF4[:-1]) / 2).to(unit)).to(torch.uint8)       # the nearest
+        else:                                           # the nearest of 16: count the midpoints below
+            code = sum((unit > between).to(torch.uint8) for between in ((NF4[1:] + NF4[:-1]) / 2).tolist())
             codes = code[:, ::2] * 16 + code[:, 1::2]
         self.register_buffer("codes", codes)                                    # (blocks, block or block / 2)
         self.register_buffer("mean", top.mean() if double else None)
@@ -64,10 +64,11 @@ class Quantised(nn.Module):
     def forward(self, dtype):
         top = self.top if self.mean is None else (self.top(torch.float32) + self.mean).clamp_min(0)
         if self.kind == "int8":
-            unit = self.codes.to(dtype) / 127
-        else:
-            unit = F.embedding(self.codes.int(), BYTES.to(self.codes.device, dtype)).flatten(1)
-        return (unit * top.to(dtype)[:, None]).flatten()[:self.shape.numel()].view(self.shape)
+            unit, top = self.codes.float(), top / 127
+        else:                                   # a complex number is a pair: one look-up for two codes
+            pairs = PAIRS.to(self.codes.device).index_select(0, self.codes.flatten().int())
+            unit = torch.view_as_real(pairs).view(len(self.codes), -1)
+        return (unit * top[:, None]).flatten()[:self.shape.numel()].view(self.shape).to(dtype)
 
     def bits(self):
         """Stored bits, everything counted."""
@@ -75,7 +76,7 @@ class Quantised(nn.Module):
 
 
 class QuantProduct(torch.autograd.Function):
-    """x W^T + b. Backward dequantises again: left to autograd, every dense W of the forward would stay alive."""
+    """x W^T + b. Backward dequantises again: left to autograd, every dense W of the forward would live on."""
 
     @staticmethod
     def forward(ctx, x, quant, bias):

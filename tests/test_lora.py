@@ -383,6 +383,10 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_"
      "layers.7.self_attn.v_proj.lora_A.weight belongs to nothing"),
     (lambda c, t: t.update({KEY + "A.weight": torch.ones(4, 31)}), r"lora_A of .* is \[4, 31\], .* ask for \[4, 32\]"),
     (lambda c, t: c.update(r=3), r"lora_A of .* is \[4, 32\], .* ask for \[3, 32\]"),
+    (lambda c, t: c.update(r="4"), "makes no sense as an adapter's settings"),
+    (lambda c, t: c.update(r=0), r"lora_A of .* is \[4, 32\]|makes no sense"),
+    (lambda c, t: c.update(rank_pattern=[1]), "makes no sense"),
+    (lambda c, t: c.update(target_modules="("), "makes no sense"),
     (lambda c, t: c.update(target_modules=["c_attn"]), "c_attn.* matches nothing in this model"),
     (lambda c, t: c.update(peft_type="LOHA"), "peft_type 'LOHA'"),
     (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
@@ -454,10 +458,10 @@ def test_a_head_of_ones_own_travels_in_the_file(bases, tmp_path):
     (dict(dropout=1.0), "dropout in"),
     (dict(layers=[1, 2]), "no block 2 in this model; layers go from 0 to 1"),
     (dict(layers=[]), "are no modules at all"),
-    (dict(kind="lokr"), "lora, adalora and ia3 are"),
-    (dict(dora=True, pissa=True), "not together"),
+    (dict(kind="lokr"), "lora, adalora and ia3 are known"),
+    (dict(dora=True, pissa=True), "exclude each other"),
     (dict(kind="adalora", rslora=True), "are for kind lora"),
-    (dict(kind="ia3", dropout=0.1), "ia3 takes neither"),
+    (dict(kind="ia3", dropout=0.1), "takes neither dropout nor"),
     (dict(name="a.b"), "cannot name an adapter"),
     (dict(name="values"), "cannot name an adapter"),
 ])
@@ -845,7 +849,7 @@ def test_importance_by_hand(bases):
             I = 0.85 * I + 0.15 * i
             U = 0.85 * U + 0.15 * abs(i - I)
         return I * U
-    for i, got in enumerate(allocator.score(allocator.groups[0])):
+    for i, got in enumerate(allocator.scores()[0]):
         close(got, s("lora_E", i, 0) + sum(s("lora_A", i, j) for j in range(32)) / 32
               + sum(s("lora_B", j, i) for j in range(32)) / 32, 1e-5)
 
@@ -881,7 +885,7 @@ def test_allocator_errors(bases):
     for kw in (dict(t_i=6, t_f=4), dict(t_f=0), dict(target_rank=5), dict(every=0), dict(t_i=-1)):
         with pytest.raises(UserError, match="AdaLoRA"):
             lora.RankAllocator(model, 10, **kw)
-    with pytest.raises(UserError, match="no gradient; update after optimizer.step, before zero_grad"):
+    with pytest.raises(UserError, match="no gradient; update between optimizer.step and zero_grad"):
         lora.RankAllocator(model, 10).update(0)
     for total in (2, 3, 5, 10, 1000):                           # the defaults fit every run that can be
         lora.RankAllocator(model, total)
