@@ -122,21 +122,16 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_var(x, mask):
-    """Biased: whitened numbers then have a mean square of exactly one."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the mask, 0 outside. A constant x only loses its mean: it has no scale."""
-    var = masked_var(x, mask)
-    scale = torch.where(var > 1e-12, (var + 1e-8).rsqrt(), 1.0)
-    return ((x - masked_mean(x, mask)) * scale).masked_fill(~mask, 0)
+    """Mean 0, (biased) variance 1 over the mask, 0 outside. A constant x only loses its mean: it has no scale."""
+    x = (x - masked_mean(x, mask)).masked_fill(~mask, 0)
+    var = masked_mean(x ** 2, mask)
+    return x * torch.where(var > 1e-12, (var + 1e-8).rsqrt(), 1.0)
 
 
 def token_weights(mask, mean="token", limit=None):
-    """(B, R) weights w: a minibatch's loss is sum(w * loss). Micro-batches take rows of w, so theirs add up to
-    the minibatch's, however it is cut.
+    """(B, R) weights w: a minibatch's loss is sum(w * loss). Micro-batches take rows of w, so theirs add up
+    to it, however it is cut.
 
     token     1 / N          every token alike (PPO, RLOO)
     sequence  1 / (B n_b)    GRPO as published: the longer an answer, the less each of its tokens counts
@@ -328,13 +323,13 @@ class Actor:
     def head(self, hidden):                                 # (..., C) -> (..., V), at least fp32
         logits = self.model.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        ban = torch.tensor(self.banned, dtype=torch.long, device=logits.device)
-        return logits.index_fill(-1, ban, -torch.inf) if self.banned else logits
+        ban = torch.tensor(self.banned, device=logits.device, dtype=torch.long)
+        return logits.index_fill(-1, ban, -torch.inf)
 
 
 def states(model, batch, past):
-    """The hidden state in which each action was taken: (N, C), row by row."""
-    hidden, _ = model.trunk(batch.tokens, past)
+    """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
+    hidden, _ = model.trunk(batch.tokens[:, :-1], past)
     b, t = batch.mask.nonzero(as_tuple=True)
     return hidden[b, batch.start[b] - 1 + t]
 
@@ -377,7 +372,8 @@ class ScalarHead(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
 
     def forward(self, hidden):
-        return self.gain * (hidden.to(self.weight.dtype) @ self.weight + self.bias) + self.shift
+        score = (hidden.to(self.weight.dtype) * self.weight).sum(-1) + self.bias    # no matmul: autocast rounds it
+        return self.gain * score + self.shift
 
 
 @torch.no_grad()
@@ -522,23 +518,24 @@ class PPOState:
     def apply(self, who, share):
         """Clip, and step at this share of the learning rate; share 0 only forgets the gradient. What is not
         finite steps nowhere, and ten in a row end the run. Returns the norm before clipping."""
-        params, optim = self.params[who], self.optim[who]
-        optim.param_groups[0]["lr"] = self.lr[who] * share
-        norm = nn.utils.clip_grad_norm_(params.values(), self.clip).item()
-        self.bad[who] = 0 if math.isfinite(norm) else self.bad[who] + 1
+        optim, grads = self.optim[who], {k: p.grad for k, p in self.params[who].items() if p.grad is not None}
+        norm = nn.utils.get_total_norm(grads.values())
+        self.bad[who] = 0 if norm.isfinite() else self.bad[who] + 1
         if self.bad[who] == 10:
-            name = next(k for k, p in params.items() if p.grad is not None and not p.grad.isfinite().all())
-            raise UserError(f"ten gradients in a row were not finite, first in {name} ({who}); lower --lr")
+            name = next(name for name, g in grads.items() if not g.isfinite().all())
+            raise UserError(f"ten gradients of the {who} in a row were not finite, first {name}; lower --lr")
         if share and not self.bad[who]:
+            nn.utils.clip_grads_with_norm_(self.params[who].values(), self.clip, norm)
+            optim.param_groups[0]["lr"] = self.lr[who] * share
             optim.step()
         optim.zero_grad()
-        return norm
+        return norm.item()
 
     def state_dict(self):
         """Live tensors: write them out, or copy them, before the next iteration."""
         return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
-                "ema": self.ema and self.ema.shadow, "params": {w: dict(ps) for w, ps in self.params.items()},
-                "optim": {who: optim.state_dict() for who, optim in self.optim.items()}}
+                "ema": self.ema and self.ema.shadow, "optim": {w: o.state_dict() for w, o in self.optim.items()},
+                "params": {w: {k: p.data for k, p in params.items()} for w, params in self.params.items()}}
 
     def load_state_dict(self, state):
         self.step, self.bad = state["step"], dict(state["bad"])
@@ -558,12 +555,10 @@ def rng(*key, device="cpu"):
 
 def draw(n, count, seed, step):
     """Which of n prompts iteration `step` asks: each once per turn, every turn in an order of its own."""
-    orders = {}
-    for at in range(step * count, (step + 1) * count):
-        turn, i = divmod(at, n)
-        if turn not in orders:
-            orders[turn] = torch.randperm(n, generator=rng(seed, "prompts", turn)).tolist()
-        yield orders[turn][i]
+    at = range(step * count, (step + 1) * count)
+    turns = range(at[0] // n, at[-1] // n + 1)
+    orders = {turn: torch.randperm(n, generator=rng(seed, "prompts", turn)).tolist() for turn in turns}
+    return [orders[i // n][i % n] for i in at]
 
 
 def add_ptx(coef, policy, params, parts):
@@ -645,15 +640,19 @@ def train_ppo(cfg, roles, state, prompts, reward, eos, banned=(), gold=None, ptx
     """
     eos = {eos} if isinstance(eos, int) else set(eos)
     for role in filter(None, roles[:3]):
-        with role() as (model, _):
+        with role() as (model, past):
             model.eval()
+            room = model.config.block_size - (past[0][0].size(2) if past and len(past[0]) == 2 else 0)
+            if (longest := max(map(len, prompts))) + cfg.max_new > room:
+                raise UserError(f"a prompt of {longest} tokens and an answer of --max_new {cfg.max_new} do not "
+                                f"fit the {room} tokens of the context; shorten either")
     device = model.wte.weight.device
     while state.step < cfg.steps:
         clock, beta = [time.perf_counter()], state.kl.beta
         chosen = draw(len(prompts), cfg.batch // cfg.samples, cfg.seed, state.step)
         asked = [prompts[i] for i in chosen for _ in range(cfg.samples)]
-        generator = rng(cfg.seed, "sample", state.step, device=device)
-        batch, answers = rollout(roles, asked, eos, cfg, banned, generator)
+        dice = rng(cfg.seed, "sample", state.step, device=device)
+        batch, answers = rollout(roles, asked, eos, cfg, banned, dice)
         clock.append(time.perf_counter())
 
         s = torch.as_tensor(reward(asked, answers), dtype=torch.float32, device=device)
