@@ -37,12 +37,13 @@ from tqdm import tqdm
 import lora
 import prompts
 from data import chat, evaluate, formats
-from data.examples import Feed, Text, targets, windows
-from data.fetch import find_cached
+from data.examples import Feed, Text, targets
 from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
+from data.folders import base_of, bottom_of, portable, settings, weights_folder
 from data.hf import read_config
+from data.machine import peak_memory_mb, pick_device, pick_dtype
 from data.report import describe, report
-from data.runs import Interrupted, Run, RunError, guard, note, peak_memory_mb, say
+from data.runs import Interrupted, Run, RunError, guard, note, say
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -258,38 +259,6 @@ def default_out(cfg):
 
 # ---------------------------------------------------------------------------------------- models and machines
 
-def find(name, beside=None):
-    """A folder by path, by path beside this file or a folder, or a model by its name in the local cache."""
-    for path in (pathlib.Path(name), ROOT / name, *([beside / name] if beside else ())):
-        if path.is_dir():
-            return path
-    if cached := find_cached(str(name)):
-        return pathlib.Path(cached)
-    raise DataError(f"{name}: no such folder, and no such model in the local cache; "
-                    "`python data/fetch.py --list` names what can be fetched")
-
-
-def weights_folder(name, beside=None):
-    """Where the weights lie: inside a run folder; any other folder is its own answer."""
-    folder = find(name, beside)
-    if not (folder / "log.jsonl").exists():
-        return folder
-    for inner in (folder / "adapter", folder / "model"):
-        if inner.is_dir() and (folder / "result.json").exists():
-            return inner
-    raise DataError(f"{folder} is an unfinished run and holds no weights yet; give its command again")
-
-
-def base_of(folder):
-    """The folder under an adapter folder, or None for a plain model."""
-    if not (folder / "adapter_config.json").exists():
-        return None
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; add its folder")
-    return weights_folder(base, folder)
-
-
 def load(folder, dtype=torch.float32):
     """(model, prompt or None, tokenizer) of any folder that a run, `transformers` or `peft` wrote.
 
@@ -311,52 +280,16 @@ def load(folder, dtype=torch.float32):
     return model, prompt, tokenizer
 
 
-def settings(name):
-    """What a run wrote beside its weights (template, labels ...); {} for a folder that is not ours."""
-    path = weights_folder(name) / "run.json"
-    return read_json(path) if path.exists() else {}
-
-
-def pick_device(cfg):
-    if cfg.device != "auto":
-        try:
-            torch.empty(0, device=cfg.device)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {cfg.device} is not there: {str(e).splitlines()[0]}") from None
-        return torch.device(cfg.device), "asked for"
-    if torch.cuda.is_available():
-        return torch.device("cuda"), "a CUDA device is there"
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple's GPU is there"
-    return torch.device("cpu"), "no GPU here"
-
-
-def pick_dtype(cfg, device, width):
-    """The compute dtype, and why: bf16 where the hardware has it and it pays, on a CPU from width 512 on."""
-    if cfg.dtype != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype], "asked for"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "this GPU computes in bf16"
-    with contextlib.suppress(OSError):
-        flags = pathlib.Path("/proc/cpuinfo").read_text() if device.type == "cpu" and width >= 512 else ""
-        if "avx512_bf16" in flags or "amx_bf16" in flags:
-            return torch.bfloat16, f"this CPU computes in bf16, which pays from width 512 on; this is {width}"
-    return torch.float32, f"on {device.type} at width {width} bf16 would not be faster"
-
-
 def open_kit(cfg):
     """Model, text and machine for a command, as evaluation and training want them."""
-    device, why = pick_device(cfg)
+    device, why = pick_device(cfg.device)
     said = settings(cfg.init) if cfg.init != "new" else {}
     if cfg.init == "new":
         model, tokenizer = new_model(cfg)
         prompt, width = None, cfg.n_embd
     else:
-        folder = weights_folder(cfg.init)
-        while (base := base_of(folder)) is not None:
-            folder = base
-        width = GPTConfig(**read_config(folder)).n_embd
-    dtype, because = pick_dtype(cfg, device, width)
+        width = read_config(bottom_of(cfg.init))["n_embd"]
+    dtype, because = pick_dtype(cfg.dtype, device, width)
     if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
         if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
@@ -398,8 +331,8 @@ def build(kit, cfg):
     """The one place that knows the methods. Freezes, injects, and returns what learns: {name: parameter}."""
     model, first = kit.model, {}
     if kit.prompt is not None and cfg.method not in SOFT:
-        raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or continue "
-                        "it with --method prompt (embeddings) or ptuning2 (keys and values)")
+        raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or "
+                        "go on with it by --method prompt (embeddings) or ptuning2 (keys and values)")
     if cfg.method == "full":
         learn = dict(model.named_parameters())
     elif cfg.method in LORA:
@@ -415,7 +348,7 @@ def build(kit, cfg):
     elif kit.prompt is not None:                    # a prompt that was tuned before: go on with its numbers
         same = "prompt" if isinstance(kit.prompt, prompts.PromptTuning) else "ptuning2"
         if cfg.method != same:
-            raise UserError(f"--init {cfg.init} is a soft prompt that --method {same} can continue, not {cfg.method}")
+            raise UserError(f"--init {cfg.init} is a soft prompt, which only --method {same} can go on with")
         model.requires_grad_(False)
         learn = {f"prompt.{name}": p.requires_grad_() for name, p in kit.prompt.named_parameters()}
     else:
@@ -457,7 +390,7 @@ def ranges(text):
     """"0-3,5" -> [0, 1, 2, 3, 5]"""
     try:
         ends = [part.split("-") for part in text.split(",")] if text else []
-        return [i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)] if text else None
+        return [i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)] or None
     except ValueError:
         raise UserError(f"--layers {text} cannot be read; write it as 0-3,5") from None
 
@@ -485,12 +418,10 @@ def save_weights(kit, cfg, folder):
         kit.model.save_pretrained(inner)
         kit.text.tokenizer.save_pretrained(inner)
     else:
-        base = find(cfg.init).resolve()             # a base inside this repository travels with it
-        base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else base
         if kit.prompt is not None:
-            prompts.save_prompt(kit.prompt, inner, base=str(base))
+            prompts.save_prompt(kit.prompt, inner, base=portable(cfg.init))
         else:
-            lora.save_adapter(kit.model, inner, base=str(base))
+            lora.save_adapter(kit.model, inner, base=portable(cfg.init))
     if kit.head is not None:
         write_tensors(inner / "head.safetensors", {"score.weight": kit.head.weight.detach().cpu()})
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
@@ -512,7 +443,7 @@ def lr_at(step, total, cfg):
 
 
 def culprit(kit, learn):
-    """The first tensor that is not finite, for the sentence that ends a run: weights before their gradients."""
+    """The first tensor that is not finite, for the sentence that ends a run: weights before gradients."""
     named = [("the weight " + name, p) for name, p in [*kit.model.named_parameters(), *learn.items()]]
     named += [("the gradient of " + name, p.grad) for name, p in learn.items() if p.grad is not None]
     return next((what for what, t in named if not t.isfinite().all()), "the loss itself")
@@ -527,7 +458,10 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                                   fused=kit.device.type != "mps")
     shares = [g["lr"] / (cfg.lr or 1) for g in optimiser.param_groups]      # LoRA+: a group's own rate
     scaler = torch.amp.GradScaler(kit.device.type, enabled=kit.dtype == torch.float16)
-    ranks = lora.RankAllocator(kit.model, **pruning(cfg, total)) if cfg.method == "adalora" else None
+    ranks = None
+    if cfg.method == "adalora":                     # its schedule counts optimiser steps, all of the run's
+        ranks = lora.RankAllocator(kit.model, total, cfg.target_rank, round(cfg.prune_start * total),
+                                   round(cfg.prune_end * total), cfg.prune_every)
     now = dict(step=0, tokens=0, seconds=0.0, skipped=0, bad=0)
     if "learn" in state:
         for name, value in state["learn"].items():
@@ -620,12 +554,6 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
     return now
 
 
-def pruning(cfg, total):
-    """AdaLoRA's budget schedule in optimiser steps."""
-    return dict(total=total, target_rank=cfg.target_rank, t_i=round(cfg.prune_start * total),
-                t_f=round(cfg.prune_end * total), every=cfg.prune_every)
-
-
 # -------------------------------------------------------------------------------------------------- the tasks
 
 def supervised(cfg):
@@ -640,33 +568,35 @@ def supervised(cfg):
             found = {row["label"] for split in rows.values() for row in split}
             if not found <= set(kit.text.labels):   # a tuned model keeps its own order, and its unused labels
                 if kit.head is not None:
-                    raise DataError(f"{cfg.data} has the labels {sorted(found)}; the head of {cfg.init} knows "
-                                    f"{list(kit.text.labels)}")
+                    raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
+                                    f"knows {list(kit.text.labels)}")
                 kit.text.labels = tuple(sorted(found))
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)
-            shown = [] if kind == "text" else encode(kit, cfg, {"train": rows["train"][:2]}, kind)["train"]
+            few = {"train": [] if kind == "text" else rows["train"][:2]}
+            shown = kit.text.split(few, kit.block(cfg.block), cfg.too_long)["train"]
             return describe(kit, learn, base, shown)
         data_sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         state = run.start(dict(device=str(kit.device), dtype=str(kit.dtype)[6:], template=kit.text.template,
-                               data_sha256=data_sha256, base_sha256=fingerprint(kit.model))) or {}
+                               data_sha256=data_sha256, base_sha256=evaluate.fingerprint(kit.model))) or {}
         test, shots = rows["test"], rows["train"][:cfg.shots]
         if "baseline" not in state:
-            examples = encode(kit, cfg, {"test": test}, kind)["test"]
+            examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
             found, said = evaluate.measure(kit, test, examples, shots)
             state = {"baseline": found, "before": said[:3]}
             run.rewind(-1)
             run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
-        now, learn, trained = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, {}
-        after, found, weights = state["before"], dict(state["baseline"]), 0
+        now, learn, weights = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, 0
+        after, found = state["before"], dict(state["baseline"])
         if cfg.method != "none":
-            general = forgetting(kit, cfg)
-            state.setdefault("general", general())
+            general = [] if cfg.forget == "none" else formats.load(cfg.forget, "valid").rows[:100]
+            general = kit.text.split({"valid": general}, min(256, kit.block(cfg.block)))["valid"]
+            state.setdefault("general", evaluate.mean_loss(kit, general)[0])
             learn = build(kit, cfg)
-            examples = encode(kit, cfg, rows, kind)
-            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed,
-                        block_of(kit, cfg) if kind == "text" else None)
+            block = kit.block(cfg.block)
+            examples = kit.text.split(rows, block, cfg.too_long)
+            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None)
             total = math.ceil(cfg.epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
             note(f"{sum(p.numel() for p in learn.values()):,} of {base:,} parameters learn; {total} steps")
             now = fit(kit, cfg, run, learn, feed, total, state,
@@ -675,8 +605,8 @@ def supervised(cfg):
                 kit.prompt.fold()                   # what an encoder was for ends with the training
             found, said = evaluate.measure(kit, test, examples["test"])
             after = said[:3]
-            if state["general"] is not None:
-                found["forgetting"] = general() - state["general"]
+            if general:
+                found["forgetting"] = evaluate.mean_loss(kit, general)[0] - state["general"]
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
@@ -689,8 +619,7 @@ def supervised(cfg):
                 metrics=found, baseline_metrics=state["baseline"], params_total=base,
                 params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
                 steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
-                samples=samples,
-                tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)),
+                tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
                 peak_memory_mb=peak_memory_mb(kit.device))
             run.finish(result)
     return report(result, run.folder)
@@ -712,53 +641,6 @@ def open_data(cfg):
     rows["test"] = rows["test"][:cfg.items or None]
     rows["valid"] = rows["valid"][:100]             # a look at progress; results come from test
     return rows, kind
-
-
-def block_of(kit, cfg):
-    """The longest example: --block, or what the context leaves, 1024 at most."""
-    if cfg.block is not None and cfg.block > kit.room():
-        raise UserError(f"--block {cfg.block} does not fit: of the context of {kit.model.config.block_size}, "
-                        f"{kit.room()} tokens are left for text")
-    return cfg.block or min(kit.room(), 1024)
-
-
-def encode(kit, cfg, rows, kind):
-    """{split: rows} -> {split: examples}. The training split of raw text stays one stream: Feed cuts it."""
-    out, block = {}, block_of(kit, cfg)
-    for split, some in rows.items():
-        if kind == "text":
-            ids = kit.text.stream(some)
-            if split != "train":                    # valid is a look at progress: a stretch of it will do
-                ids = ids if split == "test" else ids[:16384]
-                ids = windows(ids, range(0, len(ids) - 1, block), block)
-            out[split] = ids
-            continue
-        out[split], long = kit.text.encode(some, block, cfg.too_long)
-        if any(long.values()):
-            note(f"{split}: " + ", ".join(f"{n} {what}" for what, n in long.items() if n)
-                 + f" because longer than {block} tokens")
-        if some and not out[split]:
-            raise DataError(f"{cfg.data}: 0 usable examples in {split}: {len(some)} are longer than {block} "
-                            "tokens; use a larger --block, or --too_long truncate")
-    return out
-
-
-def forgetting(kit, cfg):
-    """A function that measures the loss on general text, as tuning goes on; None when it is not asked for."""
-    if cfg.forget == "none":
-        return lambda: None
-    ids = kit.text.stream(formats.load(cfg.forget, "valid").rows[:100])
-    block = min(256, block_of(kit, cfg))
-    held = windows(ids, range(0, min(len(ids), 8192) - 1, block), block)
-    return lambda: evaluate.mean_loss(kit, held)[0]
-
-
-def fingerprint(model):
-    """A hash over the shape and a thin sample of every weight."""
-    h = hashlib.sha256(str(model.config).encode())
-    for p in model.parameters():
-        h.update(p.detach().flatten()[::997].float().cpu().numpy().tobytes())
-    return h.hexdigest()
 
 
 def talk(cfg):

@@ -7,9 +7,10 @@
 Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
 budget; no number depends on how they were batched (attention is causal: a pad cannot be seen).
 
-Public: Kit, summed_loss, mean_loss, answer, measure
+Public: Kit, summed_loss, mean_loss, answer, measure, fingerprint
 """
 import contextlib
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from data import batches, chat, metrics
 from data.examples import Text, targets
+from data.files import UserError
 from model import GPT, generate
 
 
@@ -45,6 +47,13 @@ class Kit:
     def room(self):
         """The longest text, in tokens: what the context leaves behind the virtual tokens."""
         return self.model.config.block_size - (self.prompt.n_virtual if self.prompt is not None else 0)
+
+    def block(self, asked=None):
+        """The longest example: what was asked for, or what there is room for, 1024 at most."""
+        if asked is not None and asked > self.room():
+            raise UserError(f"--block {asked} does not fit: the context of {self.model.config.block_size} "
+                            f"leaves {self.room()} tokens for text")
+        return asked or min(self.room(), 1024)
 
     def embed(self, x):
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
@@ -176,3 +185,11 @@ def measure(kit, rows, examples, shots=()):
     exact = sum(map(metrics.exact_match, said, wanted)) / len(said)
     return {"exact_match": exact, **found, "rouge_l": metrics.rouge_l(said, wanted),
             "bleu": metrics.bleu(said, wanted)}, said
+
+
+def fingerprint(model):
+    """A hash over the shape of a model and a thin sample of every weight."""
+    h = hashlib.sha256(str(model.config).encode())
+    for p in model.parameters():
+        h.update(p.detach().flatten()[::997].float().cpu().numpy().tobytes())
+    return h.hexdigest()

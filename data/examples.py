@@ -4,14 +4,16 @@
               (ids, label)   for a classification head: the label's number, read at the last token
     step      `batch` examples, cut into micro-batches under a budget of padded tokens
 
-Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is what
-it is asked with. Feed is a pure function of (seed, step), so there is no data state to save or to restore.
+Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is
+what it is asked with. Feed is a pure function of (seed, step): there is no data state to save or to restore.
 
 Public: Text, Feed, targets, windows
 """
 from dataclasses import dataclass
 
 from data import batches, chat
+from data.files import DataError
+from data.runs import note
 
 
 @dataclass
@@ -63,6 +65,25 @@ class Text:
             out.append((before + ids[:k] + after + ids[k:],
                         [False] * len(before) + mask[:k] + [False] * len(after) + mask[k:]))
         return out, long
+
+    def split(self, rows, block, too_long="truncate"):
+        """{split: rows} -> {split: examples}. Raw text to train on stays one stream, which Feed cuts."""
+        out = {}
+        for split, some in rows.items():
+            if some and "text" in some[0] and "label" not in some[0]:
+                out[split] = self.stream(some)
+                if split != "train":                # valid is a look at progress: a stretch of it will do
+                    ids = out[split] if split == "test" else out[split][:16384]
+                    out[split] = windows(ids, range(0, len(ids) - 1, block), block)
+                continue
+            out[split], long = self.encode(some, block, too_long)
+            if any(long.values()):
+                said = " and ".join(f"{n} {what}" for what, n in long.items() if n)
+                note(f"{split}: {said} because longer than {block} tokens")
+            if some and not out[split]:
+                raise DataError(f"0 usable examples in {split}: {len(some)} are longer than {block} tokens; "
+                                "use a larger --block, or --too_long truncate")
+        return out
 
     def stream(self, rows):
         """Raw text as one stream of ids, an end-of-text token behind each row."""

@@ -11,8 +11,8 @@ def describe(kit, learn, base, examples):
     frozen = sum(p.numel() * p.element_size() for p in kit.model.parameters() if not p.requires_grad)
     kept = kit.micro * c.n_layer * (12 * c.n_embd + 3 * c.n_inner) * kit.dtype.itemsize
     say(f"{n:,} of {base:,} parameters learn ({n / base:.2%})")
-    say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (weights, gradients, "
-        f"moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
+    say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (with gradients "
+        f"and moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
     for ids, mask in examples:
         say("\n" + "-" * 40 + " [[supervised]]")
         mask, out = mask if isinstance(mask, list) else [False] * len(ids), ""

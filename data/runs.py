@@ -10,7 +10,7 @@ another run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupt
 except inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So
 nothing has to poll: what a step was computing (an evaluation, a generation) is dropped, and computed again.
 
-Public: Run, RunError, Interrupted, guard, say, note, peak_memory_mb
+Public: Run, RunError, Interrupted, guard, say, note
 """
 import contextlib
 import json
@@ -19,21 +19,18 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.files import DataError, UserError, atomic, read_json, write_json
+from data.machine import machine
 
 try:
     import fcntl                                    # a lock that dies with its process; absent on Windows
 except ImportError:
     fcntl = None
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Interrupted(BaseException):
@@ -195,25 +192,3 @@ def record(folder, line):
         os.write(fd, (json.dumps(brief) + "\n").encode())
     finally:
         os.close(fd)
-
-
-def machine():
-    """Commit, versions and threads: what a number needs beside it."""
-    def git(*args):
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
-                                  timeout=10).stdout.strip()
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
-            "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "threads": torch.get_num_threads()}
-
-
-def peak_memory_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource                             # POSIX only
-    except ImportError:
-        return None
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
