@@ -46,6 +46,12 @@ def test_ids_are_those_of_hugging_face(name):
     agree(Tokenizer(spec_of(name), {}), FIXED["families"][name])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_python_cuts_as_tiktoken_does(name, monkeypatch):
+    monkeypatch.setattr("data.tokenizer.LONG", re.compile(""))      # everything goes the way of odd texts
+    agree(Tokenizer(spec_of(name), {}), FIXED["families"][name])
+
+
 def test_smollm2(tmp_path):
     if not os.path.isdir(folder := os.environ.get("SMOLLM2", "")):
         pytest.skip("SMOLLM2 does not name the folder of SmolLM2-135M-Instruct")
@@ -72,8 +78,8 @@ def slow(word, merges, vocab, whole):
 def test_any_list_of_merges_is_followed_or_refused(whole):
     """Random lists hold what trained ones do not: two ways to a token, tokens out of reach, late parts."""
     draw, followed, refused = random.Random(0), 0, 0
-    words = ["".join(w) for n in range(1, 8) for w in itertools.product("ab", repeat=n)]
-    for _ in range(400):
+    words = ["".join(w) for n in range(1, 7) for w in itertools.product("ab", repeat=n)]
+    for _ in range(150):
         tokens, merges = ["a", "b"], []
         for _ in range(draw.randrange(1, 7)):
             pair = draw.choice(tokens), draw.choice(tokens)
@@ -96,7 +102,7 @@ def test_any_list_of_merges_is_followed_or_refused(whole):
             continue
         followed += 1
         assert [tokenizer.encode(w) for w in words] == [slow(w, merges, vocab, whole) for w in words], merges
-    assert followed > 150 and refused > 10
+    assert followed > 60 and refused > 4
 
 
 def test_the_rule_of_digits_is_two_rules_one_after_the_other():
@@ -198,7 +204,7 @@ def test_lone_surrogates_are_refused():
     assert tokenizer.encode(json.loads('"\\ud83d\\ude00"')) == list("😀".encode())
 
 
-@pytest.mark.parametrize("unit", [" ", "\n", "a", "a ", "!"])
+@pytest.mark.parametrize("unit", [" ", "a"])
 def test_a_million_times_the_same(unit):
     tokenizer, text = Tokenizer(spec_of("digits"), {}), unit * 1_000_100        # tiktoken alone would panic
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -231,12 +237,11 @@ def naive(words, n):
 @pytest.mark.parametrize("seed", range(4))
 def test_learning_equals_counting_anew(seed):
     draw = random.Random(seed)
-    words = Counter("".join(draw.choice("aab é") for _ in range(draw.randrange(1, 9))) for _ in range(300))
+    words = Counter("".join(draw.choice("aab é") for _ in range(draw.randrange(1, 9))) for _ in range(100))
     words["aaaaaaaaaaaaa"] = 20
-    assert learn(words, 200) == naive(words, 200)
     assert learn(words, 10 ** 9) == naive(words, 10 ** 9)           # until nothing is left to join
-    text = Counter(splitter(DIGITS).findall(" ".join(TEXTS[seed * 100:seed * 100 + 200])))
-    assert learn(text, 150) == naive(text, 150)
+    text = Counter(splitter(DIGITS).findall(" ".join(TEXTS[seed * 100:seed * 100 + 100])))
+    assert learn(text, 99) == naive(text, 99)
 
 
 def test_learned_pairs_by_hand():
@@ -246,10 +251,9 @@ def test_learned_pairs_by_hand():
 
 
 def test_training_is_a_function_of_the_text():
-    one = Tokenizer.train(TEXTS, 500)
-    assert Tokenizer.train(TEXTS[::-1], 500).encode("the quick") == one.encode("the quick")
-    assert one.encode("The quick 42") == Tokenizer.train(iter(TEXTS), 500).encode("The quick 42")
-    assert len(one.encode(" a")) == 1 and len(one.encode("4242")) == 4 and one.vocab_size == 500
+    one, two, three = (Tokenizer.train(t, 400) for t in (TEXTS[:500], iter(TEXTS[:500]), TEXTS[499::-1]))
+    assert one.encode(" ".join(TEXTS)) == two.encode(" ".join(TEXTS)) == three.encode(" ".join(TEXTS))
+    assert len(one.encode(" a")) == 1 and len(one.encode("4242")) == 4 and one.vocab_size == 400
     assert Tokenizer.train("abc", 10 ** 6).vocab_size == 256 + 2 + 1        # two joins, and nothing is left
 
 
