@@ -22,7 +22,7 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=400, lora=450, prompts=350, ppo=650, train=720)
+LINES = dict(model=420, lora=450, prompts=350, ppo=650, train=720)
 DATA_LINES = 250
 
 

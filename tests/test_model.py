@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
 from data.hf import parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
-from model import GPT, GPTConfig, RMSNorm, generate, rope_table, sample
+from model import GPT, GPTConfig, RMSNorm, attend, generate, rope_table, sample
 
 LOGITS = np.load(HERE / "logits.npz")
 SMALL = GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=4, n_embd=32)
@@ -840,3 +840,20 @@ def test_generate_keeps_no_graph_and_no_state():
     assert generate(model, ids(4, 9), 5, temperature=0, past=past) == first     # nothing wrote to the prompt
     assert all(torch.equal(a, b) for x, y in zip(past, copy) for a, b in zip(x, y))
     assert model.training and set(vars(model)) == keys and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_the_fused_one(masked):
+    """bf16 with gradients takes the textbook path, without them the fused kernel: the same up to rounding."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 7, 8, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2))
+    mask = torch.arange(7) <= torch.tensor([3, 3, 3, 3, 4, 5, 6])[:, None] if masked else None
+    ours = attend(q, k, v, mask)
+    with torch.no_grad():
+        fused = attend(q, k, v, mask)
+    assert torch.allclose(ours.float(), fused.float(), atol=2e-2)
+    weight = torch.randn(2, 4, 7, 8)
+    mine = torch.autograd.grad((ours.float() * weight).sum(), (q, k, v))
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    exact = torch.autograd.grad((attend(*wide, mask) * weight).sum(), wide)
+    assert all((a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(mine, exact))
