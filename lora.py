@@ -377,8 +377,8 @@ class RankAllocator:
         self.b0, self.bT = sum(self.ranks), target_rank * len(self.ranks)
         if not (0 <= self.t_i < total - self.t_f < total and 0 <= self.bT <= self.b0 and every >= 1):
             raise UserError(
-                f"AdaLoRA cannot prune from step {self.t_i} to {total - self.t_f} of {total}, every {every}, from "
-                f"{self.b0} to {self.bT} triplets: steps must rise and leave one at the end, triplets fall")
+                f"AdaLoRA cannot prune from step {self.t_i} to {total - self.t_f} of {total}, every {every}, "
+                f"from {self.b0} to {self.bT} triplets: steps must rise and leave one over, triplets fall")
         self.left, self.keep, self.final = self.b0, None, False
         self.I, self.U = ({n: torch.zeros_like(p) for n, p in self.params.items()} for _ in "IU")
 

@@ -1,17 +1,18 @@
 """Make tests/fixtures/lora/*.npz: what peft computes, so that lora.py can be held against it without peft.
 
-    python tests/make_lora_fixtures.py          needs torch, transformers and peft; they were 2.13, 5.23, 0.21.2
+    python tests/make_lora_fixtures.py        needs torch, transformers, peft; these were 2.13, 5.23, 0.21.2
 
 Two tiny random bases, a GPT-2 and a Llama with grouped heads, with no zero bias and no unit norm, so that a
-forgotten term shows. Per case a random adapter, drawn in float32 (stored so, without loss), computed in float64:
+forgotten term shows. Per case a random adapter, drawn in float32 (and stored so), computed in float64:
 
-    config            adapter_config.json as peft wrote it        tensor/<name>   adapter_model.safetensors, too
-    ids labels        a batch; labels -100 are not predicted      logits loss
-    grad/<module>.<field>  adamw/...    d loss / d parameter, the parameter after one AdamW step (lr .01, wd 0)
-    loss_sgd          the loss after one step of SGD (lr .1)
-    merged            the logits after merge_and_unload
-    residual/<module>                   PiSSA: what the base weight became
-    traj/...                            AdaLoRA: a run of 16 steps with its budgets, pruned triplets, final weights
+    config  tensor/<name>       adapter_config.json and adapter_model.safetensors as peft wrote them
+    ids  labels  logits  loss   a batch (labels -100 are not predicted) and what becomes of it
+    grad/<module>.<field>       d loss / d parameter
+    adamw/<module>.<field>      the parameter after one step of AdamW (lr .01, weight decay 0)
+    loss_sgd                    the loss after one step of SGD (lr .1)
+    merged                      the logits after merge_and_unload
+    residual/<module>           PiSSA: what the base weight became
+    traj/...                    AdaLoRA: a run of 16 steps, its budgets, pruned triplets and final weights
 """
 import json
 import pathlib
@@ -26,7 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 OUT = pathlib.Path(__file__).parent / "fixtures" / "lora"
-ADALORA = dict(init_r=6, target_r=2, tinit=2, tfinal=4, total_step=16, deltaT=2, orth_reg_weight=0.5, lora_alpha=16)
+ADALORA = dict(init_r=6, target_r=2, tinit=2, tfinal=4, total_step=16, deltaT=2, orth_reg_weight=0.5,
+               lora_alpha=16)
 generator = torch.Generator().manual_seed(0)
 
 
@@ -38,8 +40,8 @@ def bases():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32,
                                       bos_token_id=None, eos_token_id=None))
     llama = LlamaForCausalLM(LlamaConfig(
-        num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False))
+        num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False))
     for name, model in (("gpt2", gpt2), ("llama", llama)):
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -60,7 +62,7 @@ def loss_of(logits, labels, **kw):                      # transformers' own loss
 
 
 def short(name):
-    """transformer.h.0.attn.c_attn.lora_A of base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight"""
+    """h.0.attn.c_attn.lora_A, say, of base_model.model.h.0.attn.c_attn.lora_A.default.weight"""
     return name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight")
 
 
@@ -69,7 +71,7 @@ def trained(model):
 
 
 def exact(model):
-    """Widen to float64, also where transformers insists on float32 (RMSNorm), or rounds its own way (rotary)."""
+    """Widen to float64, also where transformers insists on float32 (RMSNorm) or rounds its way (rotary)."""
     for m in model.double().modules():
         if type(m) is LlamaRMSNorm:
             m.forward = lambda x, m=m: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
@@ -94,13 +96,13 @@ def randomise(model):
 
 
 def record(name, base, config, draw=True):
-    model = get_peft_model(base(), config).eval()       # in float32: PiSSA refuses float64, AdaLoRA goes wrong there
+    model = get_peft_model(base(), config).eval()       # in float32: float64 is refused, or goes wrong, here
     z = {}
     if draw:
         randomise(model)
     else:
-        z.update({"residual/" + short(n).replace(".base_layer", ""): p.detach().clone() for n, p in model.named_parameters()
-                  if "base_layer.weight" in n})
+        z.update({"residual/" + short(n).replace(".base_layer", ""): p.detach().clone()
+                  for n, p in model.named_parameters() if "base_layer.weight" in n})
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         z["config"] = np.array((pathlib.Path(folder) / "adapter_config.json").read_text())
@@ -108,7 +110,7 @@ def record(name, base, config, draw=True):
     model = exact(model)
     model.base_model.model.loss_function = loss_of
     ids, labels = z["ids"], z["labels"] = batch()
-    forward = lambda: model(input_ids=ids, labels=labels)           # noqa: E731  (AdaLoRA adds its regulariser)
+    forward = lambda: model(input_ids=ids, labels=labels)       # noqa: E731  (AdaLoRA adds its regulariser)
     out, start = forward(), {n: p.detach().clone() for n, p in trained(model).items()}
     out.loss.backward()
     z["logits"], z["loss"] = out.logits, out.loss
@@ -134,7 +136,7 @@ def trajectory(model):
     """16 steps of AdamW (lr .02, wd 0), pruning as peft does it; leaves the model as it ended."""
     z, start = {}, {n: p.detach().clone() for n, p in trained(model).items()}
     batches = [batch() for _ in range(4)]
-    z["traj/ids"], z["traj/labels"] = torch.stack([b[0] for b in batches]), torch.stack([b[1] for b in batches])
+    z["traj/ids"], z["traj/labels"] = (torch.stack(ts) for ts in zip(*batches))
     optimiser = torch.optim.AdamW(trained(model).values(), lr=2e-2, weight_decay=0.0)
     tuner, budgets, losses = model.base_model, [], []
     for t in range(ADALORA["total_step"]):
@@ -146,10 +148,13 @@ def trajectory(model):
         losses.append(loss.item())
         budgets.append(tuner.rankallocator.budget_schedule(t)[0])
         if t == 7:                                      # a look at the averages in mid-course
-            for what, averages in (("I", tuner.rankallocator.exp_avg_ipt), ("U", tuner.rankallocator.exp_avg_unc)):
-                z.update({f"traj/{what}/" + short(n): v.clone() for n, v in averages.items() if "ranknum" not in n})
+            a = tuner.rankallocator
+            for what, averages in (("I", a.exp_avg_ipt), ("U", a.exp_avg_unc)):
+                z.update({f"traj/{what}/" + short(n): v.clone() for n, v in averages.items()
+                          if "ranknum" not in n})
     z.update({"traj/final/" + short(n): p.detach().clone() for n, p in trained(model).items()})
-    z.update({"traj/keep/" + short(n): np.array(v) for n, v in model.peft_config["default"].rank_pattern.items()})
+    pattern = model.peft_config["default"].rank_pattern
+    z.update({"traj/keep/" + short(n): np.array(v) for n, v in pattern.items()})
     z["traj/loss"], z["traj/budget"] = np.array(losses), np.array(budgets)
     z["traj/logits"] = model(input_ids=batches[0][0]).logits
     with tempfile.TemporaryDirectory() as folder:       # the pruned file, as peft writes it
@@ -192,18 +197,17 @@ def main():
             record("gpt2_rslora_all", base, lora(target_modules="all-linear", use_rslora=True))
             record("gpt2_dora", base, lora("c_attn", "mlp.c_fc", use_dora=True))
             record("gpt2_pissa", base, lora("c_attn", init_lora_weights="pissa"), draw=False)
-            record("gpt2_ranks", base, lora("c_attn", "c_proj", rank_pattern={"mlp.c_proj": 2, "h.1.attn.c_attn": 5},
-                                            alpha_pattern={"attn.c_proj": 3}))
+            record("gpt2_ranks", base, lora("c_attn", "c_proj", alpha_pattern={"attn.c_proj": 3},
+                                            rank_pattern={"mlp.c_proj": 2, "h.1.attn.c_attn": 5}))
         else:
             ia3, ada = ["k_proj", "v_proj", "down_proj"], ["q_proj", "down_proj"]
             record("llama_lora", base, lora("q_proj", "v_proj"))
             record("llama_dora", base, lora("k_proj", "gate_proj", use_dora=True))
             record("llama_pissa", base, lora("q_proj", "down_proj", init_lora_weights="pissa"), draw=False)
             record("llama_head", base, lora("lm_head", "o_proj"))
-        record(f"{family}_ia3", base, IA3Config(task_type="CAUSAL_LM", target_modules=ia3, fan_in_fan_out=family == "gpt2",
-                                                feedforward_modules=ia3[-1:]))
-        record(f"{family}_adalora", base, AdaLoraConfig(task_type="CAUSAL_LM", target_modules=ada,
-                                                        fan_in_fan_out=family == "gpt2", **ADALORA))
+        both = dict(task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+        record(f"{family}_ia3", base, IA3Config(**both, target_modules=ia3, feedforward_modules=ia3[-1:]))
+        record(f"{family}_adalora", base, AdaLoraConfig(**both, target_modules=ada, **ADALORA))
 
 
 if __name__ == "__main__":

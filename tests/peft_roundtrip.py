@@ -10,8 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM)
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, logging)
 
 import lora
 from model import GPT
@@ -20,13 +20,15 @@ OUT = pathlib.Path(sys.argv[1])
 IDS = torch.arange(30).view(3, 10) * 7 % 64
 KINDS = {"lora": dict(), "rslora": dict(rslora=True), "dora": dict(dora=True), "pissa": dict(pissa=True),
          "adalora": dict(kind="adalora"), "folded": dict(kind="adalora"), "ia3": dict(kind="ia3")}
-small = dict(vocab_size=64, max_position_embeddings=32, num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=48, bos_token_id=None, eos_token_id=None)
+small = dict(vocab_size=64, max_position_embeddings=32, num_hidden_layers=2, hidden_size=32,
+             num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, bos_token_id=None,
+             eos_token_id=None)
 BASES = {"gpt2": GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32,
                                             bos_token_id=None, eos_token_id=None)),
          "llama": LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=False)),
          "qwen2": Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=True))}
 torch.manual_seed(0)
+logging.disable_progress_bar()
 
 
 def randomise(params, std=0.1):
