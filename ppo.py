@@ -36,9 +36,9 @@ Deviations: no left padding, hence no position ids. Policy and critic share no t
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends 0.8 away from pi*, in the loss 0.3).
 
-A *role* is a callable returning a context manager that yields (model, past). So policy, reference, critic and
-reward model can be adapters of one frozen base, copies, or soft prompts; this file cannot tell and imports
-none of them. Dropout is off in every role: model.eval(), gradients on.
+A *role* is a callable returning a context manager that yields (model, past): adapters of one frozen base,
+copies or soft prompts can play policy, reference, critic and reward model; this file imports none of them.
+Dropout is off in every role: model.eval(), gradients on.
 
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k samples a prompt
 Public: PPOConfig, DPOConfig, Batch, pack, Actor, logprobs, values, scores, ScalarHead, calibrate,
@@ -47,14 +47,15 @@ model_reward, reward_step, dpo_step, rollout, Roles, PPOState, train_ppo, and th
 import math
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.batches import micro
 from data.files import UserError
 from data.health import describe
 from model import generate
@@ -73,7 +74,7 @@ class PPOConfig:
     seed: int = opt(1, "seed of prompts, samples and minibatches")
     max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(16_384, "padded tokens per forward: memory and time, not mathematics")
+    micro: int = opt(4096, "padded tokens per forward: memory and time, not mathematics")
     clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
 
     algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
@@ -123,15 +124,14 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Mean 0, (biased) variance 1 over the mask, 0 outside. A constant x only loses its mean: it has no scale."""
+    """Mean 0, biased variance 1 on the mask, 0 outside. A constant has no scale: it only loses its mean."""
     x = (x - masked_mean(x, mask)).masked_fill(~mask, 0)
     var = masked_mean(x ** 2, mask)
     return x * torch.where(var > 1e-12, (var + 1e-8).rsqrt(), 1.0)
 
 
 def token_weights(mask, mean="token", limit=None):
-    """(B, R) weights w: a minibatch's loss is sum(w * loss). Micro-batches take rows of w, so theirs add up
-    to it, however it is cut.
+    """(B, R) weights w: a minibatch's loss is sum(w * loss); micro-batches take rows of w and add up to it.
 
     token     1 / N          every token alike (PPO, RLOO)
     sequence  1 / (B n_b)    GRPO as published: the longer an answer, the less each of its tokens counts
@@ -372,8 +372,8 @@ class ScalarHead(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
 
     def forward(self, hidden):
-        score = (hidden.to(self.weight.dtype) * self.weight).sum(-1) + self.bias    # no matmul: autocast rounds it
-        return self.gain * score + self.shift
+        dot = (hidden.to(self.weight.dtype) * self.weight).sum(-1)      # autocast would round a matmul
+        return self.gain * (dot + self.bias) + self.shift
 
 
 @torch.no_grad()
@@ -387,29 +387,18 @@ def calibrate(head, scores, scale=True):
     head.shift.copy_((head.shift - scores.mean()) / std)
 
 
-def micro_batches(lengths, budget):
-    """Row indices in groups of similar length, each at most `budget` tokens once padded, or a single row."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):              # ascending: i sets the width
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 @torch.no_grad()
 def inference(f, batch, budget):
     """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
     out = None
-    for rows in micro_batches(batch.lengths.tolist(), budget):
+    for rows in micro(range(len(batch.mask)), batch.lengths.tolist(), budget):
         y = f(batch.take(rows))
         out = y.new_zeros(*batch.mask.shape, *y.shape[2:]) if out is None else out
         out[rows, :y.size(1)] = y
     return out
 
 
-def model_reward(role, head, budget=16_384):
+def model_reward(role, head, budget=4096):
     """A reward model in the shape `train_ppo` wants: (prompts, answers), lists of ids -> scores (B,)."""
     def reward(prompts, answers):
         with role() as (model, past):
@@ -422,10 +411,10 @@ def model_reward(role, head, budget=16_384):
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 
 def reward_step(role, head, examples):
-    """examples: [(prompt, [answer, ...], [rank, ...]), ...]; a comparison is two answers of ranks 0 and 1, or
-    0 and the margin of votes. One forward scores every answer, and all pairs of a prompt stay together: dealt
-    out over batches they overfit within an epoch. Returns the loss summed over prompts, how many prompts hold
-    a pair, and scores, rank, mask, answer length, all (B, K), for data.health.reward_report."""
+    """examples: [(prompt, [answer, ...], [rank, ...]), ...]; a comparison has ranks 0 and 1, or 0 and the
+    margin of votes. One forward scores all answers; the pairs of a prompt stay together, for dealt out over
+    batches they overfit within an epoch. Returns the loss summed over prompts, how many of them hold a pair,
+    and (scores, rank, mask, answer length), each (B, K), for data.health.reward_report."""
     prompts, answers, ranks = zip(*((p, y, r) for p, ys, rs in examples for y, r in zip(ys, rs)))
     with role() as (model, past):
         flat = pack(prompts, answers, model.wte.weight.device)
@@ -454,26 +443,20 @@ def dpo_step(policy, reference, examples, cfg):
 
 # ------------------------------------------------------------------------------------------------------- PPO
 
-class Roles(NamedTuple):
-    policy: Callable
-    reference: Callable                         # the policy as it began; never sees a gradient
-    critic: Callable = None                     # algo ppo only, with
-    value_head: Callable = None                 # hidden -> value, a ScalarHead
+# The reference is the policy as it began. algo ppo has a critic, with its head: hidden -> value.
+Roles = namedtuple("Roles", "policy reference critic value_head", defaults=(None, None))
 
 
 @torch.no_grad()
 def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
-    """Answer every prompt and score every action: Batch with logp, entropy, ref_logp, values; the answers.
-
-    The old log-probabilities come from a second forward, the one `update` will run, not from the sampler: the
-    ratio then starts at 1 to rounding, whatever the cache does. Policy and reference see the same
-    micro-batches, so equal weights give a KL of exactly 0.
-    """
+    """Answer every prompt, score every action: Batch with logp, entropy, ref_logp, values; and the answers.
+    The old logp is not the sampler's but that of the forward which `update` will run, so that ratios start at
+    1 to rounding. Policy and reference see equal micro-batches: equal weights, KL exactly 0."""
     def act(part):
         return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
     answers, v = [None] * len(prompts), None
     with roles.policy() as (model, past):
-        for rows in micro_batches([len(p) + cfg.max_new for p in prompts], cfg.micro):
+        for rows in micro(range(len(prompts)), [len(p) + cfg.max_new for p in prompts], cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=generator)
             for i, y in zip(rows, new):
@@ -534,8 +517,9 @@ class PPOState:
     def state_dict(self):
         """Live tensors: write them out, or copy them, before the next iteration."""
         return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
-                "ema": self.ema and self.ema.shadow, "optim": {w: o.state_dict() for w, o in self.optim.items()},
-                "params": {w: {k: p.data for k, p in params.items()} for w, params in self.params.items()}}
+                "ema": self.ema and self.ema.shadow,
+                "optim": {who: optim.state_dict() for who, optim in self.optim.items()},
+                "params": {who: {k: p.data for k, p in ps.items()} for who, ps in self.params.items()}}
 
     def load_state_dict(self, state):
         self.step, self.bad = state["step"], dict(state["bad"])
@@ -585,7 +569,7 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
     for minibatch in (m for order in passes for m in order.tensor_split(cfg.minibatches)):
         mini, seen = batch.mask[minibatch], defaultdict(float)
         even, weight = token_weights(mini), token_weights(mini, mean, cfg.max_new)
-        for rows in micro_batches(batch.lengths[minibatch].tolist(), cfg.micro):
+        for rows in micro(range(len(mini)), batch.lengths[minibatch].tolist(), cfg.micro):
             part = batch.take(minibatch[rows])
             mask, e, w = part.mask, *(x[rows, :part.mask.size(1)] for x in (even, weight))
             with roles.policy() as (model, past):       # backward inside: recomputation must meet this role
@@ -605,8 +589,8 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
                     v = values(model, roles.value_head, part, past)
                     loss = ppo_value_loss(v, part.values, part.returns, mask, cfg.cliprange_value)
                     (e * loss).sum().backward()
-                moved = (v.detach() - part.values).masked_fill(~mask, 0).abs()
-                sums |= {"value_loss": e * loss, "clipfrac_value": e * (moved > cfg.cliprange_value)}
+                far = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
+                sums |= {"value_loss": e * loss, "clipfrac_value": e * far}
             for name, x in sums.items():
                 seen[name] += x.sum().item()
             seen["ratio_off"] = max(seen["ratio_off"], off.max().item())
@@ -638,13 +622,13 @@ def train_ppo(cfg, roles, state, prompts, reward, eos, banned=(), gold=None, ptx
     rate     share of the learning rate. To zero: whitened advantages never shrink, so only it lets us settle
     A stopped iteration leaves no trace in the last state saved; it runs again, with the same random numbers.
     """
-    eos = {eos} if isinstance(eos, int) else set(eos)
+    eos, longest = {eos} if isinstance(eos, int) else set(eos), max(map(len, prompts))
     for role in filter(None, roles[:3]):
         with role() as (model, past):
             model.eval()
             room = model.config.block_size - (past[0][0].size(2) if past and len(past[0]) == 2 else 0)
-            if (longest := max(map(len, prompts))) + cfg.max_new > room:
-                raise UserError(f"a prompt of {longest} tokens and an answer of --max_new {cfg.max_new} do not "
+            if longest + cfg.max_new > room:
+                raise UserError(f"{longest} tokens of prompt and --max_new {cfg.max_new} of answer do not "
                                 f"fit the {room} tokens of the context; shorten either")
     device = model.wte.weight.device
     while state.step < cfg.steps:

@@ -1,10 +1,10 @@
 """The optimum is known, so the algorithms are held to it.
 
-maximise E[score] - beta KL(pi || ref)   =>   pi* = ref exp(score / beta) / Z,   J(pi*) - J(pi) = beta KL(pi || pi*).
+maximise E[score] - beta KL(pi || ref) => pi* = ref exp(score / beta) / Z, J(pi*) - J(pi) = beta KL(pi || pi*)
 Vocabulary 4, one of it EOS, answers of up to 4 tokens: 40 states, 121 outcomes, every probability enumerable.
-A table of logits wears the face of a GPT (trunk, head, a cache of token ids), so that the whole real path runs:
-generate, rollout, rewards, GAE, whitening, clipped losses, Adam, minibatches. Then a real transformer does.
-Bugs that the world has had are then injected, and each must be seen.
+A table of logits wears the face of a GPT (trunk, head, a cache of token ids), so that the whole real path
+runs: generate, rollout, rewards, GAE, whitening, clipped losses, Adam, minibatches. Then a real transformer
+does. Bugs that the world has had are then injected, and each must be seen.
 """
 import contextlib
 import copy
@@ -28,8 +28,8 @@ def outcomes(R):
 
 
 class Table(nn.Module):
-    """The face of a GPT over a table with a row for every answer so far. Its hidden state is that row, its head is
-    the identity, the keys in its cache are token ids. Prompts are one token long and say nothing."""
+    """The face of a GPT over a table with a row for every answer so far. Its hidden state is that row, its
+    head is the identity, the keys in its cache are token ids. Prompts are one token long and say nothing."""
 
     def __init__(self, R, width, table=None):
         super().__init__()
@@ -38,18 +38,20 @@ class Table(nn.Module):
         self.config = type("Config", (), dict(block_size=R + 1))
 
     def rows(self, answer, known):
-        """answer (..., n) of which the first `known` are there -> (..., width). The key: base V + 1, digits id + 1."""
+        """answer (..., n) of which the first `known` are there -> (..., width). The key: base V + 1, digits
+        id + 1."""
         at = torch.arange(answer.size(-1))
         key = ((answer + 1) * (at < known[..., None]) * (V + 1) ** at).sum(-1)
-        return self.table[key % len(self.table)]                    # only a state without action ever overflows
+        return self.table[key % len(self.table)]                  # only a state without action ever overflows
 
     def trunk(self, x, past=None, lengths=None):
-        if lengths is not None:                                     # decoding: (B, 1) is written where the row ends
+        if lengths is not None:                               # decoding: (B, 1) is written where the row ends
             cache = past[0][0].scatter_(2, lengths[:, None, None, None], x[:, None, :, None].float())
             return self.rows(cache[:, 0, 1:, 0].long(), lengths)[:, None], past
         B, T = x.shape
         cache = x[:, None, :, None].float()
-        return self.rows(x[:, None, 1:].expand(B, T, T - 1), torch.arange(T).expand(B, T)), [(cache, cache.clone())]
+        hidden = self.rows(x[:, None, 1:].expand(B, T, T - 1), torch.arange(T).expand(B, T))
+        return hidden, [(cache, cache.clone())]
 
 
 def role(model):
@@ -81,7 +83,8 @@ class Task:
         return (log_pi.exp() * (self.scores - BETA * (log_pi - self.log_ref))).sum(1).mean()
 
     def distance(self, policy):
-        """(total variation to pi*, regret), means over prompts; the regret identity is asserted on the way."""
+        """(total variation to pi*, regret), means over prompts; the regret identity is asserted on the
+        way."""
         log_pi = self.law(policy)
         p, regret = log_pi.exp(), self.J(self.log_star) - self.J(log_pi)
         assert abs(regret - BETA * (p * (log_pi - self.log_star)).sum(1).mean()) < 1e-9
@@ -94,7 +97,8 @@ class Task:
         if isinstance(head, nn.Module):
             learns |= {f"head.{name}": p for name, p in head.named_parameters()}
         state = ppo.PPOState(cfg, dict(policy.named_parameters()), learns)
-        return [m for m, _ in ppo.train_ppo(cfg, roles, state, self.prompts * 64, self.reward, EOS, self.banned)]
+        loop = ppo.train_ppo(cfg, roles, state, self.prompts * 64, self.reward, EOS, self.banned)
+        return [m for m, _ in loop]
 
 
 def config(**changes):
@@ -103,7 +107,8 @@ def config(**changes):
 
 
 def tabular(seed, R=4):
-    """A random reference, random scores, -1 without EOS. Returns the task and the policy: a copy of the reference."""
+    """A random reference, random scores, -1 without EOS. Returns the task and the policy: a copy of the
+    reference."""
     g = torch.Generator().manual_seed(seed)
     ref = Table(R, V, torch.randn((V + 1) ** R, V, generator=g))
     scores = torch.randn(1, len(outcomes(R)), generator=g)
@@ -114,7 +119,7 @@ def tabular(seed, R=4):
 def run_tabular(seed=0, R=4, **changes):
     """Train from the reference -> the task, the policy, the log."""
     task, policy = tabular(seed, R)
-    log = task.train(config(seed=seed, max_new=R, **changes), policy, Table(R, 1), lambda hidden: hidden[..., 0])
+    log = task.train(config(seed=seed, max_new=R, **changes), policy, Table(R, 1), lambda h: h[..., 0])
     return task, policy, log
 
 
@@ -153,7 +158,8 @@ def test_the_critic_free_reach_it_too(algo, limit):
 
 
 def test_dpo_reaches_it_from_pairs_alone():
-    """Its loss over all pairs of outcomes, weighted as two draws from ref and a Bradley-Terry judge would see them."""
+    """Its loss over all pairs of outcomes, weighted as two draws from ref and a Bradley-Terry judge would see
+    them."""
     task, policy = tabular(0)
     rows, s, p = ppo.pack([[0]] * 121, task.outcomes), task.scores[0].float(), task.log_ref[0].exp()
     weight = p[:, None] * p * torch.sigmoid(s[:, None] - s)
@@ -184,8 +190,8 @@ def test_one_token_bandit(algo):
 
 
 def test_what_dr_grpo_converges_to():
-    """k3 in the loss makes it pay KL(ref || pi), whose optimum is beta ref / (lambda - score); and as the mean of the
-    group holds the answer itself, scores count (k - 1) / k."""
+    """k3 in the loss makes it pay KL(ref || pi), whose optimum is beta ref / (lambda - score); and as the
+    mean of the group holds the answer itself, scores count (k - 1) / k."""
     task, p = bandit(algo="drgrpo", minibatches=1, steps=150)
     low, high = task.scores.max().item() * 0.75 + 1e-9, 1e3
     for _ in range(100):                                            # lambda, by bisection
@@ -200,15 +206,15 @@ def test_best_of_n_and_feedme_follow_their_law():
     """P(best of n = y) = F(y)^n - F(y-)^n, whose KL from the sampler is at most log n - (n - 1) / n."""
     task, _ = tabular(0)
     n, N, p = 4, 20_000, task.log_ref[0].exp()
-    s = task.scores[0] + 1e-9 * torch.arange(121)                   # the equal scores without EOS, made distinct
+    s = task.scores[0] + 1e-9 * torch.arange(121)                # the equal scores without EOS, made distinct
     order = s.argsort()
     cdf = p[order].cumsum(0)
     law = torch.zeros(121, dtype=torch.float64).index_put((order,), cdf ** n - (cdf - p[order]) ** n)
-    draws = torch.multinomial(p, N * n, replacement=True, generator=torch.Generator().manual_seed(0)).view(N, n)
+    draws = torch.multinomial(p, N * n, True, generator=torch.Generator().manual_seed(0)).view(N, n)
     for chosen in (draws.gather(1, ppo.best_of_n(s[draws])[:, None])[:, 0],
                    torch.stack([draws[b, i] for b, i in ppo.feedme(s[draws])])):
         seen = torch.bincount(chosen, minlength=121) / N
-        noise = (2 * law * (1 - law) / math.pi / N).sqrt().sum() / 2            # expected distance of N true draws
+        noise = (2 * law * (1 - law) / math.pi / N).sqrt().sum() / 2       # expected distance of N true draws
         assert (seen - law).abs().sum() / 2 < 1.5 * noise
     kl = (law * (law / p).log()).nansum()
     assert 0.5 < kl <= math.log(n) - (n - 1) / n
@@ -218,7 +224,8 @@ def test_best_of_n_and_feedme_follow_their_law():
 # ------------------------------------------------------------------------------------------ a transformer
 
 def network(seed, steps, **changes):
-    """8 prompts of 1 to 4 tokens, in symbols that may not be answered; a taste per prompt and a favourite length."""
+    """8 prompts of 1 to 4 tokens, in symbols that may not be answered; a taste per prompt and a favourite
+    length."""
     torch.manual_seed(seed)
     ref = GPT(GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_embd=32))
     for p in ref.parameters():
@@ -229,8 +236,8 @@ def network(seed, steps, **changes):
                for y in outcomes(4)] for p in prompts]
     task = Task(ref, torch.tensor(scores), prompts, banned=range(V, 8))
     policy, critic = copy.deepcopy(ref), copy.deepcopy(ref)
-    log = task.train(config(lr=3e-3, steps=steps, seed=seed, clip=1.0, ppo_epochs=1, minibatches=8, **changes),
-                     policy, critic, ppo.ScalarHead(32, zero=True))
+    cfg = config(lr=3e-3, steps=steps, seed=seed, clip=1.0, ppo_epochs=1, minibatches=8, **changes)
+    log = task.train(cfg, policy, critic, ppo.ScalarHead(32, zero=True))
     return task, policy, log
 
 
@@ -245,15 +252,15 @@ def test_a_transformer_reaches_the_optimum(seed):
     assert time.process_time() - clock < 60
 
 
-# ------------------------------------------------------------------------------------- bugs, put in on purpose
+# ------------------------------------------------------------------------------------ bugs, put in on purpose
 
-REAL = {name: getattr(ppo, name) for name in ("generate", "kl_estimate", "token_rewards", "states", "pack", "rollout")}
+REAL = {name: getattr(ppo, name) for name in ("generate", "kl_estimate", "token_rewards", "rollout")}
 
 
 def shifted_logits(model, batch, past):
     hidden, _ = model.trunk(batch.tokens, past)
     b, t = batch.mask.nonzero(as_tuple=True)
-    return hidden[b, batch.start[b] + t]                            # sees the token whose probability it gives
+    return hidden[b, batch.start[b] + t]                           # sees the token whose probability it gives
 
 
 def score_on_first_token(scores, logp, ref_logp, mask, beta):
