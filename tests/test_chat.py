@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import types
 
 import pytest
 
@@ -120,6 +121,18 @@ def test_20_answers_of_weight_0_are_context(template):
     assert render(heard, template, TOK) == render(turns("1+1", "2", "2+2", "4"), template, TOK)
 
 
+@pytest.mark.parametrize("weight", [0, 1])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_are_encoded_alone_whatever_their_weight(template, weight):
+    texts = []
+    spy = types.SimpleNamespace(special=TOK.special, bos=None, eos=TOK.eos, chat_template="",
+                                encode=lambda text: texts.append(text) or [0] * len(text))
+    heard = turns("1+1", "2", "2+2", "4")
+    heard[1]["weight"] = weight
+    render(heard, template, spy)
+    assert [text.strip() for text in texts if text.strip() in ("2", "4")] == ["2", "4"]
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_14_an_empty_prompt_leaves_something_to_predict_from(template):
     ids, mask = render(turns("", "four"), template, TOK)
@@ -157,6 +170,7 @@ def test_system_texts():
 # ---- which template, which tokens --------------------------------------------------------------------------
 def test_guess_and_end_tokens():
     base = Tokenizer.train("a", 257)
+    assert guess(Tokenizer.train("a", 257, special=["<|im_start|>"])) == "plain"    # half a template is none
     assert guess(base) == "plain" and end_token("plain", base) == end_token("alpaca", base) == base.eos == 256
     assert end_token("chatml", TOK) == TOK.special["<|im_end|>"]
     assert end_token("llama3", TOK) == TOK.special["<|eot_id|>"]
