@@ -1,0 +1,133 @@
+"""The toy world: the same for everybody, split by content, consistent, and judged as it should be."""
+import hashlib
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from data import formats, toy
+from data.world import World
+
+KINDS = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
+         "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
+         "toy/prompts": "prompt", "toy/corpus": "text"}
+
+GOLDEN = {"toy": "78a0042d3fb1", "toy/questions": "3cee0b000048", "toy/corpus": "55c563c12df6"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {(name, split): toy.rows(name, split) for name in toy.NAMES for split in toy.SPLITS}
+
+
+def digest(some):
+    return hashlib.sha256(json.dumps(some).encode()).hexdigest()[:12]
+
+
+def test_the_world_is_the_one_the_base_model_has_read(rows):
+    """Another draw anywhere is another world, about which data/base knows nothing: make it again, then."""
+    assert {name: digest(rows[name, "test"]) for name in ("toy", "toy/questions", "toy/corpus")} == GOLDEN
+    assert digest(toy.rows("toy", "test", seed=1)) != GOLDEN["toy"]
+
+
+def test_order_does_not_depend_on_hashing(rows):
+    code = "from data import toy; import json; print(json.dumps(toy.rows('toy', 'valid')))"
+    root = toy.__file__.rsplit("data", 1)[0]
+    for seed in "01":
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                             cwd=root, env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout
+        assert json.loads(out) == rows["toy", "valid"]
+
+
+@pytest.mark.parametrize("name", toy.NAMES)
+def test_sizes_kinds_and_no_row_twice(name, rows):
+    for split in toy.SPLITS:
+        some = rows[name, split]
+        assert 50 < len(some) <= toy.SIZES.get(name, toy.SIZE)[toy.SPLITS.index(split)]
+        assert len({json.dumps(row, sort_keys=True) for row in some}) == len(some)
+        data = formats.load(name, split)
+        assert data.kind == KINDS[name] and len(data.rows) == len(some) and not data.dropped
+
+
+@pytest.mark.parametrize("name", [n for n in toy.NAMES if n != "toy/corpus"])
+def test_what_is_asked_in_test_is_not_asked_in_train(name, rows):
+    def asked(row):
+        return json.dumps(row.get("prompt") or row.get("text") or row.get("tokens") or row["messages"][:3])
+    train = {asked(row) for row in rows[name, "train"]}
+    for split in ("valid", "test"):
+        assert not train & {asked(row) for row in rows[name, split]}
+
+
+def test_the_corpus_holds_no_held_out_question_or_message(rows):
+    corpus = "\n".join(row["text"] for row in rows["toy/corpus", "train"])
+    for name in ("toy/questions", "toy/spam"):
+        for row in rows[name, "test"]:
+            assert (row.get("prompt") or row["text"]) not in corpus
+    assert all(f"{name}" in corpus for name in World().names)               # but everybody is talked about
+
+
+def test_answers_agree_with_the_world_and_are_told_in_it(rows):
+    world = World()
+    for row in rows["toy/questions", "test"]:
+        who = next(name for name in world.names if name in row["prompt"])
+        said = row["completion"].lower().rstrip(".")
+        assert any(said.endswith(str(fact).lower()) for fact in world.people[who].values()), row
+
+
+def test_tags_agree_with_the_words(rows):
+    world = World()
+    for row in rows["toy/entities", "train"][:300]:
+        for word, tag in zip(row["tokens"], row["tags"], strict=True):
+            assert (tag == "B-PER") == (word in world.people)
+        for before, tag in zip(["O", *row["tags"]], row["tags"]):
+            assert tag != "I-ORG" or before in ("B-ORG", "I-ORG")
+
+
+def test_labels_are_balanced_and_rows_are_short(rows):
+    for name, one in (("toy/sentiment", "good"), ("toy/spam", "spam")):
+        share = sum(row["label"] == one for row in rows[name, "train"]) / len(rows[name, "train"])
+        assert 0.4 < share < 0.6
+    assert max(len(row["prompt"]) for row in rows["toy", "train"]) < 260
+
+
+def test_gold_by_hand():
+    wish = "Tell Cora about the tea at the Quiet Corner."
+    praise = "Cora, the tea at the Quiet Corner was lovely and the staff were kind to us."
+    plain = "Cora, the tea at the Quiet Corner was there and the staff were there to us."
+    scorn = "Cora, the tea at the Quiet Corner was cold and the staff were rude to us."
+    assert toy.gold(wish, praise) > toy.gold(wish, plain) > toy.gold(wish, scorn)
+    assert toy.gold(wish, praise.replace("lovely", "never lovely")) < toy.gold(wish, praise)
+    assert toy.gold(wish, scorn.replace("cold", "not cold")) > toy.gold(wish, scorn)
+    assert toy.gold(wish, praise.replace("tea at the Quiet Corner", "day")) < toy.gold(wish, praise)
+    assert toy.gold(wish, praise + " " + praise) < toy.gold(wish, praise)
+    assert toy.gold(wish, "Lovely.") < toy.gold(wish, praise)
+
+
+def test_comparisons_are_as_noisy_as_they_say(rows):
+    """The judge agrees with P = sigmoid(difference / TAU) of the pairs on average; count both sides."""
+    agree, expected, n = 0, 0.0, 0
+    for row in rows["toy/preferences", "train"]:
+        g = [toy.gold(row["prompt"], answer) for answer in row["responses"]]
+        for i in range(4):
+            for j in range(i):
+                if abs(g[i] - g[j]) > 1e-9:
+                    agree += (g[i] > g[j]) == (row["rank"][i] < row["rank"][j])
+                    expected += 1 / (1 + math.exp(-abs(g[i] - g[j]) / toy.TAU))
+                    n += 1
+    assert n > 5000 and abs(agree - expected) / n < 0.02
+
+
+def test_the_script_writes_files_that_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "NAMES", ("toy/prompts", "toy/spam"))
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
+    toy.main()
+    assert formats.load(str(tmp_path / "toy" / "spam"), "test").kind == "label"
+
+
+def test_rows_that_draw_leave_the_global_generator_alone():
+    state = random.getstate()
+    toy.rows("toy/spam", "valid")
+    assert random.getstate() == state
