@@ -86,11 +86,11 @@ class Config:
     dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", TRAIN, LEARN)
 
     steps: int = opt("training", None, "optimiser steps; overrides --epochs", type=int)
-    epochs: float = opt("training", 3.0, "passes over the training data")
+    epochs: float = opt("training", 6.0, "passes over the training data")
     batch: int = opt("training", 16, "examples per optimiser step")
     micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
                      TRAIN + ("eval",), METHODS)
-    lr: float = opt("training", 1e-3, "peak learning rate")
+    lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
     warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
     schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
     min_lr: float = opt("training", 0.0, "where the schedule ends, as a share of --lr")
@@ -163,9 +163,10 @@ class Config:
 
 
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
-METHOD_DEFAULTS = {"full": dict(lr=3e-4), "lora": dict(lr=2e-3), "adalora": dict(lr=5e-3),
-                   "ia3": dict(lr=2e-2, targets="k,v,down"), "prompt": dict(lr=3e-2),
-                   "ptuning": dict(lr=3e-3), "prefix": dict(lr=2e-3), "ptuning2": dict(lr=1e-2), "none": {}}
+METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
+                   "adalora": dict(lr=1e-2, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
+                   "prompt": dict(lr=5e-2), "ptuning": dict(lr=3e-3), "prefix": dict(lr=1e-3),
+                   "ptuning2": dict(lr=3e-2)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"),
@@ -591,7 +592,8 @@ def supervised(cfg):
         after, found = state["before"], dict(state["baseline"])
         if cfg.method != "none":
             general = [] if cfg.forget == "none" else formats.load(cfg.forget, "valid").rows[:100]
-            general = kit.text.split({"valid": general}, min(256, kit.block(cfg.block)))["valid"]
+            room = kit.room() - (cfg.n_virtual if cfg.method in SOFT else 0)    # before and after alike
+            general = kit.text.split({"valid": general}, min(256, room))["valid"]
             state.setdefault("general", evaluate.mean_loss(kit, general)[0])
             learn = build(kit, cfg)
             block = kit.block(cfg.block)

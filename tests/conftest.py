@@ -1,13 +1,13 @@
 """Shared test set-up: the repository root on the path, one thread, and where the real data is.
 
-Tests that need real data take the fixture `assets`; they are skipped, with the reason, when the folder is missing
-(environment variable ASSETS; the README says what it holds).
+Tests that need real data take the fixture `assets`; they are skipped, with the reason, when the folder is
+missing (environment variable ASSETS; the README says what it holds).
 """
 import os
 import pathlib
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: spinning workers fight on shared machines
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: workers that spin get in the way
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
