@@ -125,7 +125,7 @@ def rotate(x, cos, sin):                                                # (B, n,
 
 
 def attend(q, k, v, mask):
-    """softmax(mask + q k^T / sqrt(hs)) v, causal where no mask is: (B, nh, T, hs), (B, nkv, S, hs) twice -> q's.
+    """softmax(mask + q k^T / sqrt(hs)) v, causal if no mask: (B, nh, T, hs), (B, nkv, S, hs) twice -> q's.
 
     Written out where it learns in bf16 on a CPU: there the fused backward is ten times slower (T = 72).
     """
@@ -135,7 +135,7 @@ def attend(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                               enable_gqa=nh != nkv)
     score = (q.reshape(B, nkv, -1, hs) @ k.mT).view(B, nh, T, S) / math.sqrt(hs)
-    hidden = ~torch.ones(T, S, dtype=torch.bool).tril() if mask is None else ~mask
+    hidden = ~torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else ~mask
     p = score.float().masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
     return (p.view(B, nkv, -1, S) @ v).view(B, nh, T, hs)
 

@@ -24,7 +24,7 @@ SHAPE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_h
              max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
 GPT2 = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=[2, 5])
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)
+              original_max_position_embeddings=40)
 CASES = {
     "gpt2-tied": ("GPT2", GPT2),
     "gpt2-untied": ("GPT2", dict(GPT2, tie_word_embeddings=False, n_inner=48, layer_norm_epsilon=1e-3,
