@@ -379,12 +379,13 @@ class RankAllocator:
             raise UserError(
                 f"AdaLoRA cannot prune from step {self.t_i} to {total - self.t_f} of {total}, every {every}, "
                 f"from {self.b0} to {self.bT} triplets: steps must rise and leave one over, triplets fall")
-        self.left, self.keep, self.final = self.b0, None, False
+        self.left = self.b0
         self.I, self.U = ({n: torch.zeros_like(p) for n, p in self.params.items()} for _ in "IU")
 
     @torch.no_grad()
     def update(self, t):
         end, (b1, b2) = self.T - self.t_f, self.betas
+        # From `end` on the scores stand still and the same triplets win: what momentum revives is pruned again.
         for n, p in self.params.items() if t < end else ():
             if p.grad is None:
                 raise UserError(f"AdaLoRA: {n} has no gradient; update between optimizer.step and zero_grad")
@@ -392,14 +393,11 @@ class RankAllocator:
             self.I[n].lerp_(I, 1 - b1)
             self.U[n].lerp_((I - self.I[n]).abs(), 1 - b2)
         self.left = budget(t, self.T, self.t_i, self.t_f, self.b0, self.bT)
-        prune = not self.final and (t >= end or t > self.t_i and t % self.every == 0)
-        if prune:
+        if t >= end or t > self.t_i and t % self.every == 0:
             best = torch.cat(self.scores()).topk(self.left).indices             # exactly so many, ties or not
-            self.keep = torch.zeros(self.b0, dtype=torch.bool, device=best.device).index_fill_(0, best, True)
-            self.final = t >= end
-        if prune or self.final:                 # momentum revives what it can, so the last mask stays on
-            for group, keep in zip(self.groups.values(), self.keep.split(self.ranks)):
-                group[0].lora_E.mul_(keep[:, None])
+            keep = torch.zeros(self.b0, dtype=torch.bool, device=best.device).index_fill_(0, best, True)
+            for group, mask in zip(self.groups.values(), keep.split(self.ranks)):
+                group[0].lora_E.mul_(mask[:, None])
 
     def scores(self):                                                           # a (r,) for each group
         s = {id(p): self.I[n] * self.U[n] for n, p in self.params.items()}
@@ -413,14 +411,12 @@ class RankAllocator:
         return dict(budget=self.left, ranks=alive)
 
     def state_dict(self):
-        return dict(I=self.I, U=self.U, keep=self.keep, left=self.left, final=self.final)
+        return dict(I=self.I, U=self.U)
 
     def load_state_dict(self, state):
-        for mine, theirs in ((self.I, state["I"]), (self.U, state["U"])):
-            for n in mine:
-                mine[n].copy_(theirs[n])
-        self.left, self.final = state["left"], state["final"]
-        self.keep = None if state["keep"] is None else state["keep"].to(next(iter(self.I.values())).device)
+        for n in self.params:
+            self.I[n].copy_(state["I"][n])
+            self.U[n].copy_(state["U"][n])
 
 
 # ---------------------------------------------------------------------------- quantised base, adapter folders

@@ -89,7 +89,8 @@ def same_base(a, b):
     """Do two fingerprints agree, to the precision of the coarser of their dtypes?"""
     (da, *a), (db, *b) = a.split(), b.split()
     eps = max(torch.finfo(getattr(torch, d.removeprefix("torch."))).eps for d in (da, db))
-    return len(a) == len(b) and all(math.isclose(float(x), float(y), rel_tol=2 * eps) for x, y in zip(a, b))
+    return len(a) == len(b) and all(math.isclose(float(x), float(y), rel_tol=2 * eps, abs_tol=1e-7)
+                                for x, y in zip(a, b))
 
 
 def piece(a, scale, fold, whole):

@@ -161,6 +161,21 @@ def test_equals_peft_in_float32(name, bases, tmp_path):
     assert (lora.merge(model)(z["ids"])[0] - z["merged"]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name, kw", [
+    ("gpt2_rslora_all", dict(targets="q,k,v,o,up,down", rslora=True)), ("llama_lora", dict(targets="q,v")),
+    ("llama_dora", dict(targets="k,gate", dora=True)), ("llama_ia3", dict(targets="k,v,down", kind="ia3")),
+    ("llama_adalora", dict(targets="q,down", kind="adalora", rank=6)),
+    ("llama_head", dict(targets="o,head"))])
+def test_inject_builds_what_peft_builds(name, kw, bases, tmp_path):
+    def seen(model):
+        return {path: (type(a), getattr(a, "scale", None), getattr(a, "inputs", None),
+                       {n: p.shape for n, p in a.named_parameters()})
+                for path, a in lora.adapters(model).items()}
+
+    _, model, _ = fixed_case(name, bases, tmp_path, torch.float32)
+    assert seen(make(bases, name.split("_")[0], **{"alpha": 16, **kw})) == seen(model)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adalora_run_equals_peft(family, bases, tmp_path):
     z, model, loss = fixed_case(f"{family}_adalora", bases, tmp_path, torch.float64)
@@ -494,8 +509,9 @@ def test_targets_layers_and_counts(bases):
     assert sum(p.numel() for p in lora.adapter_parameters(model).values()) == 2 * 8 * 32 * (2 * 4 + 5 + 5)
     with torch.device("meta"):                                  # GPT-2 small, q and v, r = 8
         small = GPT(GPTConfig(50257, 1024, 12, 12, 768))
+    assert lora.inject(small, layers=[1], name="one") == ["blocks.1.attn.q", "blocks.1.attn.v"]  # not 10
     lora.inject(small)
-    assert sum(p.numel() for p in lora.adapter_parameters(small).values()) == 294912
+    assert sum(p.numel() for p in lora.adapter_parameters(small, "default").values()) == 294912
 
 
 # ------------------------------------------------------------------------------- behaviour inside the network
