@@ -295,6 +295,9 @@ def open_kit(cfg):
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
         if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
             model = lora.merge(model).to(model.wte.weight.dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}"
+        raise DataError(f"{cfg.init}: {sizes}; they do not belong together")
     template = cfg.template
     if template == "auto":                          # a new model has seen plain text only
         template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
@@ -631,9 +634,9 @@ def open_data(cfg):
     """({split: rows}, kind) of --data, fit for the task."""
     data = {split: formats.load(cfg.data, split) for split in ("train", "valid", "test")}
     rows, kind = {split: d.rows for split, d in data.items()}, data["train"].kind
-    sizes = ", ".join(f"{len(r)} {split}" for split, r in rows.items())
-    note(f"{data['train'].source}, {kind} rows: {sizes}"
-         + "".join(f"; {n} dropped {why}" for why, n in data["train"].dropped.items()))
+    said = [f"{len(r)} {split}" for split, r in rows.items()]
+    said += [f"{n} dropped {why}" for why, n in data["train"].dropped.items()]
+    note(f"{data['train'].source}, {data['train'].form or kind}: {', '.join(said)}")
     reads = {"pretrain": ("text",), "classify": ("label",), "sft": ("chat", "label")}
     reads = reads.get(cfg.task, ("chat", "label", "text"))
     if kind not in reads:
@@ -671,10 +674,8 @@ def talk(cfg):
 
 def merge(cfg):
     """--task merge: an adapter run as a plain Hugging Face folder, fp32; says the largest logit change."""
-    if not cfg.out:
-        raise UserError("--task merge needs --out FOLDER, where the merged model goes")
-    if os.path.exists(cfg.out) and os.listdir(cfg.out):
-        raise UserError(f"--out {cfg.out} is not empty; name a new folder")
+    if not cfg.out or os.path.exists(cfg.out) and os.listdir(cfg.out):
+        raise UserError(f"--task merge needs an --out FOLDER that is new or empty, not {cfg.out}")
     model, prompt, tokenizer = load(cfg.init)
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")

@@ -607,3 +607,12 @@ def test_forgetting_is_measured_behind_virtual_tokens_too(world, tmp_path):
     assert math.isfinite(r["metrics"]["forgetting"]) and r["metrics"]["forgetting"] != 0
     zero = run(world, tmp_path / "z", "--method", "lora", "--forget", str(world / "text"), "--steps", "0")
     assert zero["metrics"]["forgetting"] == 0
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(world, tmp_path, capsys):
+    shutil.copytree(world / "base", tmp_path / "base")
+    more = SPECIAL + tuple(f"<|{i}|>" for i in range(20))
+    Tokenizer.train(["a b c"], 300, more).save_pretrained(tmp_path / "base")
+    args = command(world, tmp_path / "r")
+    args[1] = str(tmp_path / "base")
+    assert train.main(args) == 65 and "do not belong together" in capsys.readouterr().err
