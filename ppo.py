@@ -81,7 +81,7 @@ class PPOConfig:
     samples: int = opt(0, "answers per prompt; 0: 4 where they are compared (rloo, grpo, drgrpo), else 1")
     kl_coef: float = opt(0.05, "beta: score paid per nat of KL; where it starts, with --kl_target")
     kl_target: float = opt(0.0, "nats per answer that beta is steered to; 0: beta stays")
-    kl_horizon: int = opt(10_000, "answers over which beta may change by a fifth")
+    kl_horizon: int = opt(1000, "answers over which beta may change by a fifth; Ziegler et al.: 10,000")
     missing_eos: float = opt(-1.0, "score of an answer that does not end; none: whatever it scored",
                              type=lambda word: None if word == "none" else float(word))
     gamma: float = opt(1.0, "discount; below 1 the optimum is no longer pi*")
@@ -165,7 +165,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     for t in reversed(range(rewards.size(1))):
         next_value = values[:, t + 1] if t + 1 < rewards.size(1) else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = torch.where(mask[:, t], delta + gamma * lam * running, 0.0)
+        running = delta + gamma * lam * running             # still 0 where t lies behind the row
         adv[:, t] = running
     return adv, adv + values
 
@@ -218,7 +218,8 @@ def rank_loss(scores, rank, mask=None):
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind="dpo"):
     """Log-probabilities (B,), *summed* over the answer -> loss (B,), margin (B,): the difference of the
-    implicit rewards beta log(pi / ref). With all pairs its optimum is pi* too (DPO, eq. 7; IPO, eq. 17)."""
+    implicit rewards beta log(pi / ref). With all pairs DPO's optimum is pi* again (DPO, eq. 7); IPO stops at
+    a log-ratio of 1 / (2 beta), which keeps it from trusting certain labels too far (IPO, eq. 17)."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     if kind == "ipo":
         return (h - 1 / (2 * beta)) ** 2, beta * h

@@ -453,14 +453,17 @@ def test_another_temperature_or_top_k_in_the_sampler_is_seen(bug, monkeypatch):
         check_sampling_is_scored()
 
 
-@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
-def test_nothing_moves_when_the_rate_is_zero(dialect):
-    """Ragged rows, adapters with dropout, several minibatches: the ratio is 1 and the KL exactly 0, all the
-    way."""
-    cfg = config(lr=0.0, ppo_epochs=3, minibatches=3, micro=60)
+@pytest.mark.parametrize("dialect, nudge", [("gpt2", 0.0), ("gpt2", 0.05), ("llama", 0.05)])
+def test_nothing_moves_when_the_rate_is_zero(dialect, nudge):
+    """Ragged rows, temperature, banned ids, dropout in the adapters, several minibatches and passes: ratios
+    are 1 throughout, and a policy equal to the reference has a KL of exactly 0."""
+    cfg = config(lr=0.0, steps=1, ppo_epochs=2, minibatches=3, micro=60, temperature=0.7)
     roles, state, _, _ = setup(cfg, dialect=dialect, dropout=0.5)
+    for p in state.params["policy"].values():
+        p.data += nudge
     for m in train(cfg, roles, state):
-        assert m["ratio_off"] < 1e-5 and m["kl"] == 0 and m["clipfrac"] == 0 and m["approx_kl"] < 1e-9
+        assert m["ratio_off"] < 1e-5 and m["clipfrac"] == 0 and abs(m["approx_kl"]) < 1e-8
+        assert (m["kl"] == 0) == (nudge == 0)
 
 
 def test_one_base_serves_all_roles_and_stays_as_it_was():
@@ -585,6 +588,38 @@ def test_micro_batches_change_nothing_and_steps_are_counted(algo, monkeypatch):
         assert all(abs(x - after[0][0][name]) < 1e-5 for name, x in stats.items())
 
 
+def test_the_advantage_of_each_algorithm():
+    for algo in ("ppo", "reinforce", "rloo", "grpo", "drgrpo"):
+        cfg = config(algo=algo)
+        _, _, batch, answers = rolled(cfg)
+        score, mask = torch.tensor(toy_reward(None, answers)), batch.mask
+        v, lam = (batch.values, 0.95) if algo == "ppo" else (torch.zeros_like(batch.logp), 1.0)
+        plain, returns = ppo.gae(batch.rewards, v, mask, 1.0, lam)
+        if algo in ("ppo", "reinforce"):                            # whitened, the returns as they were
+            want = ppo.whiten(plain, mask)
+            assert torch.equal(batch.returns, returns) and abs(ppo.masked_mean(want ** 2, mask) - 1) < 1e-5
+        else:                                                       # groups of four, one number a row
+            group = (batch.rewards.sum(1) if algo == "rloo" else score).view(4, 4)
+            each = ppo.rloo_advantage(group) if algo == "rloo" else ppo.grpo_advantage(group, algo == "grpo")
+            want = each.view(16, 1) * mask
+        torch.testing.assert_close(batch.advantages, want)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo", "drgrpo"])
+def test_the_loss_of_each_algorithm(algo):
+    """On the first minibatch every ratio is 1: the loss is -A, plus GRPO's penalty, weighted as published."""
+    cfg = config(algo=algo, lr=0.0, ppo_epochs=1, minibatches=1)
+    roles, state, batch, answers = rolled(cfg)
+    got, want = ppo.update(cfg, roles, state, batch, banned=[PAD])["policy_loss"], 0.0
+    for b, y in enumerate(answers):
+        for i in range(len(y)):
+            log_ratio = (batch.ref_logp[b, i] - batch.logp[b, i]).item()
+            k3 = math.exp(log_ratio) - 1 - log_ratio
+            n = {"grpo": 16 * len(y), "drgrpo": 16 * cfg.max_new}.get(algo, sum(map(len, answers)))
+            want += 1 / n * (-batch.advantages[b, i].item() + (0.1 * k3 if "grpo" in algo else 0.0))
+    assert abs(got - want) < 1e-5
+
+
 def test_ptx_shares_the_step():
     """grad(PPO + c ptx) = grad PPO + c grad ptx, and the logged ratio is that of their norms."""
     model = gpt(2)
@@ -659,6 +694,14 @@ def test_resume_is_exact(tmp_path):
 def test_a_seed_is_a_run():
     logs = [timeless(train(cfg, *setup(cfg)[:2])) for cfg in (config(), config(), config(seed=2))]
     assert logs[0] == logs[1] and logs[0][0]["entropy"] != logs[2][0]["entropy"]
+
+
+def test_minibatches_are_drawn_anew_in_every_iteration(monkeypatch):
+    orders, real = [], ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *a: orders.append(a[5].initial_seed()) or real(*a))
+    for cfg in (config(steps=3), config(steps=3, seed=2)):
+        train(cfg, *setup(cfg)[:2])
+    assert len(set(orders)) == 6
 
 
 def test_prompts_come_once_per_turn():
@@ -736,6 +779,11 @@ def test_a_gradient_that_is_not_finite_goes_nowhere():
     w["good"].grad, w["bad.one"].grad = torch.ones(3), torch.zeros(2)
     state.apply("policy", 1.0)
     assert state.bad["policy"] == 0 and not torch.equal(w["good"], torch.ones(3))
+    state = ppo.PPOState(config(clip=0.5), w)                               # and what is finite is clipped
+    w["good"].grad, w["bad.one"].grad = torch.tensor([3.0, 0.0, 4.0]), torch.zeros(2)
+    assert state.apply("policy", 1.0) == 5.0
+    moment = state.optim["policy"].state[w["good"]]["exp_avg"]
+    torch.testing.assert_close(moment, 0.1 * torch.tensor([0.3, 0.0, 0.4]))
     roles, state, _, _ = setup(config())
     with pytest.raises(UserError, match="finite number for each of 16"):
         train(config(), roles, state, lambda p, y: [math.nan] + [0.0] * 15)
@@ -772,6 +820,23 @@ def test_full_copies_work_as_roles():
     log = train(cfg, roles, state, gold=lambda p, y: [float(len(a)) for a in y])
     assert log[0]["kl"] == 0 and log[-1]["score"] > log[0]["score"] + 0.1
     assert log[0]["gold"] == log[0]["length"]
+
+
+def test_bf16_autocast_keeps_the_promises():
+    """Autocast is part of a role. KL starts at exactly 0, ratios near 1, and what learns stays fp32."""
+    cfg = config(steps=2)
+    roles, state, _, _ = setup(cfg)
+
+    def rounded(role):
+        @contextlib.contextmanager
+        def enter():
+            with torch.autocast("cpu", torch.bfloat16), role() as entered:
+                yield entered
+        return enter
+    roles = ppo.Roles(*map(rounded, roles[:3]), roles.value_head)
+    log = train(cfg, roles, state)
+    assert log[0]["kl"] == 0 and log[0]["ratio_first"] < 0.1 and math.isfinite(log[1]["kl"])
+    assert all(p.dtype == torch.float32 for ps in state.params.values() for p in ps.values())
 
 
 def test_prompts_and_answers_must_fit_the_context():
@@ -884,8 +949,8 @@ def test_dpo_step():
 
 # ------------------------------------------------------------------------------------- in words, and on paper
 
-WELL = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0.97, length=20.0,
-            approx_kl=0.01, score_length_corr=0.1, clipfrac=0.1, clipfrac_value=0.1, explained_variance=0.5, unique=1.0,
+WELL = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0.97, length=20.0, unique=1.0,
+            score_length_corr=0.1, approx_kl=0.01, clipfrac=0.1, clipfrac_value=0.1, explained_variance=0.5,
             repeat4=0.01, ratio_first=1e-6, skipped=0, zero_std=0.1, ptx_ratio=0.5)
 
 
@@ -893,9 +958,10 @@ WELL = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0
     (dict(ratio_first=0.1), "dropout"), (dict(step=1, kl=0.1), "begin"), (dict(kl=-1.0), "negative"),
     (dict(kl=60.0), "60 nats"), (dict(score_std=0.0), "nothing to learn"), (dict(zero_std=0.9), "90%"),
     (dict(eos_rate=0.2), "--max_new"), (dict(length=1.2), "1.2 tokens"),
-    (dict(score_length_corr=-0.8), "length"), (dict(approx_kl=0.3), "--lr"), (dict(clipfrac=0.7), "clipped"), (dict(unique=0.01), "collapses"),
-    (dict(clipfrac_value=0.7), "--cliprange_value"), (dict(explained_variance=-0.2), "critic"),
-    (dict(repeat4=0.8), "4-grams"), (dict(ptx_ratio=30.0), "--ptx_coef"), (dict(skipped=2), "2 steps")])
+    (dict(score_length_corr=-0.8), "length"), (dict(approx_kl=0.3), "--lr"), (dict(clipfrac=0.7), "clipped"),
+    (dict(unique=0.01), "collapses"), (dict(clipfrac_value=0.7), "--cliprange_value"),
+    (dict(explained_variance=-0.2), "critic"), (dict(repeat4=0.8), "4-grams"),
+    (dict(ptx_ratio=30.0), "--ptx_coef"), (dict(skipped=2), "2 steps")])
 def test_health_in_words(sick, word):
     assert health(WELL) == []
     said = health({**WELL, **sick})
