@@ -616,3 +616,13 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(world, tmp_path,
     args = command(world, tmp_path / "r")
     args[1] = str(tmp_path / "base")
     assert train.main(args) == 65 and "do not belong together" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder of SmolLM2-135M-Instruct in fp32")
+def test_smollm2s_golden_values():
+    model, _, tokenizer = train.load(os.environ["SMOLLM2"])
+    ids = tokenizer.encode("The capital of France is")
+    assert ids == [504, 3575, 282, 4649, 314]
+    with torch.no_grad():
+        value, token = model(torch.tensor([ids]))[0][0, -1].max(-1)
+    assert token == 7042 and abs(value - 17.3713) < 1e-3
