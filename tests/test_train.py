@@ -618,7 +618,7 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(world, tmp_path,
     assert train.main(args) == 65 and "do not belong together" in capsys.readouterr().err
 
 
-@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder of SmolLM2-135M-Instruct in fp32")
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder of SmolLM2-135M in fp32")
 def test_smollm2s_golden_values():
     model, _, tokenizer = train.load(os.environ["SMOLLM2"])
     ids = tokenizer.encode("The capital of France is")
