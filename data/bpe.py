@@ -68,7 +68,7 @@ def learn(words, n, banned=()):
     """Up to n merges from a Counter of words (str): tokens (bytes; the 256 bytes first) and pairs of ids.
     No merge spells one of `banned`, so that a special token cannot come out of text."""
     tokens, pairs = [bytes([b]) for b in range(256)], []
-    words = [(list(word.encode()), count) for word, count in sorted(words.items())]
+    words = [(list(word.encode()), count) for word, count in words.items()]
     counts, where = Counter(), defaultdict(set)                 # of pairs: how often; in which words
     for i, (ids, times) in enumerate(words):
         for pair in zip(ids, ids[1:]):
@@ -137,7 +137,7 @@ def ranked(vocab, merges, whole=False):
             at = [index.get(pair, -1) for pair in splits if pair[0] in vocab and pair[1] in vocab]
             if at and (-1 in at or max(at) - min(at) >= len(at)):
                 raise DataError(f'its merges do not lead to its token "{token}", yet it may be a word')
-            order[token] = min(at, default=len(merges))
+            order[token] = min(at, default=0)
     return sorted(order, key=order.get)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from make_tokenizer_fixtures import FAMILIES, FIXTURE, digest, mark, strings
 
-from data.bpe import BYTE, CHAR, DIGITS, GPT2, learn, splitter
+from data.bpe import BYTE, CHAR, DIGITS, GPT2, learn, ranked, splitter
 from data.files import DataError
 from data.tokenizer import Tokenizer
 
@@ -88,21 +88,36 @@ def test_any_list_of_merges_is_followed_or_refused(whole):
                 tokens += ["".join(pair)] if "".join(pair) not in tokens else []
         if draw.random() < 0.5:
             draw.shuffle(merges)
-        if whole and draw.random() < 0.7:           # as out of tiktoken's files: all ways to a token
+        if draw.random() < 0.3:                                 # a token that nothing leads to
+            tokens += {"".join(draw.choices("ab", k=4))} - {*tokens}
+        if closed := whole and draw.random() < 0.5:         # as out of tiktoken's files: all ways to a token
+            draw.shuffle(tokens)
             splits = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t))]
             merges = [pair for pair in splits if {*pair} <= {*tokens}]
-        draw.shuffle(tokens)                        # ids say nothing about ranks
+            if draw.random() < 0.3:                             # ... but not together
+                closed = draw.shuffle(merges)
+        elif draw.random() < 0.5:                               # leave tokens without a way to them
+            merges = merges[1:]
+        draw.shuffle(tokens)                                    # ids say nothing about ranks
         vocab = {t: i for i, t in enumerate(tokens)}
         spec = spec_of("gpt2") | {"added_tokens": []}
         spec["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": whole}
         try:
             tokenizer = Tokenizer(spec, {})
         except DataError:
+            assert not closed
             refused += 1
             continue
         followed += 1
         assert [tokenizer.encode(w) for w in words] == [slow(w, merges, vocab, whole) for w in words], merges
     assert followed > 60 and refused > 4
+
+
+def test_ways_to_a_token_that_stand_apart_are_refused():
+    vocab, one, two, other = {"a", "b", "aa", "aaa", "baa"}, ("a", "aa"), ("aa", "a"), ("b", "aa")
+    with pytest.raises(DataError, match='"aaa"'):               # of baaa tiktoken would make b aaa, the list baa a
+        ranked(vocab, [one, other, two, ("a", "a")], whole=True)
+    assert ranked(vocab, [other, one, two, ("a", "a")], whole=True) == ["baa", "aaa", "aa"]
 
 
 def test_the_rule_of_digits_is_two_rules_one_after_the_other():
@@ -253,7 +268,7 @@ def test_learned_pairs_by_hand():
 def test_training_is_a_function_of_the_text():
     one, two, three = (Tokenizer.train(t, 400) for t in (TEXTS[:500], iter(TEXTS[:500]), TEXTS[499::-1]))
     assert one.encode(" ".join(TEXTS)) == two.encode(" ".join(TEXTS)) == three.encode(" ".join(TEXTS))
-    assert len(one.encode(" a")) == 1 and len(one.encode("4242")) == 4 and one.vocab_size == 400
+    assert len(one.encode("the")) == 1 and len(one.encode("4242")) == 4 and one.vocab_size == 400
     assert Tokenizer.train("abc", 10 ** 6).vocab_size == 256 + 2 + 1        # two joins, and nothing is left
 
 
