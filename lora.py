@@ -385,7 +385,7 @@ class RankAllocator:
     @torch.no_grad()
     def update(self, t):
         end, (b1, b2) = self.T - self.t_f, self.betas
-        # From `end` on the scores stand still and the same triplets win: what momentum revives is pruned again.
+        # From `end` on the scores stand still, so the same triplets win: what momentum revives goes again.
         for n, p in self.params.items() if t < end else ():
             if p.grad is None:
                 raise UserError(f"AdaLoRA: {n} has no gradient; update between optimizer.step and zero_grad")

@@ -215,6 +215,19 @@ def test_reads_pruned_adalora_of_peft(family, bases, tmp_path):
         assert 0 in ranks.values()
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(c_attn|c_proj|c_fc)", ["c_attn", "c_proj", "c_fc"]])
+def test_target_modules_are_read_as_peft_does(targets, bases, tmp_path):
+    z, model = case("gpt2_rslora_all"), GPT.from_pretrained(bases["gpt2"])
+    lora.load_adapter(model, folder_of(z, tmp_path / "a", target_modules=targets))
+    assert (model(z["ids"])[0] - z["logits"]).abs().max() < 1e-4
+    with pytest.raises(DataError, match="belongs to nothing"):
+        lora.load_adapter(GPT.from_pretrained(bases["gpt2"]), folder_of(
+            z, tmp_path / "b", target_modules=targets, layers_to_transform=[1]))
+    with pytest.raises(DataError, match="belongs to nothing"):
+        lora.load_adapter(GPT.from_pretrained(bases["gpt2"]), folder_of(
+            z, tmp_path / "b", target_modules=targets, exclude_modules=["mlp.c_proj"]))
+
+
 def test_pissa_start_is_pefts(bases):
     z, model = case("llama_pissa"), GPT.from_pretrained(bases["llama"])
     before = copy.deepcopy(model.state_dict())
@@ -355,6 +368,13 @@ def test_blocks_trained_by_others_are_not_cut(bases, tmp_path):
     close(lora.merge(again).blocks[0].attn.k.weight[8],
           GPT.from_pretrained(bases["gpt2"]).blocks[0].attn.k.weight[8] + 4 * t[
               "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"][0], 1e-5)
+    lora.save_adapter(make(bases, noise=0.1, **KINDS["ia3"]), tmp_path / "ia3")
+    t = {k: v.clone() for k, v in tensors_of(tmp_path / "ia3").items()}
+    t["base_model.model.transformer.h.0.attn.c_attn.ia3_l"][3] = 2.0                # q learned something
+    write_tensors(tmp_path / "ia3" / "adapter_model.safetensors", t)
+    again = GPT.from_pretrained(bases["gpt2"])
+    lora.load_adapter(again, tmp_path / "ia3")
+    assert "blocks.0.attn.q" in lora.adapters(again) and "blocks.1.attn.q" not in lora.adapters(again)
 
 
 def test_one_shared_A_stays_one(bases, tmp_path):
@@ -727,6 +747,8 @@ def test_codes():
     for i in range(64):                                         # the nearest code, by the naive search
         close(r[i], top * grid[(grid - flat[i] / top).abs().argmin()], 1e-5)
     assert not Quantised(torch.zeros(4, 64), "nf4")(torch.float32).any()
+    w = torch.randn(512, 64) * torch.randn(512, 1).mul(3).exp()         # small maxima between large ones
+    assert (Quantised(w, "nf4", double=True)(torch.float32) * w >= 0).all()     # no weight changes its sign
 
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8.5), ("nf4", 4.5)])
