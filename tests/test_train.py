@@ -313,7 +313,7 @@ def launch(world, out, *flags):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path, process, seconds=300):
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -326,7 +326,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, world, tmp_path):
     p = launch(world, tmp_path / "cut", *flags)
     wait_for(tmp_path / "cut" / "state.pt", p)
     p.send_signal(number)
-    _, err = p.communicate(timeout=60)
+    _, err = p.communicate(timeout=300)
     assert p.returncode == 75 and "the same command goes on" in err, err
     assert not (tmp_path / "cut" / "result.json").exists()
     run(world, tmp_path / "cut", *flags)
@@ -402,7 +402,7 @@ def test_a_file_where_the_folder_should_be(world, tmp_path, capsys):
 def test_a_closed_pipe_does_not_end_the_run(world, tmp_path):
     p = launch(world, tmp_path / "r")
     p.stdout.close()
-    assert p.wait(timeout=120) == 0, p.stderr.read()
+    assert p.wait(timeout=300) == 0, p.stderr.read()
     assert (tmp_path / "r" / "result.json").exists()
     p.stderr.close()
 
