@@ -9,7 +9,7 @@ arXiv         2104.08691           2103.10385           2101.00190           211
 learned       E (P, C)             E, MLP or bi-LSTM    E, MLP               E (P, 2 L nkv hs)
 table         E                    encoder(E)           MLP(E)               E
 which holds   input embeddings     input embeddings     k, v of all layers   k, v of all layers
-it stands     before the text      so, or in a template before the text      before the text
+it stands     before the text      or in a template     before the text      before the text
 it predicts   the first token      the next token       nothing              nothing
 starts as     words, labels        words, labels        k, v of a text       k, v of a text
 dropout       none                 none                 none                 on k, v, one draw a call

@@ -6,8 +6,8 @@
 Per model (gpt2; llama with grouped heads): base/ is a Hugging Face folder, <case>/ the adapter folder by
 peft, and <case>.npz holds, in float64: in/* a ragged right-padded batch with labels (-100: none; one row has
 them from its very first token), param/* what is trainable, by peft's names, out/* logits and loss, grad/*,
-sgd/* and adamw/* after ONE step of SGD(0.1) and AdamW(1e-2, no decay), gen/* eight greedy tokens. All of it is
-drawn as float32 and widened.
+sgd/* and adamw/* after ONE step of SGD(0.1) and AdamW(1e-2, no decay), gen/* eight greedy tokens. All of it
+is drawn as float32 and widened.
 """
 import os
 import pathlib

@@ -115,7 +115,7 @@ def test_any_list_of_merges_is_followed_or_refused(whole):
 
 def test_ways_to_a_token_that_stand_apart_are_refused():
     vocab, one, two, other = {"a", "b", "aa", "aaa", "baa"}, ("a", "aa"), ("aa", "a"), ("b", "aa")
-    with pytest.raises(DataError, match='"aaa"'):               # of baaa tiktoken would make b aaa, the list baa a
+    with pytest.raises(DataError, match='"aaa"'):       # of baaa tiktoken would make b aaa, the list baa a
         ranked(vocab, [one, other, two, ("a", "a")], whole=True)
     assert ranked(vocab, [other, one, two, ("a", "a")], whole=True) == ["baa", "aaa", "aa"]
 
