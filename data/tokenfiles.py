@@ -56,7 +56,7 @@ def content(token):
 def read(folder):
     """(spec, config) of a folder, whichever of the files it has."""
     folder = pathlib.Path(folder)
-    config = _object(folder / "special_tokens_map.json", {}) | _object(folder / "tokenizer_config.json", {})
+    config = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         out = _object(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -73,8 +73,8 @@ def read(folder):
     return out, config
 
 
-def _object(path, missing=None):
-    out = read_json(path) if missing is None or path.exists() else missing
+def _object(path):
+    out = read_json(path) if path.exists() else {}
     if type(out) is not dict:
         raise DataError(f"{path} holds no JSON object")
     return out
@@ -98,10 +98,10 @@ def _gather(folder, spec, config):
     vocab, tokens = spec["model"]["vocab"], {t["content"]: t for t in spec.get("added_tokens", [])}
     for i, t in config.get("added_tokens_decoder", {}).items():
         tokens.setdefault(t["content"], added(t["content"], int(i)) | t)
-    for t, i in _object(folder / "added_tokens.json", {}).items():
+    for t, i in _object(folder / "added_tokens.json").items():
         tokens.setdefault(t, added(t, i))
     names = {i: t for t, i in vocab.items()} | {t["id"]: t["content"] for t in tokens.values()}
-    ids = _object(folder / "config.json", {}) | _object(folder / "generation_config.json", {})
+    ids = _object(folder / "config.json") | _object(folder / "generation_config.json")
     kind = config.setdefault("tokenizer_class", "PreTrainedTokenizerFast").removesuffix("Fast")
     for role in END.get(kind, ()):
         if "<|endoftext|>" in names.values():

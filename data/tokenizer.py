@@ -121,7 +121,7 @@ class Tokenizer:
             raise DataError(f"vocab_size {vocab_size} cannot hold 256 bytes and {list(special)}, once each")
         words = Counter()
         for text in [texts] if isinstance(texts, str) else texts:
-            words.update(splitter(DIGITS).findall(_valid(text)) if n else ())
+            words.update(splitter(DIGITS).findall(_valid(text)))
         tokens, pairs = learn(words, n, {t.encode() for t in special})
         names = ["".join(CHAR[b] for b in token) for token in tokens]
         vocab = {t: i for i, t in enumerate([*names, *special])}

@@ -52,6 +52,12 @@ def test_python_cuts_as_tiktoken_does(name, monkeypatch):
     agree(Tokenizer(spec_of(name), {}), FIXED["families"][name])
 
 
+def test_merges_may_be_pairs_or_lines():
+    spec = spec_of("gpt2")
+    spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+    agree(Tokenizer(spec, {}), FIXED["families"]["gpt2"])
+
+
 def test_smollm2(tmp_path):
     if not os.path.isdir(folder := os.environ.get("SMOLLM2", "")):
         pytest.skip("SMOLLM2 does not name the folder of SmolLM2-135M-Instruct")
@@ -136,6 +142,14 @@ def test_special_tokens_are_ids_never_text():
     assert not {*ids} & {n - 2, n - 1} and tokenizer.decode(ids) == "a<|endoftext|>b <|end|>"
     ids = [*tokenizer.encode("a"), tokenizer.eos, *tokenizer.encode("b")]
     assert tokenizer.decode(ids) == "ab" and tokenizer.decode(ids, special=True) == "a<|endoftext|>b"
+    tokenizer = Tokenizer.train("EOS EOS EOS", 300, ["EOS"])                # merges could spell it
+    assert tokenizer.eos not in tokenizer.encode("EOS") and tokenizer.decode(tokenizer.encode("EOS")) == "EOS"
+    spec = spec_of("llama3")
+    spec["model"]["vocab"]["<｜end｜>"] = 500                                  # in no byte's spelling
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 500, "content": "<｜end｜>"})
+    tokenizer = Tokenizer(spec, {"eos_token": "<｜end｜>"})
+    assert tokenizer.eos == 500 not in tokenizer.encode("<｜end｜>") and tokenizer.vocab_size == 501
+    assert tokenizer.decode([500], special=True) == "<｜end｜>"
 
 
 def test_an_ordinary_token_may_have_a_special_role(tmp_path):
@@ -148,10 +162,15 @@ def test_an_ordinary_token_may_have_a_special_role(tmp_path):
 
 
 def test_added_words_that_are_not_special_are_found_in_text():
-    tokenizer = Tokenizer(spec_of("qwen2"), {})
-    think = tokenizer.special["<think>"]
-    ids = tokenizer.encode("a<think>\u0338b</think>")
-    assert ids.count(think) == 1 and tokenizer.decode(ids) == "a<think>\u0338b</think>"
+    spec = spec_of("qwen2")
+    for i, word in enumerate(("<think>+", "\n\n", "\n\n\n"), start=600):
+        spec["added_tokens"].append({**spec["added_tokens"][-1], "id": i, "content": word})
+    tokenizer = Tokenizer(spec, {})
+    ids = tokenizer.encode("a<think>\u0338b<think>+\n\n\n\n\n")       # longest first; NFC would join > and \u0338
+    assert tokenizer.special["<think>"] in ids and ids[-3:] == [600, 602, 601]
+    assert tokenizer.decode(ids) == "a<think>\u0338b<think>+\n\n\n\n\n" and tokenizer.vocab_size == 603
+    with pytest.raises(DataError, match="lone surrogate"):
+        tokenizer.encode("<think>\ud800")
 
 
 @pytest.mark.parametrize("files, want", [
@@ -306,8 +325,18 @@ def test_vocab_and_merges_alone(tmp_path, name, config):
         t["special"] = True                         # added_tokens.json does not tell
     want, got = Tokenizer(spec, {}), Tokenizer.from_pretrained(folder)
     assert [got.encode(t) for t in TEXTS] == [want.encode(t) for t in TEXTS]
+    assert {**got.special, **want.special} == want.special and "<think>" in got.special
     (tmp_path / "merges.txt").write_bytes("\r\n".join(lines).encode())
     assert Tokenizer.from_pretrained(folder).encode(TEXTS[50]) == want.encode(TEXTS[50])
+
+
+def test_a_class_without_its_end_token_has_no_roles(tmp_path):
+    spec = spec_of("gpt2")
+    spec["added_tokens"][0]["content"] = spec["model"]["vocab"]["<end>"] = "<end>"
+    spec["model"]["vocab"]["<end>"] = spec["model"]["vocab"].pop("<|endoftext|>")
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    tokenizer = Tokenizer.from_pretrained(folder_of(tmp_path, spec, config=config))
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, None, None)
 
 
 def test_chat_template_file_is_taken_along(tmp_path):
@@ -329,7 +358,13 @@ def top(**changes):
     return lambda spec: spec.update(changes)
 
 
+def steps(*some):
+    return top(pre_tokenizer={"type": "Sequence", "pretokenizers": list(some)})
+
+
+SPLIT_STEP = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
 GPT2_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTES_STEP = {**GPT2_STEP, "use_regex": False}
 FAULTS = [
     (model(byte_fallback=True), "SentencePiece"), (model(type="Unigram"), "Unigram"),
     (model(type="WordPiece"), "WordPiece"), (model(dropout=0.1), "dropout"),
@@ -341,11 +376,19 @@ FAULTS = [
     (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "▁"),
     (lambda spec: spec["model"]["vocab"].update({"a": 5}), "share an id"),
     (lambda spec: spec["added_tokens"][0].update(id=7), "share an id"),
+    (lambda spec: spec["added_tokens"][0].update(id=999), "has two"),
     (lambda spec: spec["added_tokens"][-1].update(lstrip=True), "lstrip"),
     (top(normalizer={"type": "Lowercase"}), "Lowercase"), (top(pre_tokenizer=None), "pre_tokenizer"),
     (top(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     (top(pre_tokenizer={**GPT2_STEP, "add_prefix_space": True}), "add_prefix_space"),
-    (top(pre_tokenizer={**GPT2_STEP, "use_regex": False}), "pre_tokenizer"),
+    (top(pre_tokenizer=BYTES_STEP), "pre_tokenizer"),
+    (steps({"type": "Digits", "individual_digits": True}, BYTES_STEP), "pre_tokenizer"),
+    (steps(SPLIT_STEP, GPT2_STEP), "pre_tokenizer"),
+    (steps({**SPLIT_STEP, "behavior": "Removed"}, BYTES_STEP), "pre_tokenizer"),
+    (steps({**SPLIT_STEP, "invert": True}, BYTES_STEP), "pre_tokenizer"),
+    (steps(SPLIT_STEP, SPLIT_STEP, BYTES_STEP), "pre_tokenizer"),
+    (lambda spec: (spec.update(normalizer={"type": "NFC"}), spec["added_tokens"][-1].update(normalized=True)),
+     "normalized"),
 ]
 
 
