@@ -166,7 +166,7 @@ def test_added_words_that_are_not_special_are_found_in_text():
     for i, word in enumerate(("<think>+", "\n\n", "\n\n\n"), start=600):
         spec["added_tokens"].append({**spec["added_tokens"][-1], "id": i, "content": word})
     tokenizer = Tokenizer(spec, {})
-    ids = tokenizer.encode("a<think>\u0338b<think>+\n\n\n\n\n")       # longest first; NFC would join > and \u0338
+    ids = tokenizer.encode("a<think>\u0338b<think>+\n\n\n\n\n")   # longest first; NFC joins > and \u0338
     assert tokenizer.special["<think>"] in ids and ids[-3:] == [600, 602, 601]
     assert tokenizer.decode(ids) == "a<think>\u0338b<think>+\n\n\n\n\n" and tokenizer.vocab_size == 603
     with pytest.raises(DataError, match="lone surrogate"):
