@@ -42,7 +42,7 @@ Dropout is off in every role: model.eval(), gradients on.
 
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k samples a prompt
 Public: PPOConfig, DPOConfig, Batch, pack, Actor, logprobs, values, scores, ScalarHead, calibrate,
-model_reward, reward_step, dpo_step, rollout, Roles, PPOState, train_ppo, and the equations
+model_reward, reward_step, pair_logprobs, dpo_step, rollout, Roles, PPOState, train_ppo, and the equations
 """
 import math
 import random
@@ -412,15 +412,15 @@ def model_reward(role, head, budget=4096):
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 
 def reward_step(role, head, examples):
-    """examples: [(prompt, [answer, ...], [rank, ...]), ...]; a comparison has ranks 0 and 1, or 0 and the
-    margin of votes. One forward scores all answers; the pairs of a prompt stay together, for dealt out over
-    batches they overfit within an epoch. Returns the loss summed over prompts, how many of them hold a pair,
-    and (scores, rank, mask, answer length), each (B, K), for data.health.reward_report."""
-    prompts, answers, ranks = zip(*((p, y, r) for p, ys, rs in examples for y, r in zip(ys, rs)))
+    """examples: [(prompt, [answer, ...], [rank, ...]), ...], what follows is not read; a comparison has ranks
+    0 and 1, or 0 and the margin of votes. One forward scores all answers; the pairs of a prompt stay
+    together: dealt out over batches they overfit in an epoch. Returns the loss summed over prompts, how many
+    of them hold a pair, and (scores, rank, mask, answer length), each (B, K), for health.reward_report."""
+    prompts, answers, ranks = zip(*((p, y, r) for p, ys, rs, *_ in examples for y, r in zip(ys, rs)))
     with role() as (model, past):
         flat = pack(prompts, answers, model.wte.weight.device)
         s = scores(model, head, flat, past)                                     # (all answers,)
-    n = torch.tensor([len(ys) for _, ys, _ in examples], device=s.device)
+    n = torch.tensor([len(ys) for _, ys, *_ in examples], device=s.device)
     mask = torch.arange(int(n.max()), device=s.device) < n[:, None]             # (B, K)
     columns = (s, torch.tensor(ranks, dtype=s.dtype, device=s.device), flat.mask.sum(1))
     s, rank, length = (spread(x, mask) for x in columns)                        # (B, K)
@@ -428,17 +428,24 @@ def reward_step(role, head, examples):
     return loss.sum(), (pairs > 0).sum(), (s.detach(), rank, mask, length)
 
 
-def dpo_step(policy, reference, examples, cfg):
-    """examples: [(prompt, chosen, rejected), ...]. Returns the loss summed over pairs, their number, and sums
-    to log. That both answers grow less likely is normal: only their margin is trained."""
-    prompts, chosen, rejected = zip(*examples)
-    logp = []
-    for role, learns in ((policy, torch.is_grad_enabled()), (reference, False)):
-        with role() as (model, past), torch.set_grad_enabled(learns):
-            batch = pack(prompts + prompts, chosen + rejected, model.wte.weight.device)
-            logp += logprobs(Actor(model), batch, past).sum(1).chunk(2)         # chosen (B,), rejected (B,)
-    loss, margin = dpo_loss(*logp, cfg.dpo_beta, cfg.label_smoothing, cfg.dpo_loss)
-    seen = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=logp[0], rejected_logp=logp[1])
+def pair_logprobs(role, examples):
+    """Log-probabilities, summed over the answer, of the best and the worst one to each prompt: two (B,)."""
+    with role() as (model, past):
+        best, worst = ([ys[i] for _, ys, *_ in examples] for i in (0, -1))
+        batch = pack([e[0] for e in examples] * 2, best + worst, model.wte.weight.device)
+        return logprobs(Actor(model), batch, past).sum(1).chunk(2)
+
+
+def dpo_step(role, examples, cfg):
+    """examples: [(prompt, answers, ranks, (log-probabilities of the best and the worst before training))];
+    these never change, so `pair_logprobs` finds them once, and no second model runs beside the first. Returns
+    the loss summed over pairs, their number, and sums to log. That both answers grow less likely is normal:
+    only their margin is trained."""
+    chosen, rejected = pair_logprobs(role, examples)
+    ref_chosen, ref_rejected = torch.tensor([e[3] for e in examples], device=chosen.device).unbind(1)
+    loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.dpo_beta, cfg.label_smoothing,
+                            cfg.dpo_loss)
+    seen = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=chosen, rejected_logp=rejected)
     return loss.sum(), len(examples), {name: x.detach().sum().item() for name, x in seen.items()}
 
 

@@ -17,29 +17,32 @@ stdout: results; stderr: progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad d
 
 Public: main, Config, load
 """
-import argparse
 import contextlib
+import copy
 import dataclasses
-import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import lora
+import ppo
 import prompts
-from data import chat, evaluate, formats
-from data.examples import Feed, Text, targets
-from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
+from data import batches, chat, evaluate, flags, formats
+from data.examples import Feed, Ranking, Text, size, targets
+from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
+from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
 from data.folders import base_of, bottom_of, portable, settings, weights_folder
+from data.health import describe as rollout_report
+from data.health import health, reward_report
 from data.hf import read_config
 from data.machine import peak_memory_mb, pick_device, pick_dtype
 from data.report import describe, report
@@ -49,213 +52,15 @@ from model import GPT, GPTConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------------------------------ flags
-
-TASKS = ("sft", "pretrain", "classify", "eval", "chat", "merge")
-METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
-TRAIN, TEXT = ("sft", "pretrain", "classify"), ("sft", "classify", "eval", "chat")
-LORA, SOFT = METHODS[:3], METHODS[3:7]                  # methods that inject; methods that are a past
-LEARN = METHODS[:8]
-ROLES = {"the run": (TASKS, METHODS), "training": (TRAIN, LEARN), "text": (TEXT, METHODS),
-         "LoRA": (TRAIN, LORA), "virtual tokens": (TRAIN, SOFT), "classify": (("classify",), METHODS),
-         "generation": (("chat",), METHODS), "a new model, --init new": (("pretrain",), METHODS)}
-
-
-def opt(group, default, help, tasks=None, methods=None, type=None, choices=None):
-    """A flag: its default, its line of help, and the tasks and methods that read it. Others do not see it."""
-    return field(default=default, metadata=dict(
-        group=group, help=help, tasks=tasks or ROLES[group][0], methods=methods or ROLES[group][1],
-        type=type or default.__class__, choices=choices))
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run is told: flag = field = JSON key, read-only."""
-    task: str = opt("the run", "sft", "the objective", choices=TASKS)
-    method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
-    init: str = opt("the run", "data/base", "a model, adapter or run folder, a cached model, or new")
-    data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
-                    TRAIN + ("eval",))
-    out: str = opt("the run", None, "the run folder; default: a readable name in out/",
-                   TRAIN + ("eval", "merge"), type=str)
-    seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
-    device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
-                     choices=("auto", "fp32", "bf16", "fp16"))
-    fresh: bool = opt("the run", False, "start over: delete what the run folder holds", TRAIN + ("eval",))
-    dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", TRAIN, LEARN)
-
-    steps: int = opt("training", None, "optimiser steps; overrides --epochs", type=int)
-    epochs: float = opt("training", 6.0, "passes over the training data")
-    batch: int = opt("training", 16, "examples per optimiser step")
-    micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
-                     TRAIN + ("eval",), METHODS)
-    lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
-    warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
-    schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
-    min_lr: float = opt("training", 0.0, "where the schedule ends, as a share of --lr")
-    beta2: float = opt("training", 0.999, "AdamW's second moment")
-    weight_decay: float = opt("training", 0.0, "AdamW's decay, of matrices only", methods=("full",) + LORA)
-    clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
-    checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time")
-    eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
-    save_every: int = opt("training", 100, "steps between saves of state.pt")
-    forget: str = opt("training", "toy/corpus", "held-out text for the forgetting metric; none: skip it")
-
-    rank: int = opt("LoRA", 8, "r, the width of the bottleneck", methods=("lora", "adalora"))
-    alpha: float = opt("LoRA", 16.0, "the delta is scaled by alpha / rank", methods=("lora", "adalora"))
-    dropout: float = opt("LoRA", 0.0, "on the adapter's input", methods=("lora", "adalora"))
-    targets: str = opt("LoRA", "q,v", "which Linears: q k v o up gate down head")
-    layers: str = opt("LoRA", None, "which layers, as 0-3,5; default: all", type=str)
-    rank_map: str = opt("LoRA", None, "other ranks by word or path, as down=16,blocks.0.attn.q=2",
-                        methods=("lora", "adalora"), type=str)
-    rslora: bool = opt("LoRA", False, "scale by alpha / sqrt(rank)", methods=("lora",))
-    dora: bool = opt("LoRA", False, "learn magnitude and direction apart", methods=("lora",))
-    pissa: bool = opt("LoRA", False, "start from the principal part of each weight", methods=("lora",))
-    lora_plus: float = opt("LoRA", 1.0, "B learns this many times faster than A", methods=("lora",))
-    quant: str = opt("LoRA", "none", "store the frozen base in fewer bits", choices=("none", "int8", "nf4"))
-    double_quant: bool = opt("LoRA", False, "quantise the blocks' scales as well")
-    target_rank: int = opt("LoRA", 4, "mean rank that pruning ends at", methods=("adalora",))
-    orth: float = opt("LoRA", 0.1, "weight of the orthogonality term", methods=("adalora",))
-    prune_start: float = opt("LoRA", 0.2, "share of the steps before pruning", methods=("adalora",))
-    prune_end: float = opt("LoRA", 0.3, "share of the steps after it", methods=("adalora",))
-    prune_every: int = opt("LoRA", 10, "steps between prunings", methods=("adalora",))
-
-    n_virtual: int = opt("virtual tokens", 20, "how many")
-    start: str = opt("virtual tokens", None, "embeddings start from vocab (default), text, labels or random; "
-                     "keys and values from text (default), zero, random or gated", type=str,
-                     choices=("vocab", "text", "labels", "random", "zero", "gated"))
-    start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
-    place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; default: in front',
-                     methods=("prompt", "ptuning"), type=str)
-    encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
-                       choices=("mlp", "lstm"))
-    hidden: int = opt("virtual tokens", None, "the encoder's width; default: the model's, 512 for prefix",
-                      methods=("ptuning", "prefix"), type=int)
-    prefix_dropout: float = opt("virtual tokens", 0.0, "on keys and values", methods=("ptuning2",))
-
-    by: str = opt("classify", "words", "answer with a label word, or use a linear head",
-                  choices=("words", "head"))
-    ask: str = opt("classify", None, "the question behind each text; default: one that names the labels",
-                   type=str)
-
-    template: str = opt("text", "auto", "chat template", choices=("auto",) + chat.TEMPLATES)
-    system: str = opt("text", None, "system message; default: the template's own", type=str)
-    block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024",
-                     TRAIN + ("eval",), type=int)
-    too_long: str = opt("text", "truncate", "what to do with longer ones", ("sft", "classify", "eval"),
-                        choices=("truncate", "drop", "error"))
-    shots: int = opt("text", 0, "solved training examples in front of each question",
-                     ("sft", "classify", "eval"), ("none",))
-    items: int = opt("text", 0, "measure on the first N test items; 0: on all", TRAIN + ("eval",))
-    max_new: int = opt("text", 64, "longest generated answer, in tokens", ("sft", "eval", "chat"))
-
-    n_layer: int = opt("a new model, --init new", 4, "layers")
-    n_head: int = opt("a new model, --init new", 4, "heads")
-    n_embd: int = opt("a new model, --init new", 128, "width")
-    family: str = opt("a new model, --init new", "gpt2", "dialect", choices=("gpt2", "llama"))
-    vocab: int = opt("a new model, --init new", 1024, "size of the tokenizer it gets; 0: bytes")
-
-    prompt: str = opt("generation", None, "answer this and stop; default: a conversation", type=str)
-    temperature: float = opt("generation", 0.7, "0 is greedy")
-    top_k: int = opt("generation", None, "sample from the k likeliest", type=int)
-    top_p: float = opt("generation", None, "sample from the likeliest of this mass", type=float)
-
-
-# A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
-METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
-                   "adalora": dict(lr=1e-2, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=5e-2), "ptuning": dict(lr=3e-3), "prefix": dict(lr=1e-3),
-                   "ptuning2": dict(lr=3e-2)}
-TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
-                                  lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
-                 "classify": dict(data="toy/sentiment"),
-                 **{task: dict(method="none") for task in ("eval", "chat", "merge")}}
-NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+CONCERNS = {"ppo": ppo.PPOConfig, "sample": ppo.PPOConfig, "dpo": ppo.DPOConfig}     # flags of ppo.py's own
 
 
 def parse(argv):
-    """Flags -> Config. Only what this task and method read exists; for the rest it says whose it is."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="sft", choices=TASKS)
-    first.add_argument("--method", choices=METHODS)
-    task, method = vars(first.parse_known_args(argv)[0]).values()
-    method = method or TASK_DEFAULTS.get(task, {}).get("method", "lora")
-    if task not in TRAIN and method != "none":
-        raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
-    defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
-    parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
-                    description=f"The flags of --task {task} --method {method}, with its defaults.",
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
-    fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
-    for name, f in fields.items():
-        m = f.metadata
-        if task not in m["tasks"] or method not in m["methods"]:
-            continue
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
-        value = defaults.get(name, f.default)
-        text = m["help"] if value is None or m["type"] is bool else f"{m['help']} (default {value})"
-        how = dict(action=argparse.BooleanOptionalAction) if m["type"] is bool else dict(
-            type=m["type"], choices=m["choices"], metavar=None if m["choices"] else name.upper())
-        groups[m["group"]].add_argument("--" + name, default=value, help=text.replace("%", "%%"), **how)
-    values, extra = parser.parse_known_args(argv)
-    if extra:
-        raise UserError(explain(extra[0], fields, task, method))
-    cfg = Config(**vars(values))
-    check(cfg)
-    return cfg
-
-
-def explain(word, fields, task, method):
-    """One sentence for a flag that is not there: whose it is, or what it may have meant."""
-    name = word.split("=")[0].removeprefix("--").removeprefix("no-")
-    if not word.startswith("--"):
-        return f"{word!r} is not a flag; flags start with -- and take their value behind a space or ="
-    if name in fields:
-        m = fields[name].metadata
-        whose = ("task", m["tasks"]) if task not in m["tasks"] else ("method", m["methods"])
-        whose = f"--{whose[0]} {' '.join(whose[1])}"
-        return f"--{name} belongs to {whose}; this is --task {task} --method {method}"
-    near = difflib.get_close_matches(name, fields, 1)
-    return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
-
-
-def check(cfg):
-    """What no flag can check alone."""
-    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
-                 seed=0, max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
-                 top_p=0)
-    for name, low in least.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value < 2 ** 63:
-            raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
-    if cfg.init == "new" and cfg.task != "pretrain":
-        raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
-    if cfg.task == "pretrain" and cfg.init != "new":
-        for name in ("n_layer", "n_head", "n_embd", "family", "vocab"):
-            if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
-                raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
-    if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
-        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
-    if cfg.method in SOFT and cfg.lr < 1e-3:
-        note(f"--lr {cfg.lr:g} is small for virtual tokens: they want ten to a hundred times LoRA's rate")
+    return flags.parse(argv, CONCERNS)
 
 
 def default_out(cfg):
-    """out/<task>-<method>[-flags that are not defaults]-s<seed>: readable, the same for the same command."""
-    standard, parts = parse(["--task", cfg.task, "--method", cfg.method]), [cfg.task, cfg.method]
-    for name, value in dataclasses.asdict(cfg).items():
-        if value != getattr(standard, name) and name not in ("task", "method", "seed", *NOT_IDENTITY):
-            text = str(value).rstrip("/").split("/")[-1] if name in ("init", "data") else str(value)
-            plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
-            parts.append(name + (text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]))
-    return os.path.join("out", "-".join(parts) + f"-s{cfg.seed}")
+    return flags.default_out(cfg, parse(["--task", cfg.task, "--method", cfg.method]))
 
 
 # ---------------------------------------------------------------------------------------- models and machines
@@ -273,12 +78,16 @@ def load(folder, dtype=torch.float32):
     if prompt is not None:
         raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
     model = (lora.merge(model) if lora.adapters(model) else model).to(dtype)
-    kind = read_json(folder / "adapter_config.json").get("peft_type", "")
-    if kind in ("LORA", "ADALORA", "IA3"):
+    if low_rank(folder):
         lora.load_adapter(model, folder)
     else:
         prompt = prompts.load_prompt(model, folder)
     return model, prompt, tokenizer
+
+
+def low_rank(folder):
+    """Is it an adapter of Linears (lora.py), rather than a soft prompt (prompts.py)?"""
+    return read_json(folder / "adapter_config.json").get("peft_type") in ("LORA", "ADALORA", "IA3")
 
 
 def open_kit(cfg):
@@ -313,7 +122,20 @@ def open_kit(cfg):
         weight = read_tensors(weights_folder(cfg.init) / "head.safetensors")["score.weight"]
         kit.head = nn.Linear(*reversed(weight.shape), bias=False, device=device)
         kit.head.weight.data.copy_(weight)
+    if said.get("task") == "reward" and cfg.task in ("reward", "eval"):
+        kit.head = scalar_head(cfg.init).to(device)
     return kit
+
+
+def scalar_head(folder):
+    """The head of a reward model, from the folder of its run."""
+    path = weights_folder(folder) / "head.safetensors"
+    if settings(folder).get("task") != "reward" or not path.exists():
+        raise DataError(f"{folder} is no reward model; --task reward makes one")
+    tensors = {name.removeprefix("score."): t for name, t in read_tensors(path).items()}
+    head = ppo.ScalarHead(len(tensors["weight"]))
+    head.load_state_dict(tensors)
+    return head
 
 
 def new_model(cfg):
@@ -378,7 +200,11 @@ def build(kit, cfg):
         if kit.head is None:                        # from zero: every label equally likely, nothing to seed
             kit.head = nn.Linear(model.config.n_embd, len(kit.text.labels), bias=False, device=kit.device)
             nn.init.zeros_(kit.head.weight)
-        learn["head.score.weight"] = kit.head.weight.requires_grad_()
+    if cfg.task == "reward" and kit.head is None:
+        torch.manual_seed(cfg.seed)
+        kit.head = ppo.ScalarHead(model.config.n_embd).to(kit.device)
+    if kit.head is not None:
+        learn.update({f"head.score.{name}": p.requires_grad_() for name, p in kit.head.named_parameters()})
     return learn
 
 
@@ -403,11 +229,11 @@ def param_groups(kit, cfg, learn):
     """Optimiser groups. Decay pulls matrices of the model and of LoRA, never virtual tokens or a head."""
     if cfg.method in LORA:
         groups = lora.param_groups(kit.model, cfg.lr, cfg.lora_plus, cfg.weight_decay)
-        learn = {name: p for name, p in learn.items() if name.startswith("head.")}
+        learn = {name: p for name, p in learn.items() if name.startswith("head.score.")}
     else:
         groups = []
     pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"}
-    pulled.discard("head.score.weight")
+    pulled -= {name for name in pulled if name.startswith("head.score.")}
     for decay in (True, False):
         if ps := [p for name, p in learn.items() if (name in pulled) == decay]:
             groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
@@ -427,7 +253,8 @@ def save_weights(kit, cfg, folder):
         else:
             lora.save_adapter(kit.model, inner, base=portable(cfg.init))
     if kit.head is not None:
-        write_tensors(inner / "head.safetensors", {"score.weight": kit.head.weight.detach().cpu()})
+        write_tensors(inner / "head.safetensors", {f"score.{name}": t.cpu()
+                                                   for name, t in kit.head.state_dict().items()})
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
     said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by")}
     write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, **said})
@@ -451,6 +278,44 @@ def culprit(kit, learn):
     named = [("the weight " + name, p) for name, p in [*kit.model.named_parameters(), *learn.items()]]
     named += [("the gradient of " + name, p.grad) for name, p in learn.items() if p.grad is not None]
     return next((what for what, t in named if not t.isfinite().all()), "the loss itself")
+
+
+def as_role(kit, past):
+    """The model as ppo.py takes it: something to enter, which gives (model, past)."""
+    return lambda: contextlib.nullcontext((kit.model, past))
+
+
+def objective(kit, cfg, part, past):
+    """What --task minimises, summed over these examples, fp32: all that the loop knows about tasks."""
+    if cfg.task == "reward":
+        return ppo.reward_step(as_role(kit, past), kit.head, part)[0]
+    if cfg.task == "dpo":
+        return ppo.dpo_step(as_role(kit, past), part, cfg.rl)[0]
+    return evaluate.summed_loss(kit, part, past)
+
+
+@torch.no_grad()
+def measure(kit, cfg, rows, examples, shots=()):
+    """(metrics, what it says about the first rows): evaluate.measure, and the same for preferences."""
+    if not isinstance(examples[0], Ranking):
+        return evaluate.measure(kit, rows, examples, shots)
+    if cfg.task == "eval" and kit.head is None:
+        raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can judge")
+    total, seen, said, past = 0.0, [], [""] * len(rows), kit.past()
+    with kit.cast():
+        for part in batches.micro(range(len(rows)), list(map(size, examples)), 2 * kit.micro):
+            some, role = [examples[i] for i in part], as_role(kit, past)
+            if cfg.task == "dpo":
+                loss, _, found = ppo.dpo_step(role, some, cfg.rl)
+            else:
+                loss, _, found = ppo.reward_step(role, kit.head, some)
+                for i, scores in zip(part, found[0].tolist()):
+                    said[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
+            total, seen = total + loss.item(), [*seen, found]
+    if cfg.task != "dpo":
+        return {"loss": total / len(rows), **reward_report(seen)}, said
+    means = {name: sum(found[name] for found in seen) / len(rows) for name in seen[0]}
+    return {"loss": total / len(rows), **means}, evaluate.answer(kit, [kit.text.asked(r) for r in rows[:3]])
 
 
 def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
@@ -499,7 +364,7 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 past, finish = prompts.cut(past)
             for part in parts:
                 with kit.cast():
-                    share = evaluate.summed_loss(kit, part, past) / max(count, 1)
+                    share = objective(kit, cfg, part, past) / max(count, 1)
                 scaler.scale(share).backward()
                 loss += share.item()
             if finish:
@@ -524,7 +389,7 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
                 now["step"], now["seconds"] = step + 1, now["seconds"] + time.monotonic() - began
-                now["tokens"] += sum(len(ids) for part in parts for ids, _ in part)
+                now["tokens"] += sum(size(e) for part in parts for e in part)
                 now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
             last = step + 1 == total
@@ -561,9 +426,8 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
 # -------------------------------------------------------------------------------------------------- the tasks
 
 def supervised(cfg):
-    """pretrain, sft, classify; with --method none (and --task eval) the same without learning."""
-    told = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_IDENTITY}
-    run = Run(cfg.out or default_out(cfg), told, cfg.fresh)
+    """The tasks that share a loop; with --method none (and --task eval) the same without learning."""
+    run = open_run(cfg)
     if not cfg.dry_run and (done := run.finished()):
         return report(done, run.folder)
     with contextlib.nullcontext() if cfg.dry_run else run.opened():
@@ -581,53 +445,99 @@ def supervised(cfg):
             few = {"train": [] if kind == "text" else rows["train"][:2]}
             shown = kit.text.split(few, kit.block(cfg.block), cfg.too_long)["train"]
             return describe(kit, learn, base, shown)
-        data_sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-        state = run.start(dict(device=str(kit.device), dtype=str(kit.dtype)[6:], template=kit.text.template,
-                               data_sha256=data_sha256, base_sha256=evaluate.fingerprint(kit.model))) or {}
+        state = run.start(facts(kit, rows)) or {}
         test, shots = rows["test"], rows["train"][:cfg.shots]
+        asked = [kit.text.asked(row) for row in rows["valid"] * 2] if cfg.task == "reward" else []
         if "baseline" not in state:
             examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
-            found, said = evaluate.measure(kit, test, examples, shots)
+            if cfg.task in ("reward", "dpo"):       # nothing to measure yet; what would the model say?
+                found, said = {}, evaluate.answer(kit, [kit.text.asked(row) for row in test[:3]])
+            else:
+                found, said = measure(kit, cfg, test, examples, shots)
             state = {"baseline": found, "before": said[:3]}
+            if cfg.task == "reward":                # scores will be relative to what this model says
+                dice = torch.Generator(kit.device).manual_seed(cfg.seed)
+                state["samples"] = evaluate.sample(kit, asked, temperature=1.0, generator=dice)
             run.rewind(-1)
             run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
         now, learn, weights = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, 0
         after, found = state["before"], dict(state["baseline"])
         if cfg.method != "none":
-            general = [] if cfg.forget == "none" else formats.load(cfg.forget, "valid").rows[:100]
-            room = kit.room() - (cfg.n_virtual if cfg.method in SOFT else 0)    # before and after alike
-            general = kit.text.split({"valid": general}, min(256, room))["valid"]
-            state.setdefault("general", evaluate.mean_loss(kit, general)[0])
+            plain = general(cfg, kit)
+            state.setdefault("general", evaluate.mean_loss(kit, plain)[0])
             learn = build(kit, cfg)
             block = kit.block(cfg.block)
             examples = kit.text.split(rows, block, cfg.too_long)
+            if cfg.task == "dpo":                   # the reference is the policy as it begins
+                examples = {split: referred(kit, some) for split, some in examples.items()}
             feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None)
             total = math.ceil(cfg.epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
             note(f"{sum(p.numel() for p in learn.values()):,} of {base:,} parameters learn; {total} steps")
             now = fit(kit, cfg, run, learn, feed, total, state,
-                      lambda: evaluate.measure(kit, rows["valid"], examples["valid"])[0])
+                      lambda: measure(kit, cfg, rows["valid"], examples["valid"])[0])
             if kit.prompt is not None:
                 kit.prompt.fold()                   # what an encoder was for ends with the training
-            found, said = evaluate.measure(kit, test, examples["test"])
+            if cfg.task == "reward":
+                with kit.cast(), torch.no_grad():
+                    judge = ppo.model_reward(as_role(kit, kit.past()), kit.head, cfg.micro)
+                    ppo.calibrate(kit.head, judge(asked, state["samples"]))
+            found, said = measure(kit, cfg, test, examples["test"])
             after = said[:3]
-            if general:
-                found["forgetting"] = evaluate.mean_loss(kit, general)[0] - state["general"]
+            if plain:
+                found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
             samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0],
                             before=b, after=a) for row, b, a in zip(test, state["before"], after)]
-            clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
-            run.log(event="test", **clock, **found)
-            result = dict(
-                status="done", **{name: told[name] for name in ("task", "method", "init", "data", "seed")},
-                metrics=found, baseline_metrics=state["baseline"], params_total=base,
-                params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
-                steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
-                tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
-                peak_memory_mb=peak_memory_mb(kit.device))
-            run.finish(result)
+            result = finish(run, kit, found, state["baseline"], samples, learn, base, weights, now)
     return report(result, run.folder)
+
+
+def finish(run, kit, found, before, samples, learn, total, weights, now):
+    """The last event, then result.json, which is returned."""
+    clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
+    run.log(event="test", **clock, **found)
+    result = dict(
+        status="done", **{name: run.told[name] for name in ("task", "method", "init", "data", "seed")},
+        metrics=found, baseline_metrics=before, params_total=total,
+        params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
+        steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
+        tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
+        peak_memory_mb=peak_memory_mb(kit.device))
+    run.finish(result)
+    return result
+
+
+def facts(kit, rows):
+    """What config.json keeps beside the flags, and what a continued run must find again."""
+    return dict(device=str(kit.device), dtype=str(kit.dtype)[6:], template=kit.text.template,
+                data_sha256=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+                base_sha256=evaluate.fingerprint(kit.model))
+
+
+def general(cfg, kit):
+    """Plain text that no task asks for, as examples: the rise of its loss is the forgetting."""
+    rows = [] if cfg.forget == "none" else formats.load(cfg.forget, "valid").rows[:100]
+    virtual = cfg.n_virtual if cfg.method in SOFT and kit.prompt is None else 0     # before and after alike
+    return kit.text.split({"valid": rows}, min(256, kit.room() - virtual))["valid"]
+
+
+def open_run(cfg):
+    return Run(cfg.out or default_out(cfg),
+               {name: value for name, value in told(cfg).items() if name not in NOT_IDENTITY}, cfg.fresh)
+
+
+@torch.no_grad()
+def referred(kit, examples):
+    """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
+    out, past = list(examples), kit.past()
+    with kit.cast():
+        for part in batches.micro(range(len(examples)), list(map(size, examples)), 2 * kit.micro):
+            both = ppo.pair_logprobs(as_role(kit, past), [examples[i] for i in part])
+            for i, pair in zip(part, torch.stack(both, 1).tolist()):
+                out[i] = examples[i]._replace(reference=tuple(pair))
+    return out
 
 
 def open_data(cfg):
@@ -637,8 +547,10 @@ def open_data(cfg):
     said = [f"{len(r)} {split}" for split, r in rows.items()]
     said += [f"{n} dropped {why}" for why, n in data["train"].dropped.items()]
     note(f"{data['train'].source}, {data['train'].form or kind}: {', '.join(said)}")
-    reads = {"pretrain": ("text",), "classify": ("label",), "sft": ("chat", "label")}
-    reads = reads.get(cfg.task, ("chat", "label", "text"))
+    asks = ("prompt", "chat", "pairs", "ranked")
+    reads = {"pretrain": ("text",), "classify": ("label",), "sft": ("chat", "label"), "ppo": asks,
+             "sample": asks, "reward": ("pairs", "ranked"), "dpo": ("pairs", "ranked"),
+             "eval": ("chat", "label", "text", "pairs", "ranked")}[cfg.task]
     if kind not in reads:
         raise DataError(f"{cfg.data} holds {kind} rows; --task {cfg.task} reads {' or '.join(reads)} rows")
     if shared := formats.leaks(rows["train"], rows["test"]):
@@ -646,6 +558,216 @@ def open_data(cfg):
     rows["test"] = rows["test"][:cfg.items or None]
     rows["valid"] = rows["valid"][:100]             # a look at progress; results come from test
     return rows, kind
+
+
+# ------------------------------------------------------------------------------------------- from preferences
+
+def role(kit, model, name=None, prompt=None):
+    """A part that a model plays in ppo.py: inside, its adapter is live, and it computes as the run does."""
+    @contextlib.contextmanager
+    def enter():
+        with kit.cast(), lora.use(model, name):
+            yield model, prompt(model) if prompt is not None else None
+    return enter
+
+
+def scorer(word, kit, texts):
+    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
+    module, _, name = word.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        judge = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"{word} cannot be imported ({e}); it must be module:function, a function of the "
+                        "texts of a prompt and an answer that returns a number") from None
+    return lambda asked, said: torch.tensor([float(judge(texts[tuple(p)], kit.text.said(y)))
+                                             for p, y in zip(asked, said)])
+
+
+def reward_model(cfg, kit, base):
+    """(what scores answers, its head, its adapter's folder or None). A reward model that was trained on the
+    model which --init names is one more adapter of `base`, and a critic can begin with it."""
+    folder, head = weights_folder(cfg.reward), scalar_head(cfg.reward).to(kit.device)
+    below = base_of(folder)
+    if below is not None and below.resolve() == weights_folder(cfg.init).resolve() and low_rank(folder):
+        lora.load_adapter(base, folder, "reward", trainable=False)
+        return ppo.model_reward(role(kit, base, "reward"), head, cfg.rl.micro), head, folder
+    model, prompt, tokenizer = load(cfg.reward, kit.model.wte.weight.dtype)
+    if tokenizer.encode("A reward, of 10!") != kit.text.tokenizer.encode("A reward, of 10!"):
+        raise DataError(f"--reward {cfg.reward} and --init {cfg.init} do not share a tokenizer")
+    model = model.to(kit.device).requires_grad_(False).eval()
+    play = role(kit, model, "default" if lora.adapters(model) else None, prompt)
+    return ppo.model_reward(play, head, cfg.rl.micro), head, None
+
+
+class Table:
+    """What --task ppo and --task sample sit at: prompts as ids, judges of answers, ids that no answer has."""
+
+    def __init__(self, cfg, kit, rows, base):
+        self.kit, self.rl, self.seed, self.texts, self.prompts = kit, cfg.rl, cfg.seed, {}, {}
+        for split, some in rows.items():
+            self.prompts[split] = [kit.text.asked(row)[-(kit.room() - cfg.rl.max_new):] for row in some]
+            last = [kit.text.turns(row)[-2]["content"] for row in some]
+            self.texts.update(zip(map(tuple, self.prompts[split]), last))
+        if not cfg.reward:
+            raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
+        if ":" in cfg.reward:
+            self.reward, self.head, self.folder = scorer(cfg.reward, kit, self.texts), None, None
+        else:
+            self.reward, self.head, self.folder = reward_model(cfg, kit, base)
+        word = cfg.gold or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
+        self.gold = scorer(word, kit, self.texts) if word else None
+        rest = range(kit.text.tokenizer.vocab_size, kit.model.config.vocab_size)
+        self.banned = sorted({*kit.text.tokenizer.special.values(), *rest} - {kit.text.end})
+
+    @torch.no_grad()
+    def look(self, roles, prompts, n=1):
+        """n answers of the policy to each prompt: ({metric: value}, answers, scores (prompts, n))."""
+        asked, end = [p for p in prompts for _ in range(n)], self.kit.text.end
+        batch, answers = ppo.rollout(roles._replace(critic=None), asked, {end}, self.rl, self.banned,
+                                     ppo.rng(self.seed, "look", device=self.kit.device))
+        judged = {"score": torch.as_tensor(self.reward(asked, answers)).float().cpu()}
+        if self.gold:
+            judged["gold"] = self.gold(asked, answers)
+        ended = torch.tensor([y[-1] == end for y in answers])
+        found = rollout_report(batch, answers, judged["score"], ended, n)
+        found = {name: found[name] for name in ("kl", "eos_rate", "length", "unique", "repeat4")}
+        best = ppo.best_of_n(judged["score"].view(-1, n))[:, None]      # the baseline that RL has to meet
+        for name, x in judged.items():
+            found |= {name: x.mean().item(), name + "_std": x.std().item()}
+            if n > 1:
+                found[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
+        return found, answers, judged["score"].view(-1, n)
+
+
+def cast_roles(cfg, kit, base, table):
+    """(Roles, what the critic learns). The critic begins as the reward model, or with values of zero."""
+    policy = role(kit, kit.model, "default" if cfg.method in LORA else None, kit.prompt)
+    reference = role(kit, base, None, copy.deepcopy(kit.prompt))    # of a soft prompt: the prompt as it began
+    if cfg.rl.algo != "ppo":
+        return ppo.Roles(policy, reference), None
+    head = copy.deepcopy(table.head) or ppo.ScalarHead(base.config.n_embd, zero=True).to(kit.device)
+    if table.folder:
+        lora.load_adapter(base, table.folder, "value")
+    else:
+        lora.inject(base, cfg.targets, cfg.rank, cfg.alpha, layers=ranges(cfg.layers), name="value",
+                    seed=cfg.seed)
+        base.to(kit.device)
+    learn = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
+    return ppo.Roles(policy, reference, role(kit, base, "value"), head), \
+        learn | lora.adapter_parameters(base, "value")
+
+
+def reinforce(cfg):
+    """--task ppo. Policy, critic and reward model are adapters of one frozen base, which is the reference;
+    with --method full the policy leaves it, so a copy stays behind."""
+    run = open_run(cfg)
+    if done := run.finished():
+        return report(done, run.folder)
+    with run.opened():
+        kit, (rows, _), rl = open_kit(cfg), open_data(cfg), cfg.rl
+        base = kit.model if cfg.method != "full" else copy.deepcopy(kit.model).requires_grad_(False)
+        total = sum(p.numel() for p in base.parameters())
+        state = run.start(facts(kit, rows)) or {}
+        learn = build(kit, cfg)
+        table = Table(cfg, kit, rows, base)
+        roles, value = cast_roles(cfg, kit, base, table)
+        note(f"{sum(p.numel() for p in learn.values()):,} of {total:,} parameters learn")
+        trained, plain = ppo.PPOState(rl, learn, value), general(cfg, kit)
+        if "baseline" not in state:
+            found, answers, _ = table.look(roles._replace(policy=roles.reference), table.prompts["test"], 4)
+            before = [kit.text.said(y) for y in answers[:12:4]]
+            state = dict(baseline=found, before=before, seconds=0.0, tokens=0)
+            with roles.reference():
+                state["general"] = evaluate.mean_loss(kit, plain)[0]
+            run.rewind(-1)
+            run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
+        else:
+            trained.load_state_dict(state["trained"])
+        run.rewind(trained.step)
+        ptx = None
+        if rl.ptx_coef:
+            feed = Feed(kit.text.stream(formats.load(cfg.ptx_data, "train").rows), 8, rl.micro, cfg.seed,
+                        min(256, kit.room()))
+
+            def ptx(step, minibatch):
+                parts = feed(step * rl.ppo_epochs * rl.minibatches + minibatch)
+                return [tuple(t.to(kit.device) for t in batches.collate(part)) for part in parts]
+        bar = tqdm(total=rl.steps, initial=trained.step, disable=None, unit="iteration", mininterval=0.5)
+        began, spoke = time.monotonic(), -math.inf
+        for metrics, batch in ppo.train_ppo(rl, roles, trained, table.prompts["train"], table.reward,
+                                            kit.text.end, table.banned, table.gold, ptx):
+            with guard:
+                now = time.monotonic()
+                state["seconds"], began = state["seconds"] + now - began, now
+                state["tokens"] += int(batch.lengths.sum())
+                run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
+                if trained.step % cfg.save_every == 0 or trained.step == rl.steps:
+                    run.save({**state, "trained": trained.state_dict()})
+            bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
+            bar.update()
+            wrong = health(metrics, 1e-4 if kit.dtype == torch.float32 else 0.1)
+            if now - spoke > 5 or wrong or trained.step == rl.steps:
+                shown = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
+                shown = [f"{name} {metrics[name]:.3g}" for name in shown if name in metrics]
+                note(f"iteration {trained.step}/{rl.steps}  " + "  ".join(shown)
+                     + "".join(f"\n  {line}" for line in wrong))
+                spoke = now
+        bar.close()
+        if trained.ema:                             # what is measured and kept is the average
+            for name, p in learn.items():
+                p.data.copy_(trained.ema.shadow[name])
+        found, answers, _ = table.look(roles, table.prompts["test"])
+        if table.gold:
+            found["gold_gain"] = (found["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
+        with roles.policy():
+            if plain:
+                found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
+            with guard:
+                weights = save_weights(kit, cfg, run.folder)
+                samples = [dict(prompt=table.texts[tuple(p)], before=b, after=kit.text.said(y))
+                           for p, b, y in zip(table.prompts["test"], state["before"], answers)]
+                result = finish(run, kit, found, state["baseline"], samples, learn, total, weights,
+                                dict(step=trained.step, skipped=0, **state))
+    return report(result, run.folder)
+
+
+def draw(cfg):
+    """--task sample: n answers to each prompt, scored, and the best of them as rows to imitate, so that
+    `--task sft --data FOLDER` on them is FeedME."""
+    run = open_run(cfg)
+    if done := run.finished():
+        return report(done, run.folder)
+    with run.opened():
+        kit, (rows, _), began = open_kit(cfg), open_data(cfg), time.monotonic()
+        run.start(facts(kit, rows))
+        rows = {split: some[:cfg.items or None] for split, some in rows.items()}
+        table, n = Table(cfg, kit, rows, kit.model), cfg.rl.samples
+        policy = role(kit, kit.model, "default" if lora.adapters(kit.model) else None, kit.prompt)
+        for split, asked in table.prompts.items():
+            found, answers, scores = table.look(ppo.Roles(policy, policy), asked, n)
+            kept = [dict(prompt=table.texts[tuple(asked[b])], completion=kit.text.said(answers[b * n + i]),
+                         score=scores[b, i].item()) for b, i in ppo.feedme(scores, cfg.keep)]
+            with atomic(run.folder / f"{split}.jsonl") as f:
+                f.writelines((json.dumps(row) + "\n").encode() for row in kept)
+        del found["kl"]                             # policy and reference are one here
+        result = finish(run, kit, found, {}, [], {}, sum(p.numel() for p in kit.model.parameters()), 0,
+                        dict(step=0, tokens=0, seconds=time.monotonic() - began, skipped=0))
+    return report(result, run.folder)
+
+
+def stages(cfg):
+    """--task ppo from the base model: letters to imitate, a reward model of ranked letters, PPO on both."""
+    folders = []
+    for words in (["sft", "--data", "toy/letters", "--epochs", "1"], ["reward", "--init"]):
+        words = ["--task", *words, *folders, "--seed", str(cfg.seed), "--device", cfg.device]
+        stage = parse([*words, "--dtype", cfg.dtype])
+        note("\npython train.py " + " ".join(words))
+        supervised(stage)
+        folders.append(default_out(stage))
+    note(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
+    out = cfg.out or default_out(cfg)
+    return reinforce(dataclasses.replace(cfg, init=folders[0], reward=folders[1], out=out))
 
 
 def talk(cfg):
@@ -701,6 +823,12 @@ def main(argv=None):
                 return talk(cfg)
             if cfg.task == "merge":
                 return merge(cfg)
+            if cfg.task == "sample":
+                return draw(cfg)
+            if cfg.task == "ppo" and (cfg.init, cfg.reward) == ("data/base", None):
+                return stages(cfg)
+            if cfg.task == "ppo":
+                return reinforce(cfg)
             return supervised(cfg)
     except UserError as e:
         note(f"train.py: {e}")

@@ -7,7 +7,7 @@
 Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
 budget; no number depends on how they were batched (attention is causal: a pad cannot be seen).
 
-Public: Kit, summed_loss, mean_loss, answer, measure, fingerprint
+Public: Kit, summed_loss, mean_loss, sample, answer, measure, fingerprint
 """
 import contextlib
 import hashlib
@@ -111,9 +111,9 @@ def mean_loss(kit, examples):
 
 
 @torch.no_grad()
-def answer(kit, prompts, **sampling):
-    """What the model answers to each prompt (ids), as text; greedy unless told otherwise."""
-    out, end = [None] * len(prompts), chat.end_token(kit.text.template, kit.text.tokenizer)
+def sample(kit, prompts, **sampling):
+    """What the model answers to each prompt, ids to ids; greedy unless told otherwise."""
+    out, end = [None] * len(prompts), kit.text.end
     sampling = {"temperature": 0, **sampling}
     with kit.cast():
         past = kit.past()
@@ -121,8 +121,13 @@ def answer(kit, prompts, **sampling):
             new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
                            embed=kit.embed, **sampling)
             for i, ids in zip(rows, new):
-                out[i] = kit.text.tokenizer.decode([t for t in ids if t != end]).strip()
+                out[i] = ids
     return out
+
+
+def answer(kit, prompts, **sampling):
+    """The same as text."""
+    return [kit.text.said(ids) for ids in sample(kit, prompts, **sampling)]
 
 
 @torch.no_grad()

@@ -2,18 +2,27 @@
 
     example   (ids, mask)    mask[i] is true where token i is to be predicted: answers and their end tokens
               (ids, label)   for a classification head: the label's number, read at the last token
+              Ranking        a prompt with answers of which some are better than others
     step      `batch` examples, cut into micro-batches under a budget of padded tokens
 
 Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is
 what it is asked with. Feed is a pure function of (seed, step): there is no data state to save or to restore.
 
-Public: Text, Feed, targets, windows
+Public: Text, Feed, Ranking, targets, size, windows
 """
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data import batches, chat
 from data.files import DataError
 from data.runs import note
+
+
+class Ranking(NamedTuple):
+    prompt: list                    # ids
+    answers: list                   # lists of ids, each with its end token
+    ranks: list                     # one per answer, smaller is better; of two 0 and the margin of the votes
+    reference: tuple = ()           # DPO: log-probabilities of the two answers before training
 
 
 @dataclass
@@ -27,16 +36,35 @@ class Text:
     by: str = "words"               # "words": the label is an answer like any other; "head": a class number
     frame: tuple = ([], [])         # ids before and after a prompt: the virtual tokens of a template
 
+    @property
+    def end(self):
+        """The token that ends an answer."""
+        return chat.end_token(self.template, self.tokenizer)
+
+    def said(self, ids):
+        """An answer as text."""
+        return self.tokenizer.decode([t for t in ids if t != self.end]).strip()
+
     def turns(self, row):
-        """A row as a conversation that ends with the answer."""
+        """A row as a conversation that ends with the answer, of a preference with the best."""
+        if "prompt" in row:
+            return [*row["prompt"], {"role": "assistant", "content": self.answers(row)[0]}]
         if "label" not in row:
             return row["messages"]
         ask = self.ask or f"Which label fits this text: {' or '.join(self.labels)}?"
         return [{"role": "user", "content": f"{row['text']}\n\n{ask}"},
                 {"role": "assistant", "content": row["label"]}]
 
+    def answers(self, row):
+        """The answers of a preference, best first; none of a bare prompt is empty."""
+        if "responses" not in row:
+            return [row.get("chosen", ""), row.get("rejected", "")]
+        return [text for _, text in sorted(zip(row["rank"], row["responses"]), key=lambda pair: pair[0])]
+
     def wanted(self, row):
         """The answers that count as right."""
+        if "prompt" in row:
+            return self.answers(row)[:1]
         return [row["label"]] if "label" in row else row.get("references") or [row["messages"][-1]["content"]]
 
     def asked(self, row, shots=()):
@@ -45,10 +73,25 @@ class Text:
         before, after = self.frame
         return before + chat.prompt(turns, self.template, self.tokenizer, self.system) + after
 
+    def ranking(self, row, block):
+        """A preference as (Ranking, was it cut?): answers lose their end, then the prompt its beginning."""
+        asked = self.asked(row)
+        said = [chat.answer(text, self.template, self.tokenizer) for text in self.answers(row)]
+        kept = [ids[:max(block // 2, block - len(asked))] for ids in said]
+        room = block - max(map(len, kept))
+        ranks = sorted(row["rank"]) if "rank" in row else \
+            [0, max(1, row.get("votes_for", 1) - row.get("votes_against", 0))]
+        return Ranking(asked[-room:], kept, ranks), kept != said or len(asked) > room
+
     def encode(self, rows, block, too_long="truncate"):
         """Rows -> (examples, {what happened to long ones: how many})."""
         out, long, (before, after) = [], {"cut": 0, "left out": 0}, self.frame
         for row in rows:
+            if "prompt" in row:
+                example, cut = self.ranking(row, block)
+                long["cut"] += cut
+                out.append(example)
+                continue
             if self.by == "head":
                 ids = self.asked(row)
                 long["cut"] += len(ids) > block
@@ -97,8 +140,15 @@ def windows(ids, starts, block):
 
 
 def targets(example):
-    """How many predictions an example is scored on."""
-    return sum(example[1][1:]) if isinstance(example[1], list) else 1
+    """How many predictions an example is scored on; the comparisons of a prompt count as one."""
+    return sum(example[1][1:]) if isinstance(example[1], list) and len(example) == 2 else 1
+
+
+def size(example):
+    """Its tokens."""
+    if isinstance(example, Ranking):
+        return sum(len(example.prompt) + len(ids) for ids in example.answers)
+    return len(example[0])
 
 
 class Feed:
@@ -109,7 +159,7 @@ class Feed:
 
     def __init__(self, examples, batch, micro, seed, block=None):
         self.examples, self.batch, self.micro, self.seed, self.block = examples, batch, micro, seed, block
-        self.lengths = None if block else [len(ids) for ids, _ in examples]
+        self.lengths = None if block else list(map(size, examples))
         self.epoch, self.steps = 0, self.plan(0)
         self.per_epoch = len(self.steps)
 
@@ -126,4 +176,4 @@ class Feed:
         rows = self.steps[i % len(self.steps)]
         rows = windows(self.examples, rows, self.block) if self.block else [self.examples[j] for j in rows]
         return [[rows[j] for j in part]
-                for part in batches.micro(range(len(rows)), [len(ids) for ids, _ in rows], self.micro)]
+                for part in batches.micro(range(len(rows)), list(map(size, rows)), self.micro)]

@@ -28,14 +28,17 @@ def report(result, folder):
     before, after = result.get("baseline_metrics", {}), result["metrics"]
     shown = {name: value for name, value in after.items() if name != "targets"}
     say(f"{'':16}{'before':>10}{'after':>10}")
-    for name, value in shown.items():
-        say(f"{name:16}" + (f"{before[name]:10.4f}" if name in before else " " * 10) + f"{value:10.4f}")
+    for name in [*shown, *(name for name in before if name not in after)]:
+        two = [f"{side[name]:10.4f}" if name in side else " " * 10 for side in (before, shown)]
+        say(f"{name:16}" + "".join(two))
     for sample in result["samples"]:
         say()
-        for key in ("prompt", "wanted", "before", "after"):
+        for key in [key for key in ("prompt", "wanted", "before", "after") if key in sample]:
             lines = sample[key].strip().splitlines() or [""]
             say(f"  {key:8}" + ("\n" + " " * 10).join(lines))
-    if result["method"] != "none":
+    if result["task"] == "reward":
+        say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
+    elif result["method"] != "none":
         say(f"\npython train.py --task chat --init {folder}")
     brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes",
                                              "steps", "seconds", "tokens_per_second")}

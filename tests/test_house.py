@@ -22,8 +22,8 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=420, lora=485, prompts=350, ppo=670, train=720)
-DATA_LINES = 280
+LINES = dict(model=420, lora=485, prompts=350, ppo=680, train=850)
+DATA_LINES = 285
 
 
 def source_files():

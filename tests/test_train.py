@@ -21,7 +21,7 @@ import torch
 
 import lora
 import train
-from data import chat, evaluate, runs
+from data import chat, evaluate, flags, runs
 from data.examples import Text
 from data.files import UserError, read_json, read_tensors
 from data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from prompts import PTuningV2
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-METHODS = [m for m in train.METHODS if m != "none"]
+METHODS = [m for m in flags.METHODS if m != "none"]
 SHORT = ["--steps", "6", "--batch", "4", "--eval_every", "100", "--max_new", "4", "--forget", "none"]
 
 
@@ -118,16 +118,16 @@ def test_help_is_that_methods_manual(capsys):
         train.main(["--method", "prefix", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--n_virtual" in text and "--rank " not in text
-    assert f"default {train.METHOD_DEFAULTS['prefix']['lr']}" in text
+    assert f"default {flags.METHOD_DEFAULTS['prefix']['lr']}" in text
 
 
 def test_every_field_is_read():
     """No dead flags: each field is used outside its definition."""
     source = (ROOT / "train.py").read_text()
-    for f in dataclasses.fields(train.Config):
+    for f in dataclasses.fields(flags.Config):
         assert re.search(rf"\bcfg\.{f.name}\b", source), f.name
-    for values in train.METHOD_DEFAULTS.values():
-        assert values.keys() <= {f.name for f in dataclasses.fields(train.Config)}
+    for values in flags.METHOD_DEFAULTS.values():
+        assert values.keys() <= {f.name for f in dataclasses.fields(flags.Config)}
 
 
 def test_default_folder_is_readable_and_stable():
@@ -154,7 +154,7 @@ def test_schedule_values():
 def test_every_cell_runs_and_only_what_learns_moves(task, data, method, world, tmp_path):
     before = {k: t.clone() for k, t in read_tensors(world / "base" / "model.safetensors").items()}
     extra = ["--block", "24"] if task == "pretrain" else []
-    if method not in train.LORA + ("full",):
+    if method not in flags.LORA + ("full",):
         extra += ["--n_virtual", "4"]
     r = run(world, tmp_path / "r", "--task", task, "--method", method, *extra, data=data)
     assert r["status"] == "done" and r["steps"] == 6 and r["skipped"] == 0
@@ -167,7 +167,7 @@ def test_every_cell_runs_and_only_what_learns_moves(task, data, method, world, t
     with torch.no_grad():
         past = prompt(model) if prompt is not None else None
         assert not torch.equal(model(x, past)[0], base(x)[0])
-        if method in train.LORA:
+        if method in flags.LORA:
             with lora.disabled(model):
                 assert torch.equal(model(x)[0], base(x)[0])
 
@@ -190,7 +190,7 @@ def test_every_method_overfits_a_fixed_batch(method, most, world, tmp_path):
 def test_the_folder_holds_what_it_should(world, tmp_path):
     r = run(world, tmp_path / "r", "--method", "lora", "--rank", "3", "--targets", "q,v")
     told = read_json(tmp_path / "r" / "config.json")
-    assert told["config"]["rank"] == 3 and told["config"]["lr"] == train.METHOD_DEFAULTS["lora"]["lr"]
+    assert told["config"]["rank"] == 3 and told["config"]["lr"] == flags.METHOD_DEFAULTS["lora"]["lr"]
     assert {"argv", "machine", "device", "dtype", "data_sha256", "base_sha256"} <= told.keys()
     assert {"status", "task", "method", "init", "data", "seed", "metrics", "baseline_metrics", "samples",
             "params_trainable", "params_total", "adapter_bytes", "steps", "tokens", "seconds",

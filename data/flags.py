@@ -1,0 +1,284 @@
+"""flags.py: every flag of the command, who reads it, and what it is when nobody says it.
+
+Flag = field = JSON key. A field's metadata says its group, its line of help, its type or choices, and which
+tasks and methods read it; for one task and method only their flags exist, and for any other word there is one
+sentence that says whose it is or what it may have meant. Abbreviations are errors: the meaning of a sweep
+must not change with a new flag. Other files have flags of their own (ppo.PPOConfig): `concerns`.
+
+Public: Config, parse, told, default_out, and the names of tasks and methods
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import os
+from dataclasses import dataclass, field
+
+from data import chat
+from data.files import UserError
+from data.runs import note
+
+TASKS = ("sft", "pretrain", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "merge")
+METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
+FIT = TASKS[:5]                                         # the supervised loop; ppo has a loop of its own
+TRAIN = TASKS[:6]
+CHATTY = ("sft", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat")      # they render a template
+LORA, SOFT = METHODS[:3], METHODS[3:7]                  # methods that inject; methods that are a past
+LEARN = METHODS[:8]
+ROLES = {"the run": (TASKS, METHODS), "training": (FIT, LEARN), "text": (CHATTY, METHODS),
+         "LoRA": (TRAIN, LORA), "virtual tokens": (TRAIN, SOFT), "classify": (("classify",), METHODS),
+         "generation": (("chat",), METHODS), "a new model, --init new": (("pretrain",), METHODS),
+         "reward": (("ppo", "sample"), METHODS)}
+SAMPLING = ("samples", "temperature", "max_new", "micro")       # what --task sample reads of PPO's flags
+
+
+def opt(group, default, help, tasks=None, methods=None, type=None, choices=None):
+    """A flag: its default, its line of help, and who reads it: its group's tasks and methods, or these."""
+    return field(default=default, metadata=dict(
+        group=group, help=help, tasks=tasks or ROLES[group][0], methods=methods or ROLES[group][1],
+        type=type or default.__class__, choices=choices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told: flag = field = JSON key, read-only."""
+    task: str = opt("the run", "sft", "the objective", choices=TASKS)
+    method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
+    init: str = opt("the run", "data/base", "a model, adapter or run folder, a cached model, or new")
+    data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
+                    TRAIN + ("sample", "eval"))
+    out: str = opt("the run", None, "the run folder; default: a readable name in out/",
+                   TRAIN + ("sample", "eval", "merge"), type=str)
+    seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
+    device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
+                     choices=("auto", "fp32", "bf16", "fp16"))
+    fresh: bool = opt("the run", False, "start over: delete what the run folder holds",
+                      TRAIN + ("sample", "eval"))
+    dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", FIT, LEARN)
+
+    steps: int = opt("training", None, "optimiser steps; overrides --epochs", type=int)
+    epochs: float = opt("training", 6.0, "passes over the training data")
+    batch: int = opt("training", 16, "examples per optimiser step")
+    micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
+                     FIT + ("eval",), METHODS)
+    lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
+    warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
+    schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
+    min_lr: float = opt("training", 0.0, "where the schedule ends, as a share of --lr")
+    beta2: float = opt("training", 0.999, "AdamW's second moment")
+    weight_decay: float = opt("training", 0.0, "AdamW's decay, of matrices only", methods=("full",) + LORA)
+    clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
+    checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time",
+                           FIT)
+    eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
+    save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
+    forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
+
+    rank: int = opt("LoRA", 8, "r, the width of the bottleneck", methods=("lora", "adalora"))
+    alpha: float = opt("LoRA", 16.0, "the delta is scaled by alpha / rank", methods=("lora", "adalora"))
+    dropout: float = opt("LoRA", 0.0, "on the adapter's input", FIT, ("lora", "adalora"))
+    targets: str = opt("LoRA", "q,v", "which Linears: q k v o up gate down head")
+    layers: str = opt("LoRA", None, "which layers, as 0-3,5; default: all", type=str)
+    rank_map: str = opt("LoRA", None, "other ranks by word or path, as down=16,blocks.0.attn.q=2",
+                        methods=("lora", "adalora"), type=str)
+    rslora: bool = opt("LoRA", False, "scale by alpha / sqrt(rank)", methods=("lora",))
+    dora: bool = opt("LoRA", False, "learn magnitude and direction apart", methods=("lora",))
+    pissa: bool = opt("LoRA", False, "start from the principal part of each weight", methods=("lora",))
+    lora_plus: float = opt("LoRA", 1.0, "B learns this many times faster than A", FIT, ("lora",))
+    quant: str = opt("LoRA", "none", "store the frozen base in fewer bits", choices=("none", "int8", "nf4"))
+    double_quant: bool = opt("LoRA", False, "quantise the blocks' scales as well")
+    target_rank: int = opt("LoRA", 4, "mean rank that pruning ends at", FIT, ("adalora",))
+    orth: float = opt("LoRA", 0.1, "weight of the orthogonality term", FIT, ("adalora",))
+    prune_start: float = opt("LoRA", 0.2, "share of the steps before pruning", FIT, ("adalora",))
+    prune_end: float = opt("LoRA", 0.3, "share of the steps after it", FIT, ("adalora",))
+    prune_every: int = opt("LoRA", 10, "steps between prunings", FIT, ("adalora",))
+
+    n_virtual: int = opt("virtual tokens", 20, "how many")
+    start: str = opt("virtual tokens", None, "embeddings start from vocab (default), text, labels or random; "
+                     "keys and values from text (default), zero, random or gated", type=str,
+                     choices=("vocab", "text", "labels", "random", "zero", "gated"))
+    start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
+    place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; default: in front',
+                     ("sft", "classify"), ("prompt", "ptuning"), type=str)
+    encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
+                       choices=("mlp", "lstm"))
+    hidden: int = opt("virtual tokens", None, "the encoder's width; default: the model's, 512 for prefix",
+                      methods=("ptuning", "prefix"), type=int)
+    prefix_dropout: float = opt("virtual tokens", 0.0, "on keys and values", FIT, ("ptuning2",))
+
+    by: str = opt("classify", "words", "answer with a label word, or use a linear head",
+                  choices=("words", "head"))
+    ask: str = opt("classify", None, "the question behind each text; default: one that names the labels",
+                   type=str)
+
+    template: str = opt("text", "auto", "chat template", choices=("auto",) + chat.TEMPLATES)
+    system: str = opt("text", None, "system message; default: the template's own", type=str)
+    block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024",
+                     FIT + ("eval",), type=int)
+    too_long: str = opt("text", "truncate", "what to do with longer ones", ("sft", "classify", "eval"),
+                        choices=("truncate", "drop", "error"))
+    shots: int = opt("text", 0, "solved training examples in front of each question",
+                     ("sft", "classify", "eval"), ("none",))
+    items: int = opt("text", 0, "measure on the first N test items, sample N of each split; 0: all",
+                     TRAIN + ("sample", "eval"))
+    max_new: int = opt("text", 64, "longest generated answer, in tokens", ("sft", "reward", "eval", "chat"))
+
+    n_layer: int = opt("a new model, --init new", 4, "layers")
+    n_head: int = opt("a new model, --init new", 4, "heads")
+    n_embd: int = opt("a new model, --init new", 128, "width")
+    family: str = opt("a new model, --init new", "gpt2", "dialect", choices=("gpt2", "llama"))
+    vocab: int = opt("a new model, --init new", 1024, "size of the tokenizer it gets; 0: bytes")
+
+    prompt: str = opt("generation", None, "answer this and stop; default: a conversation", type=str)
+    temperature: float = opt("generation", 0.7, "0 is greedy")
+    top_k: int = opt("generation", None, "sample from the k likeliest", type=int)
+    top_p: float = opt("generation", None, "sample from the likeliest of this mass", type=float)
+
+    reward: str = opt("reward", None, "what scores an answer: a run of --task reward, or module:function, "
+                      "a function of the texts of prompt and answer", type=str)
+    gold: str = opt("reward", None, "module:function that is only looked at; default: the toy world's own",
+                    type=str)
+    ptx_data: str = opt("reward", "toy/corpus", "raw text for --ptx_coef", ("ppo",))
+    keep: int = opt("reward", 1, "best answers to each prompt that are written out", ("sample",))
+    rl: object = None                                   # no flag, but a box of them: PPOConfig or DPOConfig
+
+
+# A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
+METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
+                   "adalora": dict(lr=1e-2, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
+                   "prompt": dict(lr=5e-2), "ptuning": dict(lr=3e-3), "prefix": dict(lr=1e-3),
+                   "ptuning2": dict(lr=3e-2)}
+TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
+                                  lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
+                 "classify": dict(data="toy/sentiment"),
+                 "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
+                 "dpo": dict(data="toy/preferences", epochs=1.0, lr=1e-3),
+                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, max_new=40, kl_coef=0.1, kl_target=6.0),
+                 "sample": dict(data="toy/prompts", method="none", samples=4),
+                 **{task: dict(method="none") for task in ("eval", "chat", "merge")}}
+NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parser_of(fields, task, method, defaults):
+    """The parser of one task and method. defaults: {name: value} that beat a field's own."""
+    parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
+                    description=f"The flags of --task {task} --method {method}, with its defaults.",
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
+    groups = {}
+    for name, f in fields.items():
+        m = f.metadata
+        if task not in m["tasks"] or method not in m["methods"]:
+            continue
+        if m["group"] not in groups:
+            groups[m["group"]] = parser.add_argument_group(m["group"])
+        value = defaults.get(name, f.default)
+        text = m["help"] if value is None or m["type"] is bool else f"{m['help']} (default {value})"
+        how = dict(action=argparse.BooleanOptionalAction) if m["type"] is bool else dict(
+            type=m["type"], choices=m["choices"], metavar=None if m["choices"] else name.upper())
+        groups[m["group"]].add_argument("--" + name, default=value, help=text.replace("%", "%%"), **how)
+    return parser
+
+
+def fields_of(task, concerns):
+    """{flag: field} of all concerns; where two have a flag, such as --lr, the task's own wins."""
+    found = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
+    for owner, concern in concerns.items():
+        for f in dataclasses.fields(concern):
+            own = owner == task and (task != "sample" or f.name in SAMPLING)
+            if own or f.name not in found:
+                m = f.metadata
+                found[f.name] = field(default=f.default, metadata=dict(
+                    m, group=owner, tasks=(owner,), methods=METHODS))
+    return found
+
+
+def parse(argv, concerns):
+    """Flags -> Config; concerns: {task: the dataclass of flags that it adds, which becomes Config.rl}."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="sft", choices=TASKS)
+    first.add_argument("--method", choices=METHODS)
+    task, method = vars(first.parse_known_args(argv)[0]).values()
+    method = method or TASK_DEFAULTS.get(task, {}).get("method", "lora")
+    if task not in TRAIN and method != "none":
+        raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
+    if task in ("reward", "dpo", "ppo") and method == "none":
+        raise UserError(f"--method none learns nothing, which --task {task} is about; it takes any other")
+    if (task, method) == ("ppo", "adalora"):
+        raise UserError("--method adalora prunes by the supervised loop's schedule; --task ppo takes lora")
+    defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
+    fields = fields_of(task, concerns)
+    values, extra = parser_of(fields, task, method, defaults).parse_known_args(argv)
+    if extra:
+        raise UserError(explain(extra[0], fields, task, method))
+
+    def box(concern):
+        names = {f.name for f in dataclasses.fields(concern)}
+        return concern(**{name: value for name, value in vars(values).items() if name in names})
+    cfg = box(Config)
+    if task in concerns:
+        cfg = dataclasses.replace(cfg, rl=box(concerns[task]))
+    check(cfg)
+    return cfg
+
+
+def explain(word, fields, task, method):
+    """One sentence for a flag that is not there: whose it is, or what it may have meant."""
+    name = word.split("=")[0].removeprefix("--").removeprefix("no-")
+    if not word.startswith("--"):
+        return f"{word!r} is not a flag; flags start with -- and take their value behind a space or ="
+    if name in fields:
+        m = fields[name].metadata
+        whose = ("task", m["tasks"]) if task not in m["tasks"] else ("method", m["methods"])
+        whose = f"--{whose[0]} {' '.join(whose[1])}"
+        return f"--{name} belongs to {whose}; this is --task {task} --method {method}"
+    near = difflib.get_close_matches(name, fields, 1)
+    return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
+
+
+def told(cfg):
+    """{flag: value}, flat: everything that a run was told."""
+    flat = dataclasses.asdict(cfg)
+    rl = flat.pop("rl") or {}
+    return {**flat, **rl}
+
+
+def check(cfg):
+    """What no flag can check alone."""
+    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
+                 seed=0, max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
+                 top_p=0, keep=1, samples=1, kl_coef=0, kl_target=0, kl_horizon=1, ppo_epochs=1,
+                 minibatches=1, cliprange=0, cliprange_value=0, target_kl=0, value_lr=0, value_warmup=0,
+                 ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0)
+    values = told(cfg)
+    for name, low in least.items():
+        value = values.get(name)
+        if value is not None and not low <= value < 2 ** 63:
+            raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
+    if cfg.init == "new" and cfg.task != "pretrain":
+        raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
+    if cfg.task == "pretrain" and cfg.init != "new":
+        for name in ("n_layer", "n_head", "n_embd", "family", "vocab"):
+            if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
+                raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
+    if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
+        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+    if cfg.method in SOFT and cfg.lr < 1e-3:
+        note(f"--lr {cfg.lr:g} is small for virtual tokens: they want ten to a hundred times LoRA's rate")
+
+
+def default_out(cfg, standard):
+    """out/<task>-<method>[-flags that differ from the standard]-s<seed>: the same for the same command."""
+    standard, parts = told(standard), [cfg.task, cfg.method]
+    for name, value in told(cfg).items():
+        if value != standard.get(name) and name not in ("task", "method", "seed", *NOT_IDENTITY):
+            last = name in ("init", "data", "reward") and str(value).rstrip("/").split("/")[-1]
+            text = last or str(value)
+            plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
+            parts.append(name + (text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]))
+    return os.path.join("out", "-".join(parts) + f"-s{cfg.seed}")
