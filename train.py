@@ -605,8 +605,14 @@ class Table:
 
     def __init__(self, cfg, kit, rows, base):
         self.kit, self.rl, self.seed, self.texts, self.prompts = kit, cfg.rl, cfg.seed, {}, {}
+        room = kit.room() - cfg.rl.max_new
+        if room < kit.room() // 8:
+            raise UserError(f"--max_new {cfg.rl.max_new} leaves {room} tokens of the context for prompts; lower it")
         for split, some in rows.items():
-            self.prompts[split] = [kit.text.asked(row)[-(kit.room() - cfg.rl.max_new):] for row in some]
+            whole = [kit.text.asked(row) for row in some]
+            self.prompts[split] = [ids[-room:] for ids in whole]
+            if long := sum(len(ids) > room for ids in whole):
+                note(f"{split}: {long} prompts lost their beginning, because longer than {room} tokens")
             last = [kit.text.turns(row)[-2]["content"] for row in some]
             self.texts.update(zip(map(tuple, self.prompts[split]), last))
         if not cfg.reward:
@@ -646,10 +652,11 @@ def cast_roles(cfg, kit, base, table):
     reference = role(kit, base, None, copy.deepcopy(kit.prompt))    # of a soft prompt: the prompt as it began
     if cfg.rl.algo != "ppo":
         return ppo.Roles(policy, reference), None
-    head = copy.deepcopy(table.head) or ppo.ScalarHead(base.config.n_embd, zero=True).to(kit.device)
     if table.folder:
+        head = copy.deepcopy(table.head)
         lora.load_adapter(base, table.folder, "value")
     else:
+        head = ppo.ScalarHead(base.config.n_embd, zero=True).to(kit.device)
         lora.inject(base, cfg.targets, cfg.rank, cfg.alpha, layers=ranges(cfg.layers), name="value",
                     seed=cfg.seed)
         base.to(kit.device)

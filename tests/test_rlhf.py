@@ -1,0 +1,255 @@
+"""The tasks of preferences, through the command: reward, dpo, ppo, sample; roles, folders, exact resume."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import lora
+import ppo
+import train
+from data import chat, flags, formats
+from data.examples import Ranking, Text, size, targets
+from data.files import read_json, read_tensors
+from data.tokenizer import Tokenizer
+from test_train import Stop, same, weights, world  # noqa: F401
+
+METHODS = [m for m in flags.METHODS if m not in ("none", "adalora")]
+PPO = ["--steps", "4", "--batch", "8", "--max_new", "4", "--forget", "none", "--minibatches", "2",
+       "--ppo_epochs", "2"]
+
+
+@pytest.fixture(scope="session")
+def town(world):                                                    # noqa: F811
+    """The same base model; prompts, pairs with votes, rankings; a reward function, and a reward model."""
+    rows = {"pairs": [{"prompt": f"{a}{b}", "chosen": "aa", "rejected": "b", "votes_for": 3, "votes_against": 1}
+                      for a in "abcdefgh" for b in "abcd"],
+            "ranked": [{"prompt": f"{a}{b}", "responses": ["b", "aa", "ab"], "rank": [3, 1, 2]}
+                       for a in "abcdefgh" for b in "abcd"],
+            "prompts": [{"prompt": f"{a}{b}"} for a in "abcdefgh" for b in "abcd"]}
+    for name, some in rows.items():
+        (world / name).mkdir(exist_ok=True)
+        for split in ("train", "valid", "test"):
+            part = some if split == "train" else some[::4]
+            (world / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    (world / "judges.py").write_text("def letters(prompt, answer):\n    return sum(map(str.isascii, answer)) - len(prompt)\n"
+                                     "def broken(prompt, answer):\n    return float('nan')\n")
+    if str(world) not in sys.path:
+        sys.path.insert(0, str(world))
+    for name, method in (("rm", "lora"), ("rm_full", "full"), ("rm_soft", "ptuning2")):
+        if not (world / name / "result.json").exists():
+            go(world, world / name, "--task", "reward", "--method", method, "--data", world / "pairs", "--steps",
+               "6", "--batch", "8", "--max_new", "4")
+    return world
+
+
+def go(town, out, *words, code=0):
+    words = list(map(str, words))
+    init = [] if "--init" in words else ["--init", str(town / "base")]
+    assert train.main([*init, "--out", str(out), *words]) == code
+    return read_json(out / "result.json") if code == 0 else None
+
+
+def events(out, kind="train"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [e for e in lines if e["event"] == kind]
+
+
+# ------------------------------------------------------------------------------------------------ preferences
+
+def test_a_preference_as_ids(town):
+    text = Text(Tokenizer.from_pretrained(town / "base"), "plain")
+    pair, ranked = (formats.load(str(town / name), "train").rows[0] for name in ("pairs", "ranked"))
+    example, cut = text.ranking(pair, 100)
+    assert not cut and example.ranks == [0, 2] and targets(example) == 1        # 3 votes against 1
+    assert [text.said(y) for y in example.answers] == ["aa", "b"]
+    assert all(y[-1] == text.end for y in example.answers)
+    assert size(example) == sum(len(example.prompt) + len(y) for y in example.answers)
+    example, _ = text.ranking(ranked, 100)
+    assert [text.said(y) for y in example.answers] == ["aa", "ab", "b"] and example.ranks == [1, 2, 3]
+    long = {**pair, "prompt": [{"role": "user", "content": "x" * 50}], "chosen": "y" * 50}
+    example, cut = text.ranking(long, 40)
+    assert cut and max(len(example.prompt) + len(y) for y in example.answers) == 40
+    assert example.prompt == text.asked(long)[-len(example.prompt):]            # a prompt loses its beginning
+    assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]        # an answer its end
+
+
+@pytest.mark.parametrize("method", METHODS + ["adalora"])
+@pytest.mark.parametrize("task, data", [("reward", "pairs"), ("dpo", "ranked")])
+def test_every_method_learns_preferences(task, data, method, town, tmp_path):
+    rate = {"full": "1e-3", "lora": "1e-2", "adalora": "3e-2"}.get(method, "3e-2")
+    soft = ["--n_virtual", "4"] if method in flags.SOFT else []
+    r = go(town, tmp_path / "r", "--task", task, "--data", town / data, "--method", method, "--steps", "15",
+           "--batch", "8", "--lr", rate, "--forget", "none", *soft)
+    assert r["metrics"]["accuracy"] > 0.9 and r["metrics"]["loss"] < 0.6 and r["skipped"] == 0
+    if task == "reward":
+        assert {"accuracy_margin_2", "score_length_corr"} <= r["metrics"].keys()
+
+
+def test_a_saved_reward_model_scores_as_the_trained_one_did(town, tmp_path):
+    """Test metrics of the run, again, from its folder; and its reference samples score 0 +- 1."""
+    for name in ("rm", "rm_full", "rm_soft"):
+        said = read_json(town / name / "result.json")["metrics"]
+        found = go(town, tmp_path / name, "--task", "eval", "--init", town / name, "--data", town / "pairs")
+        assert all(abs(found["metrics"][key] - said[key]) < 1e-5 for key in said if key != "forgetting"), name
+        state = torch.load(town / name / "state.pt", weights_only=True)
+        kit = train.open_kit(train.parse(["--task", "eval", "--init", str(town / name)]))
+        rows = formats.load(str(town / "pairs"), "valid").rows
+        judge = ppo.model_reward(train.as_role(kit, kit.past()), kit.head)
+        s = judge([kit.text.asked(row) for row in rows * 2], state["samples"])
+        assert abs(s.mean()) < 1e-4 and abs(s.std(unbiased=False) - 1) < 1e-4, name
+
+
+def test_dpo_starts_at_log_2_and_its_reference_is_the_start(town, tmp_path):
+    for method in ("lora", "full", "ptuning2", "prompt"):
+        go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps", "1",
+           "--batch", "8", "--forget", "none", "--dpo_beta", "0.3")
+        assert abs(events(tmp_path / method)[0]["loss"] - math.log(2)) < 1e-5, method
+
+
+# -------------------------------------------------------------------------------------------------------- PPO
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_policy(method, town, tmp_path):
+    """KL of the first rollout is exactly 0, the first ratio 1; the base on disk keeps its bits; the policy's
+    weights come back as they were."""
+    before = read_tensors(town / "base" / "model.safetensors")
+    soft = ["--n_virtual", "4"] if method in flags.SOFT else []
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--method", method, *PPO, *soft,
+           "--reward", town / "rm", "--lr", "1e-2" if method != "full" else "1e-3")
+    first, *_, last = events(tmp_path / "r")
+    assert first["kl"] == 0 and first["kl_k3"] == 0 and first["ratio_first"] < 1e-5
+    assert last["step"] == 4 and last["kl"] != 0 and r["steps"] == 4
+    assert same(before, read_tensors(town / "base" / "model.safetensors"))
+    assert (r["params_trainable"] == r["params_total"]) == (method == "full")
+    assert {"score", "kl", "eos_rate", "length"} <= r["metrics"].keys()
+    assert "score_best_of_4" in r["baseline_metrics"]
+    model, prompt, _ = train.load(tmp_path / "r")
+    base, _, _ = train.load(town / "base")
+    x = torch.tensor([[97, 98, 99]])
+    with torch.no_grad():
+        assert not torch.equal(model(x, prompt(model) if prompt is not None else None)[0], base(x)[0])
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
+def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", "judges:letters",
+           "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef", "0.01", "--kl_target",
+           "0", "--missing_eos", "none")
+    assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
+
+
+def test_one_base_for_every_role(town, tmp_path, monkeypatch):
+    """A reward model of the same base is an adapter of it, and the critic begins as it; another one is loaded
+    as a model of its own. Scores agree either way."""
+    seen = []
+    original = train.cast_roles
+
+    def spy(cfg, kit, base, table):
+        roles, value = original(cfg, kit, base, table)
+        floats = sum(p.numel() for p in kit.model.parameters())
+        asked = table.prompts["test"]
+        scores = table.reward(asked, [[97, 98, kit.text.end]] * len(asked))
+        with roles.critic() as (model, past):
+            begins = ppo.scores(model, roles.value_head, ppo.pack(asked, [[97, 98, kit.text.end]] * len(asked)))
+        seen.append((floats, scores, begins.detach(), sorted({name for m in lora.adapted(base).values()
+                                                              for name in m.adapters})))
+        return roles, value
+    monkeypatch.setattr(train, "cast_roles", spy)
+    go(town, tmp_path / "a", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm")
+    go(town, tmp_path / "b", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm_full")
+    (shared, scores, begins, names), (_, other, zero, alone) = seen
+    assert names == ["default", "reward", "value"] and alone == ["default", "value"]
+    torch.testing.assert_close(scores, begins)                                  # the critic, read at the end
+    assert not torch.allclose(scores, other) and (zero == 0).all()
+    per_role = 2 * 8 * (64 + 64 + 160 + 160)                                    # q, v, up, down of two layers
+    model, _, _ = train.load(town / "base")
+    base = sum(p.numel() for p in model.parameters())
+    assert shared == base + 3 * per_role
+
+
+@pytest.mark.parametrize("words", [["--method", "lora", "--ema", "0.9", "--kl_target", "3"],
+                                   ["--method", "full", "--algo", "rloo", "--ptx_coef", "0.1"],
+                                   ["--method", "ptuning2", "--n_virtual", "4"]])
+def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
+    """Cut inside the update of iteration 3 of 4, and inside the rollout of iteration 4."""
+    (town / "text").mkdir(exist_ok=True)
+    words = ["--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm", *words]
+    words += ["--ptx_data", town / "text"]
+    go(town, tmp_path / "whole", *words)
+    for name, place, at in (("update", "logprobs", 14), ("rollout", "generate", 5)):
+        original, calls = getattr(ppo, place), []
+
+        def cut(*args, **kw):
+            calls.append(1)
+            if len(calls) == at:
+                raise Stop
+            return original(*args, **kw)
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, place, cut)
+            with pytest.raises(Stop):
+                go(town, tmp_path / name, *words)
+        assert 0 < len(events(tmp_path / name)) < 4
+        go(town, tmp_path / name, *words)
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / name))
+        a, b = (torch.load(tmp_path / which / "state.pt", weights_only=True)["trained"] for which in
+                ("whole", name))
+        assert a["kl"] == b["kl"] and a["step"] == b["step"] == 4
+        assert (a["ema"] is None) == (b["ema"] is None) and (a["ema"] is None or same(a["ema"], b["ema"]))
+        assert [e["score"] for e in events(tmp_path / "whole")] == [e["score"] for e in events(tmp_path / name)]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--reward", "no/such"], "no such folder"), (["--reward", "judges:nothing"], "module:function"),
+    (["--reward", "judges:broken"], "finite"), ([], "needs --reward"), (["--reward", "BASE"], "no reward model"),
+    (["--reward", "judges:letters", "--batch", "6", "--samples", "4", "--algo", "rloo"], "multiple"),
+    (["--reward", "judges:letters", "--temperature", "0"], "explores nothing"),
+    (["--reward", "judges:letters", "--method", "adalora"], "lora"),
+    (["--reward", "judges:letters", "--method", "none"], "learns nothing"),
+    (["--reward", "judges:letters", "--max_new", "159"], "for prompts"),
+])
+def test_a_wrong_command_is_one_sentence(words, says, town, tmp_path, capsys):
+    words = [str(town / "base") if word == "BASE" else word for word in words]
+    code = train.main(["--init", str(town / "base"), "--task", "ppo", "--data", str(town / "prompts"), "--out",
+                       str(tmp_path / "r"), *PPO, *words])
+    err = capsys.readouterr().err
+    assert code in (2, 65) and says in err and "Traceback" not in err, err
+
+
+# ----------------------------------------------------------------------------------------------------- samples
+
+def test_samples_feed_sft(town, tmp_path):
+    """Best of n is what it says; the kept rows are data for SFT."""
+    r = go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
+           "--samples", "8", "--max_new", "4", "--keep", "2", "--gold", "judges:letters")
+    rows = [json.loads(line) for line in (tmp_path / "s" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 64 and all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)
+    m = r["metrics"]
+    assert m["score_best_of_8"] > m["score"] and m["gold_best_of_8"] == m["score_best_of_8"]
+    rows = [row for row in rows if row["completion"].strip()]
+    r = go(town, tmp_path / "sft", "--data", tmp_path / "s", "--steps", "2", "--forget", "none")
+    assert r["status"] == "done"
+
+
+@pytest.mark.slow
+def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
+    """What `--task ppo` alone does, at a small scale: each stage has its folder, the second call trains
+    nothing, and the policy's folder is a chain that loads."""
+    monkeypatch.chdir(tmp_path)
+    original = train.parse
+
+    def short(argv):
+        few = {"sft": ["--steps", "2"], "reward": ["--steps", "2"]}
+        task = argv[argv.index("--task") + 1]
+        return original([*argv, *few.get(task, []), *(["--items", "4"] if task in few else [])])
+    monkeypatch.setattr(train, "parse", short)
+    words = ["--task", "ppo", "--steps", "2", "--batch", "8", "--items", "4"]
+    assert train.main(words) == 0
+    runs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert len(runs) == 3 and all((tmp_path / "out" / name / "result.json").exists() for name in runs)
+    policy = next(tmp_path / "out" / name for name in runs if name.startswith("ppo"))
+    stamp = (policy / "result.json").stat().st_mtime_ns
+    assert train.main(words) == 0 and (policy / "result.json").stat().st_mtime_ns == stamp
+    model, _, _ = train.load(policy)
+    assert lora.adapters(model) and read_json(policy / "result.json")["baseline_metrics"]["gold_best_of_4"]
