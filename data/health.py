@@ -110,6 +110,6 @@ def show(batch, row=0, decode=str):
         line, t = f"{i:>8} {decode(token) if i < n else '(pad)':>10}", i - start
         if 0 <= t < batch.mask.size(1):
             line += f" {t:>6} {int(batch.mask[row, t]):>4} "
-            line += " ".join(f"{getattr(batch, name)[row, t].item():>10.4f}" for name in names)
+            line += " ".join(f"{getattr(batch, name)[row, t].item() + 0.0:>10.4f}" for name in names)
         lines.append(line)
     return "\n".join(lines)

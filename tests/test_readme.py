@@ -47,3 +47,9 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README and "TODO" not in README
+
+
+def test_the_padded_row_is_what_the_code_prints(capsys):
+    code, printed = re.search(r"<!-- row -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- end -->", README, re.S).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed

@@ -253,3 +253,29 @@ def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
     assert train.main(words) == 0 and (policy / "result.json").stat().st_mtime_ns == stamp
     model, _, _ = train.load(policy)
     assert lora.adapters(model) and read_json(policy / "result.json")["baseline_metrics"]["gold_best_of_4"]
+
+
+def test_memory_is_one_base_and_nine_adapters(town, tmp_path, monkeypatch):
+    """Parameters, gradients and Adam's moments at the first step of the optimiser: N (1 + 9p) floats, where an
+    adapter has p N: three adapters, two of them with a gradient and two moments. Four full models: 10 N."""
+    seen, original = [], ppo.PPOState.apply
+
+    def apply(self, who, share):
+        moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for o in self.optim.values()
+                      for s in o.state.values())
+        seen.append(sum(p.numel() + (p.grad is not None) * p.numel() for p in alive) + moments)
+        return original(self, who, share)
+
+    alive, cast = [], train.cast_roles
+
+    def spy(cfg, kit, base, table):
+        roles, value = cast(cfg, kit, base, table)
+        alive.extend(p for part in (kit.model, table.head, roles.value_head) for p in part.parameters())
+        return roles, value
+    monkeypatch.setattr(train, "cast_roles", spy)
+    monkeypatch.setattr(ppo.PPOState, "apply", apply)
+    go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm")
+    model, _, _ = train.load(town / "base")
+    N, adapter = sum(p.numel() for p in model.parameters()), 2 * 8 * (64 + 64 + 160 + 160)
+    most = max(seen)
+    assert abs(most / (N + 9 * adapter) - 1) < 0.01, (most, N + 9 * adapter)
