@@ -36,7 +36,7 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, evaluate, flags, formats
+from data import batches, chat, evaluate, flags, formats, table
 from data.examples import Feed, Ranking, Text, size, targets
 from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
 from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
@@ -454,14 +454,14 @@ def supervised(cfg):
                 found, said = {}, evaluate.answer(kit, [kit.text.asked(row) for row in test[:3]])
             else:
                 found, said = measure(kit, cfg, test, examples, shots)
-            state = {"baseline": found, "before": said[:3]}
+            state = {"baseline": found, "before": said[:3], "right": evaluate.right(kit, test, said)}
             if cfg.task == "reward":                # scores will be relative to what this model says
                 dice = torch.Generator(kit.device).manual_seed(cfg.seed)
                 state["samples"] = evaluate.sample(kit, asked, temperature=1.0, generator=dice)
             run.rewind(-1)
             run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
         now, learn, weights = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, 0
-        after, found = state["before"], dict(state["baseline"])
+        after, found, right = state["before"], dict(state["baseline"]), state["right"]
         if cfg.method != "none":
             plain = general(cfg, kit)
             state.setdefault("general", evaluate.mean_loss(kit, plain)[0])
@@ -482,7 +482,7 @@ def supervised(cfg):
                     judge = ppo.model_reward(as_role(kit, kit.past()), kit.head, cfg.micro)
                     ppo.calibrate(kit.head, judge(asked, state["samples"]))
             found, said = measure(kit, cfg, test, examples["test"])
-            after = said[:3]
+            after, right = said[:3], evaluate.right(kit, test, said)
             if plain:
                 found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
         with guard:
@@ -490,11 +490,11 @@ def supervised(cfg):
                 weights = save_weights(kit, cfg, run.folder)
             samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0],
                             before=b, after=a) for row, b, a in zip(test, state["before"], after)]
-            result = finish(run, kit, found, state["baseline"], samples, learn, base, weights, now)
+            result = finish(run, kit, found, state["baseline"], samples, learn, base, weights, now, right)
     return report(result, run.folder)
 
 
-def finish(run, kit, found, before, samples, learn, total, weights, now):
+def finish(run, kit, found, before, samples, learn, total, weights, now, right=""):
     """The last event, then result.json, which is returned."""
     clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
     run.log(event="test", **clock, **found)
@@ -504,7 +504,7 @@ def finish(run, kit, found, before, samples, learn, total, weights, now):
         params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
         steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
         tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
-        peak_memory_mb=peak_memory_mb(kit.device))
+        right=right, peak_memory_mb=peak_memory_mb(kit.device))
     run.finish(result)
     return result
 
@@ -826,17 +826,10 @@ def main(argv=None):
     try:
         with guard.installed():
             cfg = parse(sys.argv[1:] if argv is None else argv)
-            if cfg.task == "chat":
-                return talk(cfg)
-            if cfg.task == "merge":
-                return merge(cfg)
-            if cfg.task == "sample":
-                return draw(cfg)
             if cfg.task == "ppo" and (cfg.init, cfg.reward) == ("data/base", None):
                 return stages(cfg)
-            if cfg.task == "ppo":
-                return reinforce(cfg)
-            return supervised(cfg)
+            others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": table.show}
+            return others.get(cfg.task, supervised)(cfg)
     except UserError as e:
         note(f"train.py: {e}")
         return e.code

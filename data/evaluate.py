@@ -7,7 +7,7 @@
 Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
 budget; no number depends on how they were batched (attention is causal: a pad cannot be seen).
 
-Public: Kit, summed_loss, mean_loss, sample, answer, measure, fingerprint
+Public: Kit, summed_loss, mean_loss, sample, answer, measure, right, fingerprint
 """
 import contextlib
 import hashlib
@@ -190,6 +190,14 @@ def measure(kit, rows, examples, shots=()):
     exact = sum(map(metrics.exact_match, said, wanted)) / len(said)
     return {"exact_match": exact, **found, "rouge_l": metrics.rouge_l(said, wanted),
             "bleu": metrics.bleu(said, wanted)}, said
+
+
+def right(kit, rows, said):
+    """"1" or "0" for each row, whether the answer is the wanted one: what a paired comparison needs. Empty
+    where rows have no right answer (raw text, preferences)."""
+    if not {"messages", "label"} & rows[0].keys():
+        return ""
+    return "".join(str(int(metrics.exact_match(s, kit.text.wanted(row)))) for s, row in zip(said, rows))
 
 
 def fingerprint(model):

@@ -14,11 +14,12 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 
-from data import chat
+from data import chat, table
 from data.files import UserError
 from data.runs import note
 
-TASKS = ("sft", "pretrain", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "merge")
+TASKS = ("sft", "pretrain", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "merge",
+         "table")
 METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
 FIT = TASKS[:5]                                         # the supervised loop; ppo has a loop of its own
 TRAIN = TASKS[:6]
@@ -156,7 +157,7 @@ TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", 
                  "dpo": dict(data="toy/preferences", epochs=1.0, lr=1e-3),
                  "ppo": dict(data="toy/prompts", save_every=1, steps=60, max_new=40, kl_coef=0.1, kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
-                 **{task: dict(method="none") for task in ("eval", "chat", "merge")}}
+                 **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
 NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
 
 
@@ -207,6 +208,8 @@ def parse(argv, concerns):
     method = method or TASK_DEFAULTS.get(task, {}).get("method", "lora")
     if task not in TRAIN and method != "none":
         raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
+    if task == "table":                             # it reads runs, and no flag of theirs
+        return table.flags(Parser(allow_abbrev=False), lambda task: fields_of(task, concerns)).parse_args(argv)
     if task in ("reward", "dpo", "ppo") and method == "none":
         raise UserError(f"--method none learns nothing, which --task {task} is about; it takes any other")
     if (task, method) == ("ppo", "adalora"):

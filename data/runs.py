@@ -3,6 +3,7 @@
     config.json   what was asked for, on what machine      log.jsonl    one object per event, flushed
     state.pt      what is needed to go on (and state.prev.pt, the save before it)
     result.json   written last of all, atomically: its existence means done
+    failed.json   why it stopped, if it did not come to its end; the next try takes it away
     .lock         held by the process that works here; a killed process leaves nothing behind
 
 The same command again finds its own folder: finished, it is told so; interrupted, it goes on from state.pt;
@@ -97,6 +98,7 @@ class Run:
         self.folder, self.told, self.fresh = pathlib.Path(folder), told, fresh
         self.config, self.result = self.folder / "config.json", self.folder / "result.json"
         self.state, self.before = self.folder / "state.pt", self.folder / "state.prev.pt"
+        self.failed = self.folder / "failed.json"
 
     def finished(self):
         """The result of this very command, if it has run before; UserError if another run is in there."""
@@ -107,8 +109,9 @@ class Run:
                     raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command "
                                     f"says --{name} {self.told.get(name)}. Use another --out, or --fresh to "
                                     "start over")
-            return read_json(self.result) if self.result.exists() else None
-        if self.folder.is_dir() and not self.config.exists() and set(os.listdir(self.folder)) - {".lock"}:
+            return self.recorded(read_json(self.result)) if self.result.exists() else None
+        ours = {".lock", "failed.json"}
+        if self.folder.is_dir() and not self.config.exists() and set(os.listdir(self.folder)) - ours:
             raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
 
     @contextlib.contextmanager
@@ -126,12 +129,19 @@ class Run:
             except OSError:
                 raise UserError(f"{self.folder} is in use by another process; "
                                 "wait for it, or use another --out") from None
+            self.failed.unlink(missing_ok=True)
             if self.fresh:                          # only what a run writes; nothing else in there is ours
                 for name in ("result.json", "config.json", "log.jsonl", "state.pt", "state.prev.pt"):
                     (self.folder / name).unlink(missing_ok=True)
                 for name in ("adapter", "model"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
-            yield self
+            try:
+                yield self
+            except Exception as e:                  # Interrupted is none: an interrupted run has not failed
+                why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+                with contextlib.suppress(UserError):            # a full disk may be what this is about
+                    write_json(self.failed, {"reason": why.strip().split("\n")[0], "config": self.told})
+                raise
 
     def start(self, facts):
         """Write config.json, or see that a continued run still finds its data and base. Returns the state."""
@@ -181,14 +191,20 @@ class Run:
     def finish(self, result):
         write_json(self.result, result)
         self.before.unlink(missing_ok=True)
-        record(self.folder.parent, {**result, "out": str(self.folder)})
+        self.record(result)
 
+    def record(self, result):
+        """Append to results.jsonl in one write, so that parallel runs never mix their lines."""
+        brief = {k: v for k, v in result.items() if k not in ("samples", "right")}
+        fd = os.open(self.folder.parent / "results.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, (json.dumps({**brief, "out": str(self.folder)}) + "\n").encode())
+        finally:
+            os.close(fd)
 
-def record(folder, line):
-    """Append to results.jsonl in one write, so that parallel runs never mix their lines."""
-    brief = {k: v for k, v in line.items() if k != "samples"}
-    fd = os.open(folder / "results.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(fd, (json.dumps(brief) + "\n").encode())
-    finally:
-        os.close(fd)
+    def recorded(self, result):
+        """The result; a kill just before `record` is made good, so that every finished run has its line."""
+        lines = self.folder.parent / "results.jsonl"
+        if f'"out": {json.dumps(str(self.folder))}' not in (lines.read_text() if lines.exists() else ""):
+            self.record(result)
+        return result

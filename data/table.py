@@ -1,0 +1,194 @@
+"""table.py: many run folders, one table: means over seeds, honest intervals, paired differences.
+
+    mean ± sd    over the runs of a group, and its 95 % interval: sweep.estimate
+    bold         the best of those on the same data, if all have intervals and its own meets no other
+    --compare    A - B by seed: Student's t over the differences of runs with equal seeds. By item, where runs
+                 kept every item's outcome: the items' differences, averaged over the pairs; the two-sided
+                 sign test is over the items that differ
+
+Which runs make a row, and which are listed below the table and why: data/sweep.py.
+
+Public: flags, show, best, compare
+"""
+import difflib
+import math
+
+from data import plots
+from data.files import UserError
+from data.metrics import summary
+from data.runs import say
+from data.sweep import DASH, FALLING, PROPORTIONS, estimate, gather, group, numbers, shown, telling, value
+
+
+def flags(parser, meta):
+    """The flags of --task table. `meta` tells of every flag of a run which tasks and methods read it."""
+    parser.description = "One table of many runs, and a picture of them."
+    parser.set_defaults(meta=meta)
+    add = parser.add_argument
+    add("--task", help="table")
+    add("--runs", nargs="+", default=["out/*"], help="run folders, or patterns for them (default out/*)")
+    add("--by", help="fields to group by, as method,rank; default: those in which the runs differ")
+    add("--metric", help="what to show, as exact_match,loss; default: the first metric of each task")
+    add("--compare", nargs=2, metavar=("A", "B"), help="paired difference of two groups: lora full, or "
+        "rank=1 rank=8, or method=lora,rank=1 full")
+    add("--markdown", action="store_true", help="the table in Markdown")
+    add("--plot", metavar="FILE", help="draw a picture into this .svg, .png or .pdf")
+    add("--x", help="what the picture runs over: step, ranks, sqrt_kl or a flag; default: what there is")
+    return parser
+
+
+def best(groups, metric):
+    """The groups that win on their data beyond doubt: all intervals are known there, none meets theirs."""
+    out, by_data = set(), {}
+    for key, runs in groups.items():
+        if numbers(runs, metric):
+            sets = frozenset(r.get("data_sha256") for r in runs)
+            by_data.setdefault(sets, []).append((key, estimate(runs, metric)))
+    for found in by_data.values():
+        sign = -1 if metric in FALLING else 1
+        if len(found) > 1 and all(math.isfinite(e[2]) for _, e in found):
+            first, *others = sorted(found, key=lambda item: -sign * item[1][0])
+            low = min(sign * first[1][2], sign * first[1][3])
+            if all(max(sign * e[2], sign * e[3]) < low for _, e in others):
+                out.add(first[0])
+    return out
+
+
+# ---- A - B -------------------------------------------------------------------------------------------------
+def select(runs, spec, by, meta):
+    """The runs that `rank=8`, `lora` or `method=lora,rank=8` means, and the fields it speaks of."""
+    said = {}
+    for part in spec.split(","):
+        name, equals, text = part.rpartition("=")
+        fits = [f for f in ([name] if equals else by) if text in {shown(value(r, f, meta)) for r in runs}]
+        if len(fits) != 1:
+            known = {f: sorted({shown(value(r, f, meta)) for r in runs}) for f in by}
+            known = "; ".join(f"{f}: {' '.join(values)}" for f, values in known.items())
+            raise UserError(f"--compare {spec}: {part} is the value of {len(fits)} fields; there is {known}")
+        said[fits[0]] = text
+    return [r for r in runs if all(shown(value(r, f, meta)) == t for f, t in said.items())], said
+
+
+def compare(runs, a, b, by, metric, meta):
+    """A - B as lines of text; runs are paired by seed and by every field that both sides leave open."""
+    (ours, said_a), (theirs, said_b) = select(runs, a, by, meta), select(runs, b, by, meta)
+    open_ = [f for f in by if f not in {**said_a, **said_b} and all(
+        value(r, f, meta) is not None for r in ours + theirs)]
+    sides = []
+    for spec, side in ((a, ours), (b, theirs)):
+        found = group([r for r in side if numbers([r], metric)], [*open_, "seed"], meta)
+        if twice := [k for k, rs in found.items() if len(rs) > 1]:
+            one, two = (r["folder"] for r in found[twice[0]][:2])
+            raise UserError(f"--compare {spec} means both {one} and {two}; say more, as rank=8,lr=0.001")
+        sides.append({k: rs[0] for k, rs in found.items()})
+    pairs = [(sides[0][k], sides[1][k]) for k in sides[0] if k in sides[1]]
+    if not pairs:
+        raise UserError(f"--compare {a} {b}: no two runs have the same seed and both have {metric}")
+    for x, y in pairs:
+        if x.get("data_sha256") != y.get("data_sha256"):
+            raise UserError(f"{x['folder']} and {y['folder']} were measured on different data; "
+                            "a paired difference needs the same")
+    alone = sum(map(len, sides)) - 2 * len(pairs)
+    mean, sd, half = summary(numbers([x], metric)[0] - numbers([y], metric)[0] for x, y in pairs)
+    lines = [f"{a} - {b}, {metric} ({'less' if metric in FALLING else 'more'} is better), "
+             f"{len(pairs)} pairs of runs" + f", {alone} runs without a partner" * bool(alone)]
+    lines.append(f"  by seed  {mean:+.4f}" + (" (one pair has no interval)" if len(pairs) < 2 else
+                 f" ± {sd:.4f}  95 % [{mean - half:+.4f}, {mean + half:+.4f}], Student's t over pairs"))
+    rights = [(x["result"].get("right", ""), y["result"].get("right", "")) for x, y in pairs]
+    if metric not in PROPORTIONS or not all(x and len(x) == len(y) for x, y in rights):
+        return [*lines, f"  by item  unknown: the runs keep no outcome per item for {metric}"]
+    diffs = [sum(int(x[i]) - int(y[i]) for x, y in rights) / len(pairs) for i in range(len(rights[0][0]))]
+    mean, _, half = summary(diffs)
+    wins, losses = sum(d > 0 for d in diffs), sum(d < 0 for d in diffs)
+    return [*lines, f"  by item  {mean:+.4f}           95 % [{mean - half:+.4f}, {mean + half:+.4f}], t over "
+            f"{len(diffs)} items; better on {wins}, worse on {losses}, sign test p {sign(wins, losses):.2g}"]
+
+
+def sign(wins, losses):
+    """The two-sided sign test: how often fair coins fall at least as unevenly."""
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2 ** n)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+def number(x):
+    return DASH if not math.isfinite(x) else f"{x:.2g}" if 0 < abs(x) < 0.01 else f"{x:.3f}"
+
+
+def size(n):
+    unit = next((u for u in ("B", "kB", "MB") if n < 1000 ** (1 + ("B", "kB", "MB").index(u))), "GB")
+    scaled = n / 1000 ** ("B", "kB", "MB", "GB").index(unit)
+    return f"{scaled:.{int(scaled < 10 and unit != 'B')}f} {unit}"
+
+
+def table(groups, by, metrics):
+    """Rows of cells, the first one the heads; a cell that wins ends in an asterisk."""
+    head = [*by, "runs"]
+    for metric in metrics:
+        head += [metric, "95 %"]
+    rows, wins = [[*head, "trainable", "stored", "memory", "tokens/s"]], {m: best(groups, m) for m in metrics}
+    for key, runs in groups.items():
+        row = [*map(shown, key), str(len(runs))]
+        for metric in metrics:
+            if not numbers(runs, metric):
+                row += [DASH, DASH]
+                continue
+            mean, sd, low, high = estimate(runs, metric)
+            spread = f" ± {number(sd)}" if math.isfinite(sd) else ""
+            row.append(("nan" if math.isnan(mean) else number(mean) + spread) + "*" * (key in wins[metric]))
+            row.append(f"[{number(low)}, {number(high)}]" if math.isfinite(low) else DASH)
+        for name, text in (("params_trainable", "{:,.0f}".format), ("adapter_bytes", size),
+                           ("peak_memory_mb", "{:.0f} MB".format), ("tokens_per_second", "{:,.0f}".format)):
+            found = numbers(runs, name)
+            row.append(text(summary(found)[0]) if found else DASH)
+        rows.append(row)
+    return rows
+
+
+def aligned(rows, markdown):
+    if markdown:
+        bold = [[f"**{c[:-1]}**" if c.endswith("*") else c for c in row] for row in rows]
+        return ["| " + " | ".join(row) + " |" for row in (bold[0], ["---"] * len(bold[0]), *bold[1:])]
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(w) if column == 0 else cell.rjust(w)
+                      for column, (cell, w) in enumerate(zip(row, wide))).rstrip() for row in rows]
+
+
+def show(options):
+    """--task table. Returns the exit code."""
+    meta = options.meta
+    runs, rest = gather(options.runs)
+    if not runs and not rest:
+        raise UserError(f"--runs {' '.join(options.runs)}: no run folder is there; out/ is where they lie")
+    known = dict.fromkeys(name for run in runs for name in run["config"])
+    by = options.by.split(",") if options.by else telling(runs, meta)
+    for name in by + [options.x] * (options.x not in (None, "step", "ranks", "sqrt_kl")):
+        if runs and name not in known:
+            near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
+            raise UserError(f"{name} is no field of these runs{near}")
+    metrics = options.metric.split(",") if options.metric else list(dict.fromkeys(
+        [m for r in runs for m in list(r["result"].get("metrics", {}))[:1]] + ["forgetting"]))
+    present = {m for r in runs for m in r["result"].get("metrics", {})}
+    if options.metric and runs and (wrong := [m for m in metrics if m not in present]):
+        raise UserError(f"--metric {wrong[0]}: no run has it; there is {' '.join(sorted(present))}")
+    metrics, groups = [m for m in metrics if m in present], group(runs, by, meta)
+    if runs:
+        rows = table(groups, by, metrics)
+        say("\n".join(aligned(rows, options.markdown)))
+        say("\nmean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run, Wilson over "
+            "test items (proportions only)" + "; * best, no interval meets its own" *
+            any(cell.endswith("*") for row in rows[1:] for cell in row) + ".")
+        inner = [f for f in known if f != "seed" and any(len({shown(value(r, f, meta)) for r in rs}) > 1
+                                                         for rs in groups.values())]
+        if inner:
+            say(f"Rows average over {', '.join(inner)}; --by {','.join(by + inner[:1])} tells them apart.")
+    if options.compare:
+        say("\n" + "\n".join(compare(runs, *options.compare, by, metrics[0], meta)))
+    if rest:
+        say(f"\nNot in the table, {len(rest)}:")
+        for path, why in rest:
+            say(f"  {path}  {why}")
+    if options.plot:
+        plots.draw(options.plot, groups, by, metrics[0], options.x)
+        say(f"\n{options.plot}")
+    return 0
