@@ -1,7 +1,7 @@
 """plots.py: one picture of many runs, chosen by what they hold. It must read in grey and at half a page.
 
-    step        training loss, and the metric on valid (filled) and test (hollow), against optimiser steps:
-                a line is the mean over the runs of a group, a band their range
+    step        training loss, smoothed over a tenth of what was logged, and the metric on valid (filled) and
+                test (hollow), against optimiser steps: lines are means over seeds, bands their range
     a number    the metric against a swept flag, with the 95 % intervals of data/sweep.py; the axis is
                 logarithmic where the values grow by factors. A group that does not read the flag is a level
     a word      the metric of each group as a dot with its interval
@@ -19,7 +19,7 @@ import pathlib
 import re
 
 from data.files import UserError
-from data.sweep import estimate, events, shown
+from data.sweep import PROPORTIONS, estimate, events, shown
 
 DASHES, MARKS = ("-", "--", ":", "-."), "osD^vP"
 WIDTH = 3.5                                             # inches: a column of a two-column page
@@ -94,22 +94,27 @@ def words(key, by, without=None):
 def looks(i, n):
     """The i-th of n styles: from dark to light, no two alike in dash and marker next to each other."""
     from matplotlib import colormaps
-    return dict(color=colormaps["viridis"](0.85 * i / max(n - 1, 1)), linestyle=DASHES[i % len(DASHES)],
+    return dict(color=colormaps["viridis"](0.75 * i / max(n - 1, 1)), linestyle=DASHES[i % len(DASHES)],
                 marker=MARKS[i % len(MARKS)])
 
 
 def legend(fig, handles, labels):
     if len(labels) > 1:
-        across = max(1, int(58 / (max(map(len, labels)) + 9)))
+        across = max(1, int(66 / (max(map(len, labels)) + 9)))
         fig.legend(handles, labels, loc="outside lower center", ncols=min(across, len(labels)),
                    handlelength=2.6, columnspacing=1.2)
 
 
-def over_seeds(logs, kind, name):
+def smooth(values, width):
+    """The mean of the last `width` values (of fewer at the start)."""
+    return [sum(values[max(0, i + 1 - width):i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+def over_seeds(logs, kind, name, wide=False):
     """(steps, means, lows, highs) of one number in the events of one kind; steps that every run has."""
     found = [{e["step"]: float(e[name]) for e in log if e["event"] == kind and name in e} for log in logs]
     steps = sorted(set.intersection(*map(set, found))) if found else []
-    columns = [[f[s] for f in found] for s in steps]
+    columns = list(zip(*(smooth([f[s] for s in steps], 1 + len(steps) // 10 * wide) for f in found)))
     return steps, [sum(c) / len(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
@@ -120,7 +125,7 @@ def curves(fig, logs, by, metric):
     for i, (key, ls) in enumerate(logs.items()):
         style = looks(i, len(logs))
         plain = {**style, "marker": ""}
-        steps, mean, low, high = over_seeds(ls, "train", "loss")
+        steps, mean, low, high = over_seeds(ls, "train", "loss", wide=True)
         handles.append(axes[0].plot(steps, mean, **plain)[0])
         axes[0].fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
         if told:
@@ -130,21 +135,20 @@ def curves(fig, logs, by, metric):
             for kind in ("baseline", "test"):
                 steps, mean, *_ = over_seeds(ls, kind, metric)
                 axes[1].plot(steps, mean, **{**style, "linestyle": ""}, markerfacecolor="white")
-    axes[0].set_ylabel("training loss (nats per token)")
-    if told:
-        axes[1].set_ylabel(f"{metric} (filled: valid, hollow: test)".replace("_", " "))
-    axes[-1].set_xlabel("optimiser step")
     seeds = max(len(ls) for ls in logs.values())
-    if seeds > 1:
-        axes[0].set_title(f"mean and range over {seeds} seeds", loc="left")
+    axes[0].set_title("smoothed" + f", mean and range over {seeds} seeds" * (seeds > 1), loc="left")
+    axes[0].set_ylabel("training loss (nats)")
+    if told:
+        axes[1].set_title("filled: valid, hollow: test", loc="left")
+        axes[1].set_ylabel(metric.replace("_", " "))
+    axes[-1].set_xlabel("optimiser step")
     legend(fig, handles, [words(key, by) for key in logs])
 
 
-def bar(ax, x, found, **style):
-    """A dot with its 95 % interval, if it has one."""
+def spread(found):
+    """The two arms of a 95 % interval, as errorbar wants them; None if there is none."""
     mean, _, low, high = found
-    spread = [[mean - low], [high - mean]] if math.isfinite(low) else None
-    return ax.errorbar([x], [mean], yerr=spread, capsize=2.5, elinewidth=0.9, **style)
+    return [[mean - low], [high - mean]] if math.isfinite(low) else None
 
 
 def against(fig, groups, by, metric, x):
@@ -153,7 +157,7 @@ def against(fig, groups, by, metric, x):
     values, lines = sorted({key[at] for key in groups if key[at] is not None}), {}
     for key, runs in groups.items():
         lines.setdefault(key[:at] + (None,) + key[at + 1:], {})[key[at]] = estimate(runs, metric)
-    handles = []
+    log, handles = geometric(values), []
     for i, points in enumerate(lines.values()):
         style = looks(i, len(lines))
         if None in points:                              # it does not read this flag: the same at every value
@@ -161,16 +165,22 @@ def against(fig, groups, by, metric, x):
             if math.isfinite(points[None][2]):
                 ax.axhspan(*points[None][2:], color=style["color"], alpha=0.12, linewidth=0)
         points = {v: e for v, e in points.items() if v is not None}
+        shift = 0.015 * (i - (len(lines) - 1) / 2)      # side by side, so that no interval hides another
+        at_x = {v: v * (values[-1] / values[0]) ** shift if log else v + (values[-1] - values[0]) * shift
+                for v in points}
+        for v, found in points.items():
+            ax.errorbar(at_x[v], found[0], yerr=spread(found), capsize=2.5, elinewidth=0.9,
+                        **{**style, "linestyle": ""})
         if points:
-            for v, found in points.items():
-                bar(ax, v, found, **{**style, "linestyle": ""})
-            handles.append(ax.plot(list(points), [e[0] for e in points.values()], **style)[0])
-    if geometric(values):
+            handles += ax.plot(list(at_x.values()), [e[0] for e in points.values()], **style)
+    if log:
         ax.set_xscale("log")
     ax.set_xticks(values, [shown(v) for v in values])
     ax.set_xticks([], minor=True)
     ax.set_xlabel(x)
     ax.set_ylabel(f"{metric} (95 % intervals)".replace("_", " "))
+    if metric in PROPORTIONS:                           # Student's interval knows no bounds, a share does
+        ax.set_ylim(max(0, ax.get_ylim()[0]), min(1, ax.get_ylim()[1]))
     legend(fig, handles, [words(key, by, x) for key in lines])
 
 
@@ -178,12 +188,13 @@ def dots(fig, groups, by, metric):
     fig.set_size_inches(WIDTH, 0.7 + 0.24 * len(groups))
     ax = fig.subplots()
     for i, runs in enumerate(groups.values()):
-        mean, _, low, high = estimate(runs, metric)
-        spread = [[mean - low], [high - mean]] if math.isfinite(low) else None
-        ax.errorbar([mean], [i], xerr=spread, color="black", marker="o", capsize=2.5, elinewidth=0.9)
+        found = estimate(runs, metric)
+        ax.errorbar(found[0], i, xerr=spread(found), color="black", marker="o", capsize=2.5, elinewidth=0.9)
     ax.set_yticks(range(len(groups)), [words(key, by) for key in groups])
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.set_xlabel(f"{metric} (95 % intervals)".replace("_", " "))
+    if metric in PROPORTIONS:
+        ax.set_xlim(max(0, ax.get_xlim()[0]), min(1, ax.get_xlim()[1]))
 
 
 def heat(fig, logs, by):
@@ -217,20 +228,25 @@ def heat(fig, logs, by):
 
 
 def overoptimisation(fig, logs, by):
+    paths = {key: [path for log in ls if (path := [e for e in log if "gold" in e])]
+             for key, ls in logs.items()}
+    paths, handles = {key: found for key, found in paths.items() if found}, []
+    if not paths:
+        raise UserError("--x sqrt_kl: no run logged gold and sqrt_kl; these come with --task ppo")
     fig.set_size_inches(WIDTH, 4)
     top, bottom = fig.subplots(2, 1, sharex=True)
-    handles = []
-    for i, ls in enumerate(logs.values()):
-        style = {**looks(i, len(logs)), "marker": ""}
-        for log in ls:
-            path = [e for e in log if e["event"] == "train" and "gold" in e]
-            x, gold = [e["sqrt_kl"] for e in path], [e["gold"] for e in path]
+    for i, found in enumerate(paths.values()):
+        style = {**looks(i, len(paths)), "marker": ""}
+        for path in found:
+            x, gold, score = (smooth([float(e[name]) for e in path], 1 + len(path) // 10)
+                              for name in ("sqrt_kl", "gold", "score"))
             line, = top.plot(x, gold, **style)
-            bottom.plot(x, [e["score"] for e in path], **style)
+            bottom.plot(x, score, **style)
             peak = max(range(len(gold)), key=gold.__getitem__)
-            top.plot([x[peak]], [gold[peak]], marker="o", color=style["color"], markerfacecolor="white")
+            top.plot(x[peak], gold[peak], marker="o", color=style["color"], markerfacecolor="white", zorder=3)
         handles.append(line)
-    top.set_ylabel("judge's reward (ring: its peak)")
+    top.set_title("smoothed; ring: the most that the judge gave", loc="left")
+    top.set_ylabel("judge's reward")
     bottom.set_ylabel("reward model's score")
     bottom.set_xlabel("√KL(policy ‖ reference), √nats")
-    legend(fig, handles, [words(key, by) for key in logs])
+    legend(fig, handles, [words(key, by) for key in paths])

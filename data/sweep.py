@@ -7,7 +7,7 @@
     mean ± sd    over the runs of a group; its 95 % interval is Student's t over seeds. It speaks of other
                  seeds on the same test items, not of other items
     one run      a proportion of test items has Wilson's interval, which speaks of other items, not of other
-                 seeds; any other number has none
+                 seeds; any other number has none, and neither has a group in which a seed comes twice
 
 A run that is not finished is returned with what stopped it; nothing that looks like a run is left out.
 
@@ -131,4 +131,6 @@ def estimate(runs, metric):
     mean, sd, half = summary(values)
     if len(values) == 1 and metric in PROPORTIONS and (right := runs[0]["result"].get("right")):
         return mean, sd, *wilson(right.count("1"), len(right))
+    if len({r["config"].get("seed") for r in runs}) < len(runs):        # other settings differ in there, too
+        half = math.nan
     return mean, sd, mean - half, mean + half

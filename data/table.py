@@ -91,7 +91,7 @@ def compare(runs, a, b, by, metric, meta):
     alone = sum(map(len, sides)) - 2 * len(pairs)
     mean, sd, half = summary(numbers([x], metric)[0] - numbers([y], metric)[0] for x, y in pairs)
     lines = [f"{a} - {b}, {metric} ({'less' if metric in FALLING else 'more'} is better), "
-             f"{len(pairs)} pairs of runs" + f", {alone} runs without a partner" * bool(alone)]
+             f"pairs of runs: {len(pairs)}" + f", runs without a partner: {alone}" * bool(alone)]
     lines.append(f"  by seed  {mean:+.4f}" + (" (one pair has no interval)" if len(pairs) < 2 else
                  f" ± {sd:.4f}  95 % [{mean - half:+.4f}, {mean + half:+.4f}], Student's t over pairs"))
     rights = [(x["result"].get("right", ""), y["result"].get("right", "")) for x, y in pairs]
@@ -121,12 +121,15 @@ def size(n):
     return f"{scaled:.{int(scaled < 10 and unit != 'B')}f} {unit}"
 
 
+COSTS = {"params_trainable": "{:,.0f}".format, "adapter_bytes": size, "peak_memory_mb": "{:.0f} MB".format,
+         "tokens_per_second": "{:,.0f}".format}
+
+
 def table(groups, by, metrics):
     """Rows of cells, the first one the heads; a cell that wins ends in an asterisk."""
-    head = [*by, "runs"]
-    for metric in metrics:
-        head += [metric, "95 %"]
-    rows, wins = [[*head, "trainable", "stored", "memory", "tokens/s"]], {m: best(groups, m) for m in metrics}
+    wins = {metric: best(groups, metric) for metric in metrics}
+    head = [name for metric in metrics for name in (metric, "95 %")]
+    rows = [[*by, "runs", *head, "trainable", "stored", "memory", "tokens/s"]]
     for key, runs in groups.items():
         row = [*map(shown, key), str(len(runs))]
         for metric in metrics:
@@ -137,12 +140,12 @@ def table(groups, by, metrics):
             spread = f" ± {number(sd)}" if math.isfinite(sd) else ""
             row.append(("nan" if math.isnan(mean) else number(mean) + spread) + "*" * (key in wins[metric]))
             row.append(f"[{number(low)}, {number(high)}]" if math.isfinite(low) else DASH)
-        for name, text in (("params_trainable", "{:,.0f}".format), ("adapter_bytes", size),
-                           ("peak_memory_mb", "{:.0f} MB".format), ("tokens_per_second", "{:,.0f}".format)):
+        for name, text in COSTS.items():
             found = numbers(runs, name)
             row.append(text(summary(found)[0]) if found else DASH)
         rows.append(row)
-    return rows
+    empty = {i for i, name in enumerate(rows[0]) if name == "95 %" and {row[i] for row in rows[1:]} == {DASH}}
+    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
 
 
 def aligned(rows, markdown):
@@ -181,7 +184,7 @@ def show(options):
         inner = [f for f in known if f != "seed" and any(len({shown(value(r, f, meta)) for r in rs}) > 1
                                                          for rs in groups.values())]
         if inner:
-            say(f"Rows average over {', '.join(inner)}; --by {','.join(by + inner[:1])} tells them apart.")
+            say(f"Rows average over {', '.join(inner)}; --by {','.join(by + inner[:1])} splits them.")
     if options.compare:
         say("\n" + "\n".join(compare(runs, *options.compare, by, metrics[0], meta)))
     if rest:

@@ -1,0 +1,305 @@
+"""Tables and pictures: the numbers of a table are those of the runs, and it claims no more than they show."""
+import builtins
+import json
+import math
+
+import pytest
+
+import train
+from data import plots, sweep, table
+from data.files import UserError, read_json
+from data.runs import Run, RunError
+
+META = {f.name: f.metadata for f in train.dataclasses.fields(train.Config)}
+
+
+def make(folder, metrics=None, right="", data="d", log=(), flags=(), **result):
+    """A finished run of these flags, by hand."""
+    cfg = train.parse([*map(str, flags)])
+    told = {k: v for k, v in train.dataclasses.asdict(cfg).items() if k not in train.NOT_IDENTITY}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": told, "data_sha256": data}))
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+    if metrics is not None:
+        done = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, metrics=metrics, right=right,
+                    params_trainable=1000, adapter_bytes=4000, peak_memory_mb=100.0, tokens_per_second=50)
+        (folder / "result.json").write_text(json.dumps({**done, **result}))
+    return folder
+
+
+def seeds(tmp_path, name, values, flags=(), **more):
+    for seed, x in enumerate(values, 1):
+        make(tmp_path / f"{name}-s{seed}", {"exact_match": x, "loss": 1 - x}, flags=[*flags, "--seed", seed],
+             **more)
+
+
+def shown(tmp_path, capsys, *flags):
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def grouped(tmp_path, by=None):
+    runs, rest = sweep.gather([str(tmp_path / "*")])
+    by = by or sweep.telling(runs, META)
+    return by, sweep.group(runs, by, META)
+
+
+# ----------------------------------------------------------------------------------------------------- groups
+
+def test_the_fields_that_differ_less_what_follows_from_them(tmp_path):
+    for method in ("full", "lora", "prefix"):           # each brings its own rate
+        make(tmp_path / method, {"loss": 1}, flags=["--method", method])
+        make(tmp_path / f"{method}2", {"loss": 1}, flags=["--method", method, "--seed", 2])
+    assert grouped(tmp_path)[0] == ["method"]
+    make(tmp_path / "r1", {"loss": 1}, flags=["--rank", 1])
+    by, groups = grouped(tmp_path)
+    assert by == ["method", "rank"]
+    assert list(groups) == [("full", None), ("lora", 1), ("lora", 8), ("prefix", None)]
+    assert [len(runs) for runs in groups.values()] == [2, 1, 2, 2]
+
+
+def test_numbers_sort_as_numbers(tmp_path):
+    for rank in (16, 2, 1):
+        make(tmp_path / str(rank), {"loss": 1}, flags=["--rank", rank])
+    assert list(grouped(tmp_path)[1]) == [(1,), (2,), (16,)]
+
+
+def test_nothing_that_looks_like_a_run_is_left_out(tmp_path, capsys):
+    make(tmp_path / "done", {"loss": 1})
+    make(tmp_path / "again", {"loss": 1})                                   # the same flags and data: once
+    make(tmp_path / "cut", flags=["--rank", 2], log=[{"event": "train", "step": 7}])
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"event": "tr')                                            # the kill tore a line
+    make(tmp_path / "new", flags=["--rank", 3])
+    make(tmp_path / "bad", {}, flags=["--rank", 4])
+    (tmp_path / "bad" / "result.json").write_text("{")
+    with pytest.raises(RunError), Run(tmp_path / "fell", {"rank": 5}).opened():
+        raise RunError("10 steps in a row were not finite")
+    (tmp_path / "results.jsonl").write_text("")
+    (tmp_path / "merged").mkdir()                                           # a model is not a run
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    (tmp_path / "merged" / "model.safetensors").write_text("")
+    out = shown(tmp_path, capsys)
+    rest = dict(line.split(None, 1) for line in out.split("Not in the table, 5:\n")[1].splitlines())
+    rest = {path.split("/")[-1]: why for path, why in rest.items()}
+    assert rest.keys() == {"done", "cut", "new", "bad", "fell"}
+    assert rest["done"].startswith("the same run as")
+    assert rest["cut"].startswith("unfinished: at step 7")
+    assert "just begun" in rest["new"] and "not valid JSON" in rest["bad"]
+    assert rest["fell"] == "failed: 10 steps in a row were not finite"
+
+
+def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
+    make(tmp_path / "out" / "a", {"loss": 1})
+    assert shown(tmp_path, capsys) == shown(tmp_path / "out", capsys)
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "nothing*")]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+
+def test_the_interval_of_three_seeds_is_students(tmp_path, capsys):
+    seeds(tmp_path, "a", [0.90, 0.91, 0.92])
+    runs = sweep.gather([str(tmp_path / "*")])[0]
+    half = 4.3027 * 0.01 / math.sqrt(3)
+    assert sweep.estimate(runs, "exact_match") == pytest.approx((0.91, 0.01, 0.91 - half, 0.91 + half))
+    assert "0.910 ± 0.010  [0.885, 0.935]" in shown(tmp_path, capsys)
+
+
+def test_one_run_has_wilsons_interval_of_its_items_if_it_is_a_proportion(tmp_path):
+    runs = [dict(config={}, result=dict(metrics={"exact_match": 0.8, "loss": 2.0}, right="1111111100"))]
+    assert sweep.estimate(runs, "exact_match")[2:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert all(map(math.isnan, sweep.estimate(runs, "loss")[1:]))
+
+
+def test_what_is_not_finite_is_said_and_not_averaged(tmp_path, capsys):
+    seeds(tmp_path, "a", [0.5, math.nan, 0.7])
+    seeds(tmp_path, "b", [0.5, 0.6, 0.7], ["--rank", 2])
+    out = shown(tmp_path, capsys)
+    assert [line.split()[2] for line in out.splitlines()[1:3]] == ["0.600", "nan"] and "*" not in out
+
+
+@pytest.mark.parametrize("other, data, wins", [
+    ([0.8, 0.81, 0.82], "d", True), ([0.88, 0.9, 0.92], "d", False), ([0.8], "d", False),
+    ([0.8, 0.81, 0.82], "else", False)])
+def test_bold_only_where_intervals_separate(other, data, wins, tmp_path, capsys):
+    seeds(tmp_path, "a", [0.90, 0.91, 0.92])
+    seeds(tmp_path, "b", other, ["--rank", 2], data=data)
+    by, groups = grouped(tmp_path)
+    assert table.best(groups, "exact_match") == ({(8,)} if wins else set())
+    assert table.best(groups, "loss") == ({(8,)} if wins else set())      # the smallest wins
+    out = shown(tmp_path, capsys, "--markdown")
+    assert ("**0.910 ± 0.010**" in out) == wins and "0.910 ± 0.010" in out
+
+
+def test_a_row_that_mixes_settings_says_so(tmp_path, capsys):
+    seeds(tmp_path, "a", [0.5, 0.6])
+    seeds(tmp_path, "b", [0.5, 0.6], ["--rank", 2])
+    assert "Rows average over" not in shown(tmp_path, capsys)
+    out = shown(tmp_path, capsys, "--by", "method")
+    assert "Rows average over rank; --by method,rank splits" in out
+    assert out.splitlines()[1].split()[1:5] == ["4", "0.550", "±", "0.058"]
+    assert "[" not in out                               # four runs, but not four seeds
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--by", "rnk"]) == 2
+    assert "did you mean rank?" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ A - B
+
+def test_pairs_by_seed_and_by_item(tmp_path, capsys):
+    """Seed noise that both sides share cancels: the difference is sharp where the levels are not."""
+    for seed, (a, b) in enumerate([("1110", "1100"), ("1111", "1110"), ("1100", "1000")], 1):
+        for rank, right in ((8, a), (2, b)):
+            make(tmp_path / f"{rank}-{seed}", {"exact_match": right.count("1") / 4}, right,
+                 flags=["--rank", rank, "--seed", seed])
+    out = shown(tmp_path, capsys, "--compare", "rank=8", "2")
+    assert "pairs of runs: 3" in out and "by seed  +0.2500 ± 0.0000  95 % [+0.2500, +0.2500]" in out
+    assert "by item  +0.2500" in out and "better on 3, worse on 0, sign test p 0.25" in out
+
+
+def test_the_sign_test_by_counting():
+    assert table.sign(0, 0) == 1 and table.sign(5, 0) == 2 / 32 and table.sign(3, 3) == 1
+    assert table.sign(1, 7) == pytest.approx(2 * (8 + 1) / 256)
+
+
+def test_pairs_leave_other_fields_equal(tmp_path, capsys):
+    for method, add in (("lora", 0.0), ("adalora", 0.3)):
+        for rank in (2, 8):
+            make(tmp_path / f"{method}{rank}", {"loss": add + 1 / rank},
+                 flags=["--method", method, "--rank", rank])
+    out = shown(tmp_path, capsys, "--compare", "adalora", "lora", "--by", "method,rank")
+    assert "loss (less is better), pairs of runs: 2" in out and "by seed  +0.3000 ± 0.0000" in out
+    assert "no outcome per item for loss" in out
+
+
+def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
+    for seed in (1, 2):
+        make(tmp_path / f"full{seed}", {"loss": 1.0}, flags=["--method", "full", "--seed", seed])
+        for rank in (2, 8):
+            make(tmp_path / f"lora{rank}{seed}", {"loss": 1.5}, flags=["--rank", rank, "--seed", seed])
+    assert "pairs of runs: 2" in shown(tmp_path, capsys, "--compare", "method=lora,rank=8", "full")
+    for a, b, says in (("lora", "full", "means both"), ("prefix", "full", "value of 0 fields"),
+                       ("rank=3", "full", "rank: - 2 8")):
+        assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--compare", a, b]) == 2
+        assert says in capsys.readouterr().err
+    make(tmp_path / "other", {"loss": 1.0}, flags=["--rank", 4], data="other")
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--compare", "4", "full"]) == 2
+    assert "different data" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+def curve(seed, rank=8, **last):
+    log = [dict(event="baseline", step=0, exact_match=0.0)]
+    log += [dict(event="train", step=s, loss=3 / (s + rank) + 0.01 * seed, **last) for s in range(1, 21)]
+    log += [dict(event="valid", step=s, exact_match=s / 40 + 0.01 * seed) for s in (5, 10, 15)]
+    return [*log, dict(event="test", step=20, exact_match=0.5)]
+
+
+def rlhf(seed, beta):
+    return [dict(event="train", step=s, gold=s / 10 - s * s / 300, score=s / 8, sqrt_kl=s / 10 / beta, kl=0,
+                 eos_rate=1) for s in range(1, 30)]
+
+
+@pytest.mark.parametrize("what, end", [("step", "png"), ("rank", "svg"), ("method", "svg"), ("ranks", "svg"),
+                                       ("sqrt_kl", "svg")])
+def test_every_picture(what, end, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in (1, 2):
+        for rank in (2, 8):
+            method = "adalora" if what == "ranks" else "lora"
+            ranks = {"ranks": {f"blocks.{i}.{w}": i for i in range(3) for w in ("attn.q", "mlp.up")}}
+            log = rlhf(seed, rank) if what == "sqrt_kl" else curve(seed, rank, **ranks)
+            make(tmp_path / f"{rank}-{seed}", {"exact_match": rank / 10 + seed / 50}, log=log,
+                 flags=["--method", method, "--rank", rank, "--seed", seed])
+        if what in ("rank", "method"):
+            make(tmp_path / f"full-{seed}", {"exact_match": 0.5 + seed / 50}, log=curve(seed),
+                 flags=["--method", "full", "--seed", seed])
+    file = tmp_path / f"p.{end}"
+    assert str(file) in shown(tmp_path, capsys, "--plot", str(file), "--x", what)
+    assert file.stat().st_size > 5000
+    if end == "svg":
+        assert file.read_text().count("<path") > 20
+
+
+def test_the_picture_that_fits(tmp_path):
+    assert plots.choose(grouped(make(tmp_path / "a" / "x", {"loss": 1}).parent)[1], ["method"]) == "step"
+    make(tmp_path / "a" / "y", {"loss": 1}, flags=["--rank", 2])
+    by, groups = grouped(tmp_path / "a")
+    assert plots.choose(groups, by) == "rank"
+    for i, method in enumerate(("lora", "lora", "adalora")):
+        make(tmp_path / "b" / str(i), {"loss": 1}, flags=["--method", method, "--seed", i])
+    by, groups = grouped(tmp_path / "b")
+    assert plots.choose(groups, by) == "step"
+    assert plots.choose({k: v for k, v in groups.items() if k == ("adalora",)}, by) == "ranks"
+    make(tmp_path / "c" / "z", {"loss": 1}, log=rlhf(1, 1))
+    assert plots.choose(grouped(tmp_path / "c")[1], ["method"]) == "sqrt_kl"
+
+
+@pytest.mark.parametrize("values, log", [
+    ([1, 2, 4, 8], True), ([1e-4, 3e-4, 1e-3], True), ([1, 2, 3, 4], False), ([0, 1, 10], False),
+    ([1, 8], False), ([10, 20, 30], False)])
+def test_axes_are_logarithmic_where_values_grow_by_factors(values, log):
+    assert plots.geometric(values) == log
+
+
+def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "a", {"loss": 1})
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    plot = ["--task", "table", "--runs", str(tmp_path / "*"), "--plot", str(tmp_path / "p.png")]
+    assert train.main(plot) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    make(tmp_path / "a", {"loss": 1}, log=curve(1))
+    for file, x, says in (("p.jpeg", "step", "must end in"), ("no/such/p.png", "step", "cannot be written"),
+                          ("p.png", "ranks", "--method adalora"), ("p.png", "sqrt_kl", "gold"),
+                          ("p.png", "rank", "name it in --by")):
+        flags = ["--task", "table", "--runs", str(tmp_path / "*"), "--plot", file, "--x", x]
+        assert train.main(flags) == 2
+        assert says in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ failed runs
+
+def test_a_failed_run_says_why_and_the_next_try_starts_clean(tmp_path):
+    """Also where it failed before config.json; a signal is no failure; nor is a folder in use."""
+    run = Run(tmp_path / "r", {"rank": 4})
+    for error, reason in ((UserError("no such file"), "no such file"), (KeyError("x"), "KeyError: 'x'")):
+        with pytest.raises(type(error)), run.opened():
+            assert not run.failed.exists()
+            raise error
+        assert read_json(run.failed) == {"reason": reason, "config": {"rank": 4}}
+        assert run.finished() is None                   # the folder is ours, to be tried again
+    with run.opened():
+        with pytest.raises(UserError), Run(tmp_path / "r", {"rank": 4}).opened():
+            pass
+        assert not run.failed.exists()
+    with pytest.raises(KeyboardInterrupt), run.opened():
+        raise KeyboardInterrupt
+    assert not run.failed.exists()
+
+
+def test_every_finished_run_has_its_line(tmp_path):
+    """A kill between result.json and results.jsonl is made good by the same command, once."""
+    lines = tmp_path / "results.jsonl"
+    for name in ("a", "ab"):
+        run = Run(tmp_path / name, {"rank": 4})
+        with run.opened():
+            run.start({})
+            run.finish({"status": "done", "right": "1", "samples": []})
+    written = lines.read_text()
+    assert written.count("\n") == 2 and "right" not in written
+    lines.write_text(written.splitlines()[1] + "\n")
+    for _ in range(2):
+        assert Run(tmp_path / "a", {"rank": 4}).finished()["status"] == "done"
+        assert sorted(lines.read_text().splitlines()) == sorted(written.splitlines())
