@@ -1,0 +1,246 @@
+"""Ours against transformers + peft, side by side: one model, one set of rows, one precision, pinned threads.
+
+    PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
+
+Each line is a target: the median over repetitions of ours / theirs, both sides alive at once and taking turns,
+so that a busy machine slows both; the first repetition warms up and is not counted. Tokens are real ones, no
+pads. Memory is the peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
+
+    sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
+            order, padded to the longest row, as transformers' Trainer collates them. Ours: data/examples.Feed
+    full    the same on rows of one length, every token supervised: nothing to gain by order or by masks
+    prompt, ptuning, prefix     twenty virtual tokens, ragged rows
+    answer  greedy generation of 48 tokens for 16 prompts of mixed lengths; theirs: generate, left-padded
+
+The start-up times are our own. PPO needs trl beside peft and is not measured here yet.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGETS = dict(sft=3.0, full=1.3, prompt=1.5, ptuning=1.5, prefix=1.5, answer=3.0)      # tokens/s, at least
+MEMORY = 0.6                                                                            # sft, at most
+BATCH, LR, NEW = 8, 1e-3, 48
+
+
+def rows(what, vocab, short):
+    """[(ids, supervised)]: lengths are log-normal, as instructions are (median 60, at most 400)."""
+    r, n = random.Random(0), 64 if short else 256
+    lengths = [min(400, max(8, round(r.lognormvariate(4.1, 0.7)))) for _ in range(n)]
+    lengths, share = ([128] * n, 0) if what == "full" else (lengths, 2 / 3)
+    return [([r.randrange(10, vocab) for _ in range(k)], [i >= share * k for i in range(k)]) for k in lengths]
+
+
+# ---- one side: reads a repetition per line, answers with {speed, loss, memory} -----------------------------
+def ours(what, folder, data, steps):
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import train
+    from data import evaluate
+    from data.examples import Feed, targets
+    from model import generate
+
+    cfg = train.parse(["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr",
+                       str(LR), "--method", what if what in train.METHODS[3:6] else "lora"]
+                      + ["--targets", "q,v", "--rank", "8"] * (what in ("sft", "full", "answer"))
+                      + ["--hidden", "512"] * (what in ("ptuning", "prefix")))
+    kit = train.open_kit(cfg)
+    if what == "answer":
+        prompts = [ids for ids, _ in data[:16]]
+
+        def repeat(i):
+            with torch.no_grad():
+                return sum(map(len, generate(kit.model, prompts, NEW, temperature=0))), 0.0
+        return repeat
+    learn = train.build(kit, cfg)
+    feed = Feed(data, BATCH, cfg.micro, 1)
+    optimiser = torch.optim.AdamW(train.param_groups(kit, cfg, learn), fused=True)
+    kit.train()
+
+    def repeat(i):
+        tokens = total = 0
+        for step in range(i * steps, (i + 1) * steps):
+            parts = feed(step)
+            count = sum(targets(e) for part in parts for e in part)
+            past, finish = kit.past(), None
+            if past is not None and len(parts) > 1:
+                past, finish = train.prompts.cut(past)
+            for part in parts:
+                loss = evaluate.summed_loss(kit, part, past) / count
+                loss.backward()
+                total += loss.item()
+            if finish:
+                finish()
+            torch.nn.utils.clip_grad_norm_(learn.values(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            tokens += sum(len(ids) for part in parts for ids, _ in part)
+        return tokens, total / steps
+    return repeat
+
+
+def peers(what, folder, data, steps):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if what == "answer":
+        prompts = [ids for ids, _ in data[:16]]
+        T = max(map(len, prompts))
+        ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+
+        def repeat(i):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW,
+                                 do_sample=False, pad_token_id=0)
+            return (out.shape[1] - T) * len(prompts), 0.0
+        return repeat
+    soft = dict(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    model = peft.get_peft_model(model, {
+        "prompt": lambda: peft.PromptTuningConfig(**soft),
+        "ptuning": lambda: peft.PromptEncoderConfig(**soft, encoder_hidden_size=512),
+        "prefix": lambda: peft.PrefixTuningConfig(**soft, prefix_projection=True, encoder_hidden_size=512)
+    }.get(what, lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16,
+                                        target_modules=["q_proj", "v_proj"]))())
+    learn = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learn, lr=LR, weight_decay=0.0, fused=True)
+    model.train()
+    order = random.Random(1)
+
+    def repeat(i):
+        tokens = total = 0
+        for _ in range(steps):
+            batch = order.sample(data, BATCH)
+            T = max(len(ids) for ids, _ in batch)
+            ids = torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in batch])
+            mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in batch])
+            labels = torch.tensor([[t if on else -100 for t, on in zip(*row)] + [-100] * (T - len(row[0]))
+                                   for row in batch])
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learn, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            tokens, total = tokens + sum(len(ids) for ids, _ in batch), total + loss.item()
+        return tokens, total / steps
+    return repeat
+
+
+def serve(args):
+    import resource
+
+    import torch
+    torch.set_num_threads(args.threads)
+    job = json.loads(pathlib.Path(args.job).read_text())
+    repeat = {"ours": ours, "peers": peers}[args.side](job["what"], job["model"], job["rows"], job["steps"])
+    print("ready", flush=True)
+    for i, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        tokens, loss = repeat(i)
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+        print(json.dumps(dict(speed=tokens / (time.perf_counter() - began), loss=loss,
+                              memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)), flush=True)
+
+
+# ---- both sides, in turns ----------------------------------------------------------------------------------
+def duel(what, model, vocab, args, folder):
+    job = folder / f"{what}.json"
+    job.write_text(json.dumps(dict(what=what, model=str(model), rows=rows(what, vocab, args.short),
+                                   steps=2 if args.short else 8)))
+    sides = {}
+    for side, python in (("ours", sys.executable), ("peers", os.environ["PEERS"])):
+        sides[side] = subprocess.Popen(
+            [python, __file__, "--side", side, "--job", str(job), "--threads", str(args.threads)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"})
+        if sides[side].stdout.readline() != "ready\n":
+            raise SystemExit(f"{what}: the side of {side} ({python}) does not start; --side {side} --job FILE "
+                             "tells why, where FILE holds what, model, rows and steps as JSON")
+    found = {side: [] for side in sides}
+    for _ in range(1 + (3 if args.short else 5)):
+        for side, process in sides.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found[side].append(json.loads(process.stdout.readline()))
+    for process in sides.values():
+        process.communicate()
+    a, b = ({k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides)
+    ratios = [x["speed"] / y["speed"] for x, y in zip(found["ours"][1:], found["peers"][1:])]
+    verdict(what, statistics.median(ratios), TARGETS[what], True,
+            f"{a['speed']:7,.0f} against {b['speed']:7,.0f} tokens/s, ratios {min(ratios):.2f} to "
+            f"{max(ratios):.2f}" + f"; loss {a['loss']:.3f} and {b['loss']:.3f}" * (what != "answer"))
+    if what == "sft":
+        verdict("sft memory", a["memory"] / b["memory"], MEMORY, False,
+                f"{a['memory']:7,.0f} against {b['memory']:7,.0f} MB")
+
+
+def verdict(what, value, target, least, said):
+    good = value >= target if least else value <= target
+    sign, word = ">=" if least else "<=", "pass" if good else "MISS"
+    print(f"{what:12} {value:6.2f}  target {sign} {target:<4}  {word}  {said}", flush=True)
+
+
+def timed(*argv):
+    """Seconds until train.py ends, or until it logs its first step."""
+    with tempfile.TemporaryDirectory() as out:
+        began, log = time.perf_counter(), pathlib.Path(out) / "r" / "log.jsonl"
+        where = [] if "--help" in argv else ["--out", f"{out}/r"]
+        p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, *where],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while p.poll() is None and not (log.exists() and '"train"' in log.read_text()):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - began
+        p.kill()
+        p.wait()
+        return seconds
+
+
+def main():
+    args = argparse.ArgumentParser(description="ours against transformers and peft")
+    args.add_argument("--short", action="store_true", help="a few steps: a look, not a result")
+    args.add_argument("--only", choices=[*TARGETS, "start"], help="one line of it")
+    args.add_argument("--threads", type=int, default=1)
+    args.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
+    args.add_argument("--job", help=argparse.SUPPRESS)
+    args = args.parse_args()
+    if args.side:
+        return serve(args)
+    if args.only in (None, "start"):
+        for name, most, argv in (("--help", 1.5, ["--help"]), ("first step", 5.0, ["--steps", "100"])):
+            times = [timed(*argv) for _ in range(1 if args.short else 5)]
+            told = " ".join(f"{t:.2f}" for t in times)
+            verdict(name, statistics.median(times), most, False, f"seconds: {told}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        sys.path.insert(0, str(ROOT))
+        import torch
+
+        from data.files import read_json
+        from data.tokenizer import Tokenizer
+        from model import GPT, GPTConfig
+        if (model := os.environ.get("SMOLLM2")) is None:
+            model, tokenizer = folder / "model", Tokenizer.train(["a b"], 257, ["<|endoftext|>"])
+            torch.manual_seed(0)
+            GPT(GPTConfig(4096, 512, 6, 4, 256, eos=tokenizer.eos).llama(n_inner=704)).save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        vocab = read_json(pathlib.Path(model) / "config.json")["vocab_size"]
+        print(f"{model}, fp32, {args.threads} threads, load {os.getloadavg()[0]:.1f}, "
+              f"torch {torch.__version__}", flush=True)
+        if "PEERS" not in os.environ:
+            return print("PEERS names no interpreter with transformers and peft, so nothing is compared")
+        for what in TARGETS:
+            if args.only in (None, what):
+                duel(what, model, vocab, args, folder)
+
+
+if __name__ == "__main__":
+    main()
