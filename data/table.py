@@ -111,8 +111,12 @@ def sign(wins, losses):
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
-def number(x):
-    return DASH if not math.isfinite(x) else f"{x:.2g}" if 0 < abs(x) < 0.01 else f"{x:.3f}"
+def cells(found):
+    """An estimate as "mean ± sd" and "[low, high]", all with the mean's decimals."""
+    mean, sd, low, high = found
+    places = 1 if abs(mean) >= 100 else 5 if 0 < abs(mean) < 0.1 else 3
+    return (f"{mean:.{places}f}" + f" ± {sd:.{places}f}" * math.isfinite(sd),
+            f"[{low:.{places}f}, {high:.{places}f}]" if math.isfinite(low) else DASH)
 
 
 def size(n):
@@ -136,10 +140,8 @@ def table(groups, by, metrics):
             if not numbers(runs, metric):
                 row += [DASH, DASH]
                 continue
-            mean, sd, low, high = estimate(runs, metric)
-            spread = f" ± {number(sd)}" if math.isfinite(sd) else ""
-            row.append(("nan" if math.isnan(mean) else number(mean) + spread) + "*" * (key in wins[metric]))
-            row.append(f"[{number(low)}, {number(high)}]" if math.isfinite(low) else DASH)
+            mean, interval = cells(estimate(runs, metric))
+            row += [mean + "*" * (key in wins[metric]), interval]
         for name, text in COSTS.items():
             found = numbers(runs, name)
             row.append(text(summary(found)[0]) if found else DASH)

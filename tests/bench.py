@@ -2,7 +2,7 @@
 
     PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
 
-Each line is a target: the median over repetitions of ours / theirs, both sides alive at once and taking turns,
+Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns,
 so that a busy machine slows both; the first repetition warms up and is not counted. Tokens are real ones, no
 pads. Memory is the peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
 
@@ -163,8 +163,8 @@ def duel(what, model, vocab, args, folder):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"})
         if sides[side].stdout.readline() != "ready\n":
-            raise SystemExit(f"{what}: the side of {side} ({python}) does not start; --side {side} --job FILE "
-                             "tells why, where FILE holds what, model, rows and steps as JSON")
+            raise SystemExit(f"{what}: the side of {side} ({python}) does not start; --side {side} --job "
+                             "FILE tells why, where FILE holds what, model, rows and steps as JSON")
     found = {side: [] for side in sides}
     for _ in range(1 + (3 if args.short else 5)):
         for side, process in sides.items():

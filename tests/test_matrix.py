@@ -21,7 +21,7 @@ import tiny
 import train
 
 README = train.ROOT / "README.md"
-DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}   # else chat
+DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}  # or chat
 SHORT = dict(steps=2, batch=4, eval_every=100, max_new=2, forget="none", n_virtual=2, items=2, block=32)
 QUICK = [("sft", "prefix"), ("classify", "ia3"), ("pretrain", "full"), ("eval", "none"), ("eval", "lora"),
          ("merge", "none"), ("table", "none")]

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tiny
 
 import train
 from data import plots, sweep, table
@@ -94,6 +95,24 @@ def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
     assert shown(tmp_path, capsys) == shown(tmp_path / "out", capsys)
     assert train.main(["--task", "table", "--runs", str(tmp_path / "nothing*")]) == 2
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
+    world = tiny.world(tmp_path)
+    for task, data, flags in (("sft", "chat", ["--max_new", "2"]), ("classify", "label", []),
+                              ("pretrain", "text", ["--block", "32"]), ("eval", "chat", ["--max_new", "2"])):
+        flags = flags + ["--steps", "2", "--method", "lora", "--forget", "none"] * (task != "eval")
+        assert train.main(["--task", task, "--init", str(world / "base"), "--data", str(world / data), "--out",
+                           str(tmp_path / "out" / task), *flags]) == 0
+        result = read_json(tmp_path / "out" / task / "result.json")
+        named = {"classify": "accuracy", "pretrain": None}.get(task, "exact_match")
+        assert len(result["right"]) == (8 if named else 0)
+        assert not named or result["right"].count("1") / 8 == result["metrics"][named]
+    capsys.readouterr()
+    lines = shown(tmp_path / "out", capsys).splitlines()
+    assert lines[0].split()[:2] == ["task", "runs"]
+    assert [line.split()[0] for line in lines[1:5]] == ["classify", "eval", "pretrain", "sft"]
+    assert sum("[" in line for line in lines[1:5]) == 3     # the proportions, of one run each
 
 
 # -------------------------------------------------------------------------------------------------- intervals

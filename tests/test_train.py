@@ -200,6 +200,7 @@ def test_the_folder_holds_what_it_should(world, tmp_path):
     assert [e["event"] for e in log][0] == "baseline" and log[-1]["event"] == "test"
     config = read_json(tmp_path / "r" / "adapter" / "adapter_config.json")
     assert config["peft_type"] == "LORA" and config["r"] == 6       # q and v of a fused c_attn: rank the sum
+    assert len(r["right"]) == 8 and r["right"].count("1") / 8 == r["metrics"]["exact_match"]
     line = json.loads((tmp_path / "results.jsonl").read_text())
     assert line["out"] == str(tmp_path / "r") and "samples" not in line
 
