@@ -209,7 +209,7 @@ def parse(argv, concerns):
     if task not in TRAIN and method != "none":
         raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
     if task == "table":                             # it reads runs, and no flag of theirs
-        return table.flags(Parser(allow_abbrev=False), lambda task: fields_of(task, concerns)).parse_args(argv)
+        return table.flags(Parser(allow_abbrev=False), lambda t: fields_of(t, concerns)).parse_args(argv)
     if task in ("reward", "dpo", "ppo") and method == "none":
         raise UserError(f"--method none learns nothing, which --task {task} is about; it takes any other")
     if (task, method) == ("ppo", "adalora"):

@@ -79,8 +79,9 @@ def events(path):
 def value(run, name, meta):
     """A field of a run's config; None for one that its task and method do not read."""
     config = run["config"]
-    if name in meta and not (config.get("task") in meta[name]["tasks"]
-                             and config.get("method") in meta[name]["methods"]):
+    field = meta(config.get("task")).get(name)
+    if field and not (config.get("task") in field.metadata["tasks"]
+                      and config.get("method") in field.metadata["methods"]):
         return None
     return config.get(name)
 

@@ -11,6 +11,7 @@ Which runs make a row, and which are listed below the table and why: data/sweep.
 Public: flags, show, best, compare
 """
 import difflib
+import functools
 import math
 
 from data import plots
@@ -21,9 +22,9 @@ from data.sweep import DASH, FALLING, PROPORTIONS, estimate, gather, group, numb
 
 
 def flags(parser, meta):
-    """The flags of --task table. `meta` tells of every flag of a run which tasks and methods read it."""
+    """The flags of --task table. meta(task): {flag: field} of a run, which knows the methods that read it."""
     parser.description = "One table of many runs, and a picture of them."
-    parser.set_defaults(meta=meta)
+    parser.set_defaults(meta=functools.cache(meta))
     add = parser.add_argument
     add("--task", help="table")
     add("--runs", nargs="+", default=["out/*"], help="run folders, or patterns for them (default out/*)")

@@ -50,7 +50,7 @@ def ours(what, folder, data, steps):
     from model import generate
 
     cfg = train.parse(["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr",
-                       str(LR), "--method", what if what in train.METHODS[3:6] else "lora"]
+                       str(LR), "--method", what if what in ("prompt", "ptuning", "prefix") else "lora"]
                       + ["--targets", "q,v", "--rank", "8"] * (what in ("sft", "full", "answer"))
                       + ["--hidden", "512"] * (what in ("ptuning", "prefix")))
     kit = train.open_kit(cfg)

@@ -23,7 +23,7 @@ MAY = {                                                         # which of our o
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
 LINES = dict(model=420, lora=485, prompts=350, ppo=680, train=850)
-DATA_LINES = 285
+DATA_LINES = 290
 
 
 def source_files():

@@ -19,10 +19,12 @@ import pytest
 import tiny
 
 import train
+from data import flags
 
 README = train.ROOT / "README.md"
 DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}  # or chat
-SHORT = dict(steps=2, batch=4, eval_every=100, max_new=2, forget="none", n_virtual=2, items=2, block=32)
+SHORT = dict(steps=2, batch=4, eval_every=100, max_new=2, forget="none", n_virtual=2, items=2, block=32,
+             samples=2)
 QUICK = [("sft", "prefix"), ("classify", "ia3"), ("pretrain", "full"), ("eval", "none"), ("eval", "lora"),
          ("merge", "none"), ("table", "none")]
 REMARK = "<!-- `python tests/test_matrix.py` runs every cell and writes this table -->"
@@ -30,14 +32,15 @@ REMARK = "<!-- `python tests/test_matrix.py` runs every cell and writes this tab
 
 def command(world, task, method, out):
     """The shortest command of a cell: of SHORT, the flags that this task and method read."""
-    reads = {f.name for f in train.dataclasses.fields(train.Config)
+    reads = {name for name, f in flags.fields_of(task, train.CONCERNS).items()
              if task in f.metadata["tasks"] and method in f.metadata["methods"]}
-    argv = ["--task", task] + ["--method", method] * (method != "none" or task in train.TRAIN)
+    argv = ["--task", task] + ["--method", method] * (method != "none" or task in flags.TRAIN)
     if task == "table":
         return [*argv, "--runs", str(world / "lora")]
     argv += [word for name, value in SHORT.items() if name in reads for word in (f"--{name}", str(value))]
     argv += ["--init", str(world / ("lora" if task == "merge" else "base"))]
-    for name, value in dict(data=world / DATA.get(task, "chat"), out=out, prompt="ab").items():
+    some = dict(data=world / DATA.get(task, "chat"), out=out, prompt="ab", reward="data.toy:gold")
+    for name, value in some.items():
         argv += [f"--{name}", str(value)] * (name in reads)
     return argv
 
@@ -57,10 +60,10 @@ def outcome(world, task, method, out):
 def matrix(cells):
     """{(task, method): outcome} in Markdown; reasons are footnotes."""
     why = list(dict.fromkeys(said for said in cells.values() if said != "ok"))
-    lines = [REMARK, "", "| | " + " | ".join(f"`{m}`" for m in train.METHODS) + " |",
-             "|---" * (1 + len(train.METHODS)) + "|"]
-    for task in train.TASKS:
-        said = [cells[task, m] for m in train.METHODS]
+    lines = [REMARK, "", "| | " + " | ".join(f"`{m}`" for m in flags.METHODS) + " |",
+             "|---" * (1 + len(flags.METHODS)) + "|"]
+    for task in flags.TASKS:
+        said = [cells[task, m] for m in flags.METHODS]
         lines.append(f"| `--task {task}` | " + " | ".join(
             s if s == "ok" else f"no ({why.index(s) + 1})" for s in said) + " |")
     return "\n".join([*lines, *(f"\n({i}) refused: {said}" for i, said in enumerate(why, 1))]) + "\n"
@@ -88,7 +91,7 @@ def world(tmp_path_factory):
 
 
 def test_the_readme_has_every_task_and_method():
-    assert list(told()) == [(t, m) for t in train.TASKS for m in train.METHODS], \
+    assert list(told()) == [(t, m) for t in flags.TASKS for m in flags.METHODS], \
         "run `python tests/test_matrix.py`: it writes the matrix of README.md"
 
 
@@ -105,7 +108,7 @@ def test_every_cell(world, tmp_path):
 
 
 def all_cells(world, folder):
-    return {(t, m): outcome(world, t, m, folder / f"{t}-{m}") for t in train.TASKS for m in train.METHODS}
+    return {(t, m): outcome(world, t, m, folder / f"{t}-{m}") for t in flags.TASKS for m in flags.METHODS}
 
 
 def main():

@@ -7,17 +7,21 @@ import pytest
 import tiny
 
 import train
+from data import flags as flags_
 from data import plots, sweep, table
 from data.files import UserError, read_json
 from data.runs import Run, RunError
 
-META = {f.name: f.metadata for f in train.dataclasses.fields(train.Config)}
+
+
+def META(task):
+    return flags_.fields_of(task, train.CONCERNS)
 
 
 def make(folder, metrics=None, right="", data="d", log=(), flags=(), **result):
     """A finished run of these flags, by hand."""
     cfg = train.parse([*map(str, flags)])
-    told = {k: v for k, v in train.dataclasses.asdict(cfg).items() if k not in train.NOT_IDENTITY}
+    told = {k: v for k, v in train.told(cfg).items() if k not in train.NOT_IDENTITY}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"config": told, "data_sha256": data}))
     (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
