@@ -68,7 +68,7 @@ def number(value):
 def choose(groups, by):
     """What the picture runs over, if nobody said: RLHF, a swept number, AdaLoRA's ranks, or else steps."""
     runs = [run for rs in groups.values() for run in rs]
-    if runs and all(any("gold" in e for e in events(run["folder"])) for run in runs):
+    if runs and all(judged(events(run["folder"])) for run in runs):
         return "sqrt_kl"
     for i, name in enumerate(by):
         if len({key[i] for key in groups if number(key[i])}) > 1:
@@ -119,13 +119,17 @@ def over_seeds(logs, kind, name, wide=False):
 
 
 def curves(fig, logs, by, metric):
-    told = any(e["event"] == "valid" and metric in e for ls in logs.values() for log in ls for e in log)
+    seen = [e for ls in logs.values() for log in ls for e in log]
+    told = any(e["event"] == "valid" and metric in e for e in seen)
+    main = next((n for n in ("loss", "score") if any(e["event"] == "train" and n in e for e in seen)), None)
+    if main is None:
+        raise UserError("--x step: these runs logged no steps of training; name a field instead of step")
     fig.set_size_inches(WIDTH, 4.2 if told else 2.5)
     axes, handles = fig.subplots(1 + told, 1, sharex=True, squeeze=False)[:, 0], []
     for i, (key, ls) in enumerate(logs.items()):
         style = looks(i, len(logs))
         plain = {**style, "marker": ""}
-        steps, mean, low, high = over_seeds(ls, "train", "loss", wide=True)
+        steps, mean, low, high = over_seeds(ls, "train", main, wide=True)
         handles.append(axes[0].plot(steps, mean, **plain)[0])
         axes[0].fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
         if told:
@@ -137,12 +141,17 @@ def curves(fig, logs, by, metric):
                 axes[1].plot(steps, mean, **{**style, "linestyle": ""}, markerfacecolor="white")
     seeds = max(len(ls) for ls in logs.values())
     axes[0].set_title("smoothed" + f", mean and range over {seeds} seeds" * (seeds > 1), loc="left")
-    axes[0].set_ylabel("training loss (nats)")
+    axes[0].set_ylabel("training loss (nats)" if main == "loss" else "score in training")
     if told:
         axes[1].set_title("filled: valid, hollow: test", loc="left")
         axes[1].set_ylabel(metric.replace("_", " "))
     axes[-1].set_xlabel("optimiser step")
     legend(fig, handles, [words(key, by) for key in logs])
+
+
+def axis(groups, metric):
+    known = any(math.isfinite(estimate(runs, metric)[2]) for runs in groups.values())
+    return metric.replace("_", " ") + " (95 % intervals)" * known
 
 
 def spread(found):
@@ -178,7 +187,7 @@ def against(fig, groups, by, metric, x):
     ax.set_xticks(values, [shown(v) for v in values])
     ax.set_xticks([], minor=True)
     ax.set_xlabel(x)
-    ax.set_ylabel(f"{metric} (95 % intervals)".replace("_", " "))
+    ax.set_ylabel(axis(groups, metric))
     if metric in PROPORTIONS:                           # Student's interval knows no bounds, a share does
         ax.set_ylim(max(0, ax.get_ylim()[0]), min(1, ax.get_ylim()[1]))
     legend(fig, handles, [words(key, by, x) for key in lines])
@@ -192,7 +201,7 @@ def dots(fig, groups, by, metric):
         ax.errorbar(found[0], i, xerr=spread(found), color="black", marker="o", capsize=2.5, elinewidth=0.9)
     ax.set_yticks(range(len(groups)), [words(key, by) for key in groups])
     ax.set_ylim(len(groups) - 0.5, -0.5)
-    ax.set_xlabel(f"{metric} (95 % intervals)".replace("_", " "))
+    ax.set_xlabel(axis(groups, metric))
     if metric in PROPORTIONS:
         ax.set_xlim(max(0, ax.get_xlim()[0]), min(1, ax.get_xlim()[1]))
 
@@ -227,9 +236,12 @@ def heat(fig, logs, by):
     ax.set_xlabel("layer")
 
 
+def judged(log):
+    return [e for e in log if e["event"] == "train" and {"gold", "score", "sqrt_kl"} <= e.keys()]
+
+
 def overoptimisation(fig, logs, by):
-    paths = {key: [path for log in ls if (path := [e for e in log if "gold" in e])]
-             for key, ls in logs.items()}
+    paths = {key: [path for log in ls if (path := judged(log))] for key, ls in logs.items()}
     paths, handles = {key: found for key, found in paths.items() if found}, []
     if not paths:
         raise UserError("--x sqrt_kl: no run logged gold and sqrt_kl; these come with --task ppo")

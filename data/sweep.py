@@ -11,7 +11,8 @@
 
 A run that is not finished is returned with what stopped it; nothing that looks like a run is left out.
 
-Public: gather, events, value, shown, telling, group, numbers, estimate
+Public: gather, events, value, shown, telling, group, numbers, main_metric,
+estimate
 """
 import glob
 import json
@@ -23,6 +24,7 @@ from data.files import DataError, read_json
 from data.metrics import summary, wilson
 
 DASH = "-"
+MAIN = ("exact_match", "accuracy", "gold", "score", "loss")            # what a run is about: the first it has
 PROPORTIONS = ("exact_match", "accuracy")               # means of the outcomes in result.json's `right`
 FALLING = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")       # less is better
 
@@ -122,6 +124,11 @@ def numbers(runs, metric):
     """The metric of each run that has it; what JSON could not hold is a string in there."""
     found = (r["result"].get("metrics", {}).get(metric, r["result"].get(metric)) for r in runs)
     return [float(x) for x in found if x is not None]
+
+
+def main_metric(run):
+    found = run["result"].get("metrics", {})
+    return next((name for name in [*MAIN, *found] if name in found), None)
 
 
 def estimate(runs, metric):

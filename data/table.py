@@ -18,7 +18,8 @@ from data import plots
 from data.files import UserError
 from data.metrics import summary
 from data.runs import say
-from data.sweep import DASH, FALLING, PROPORTIONS, estimate, gather, group, numbers, shown, telling, value
+from data.sweep import (DASH, FALLING, PROPORTIONS, estimate, gather, group, main_metric, numbers, shown,
+                        telling, value)
 
 
 def flags(parser, meta):
@@ -29,7 +30,7 @@ def flags(parser, meta):
     add("--task", help="table")
     add("--runs", nargs="+", default=["out/*"], help="run folders, or patterns for them (default out/*)")
     add("--by", help="fields to group by, as method,rank; default: those in which the runs differ")
-    add("--metric", help="what to show, as exact_match,loss; default: the first metric of each task")
+    add("--metric", help="what to show, as exact_match,loss; default: what each task is about")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired difference of two groups: lora full, or "
         "rank=1 rank=8, or method=lora,rank=1 full")
     add("--markdown", action="store_true", help="the table in Markdown")
@@ -173,7 +174,7 @@ def show(options):
             near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
             raise UserError(f"{name} is no field of these runs{near}")
     metrics = options.metric.split(",") if options.metric else list(dict.fromkeys(
-        [m for r in runs for m in list(r["result"].get("metrics", {}))[:1]] + ["forgetting"]))
+        [main_metric(r) for r in runs] + ["forgetting"]))
     present = {m for r in runs for m in r["result"].get("metrics", {})}
     if options.metric and runs and (wrong := [m for m in metrics if m not in present]):
         raise UserError(f"--metric {wrong[0]}: no run has it; there is {' '.join(sorted(present))}")

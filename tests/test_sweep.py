@@ -18,8 +18,8 @@ RANKS = (1, 2, 3, 4)
 
 
 def flags(world, rank):
-    return ["--rank", str(rank), "--init", str(world / "base"), "--data", str(world / "chat"), "--forget", "none",
-            "--steps", "150", "--batch", "4", "--max_new", "2", "--eval_every", "1000", "--save_every", "5"]
+    return ["--rank", str(rank), "--init", str(world / "base"), "--data", str(world / "chat"), "--steps", "150",
+            "--batch", "4", "--max_new", "2", "--eval_every", "999", "--save_every", "5", "--forget", "none"]
 
 
 def sweep(world, folder):

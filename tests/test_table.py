@@ -106,8 +106,8 @@ def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
     for task, data, flags in (("sft", "chat", ["--max_new", "2"]), ("classify", "label", []),
                               ("pretrain", "text", ["--block", "32"]), ("eval", "chat", ["--max_new", "2"])):
         flags = flags + ["--steps", "2", "--method", "lora", "--forget", "none"] * (task != "eval")
-        assert train.main(["--task", task, "--init", str(world / "base"), "--data", str(world / data), "--out",
-                           str(tmp_path / "out" / task), *flags]) == 0
+        where = ["--init", world / "base", "--data", world / data, "--out", tmp_path / "out" / task]
+        assert train.main(["--task", task, *map(str, where), *flags]) == 0
         result = read_json(tmp_path / "out" / task / "result.json")
         named = {"classify": "accuracy", "pretrain": None}.get(task, "exact_match")
         assert len(result["right"]) == (8 if named else 0)
@@ -210,6 +210,12 @@ def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
     assert "different data" in capsys.readouterr().err
 
 
+def test_the_metric_that_a_run_is_about():
+    for metrics, name in (({"loss": 1, "exact_match": 0}, "exact_match"), ({"kl": 1, "gold": 0}, "gold"),
+                          ({"x": 1, "y": 2}, "x"), ({}, None)):
+        assert sweep.main_metric({"result": {"metrics": metrics}}) == name
+
+
 # --------------------------------------------------------------------------------------------------- pictures
 
 def curve(seed, rank=8, **last):
@@ -219,9 +225,10 @@ def curve(seed, rank=8, **last):
     return [*log, dict(event="test", step=20, exact_match=0.5)]
 
 
-def rlhf(seed, beta):
-    return [dict(event="train", step=s, gold=s / 10 - s * s / 300, score=s / 8, sqrt_kl=s / 10 / beta, kl=0,
-                 eos_rate=1) for s in range(1, 30)]
+def rlhf(beta):
+    path = [dict(step=s, gold=s / 10 - s * s / 300, score=s / 8, sqrt_kl=s / 10 / beta, kl=0, eos_rate=1)
+            for s in range(1, 30)]
+    return [dict(event="baseline", step=0, gold=0.0)] + [dict(e, event="train") for e in path]
 
 
 @pytest.mark.parametrize("what, end", [("step", "png"), ("rank", "svg"), ("method", "svg"), ("ranks", "svg"),
@@ -232,7 +239,7 @@ def test_every_picture(what, end, tmp_path, capsys):
         for rank in (2, 8):
             method = "adalora" if what == "ranks" else "lora"
             ranks = {"ranks": {f"blocks.{i}.{w}": i for i in range(3) for w in ("attn.q", "mlp.up")}}
-            log = rlhf(seed, rank) if what == "sqrt_kl" else curve(seed, rank, **ranks)
+            log = rlhf(rank) if what == "sqrt_kl" else curve(seed, rank, **ranks)
             make(tmp_path / f"{rank}-{seed}", {"exact_match": rank / 10 + seed / 50}, log=log,
                  flags=["--method", method, "--rank", rank, "--seed", seed])
         if what in ("rank", "method"):
@@ -255,7 +262,7 @@ def test_the_picture_that_fits(tmp_path):
     by, groups = grouped(tmp_path / "b")
     assert plots.choose(groups, by) == "step"
     assert plots.choose({k: v for k, v in groups.items() if k == ("adalora",)}, by) == "ranks"
-    make(tmp_path / "c" / "z", {"loss": 1}, log=rlhf(1, 1))
+    make(tmp_path / "c" / "z", {"loss": 1}, log=rlhf(1))
     assert plots.choose(grouped(tmp_path / "c")[1], ["method"]) == "sqrt_kl"
 
 
@@ -284,6 +291,9 @@ def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
 def test_pictures_that_cannot_be(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     make(tmp_path / "a", {"loss": 1}, log=curve(1))
+    make(tmp_path / "none", {"loss": 1}, flags=["--method", "none"])
+    none = ["--task", "table", "--runs", str(tmp_path / "none"), "--plot", "p.png", "--x", "step"]
+    assert train.main(none) == 2 and "no steps of training" in capsys.readouterr().err
     for file, x, says in (("p.jpeg", "step", "must end in"), ("no/such/p.png", "step", "cannot be written"),
                           ("p.png", "ranks", "--method adalora"), ("p.png", "sqrt_kl", "gold"),
                           ("p.png", "rank", "name it in --by")):
