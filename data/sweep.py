@@ -38,10 +38,10 @@ def gather(patterns):
     runs, rest, seen = [], [], {}
     for path in filter(is_run, paths):
         try:
-            told = read_json(path / "config.json") if (path / "config.json").exists() else {}
             if not (path / "result.json").exists():
                 rest.append((path, unfinished(path)))
                 continue
+            told = read_json(path / "config.json")
             run = {**told, "folder": path, "result": read_json(path / "result.json")}
         except DataError as e:
             rest.append((path, str(e)))
@@ -55,8 +55,7 @@ def gather(patterns):
 
 
 def is_run(path):
-    return any((path / name).exists() for name in ("config.json", "failed.json", ".lock", "result.json")
-               ) and not (path / "model.safetensors").exists()
+    return any((path / name).exists() for name in (".lock", "log.jsonl", "failed.json", "result.json"))
 
 
 def unfinished(path):

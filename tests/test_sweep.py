@@ -18,8 +18,9 @@ RANKS = (1, 2, 3, 4)
 
 
 def flags(world, rank):
-    return ["--rank", str(rank), "--init", str(world / "base"), "--data", str(world / "chat"), "--steps", "150",
-            "--batch", "4", "--max_new", "2", "--eval_every", "999", "--save_every", "5", "--forget", "none"]
+    where = ["--init", str(world / "base"), "--data", str(world / "chat"), "--rank", str(rank)]
+    return [*where, "--steps", "150", "--batch", "4", "--max_new", "2", "--eval_every", "1000",
+            "--save_every", "5", "--forget", "none"]
 
 
 def sweep(world, folder):

@@ -83,14 +83,16 @@ def test_nothing_that_looks_like_a_run_is_left_out(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("")
     (tmp_path / "merged").mkdir()                                           # a model is not a run
     (tmp_path / "merged" / "config.json").write_text("{}")
-    (tmp_path / "merged" / "model.safetensors").write_text("")
+    make(tmp_path / "torn", {}, flags=["--rank", 6])
+    (tmp_path / "torn" / "config.json").unlink()
     out = shown(tmp_path, capsys)
-    rest = dict(line.split(None, 1) for line in out.split("Not in the table, 5:\n")[1].splitlines())
+    rest = dict(line.split(None, 1) for line in out.split("Not in the table, 6:\n")[1].splitlines())
     rest = {path.split("/")[-1]: why for path, why in rest.items()}
-    assert rest.keys() == {"done", "cut", "new", "bad", "fell"}
+    assert rest.keys() == {"done", "cut", "new", "bad", "fell", "torn"}
     assert rest["done"].startswith("the same run as")
     assert rest["cut"].startswith("unfinished: at step 7")
     assert "just begun" in rest["new"] and "not valid JSON" in rest["bad"]
+    assert "config.json cannot be read" in rest["torn"]
     assert rest["fell"] == "failed: 10 steps in a row were not finite"
 
 
