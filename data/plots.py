@@ -38,8 +38,6 @@ def draw(path, groups, by, metric, x=None):
     if pathlib.Path(path).suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"--plot {path}: the name must end in .svg, .png or .pdf")
     x = x or choose(groups, by)
-    if not groups:
-        raise UserError(f"--plot {path}: no finished run, so there is nothing to draw")
     logs = {key: [events(run["folder"]) for run in runs] for key, runs in groups.items()}
     with matplotlib.rc_context(STYLE):
         fig = Figure(layout="constrained", dpi=200)

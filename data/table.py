@@ -122,9 +122,10 @@ def cells(found):
 
 
 def size(n):
-    unit = next((u for u in ("B", "kB", "MB") if n < 1000 ** (1 + ("B", "kB", "MB").index(u))), "GB")
-    scaled = n / 1000 ** ("B", "kB", "MB", "GB").index(unit)
-    return f"{scaled:.{int(scaled < 10 and unit != 'B')}f} {unit}"
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5 or unit == "GB":
+            return f"{n:.{int(n < 10 and unit != 'B')}f} {unit}"
+        n /= 1000
 
 
 COSTS = {"params_trainable": "{:,.0f}".format, "adapter_bytes": size, "peak_memory_mb": "{:.0f} MB".format,
@@ -179,12 +180,14 @@ def show(options):
     if options.metric and runs and (wrong := [m for m in metrics if m not in present]):
         raise UserError(f"--metric {wrong[0]}: no run has it; there is {' '.join(sorted(present))}")
     metrics, groups = [m for m in metrics if m in present], group(runs, by, meta)
+    if (options.compare or options.plot) and not metrics:
+        raise UserError("no finished run with a metric is there, so nothing can be compared or drawn")
     if runs:
         rows = table(groups, by, metrics)
         say("\n".join(aligned(rows, options.markdown)))
+        bold = any(cell.endswith("*") for row in rows[1:] for cell in row)
         say("\nmean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run, Wilson over "
-            "test items (proportions only)" + "; * best, no interval meets its own" *
-            any(cell.endswith("*") for row in rows[1:] for cell in row) + ".")
+            "test items (proportions only)" + "; * the best: no interval meets its own" * bold + ".")
         inner = [f for f in known if f != "seed" and any(len({shown(value(r, f, meta)) for r in rs}) > 1
                                                          for rs in groups.values())]
         if inner:

@@ -101,6 +101,14 @@ def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
     assert shown(tmp_path, capsys) == shown(tmp_path / "out", capsys)
     assert train.main(["--task", "table", "--runs", str(tmp_path / "nothing*")]) == 2
     assert "no run folder" in capsys.readouterr().err
+    make(tmp_path / "cut")
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "cut"), "--compare", "1", "2"]) == 2
+    assert "nothing can be compared" in capsys.readouterr().err
+
+
+def test_sizes():
+    said = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 192456: "192 kB", 3_740_160: "3.7 MB", 2e10: "20 GB"}
+    assert {n: table.size(n) for n in said} == said
 
 
 def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
