@@ -607,7 +607,8 @@ class Table:
         self.kit, self.rl, self.seed, self.texts, self.prompts = kit, cfg.rl, cfg.seed, {}, {}
         room = kit.room() - cfg.rl.max_new
         if room < kit.room() // 8:
-            raise UserError(f"--max_new {cfg.rl.max_new} leaves {room} tokens of the context for prompts; lower it")
+            raise UserError(f"--max_new {cfg.rl.max_new} leaves {room} tokens of the context for prompts; "
+                            "lower it")
         for split, some in rows.items():
             whole = [kit.text.asked(row) for row in some]
             self.prompts[split] = [ids[-room:] for ids in whole]
