@@ -155,7 +155,7 @@ TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", 
                  "classify": dict(data="toy/sentiment"),
                  "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
                  "dpo": dict(data="toy/preferences", epochs=1.0, lr=1e-3),
-                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, max_new=40, kl_coef=0.1,
+                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40, kl_coef=0.1,
                              kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
                  **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
