@@ -51,7 +51,7 @@ def bottom_of(folder):
 
 
 def beneath(name):
-    """What a prompt that goes on from here stands on: the model under a soft prompt, else the folder itself."""
+    """What a prompt that goes on from here stands on: the model under a soft prompt, else the folder."""
     folder = weights_folder(name)
     path = folder / "adapter_config.json"
     kind = read_json(path).get("peft_type") if path.exists() else "LORA"

@@ -594,7 +594,8 @@ def test_a_template_puts_virtual_tokens_inside_the_prompt(world, tmp_path):
 @pytest.mark.parametrize("task, data, flags", [
     ("sft", "chat", "--method prompt"), ("sft", "chat", "--method ptuning --encoder lstm"),
     ("sft", "chat", "--method prompt --place {p:4}{prompt}"), ("sft", "chat", "--method prefix"),
-    ("sft", "chat", "--method ptuning2 --start gated"), ("classify", "label", "--method prompt --start labels"),
+    ("sft", "chat", "--method ptuning2 --start gated"),
+    ("classify", "label", "--method prompt --start labels"),
 ])
 def test_eval_reads_a_soft_prompt_and_knows_where_it_started(task, data, flags, world, tmp_path, capsys):
     flags = ["--task", task, *flags.split(), "--n_virtual", "4", "--seed", "7"]
