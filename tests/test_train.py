@@ -130,6 +130,15 @@ def test_every_field_is_read():
         assert values.keys() <= {f.name for f in dataclasses.fields(flags.Config)}
 
 
+@pytest.mark.parametrize("method, lr, small", [
+    ("prompt", "5e-3", True), ("prompt", "0.3", False), ("ptuning2", "2e-4", True), ("ptuning2", "5e-3", False),
+    ("prefix", "5e-5", False), ("prompt", None, False), ("ptuning", None, False), ("prefix", None, False),
+])
+def test_a_rate_for_weights_is_noticed_at_virtual_tokens(method, lr, small, capsys):
+    train.parse(["--method", method, *(["--lr", lr] if lr else [])])
+    assert ("is a rate for weights" in capsys.readouterr().err) == small
+
+
 def test_default_folder_is_readable_and_stable():
     name = train.default_out(train.parse(["--method", "lora", "--rank", "4", "--seed", "3"]))
     assert name == os.path.join("out", "sft-lora-rank4-s3")
