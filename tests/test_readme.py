@@ -50,6 +50,7 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_the_padded_row_is_what_the_code_prints(capsys):
-    code, printed = re.search(r"<!-- row -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- end -->", README, re.S).groups()
+    block = re.search(r"<!-- row -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- end -->", README, re.S)
+    code, printed = block.groups()
     exec(code, {})
     assert capsys.readouterr().out == printed

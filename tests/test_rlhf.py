@@ -23,8 +23,8 @@ PPO = ["--steps", "4", "--batch", "8", "--max_new", "4", "--forget", "none", "--
 @pytest.fixture(scope="session")
 def town(world):                                                    # noqa: F811
     """The same base model; prompts, pairs with votes, rankings; a reward function, and a reward model."""
-    rows = {"pairs": [{"prompt": f"{a}{b}", "chosen": "aa", "rejected": "b", "votes_for": 3, "votes_against": 1}
-                      for a in "abcdefgh" for b in "abcd"],
+    rows = {"pairs": [{"prompt": f"{a}{b}", "chosen": "aa", "rejected": "b", "votes_for": 3,
+                       "votes_against": 1} for a in "abcdefgh" for b in "abcd"],
             "ranked": [{"prompt": f"{a}{b}", "responses": ["b", "aa", "ab"], "rank": [3, 1, 2]}
                        for a in "abcdefgh" for b in "abcd"],
             "prompts": [{"prompt": f"{a}{b}"} for a in "abcdefgh" for b in "abcd"]}
@@ -33,14 +33,15 @@ def town(world):                                                    # noqa: F811
         for split in ("train", "valid", "test"):
             part = some if split == "train" else some[::4]
             (world / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    (world / "judges.py").write_text("def letters(prompt, answer):\n    return sum(map(str.isascii, answer)) - len(prompt)\n"
-                                     "def broken(prompt, answer):\n    return float('nan')\n")
+    (world / "judges.py").write_text(
+        "def letters(prompt, answer):\n    return sum(map(str.isascii, answer)) - len(prompt)\n"
+        "def broken(prompt, answer):\n    return float('nan')\n")
     if str(world) not in sys.path:
         sys.path.insert(0, str(world))
     for name, method in (("rm", "lora"), ("rm_full", "full"), ("rm_soft", "ptuning2")):
         if not (world / name / "result.json").exists():
-            go(world, world / name, "--task", "reward", "--method", method, "--data", world / "pairs", "--steps",
-               "6", "--batch", "8", "--max_new", "4")
+            go(world, world / name, "--task", "reward", "--method", method, "--data", world / "pairs",
+               "--steps", "6", "--batch", "8", "--max_new", "4")
     return world
 
 
@@ -72,7 +73,7 @@ def test_a_preference_as_ids(town):
     example, cut = text.ranking(long, 40)
     assert cut and max(len(example.prompt) + len(y) for y in example.answers) == 40
     assert example.prompt == text.asked(long)[-len(example.prompt):]            # a prompt loses its beginning
-    assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]        # an answer its end
+    assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]    # an answer its end
 
 
 @pytest.mark.parametrize("method", METHODS + ["adalora"])
@@ -103,8 +104,8 @@ def test_a_saved_reward_model_scores_as_the_trained_one_did(town, tmp_path):
 
 def test_dpo_starts_at_log_2_and_its_reference_is_the_start(town, tmp_path):
     for method in ("lora", "full", "ptuning2", "prompt"):
-        go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps", "1",
-           "--batch", "8", "--forget", "none", "--dpo_beta", "0.3")
+        go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps",
+           "1", "--batch", "8", "--forget", "none", "--dpo_beta", "0.3")
         assert abs(events(tmp_path / method)[0]["loss"] - math.log(2)) < 1e-5, method
 
 
@@ -134,9 +135,9 @@ def test_every_method_is_a_policy(method, town, tmp_path):
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
 def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
-    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", "judges:letters",
-           "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef", "0.01", "--kl_target",
-           "0", "--missing_eos", "none")
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward",
+           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef",
+           "0.01", "--kl_target", "0", "--missing_eos", "none")
     assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
 
 
@@ -150,9 +151,10 @@ def test_one_base_for_every_role(town, tmp_path, monkeypatch):
         roles, value = original(cfg, kit, base, table)
         floats = sum(p.numel() for p in kit.model.parameters())
         asked = table.prompts["test"]
-        scores = table.reward(asked, [[97, 98, kit.text.end]] * len(asked))
+        answer = [97, 98, kit.text.end]
+        scores = table.reward(asked, [answer] * len(asked))
         with roles.critic() as (model, past):
-            begins = ppo.scores(model, roles.value_head, ppo.pack(asked, [[97, 98, kit.text.end]] * len(asked)))
+            begins = ppo.scores(model, roles.value_head, ppo.pack(asked, [answer] * len(asked)))
         seen.append((floats, scores, begins.detach(), sorted({name for m in lora.adapted(base).values()
                                                               for name in m.adapters})))
         return roles, value
@@ -197,12 +199,14 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
                 ("whole", name))
         assert a["kl"] == b["kl"] and a["step"] == b["step"] == 4
         assert (a["ema"] is None) == (b["ema"] is None) and (a["ema"] is None or same(a["ema"], b["ema"]))
-        assert [e["score"] for e in events(tmp_path / "whole")] == [e["score"] for e in events(tmp_path / name)]
+        a, b = ([e["score"] for e in events(tmp_path / which)] for which in ("whole", name))
+        assert a == b
 
 
 @pytest.mark.parametrize("words, says", [
     (["--reward", "no/such"], "no such folder"), (["--reward", "judges:nothing"], "module:function"),
-    (["--reward", "judges:broken"], "finite"), ([], "needs --reward"), (["--reward", "BASE"], "no reward model"),
+    (["--reward", "judges:broken"], "finite"), ([], "needs --reward"),
+    (["--reward", "BASE"], "no reward model"),
     (["--reward", "judges:letters", "--batch", "6", "--samples", "4", "--algo", "rloo"], "multiple"),
     (["--reward", "judges:letters", "--temperature", "0"], "explores nothing"),
     (["--reward", "judges:letters", "--method", "adalora"], "lora"),
@@ -211,20 +215,21 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
 ])
 def test_a_wrong_command_is_one_sentence(words, says, town, tmp_path, capsys):
     words = [str(town / "base") if word == "BASE" else word for word in words]
-    code = train.main(["--init", str(town / "base"), "--task", "ppo", "--data", str(town / "prompts"), "--out",
-                       str(tmp_path / "r"), *PPO, *words])
+    code = train.main(["--init", str(town / "base"), "--task", "ppo", "--data", str(town / "prompts"),
+                       "--out", str(tmp_path / "r"), *PPO, *words])
     err = capsys.readouterr().err
     assert code in (2, 65) and says in err and "Traceback" not in err, err
 
 
-# ----------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------------------------------------------------------------------- samples
 
 def test_samples_feed_sft(town, tmp_path):
     """Best of n is what it says; the kept rows are data for SFT."""
     r = go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
            "--samples", "8", "--max_new", "4", "--keep", "2", "--gold", "judges:letters")
     rows = [json.loads(line) for line in (tmp_path / "s" / "train.jsonl").read_text().splitlines()]
-    assert len(rows) == 64 and all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)
+    assert len(rows) == 64
+    assert all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)    # stripped
     m = r["metrics"]
     assert m["score_best_of_8"] > m["score"] and m["gold_best_of_8"] == m["score_best_of_8"]
     rows = [row for row in rows if row["completion"].strip()]
@@ -256,8 +261,8 @@ def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
 
 
 def test_memory_is_one_base_and_nine_adapters(town, tmp_path, monkeypatch):
-    """Parameters, gradients and Adam's moments at the first step of the optimiser: N (1 + 9p) floats, where an
-    adapter has p N: three adapters, two of them with a gradient and two moments. Four full models: 10 N."""
+    """Parameters, gradients and Adam's moments when the optimiser steps: N (1 + 9p) floats, where an adapter
+    has p N: three adapters, two of them with a gradient and two moments. Four full models: 10 N."""
     seen, original = [], ppo.PPOState.apply
 
     def apply(self, who, share):
