@@ -40,14 +40,15 @@ from data import batches, chat, evaluate, flags, formats, table
 from data.examples import Feed, Ranking, Text, size, targets
 from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
 from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
-from data.folders import base_of, bottom_of, portable, settings, weights_folder
+from data.folders import base_of, beneath, bottom_of, find, portable, settings, weights_folder
 from data.health import describe as rollout_report
 from data.health import health, reward_report
 from data.hf import read_config
 from data.machine import peak_memory_mb, pick_device, pick_dtype
-from data.report import describe, report
+from data.report import describe, report, virtual
 from data.runs import Interrupted, Run, RunError, guard, note, say
 from data.tokenizer import Tokenizer
+from data.values import numbers, ranges
 from model import GPT, GPTConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -208,21 +209,15 @@ def build(kit, cfg):
     return learn
 
 
-def numbers(text):
-    """"down=16,blocks.0.attn.q=2" -> {"down": 16, "blocks.0.attn.q": 2}"""
-    try:
-        return {name: int(n) for name, n in (part.split("=") for part in text.split(","))} if text else None
-    except ValueError:
-        raise UserError(f"--rank_map {text} cannot be read; write it as down=16,blocks.0.attn.q=2") from None
-
-
-def ranges(text):
-    """"0-3,5" -> [0, 1, 2, 3, 5]"""
-    try:
-        ends = [part.split("-") for part in text.split(",")] if text else []
-        return [i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)] or None
-    except ValueError:
-        raise UserError(f"--layers {text} cannot be read; write it as 0-3,5") from None
+def began_as(folder):
+    """The soft prompt that a run began with, made again from its flags and seed; None if those are lost."""
+    with contextlib.suppress(DataError, TypeError):         # no config.json, no base any more, other flags
+        said = read_json(find(folder) / "config.json")["config"]
+        cfg = Config(**{name: said[name] for name in Config.__dataclass_fields__ if name in said})
+        kit = open_kit(cfg)
+        kit.text.labels = tuple(settings(folder).get("labels", ()))     # --start labels starts from them
+        build(kit, cfg)
+        return kit.prompt
 
 
 def param_groups(kit, cfg, learn):
@@ -249,7 +244,7 @@ def save_weights(kit, cfg, folder):
         kit.text.tokenizer.save_pretrained(inner)
     else:
         if kit.prompt is not None:
-            prompts.save_prompt(kit.prompt, inner, base=portable(cfg.init))
+            prompts.save_prompt(kit.prompt, inner, base=portable(beneath(cfg.init)))
         else:
             lora.save_adapter(kit.model, inner, base=portable(cfg.init))
     if kit.head is not None:
@@ -505,6 +500,8 @@ def finish(run, kit, found, before, samples, learn, total, weights, now, right="
         steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
         tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
         right=right, peak_memory_mb=peak_memory_mb(kit.device))
+    if run.told["task"] == "eval" and kit.prompt is not None:
+        result["virtual"] = virtual(kit, began_as(run.told["init"]), prompts.nearest_tokens)
     run.finish(result)
     return result
 

@@ -148,8 +148,9 @@ class Config:
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
 METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
                    "adalora": dict(lr=1e-2, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=5e-2), "ptuning": dict(lr=3e-3), "prefix": dict(lr=1e-3),
-                   "ptuning2": dict(lr=3e-2)}
+                   "prompt": dict(lr=1.0, beta2=0.95, n_virtual=50, epochs=12.0), "prefix": dict(lr=1e-3),
+                   "ptuning": dict(lr=1e-2, beta2=0.95, n_virtual=50, epochs=12.0),
+                   "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"),
@@ -272,8 +273,8 @@ def check(cfg):
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
-    if cfg.method in SOFT and cfg.lr < 1e-3:
-        note(f"--lr {cfg.lr:g} is small for virtual tokens: they want ten to a hundred times LoRA's rate")
+    if cfg.method in SOFT and cfg.lr < (usual := METHOD_DEFAULTS[cfg.method]["lr"]) / 100:
+        note(f"--lr {cfg.lr:g} is a rate for weights; --method {cfg.method} usually wants about {usual:g}")
 
 
 def default_out(cfg, standard):

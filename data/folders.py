@@ -1,6 +1,6 @@
 """folders.py: where a model is: a path, a run, an adapter on its base, or a name in the local cache.
 
-Public: find, weights_folder, base_of, bottom_of, settings, portable
+Public: find, weights_folder, base_of, beneath, bottom_of, settings, portable
 """
 import pathlib
 
@@ -48,6 +48,14 @@ def bottom_of(folder):
     while (base := base_of(folder)) is not None:
         folder = base
     return folder
+
+
+def beneath(name):
+    """What a prompt that goes on from here stands on: the model under a soft prompt, else the folder."""
+    folder = weights_folder(name)
+    path = folder / "adapter_config.json"
+    kind = read_json(path).get("peft_type") if path.exists() else "LORA"
+    return name if kind in ("LORA", "ADALORA", "IA3") else base_of(folder)
 
 
 def settings(name):

@@ -1,6 +1,9 @@
-"""report.py: runs, for people: what is about to run, and what a run has found.
+"""report.py: runs, for people: what is about to run, what a run has found, what a soft prompt has become.
 
-Public: describe, report
+A soft prompt is read by its neighbours: the words that each embedding is near to, and how far it went.
+Keys and values have no neighbours: there the norms and the way, by layer, are all there is to say.
+
+Public: describe, report, virtual
 """
 from data.runs import say
 
@@ -23,6 +26,34 @@ def describe(kit, learn, base, examples):
     return 0
 
 
+def virtual(kit, start, nearest):
+    """A soft prompt as lines of text. start: the prompt before training, or None; nearest: nearest_tokens."""
+    prompt, lines = kit.prompt, []
+    if hasattr(prompt, "embed"):
+        table, begun = prompt.table().detach(), None if start is None else start.table().detach()
+        lines.append("virtual tokens: nearest words by cosine | by dot product | norm | moved from its start")
+        for j, found in enumerate(nearest(prompt, kit.model, 3, begun)):
+            near = (" ".join(f"{kit.text.tokenizer.decode([i], special=True)!r} {value:.2f}"
+                             for i, value in found[how]) for how in ("cosine", "dot"))
+            moved = "unknown" if start is None else f"{found['moved']:.2f}"
+            lines.append(f"{j:3}  {' | '.join(near)} | {table[j].norm():.2f} | {moved}")
+        return lines
+    lines.append("keys and values, with no words near them: mean norm of a virtual token | moved from start")
+    now, was = kit.past(), start and start.eval()(kit.model)
+    for i, layer in enumerate(now):
+        parts = []
+        for j, name in enumerate("kv"):                                     # (1, nkv, P, hs)
+            moved = "unknown" if was is None else f"{size(layer[j] - was[i][j]):.2f}"
+            parts.append(f"{name} {size(layer[j]):.2f} | {moved}")
+        lines.append(f"layer {i}  {'   '.join(parts)}")
+    return lines
+
+
+def size(t):
+    """(1, nkv, P, hs) -> the mean norm of a virtual token, all heads together."""
+    return t.detach().float().transpose(1, 2).flatten(2).norm(dim=2).mean().item()
+
+
 def report(result, folder):
     """The end of a run on stdout: before and after, samples, how to go on, one line for machines."""
     before, after = result.get("baseline_metrics", {}), result["metrics"]
@@ -36,6 +67,8 @@ def report(result, folder):
         for key in [key for key in ("prompt", "wanted", "before", "after") if key in sample]:
             lines = sample[key].strip().splitlines() or [""]
             say(f"  {key:8}" + ("\n" + " " * 10).join(lines))
+    for line in ["", *result["virtual"]] if "virtual" in result else ():
+        say(line)
     if result["task"] == "reward":
         say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
     elif result["method"] != "none":

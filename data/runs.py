@@ -195,7 +195,7 @@ class Run:
 
     def record(self, result):
         """Append to results.jsonl in one write, so that parallel runs never mix their lines."""
-        brief = {k: v for k, v in result.items() if k not in ("samples", "right")}
+        brief = {k: v for k, v in result.items() if k not in ("samples", "right", "virtual")}
         fd = os.open(self.folder.parent / "results.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(fd, (json.dumps({**brief, "out": str(self.folder)}) + "\n").encode())

@@ -130,6 +130,16 @@ def test_every_field_is_read():
         assert values.keys() <= {f.name for f in dataclasses.fields(flags.Config)}
 
 
+@pytest.mark.parametrize("method, lr, small", [
+    ("prompt", "5e-3", True), ("prompt", "0.3", False), ("ptuning2", "2e-4", True),
+    ("ptuning2", "5e-3", False), ("prefix", "5e-5", False), ("prompt", None, False),
+    ("ptuning", None, False), ("prefix", None, False),
+])
+def test_a_rate_for_weights_is_noticed_at_virtual_tokens(method, lr, small, capsys):
+    train.parse(["--method", method, *(["--lr", lr] if lr else [])])
+    assert ("is a rate for weights" in capsys.readouterr().err) == small
+
+
 def test_default_folder_is_readable_and_stable():
     name = train.default_out(train.parse(["--method", "lora", "--rank", "4", "--seed", "3"]))
     assert name == os.path.join("out", "sft-lora-rank4-s3")
@@ -246,11 +256,15 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bit_exact(method, world, tmp_path, monkeypatch):
+VARIANTS = ["--method lora --quant nf4", "--method lora --dtype bf16", "--method lora --pissa",
+            "--method lora --dora", "--method prompt --dtype bf16"]
+
+
+@pytest.mark.parametrize("flags", [f"--method {m}" for m in METHODS] + VARIANTS)
+def test_resume_is_bit_exact(flags, world, tmp_path, monkeypatch):
     """Cut a run in the middle of step 4 of 6, after a save at step 2: nothing of the lost steps may show."""
-    flags = ["--method", method, "--save_every", "2"]
-    flags += {"lora": ["--dropout", "0.1"], "ptuning2": ["--prefix_dropout", "0.1"]}.get(method, [])
+    flags = [*flags.split(), "--save_every", "2"]
+    flags += {"lora": ["--dropout", "0.1"], "ptuning2": ["--prefix_dropout", "0.1"]}.get(flags[1], [])
     run(world, tmp_path / "whole", *flags)
     original, calls = evaluate.summed_loss, []
 
@@ -271,6 +285,25 @@ def test_resume_is_bit_exact(method, world, tmp_path, monkeypatch):
     assert r["metrics"] == whole["metrics"] and r["tokens"] == whole["tokens"]
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log if e["event"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("flags", [f"--method {m}" for m in METHODS if m != "full"] + VARIANTS)
+def test_what_is_frozen_keeps_its_bits(flags, world, tmp_path, monkeypatch):
+    """In memory, from the first step to the last: weights, codes of a quantised base, PiSSA's remainder."""
+    original, seen = train.build, {}
+
+    def build(kit, cfg):
+        learn = original(kit, cfg)
+        learns = {id(p) for p in learn.values()}
+        tensors = [*kit.model.named_parameters(), *kit.model.named_buffers()]
+        seen.update({name: (t, t.clone()) for name, t in tensors if id(t) not in learns})
+        return learn
+
+    monkeypatch.setattr(train, "build", build)
+    run(world, tmp_path / "r", *flags.split(), "--lr", "0.1")
+    assert len(seen) > 10 and all(torch.equal(now, before) for now, before in seen.values())
+    assert ("nf4" in flags) == any(t.dtype == torch.uint8 for t, _ in seen.values())
+    assert ("bf16" in flags) == any(t.dtype == torch.bfloat16 for t, _ in seen.values())
 
 
 def test_a_torn_state_falls_back_to_the_one_before(world, tmp_path, monkeypatch, capsys):
@@ -566,6 +599,49 @@ def test_a_template_puts_virtual_tokens_inside_the_prompt(world, tmp_path):
             "--out", str(out), "--max_new", "4"]
     assert train.main(args) == 0
     assert read_json(out / "result.json")["metrics"]["loss"] == pytest.approx(r["metrics"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("task, data, flags", [
+    ("sft", "chat", "--method prompt"), ("sft", "chat", "--method ptuning --encoder lstm"),
+    ("sft", "chat", "--method prompt --place {p:4}{prompt}"), ("sft", "chat", "--method prefix"),
+    ("sft", "chat", "--method ptuning2 --start gated"),
+    ("classify", "label", "--method prompt --start labels"),
+])
+def test_eval_reads_a_soft_prompt_and_knows_where_it_started(task, data, flags, world, tmp_path, capsys):
+    flags = ["--task", task, *flags.split(), "--n_virtual", "4", "--seed", "7"]
+    for name, steps in (("none", "0"), ("some", "3")):
+        args = command(world, tmp_path / name, *flags, data=data)
+        args[args.index("--steps") + 1] = steps
+        assert train.main(args) == 0
+        _, prompt, _ = train.load(tmp_path / name)
+        start = train.began_as(tmp_path / name)
+        assert torch.allclose(prompt.table(), start.table(), rtol=0, atol=1e-6) == (steps == "0")
+        ask = ["--task", "eval", "--init", str(tmp_path / name), "--data", str(world / data), "--out",
+               str(tmp_path / f"eval-{name}")]
+        capsys.readouterr()
+        assert train.main(ask) == 0
+        said = capsys.readouterr().out
+        lines = read_json(tmp_path / f"eval-{name}" / "result.json")["virtual"]
+        assert "\n".join(lines) in said and train.main(ask) == 0 and capsys.readouterr().out == said
+        ways = [line.split("| ")[-1] for line in lines[1:]]
+        assert len(ways) == (4 if "prompt" in flags or "ptuning" in flags else 2)   # tokens, or layers
+        assert all((float(way) == 0) == (steps == "0") for way in ways)
+    alone = ["--task", "eval", "--init", str(tmp_path / "some" / "adapter"), *ask[4:6]]
+    assert train.main([*alone, "--out", str(tmp_path / "alone")]) == 0
+    assert "| unknown" in capsys.readouterr().out
+    assert "virtual" not in json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_soft_prompt_is_gone_on_with(world, tmp_path):
+    """Its own numbers learn on; what comes out stands on the same base."""
+    run(world, tmp_path / "one", "--method", "prompt", "--n_virtual", "4")
+    args = command(world, tmp_path / "two", "--method", "prompt", "--n_virtual", "4")
+    args[1] = str(tmp_path / "one")
+    assert train.main(args) == 0
+    _, one, _ = train.load(tmp_path / "one")
+    _, two, _ = train.load(tmp_path / "two")
+    assert torch.equal(train.began_as(tmp_path / "two").table(), one.table())
+    assert not torch.equal(one.table(), two.table())
 
 
 def test_dry_run_shows_the_mask_and_writes_nothing(world, tmp_path, capsys):
