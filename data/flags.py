@@ -152,12 +152,12 @@ METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,
                    "ptuning": dict(lr=1e-2, beta2=0.95, n_virtual=50, epochs=12.0),
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
-                                  lr=1e-3, min_lr=0.1, beta2=0.99, weight_decay=0.1),
+                                  min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"),
                  "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
-                 "dpo": dict(data="toy/preferences", epochs=1.0, lr=1e-3),
-                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40, kl_coef=0.1,
-                             kl_target=6.0),
+                 "dpo": dict(data="toy/preferences", epochs=1.0),
+                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40,
+                             kl_coef=0.1, kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
                  **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
 NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
@@ -217,6 +217,8 @@ def parse(argv, concerns):
     if (task, method) == ("ppo", "adalora"):
         raise UserError("--method adalora prunes by the supervised loop's schedule; --task ppo takes lora")
     defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
+    if task in ("dpo", "ppo"):                  # preferences are noisy, and PPO reuses its samples: go slower
+        defaults["lr"] *= 0.4
     fields = fields_of(task, concerns)
     values, extra = parser_of(fields, task, method, defaults).parse_known_args(argv)
     if extra:

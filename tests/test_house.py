@@ -23,6 +23,7 @@ MAY = {                                                         # which of our o
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
 LINES = dict(model=420, lora=485, prompts=350, ppo=680, train=850)
+LINES["data/flags"] = 320                                       # one table of every flag
 DATA_LINES = 290
 
 
