@@ -185,17 +185,18 @@ def build(kit, cfg):
             first["ids"] = [kit.text.tokenizer.encode(label) for label in kit.text.labels]
         elif cfg.start_text:
             first["ids"] = kit.text.tokenizer.encode(cfg.start_text)
+        place = (cfg.place or "").replace("{p}", f"{{p:{cfg.n_virtual}}}") or None
         if cfg.method == "prompt":
-            kit.prompt = prompts.PromptTuning(model, template=cfg.place, **first)
+            kit.prompt = prompts.PromptTuning(model, template=place, **first)
         elif cfg.method == "ptuning":
-            kit.prompt = prompts.PTuning(model, template=cfg.place, encoder=cfg.encoder, hidden=cfg.hidden,
+            kit.prompt = prompts.PTuning(model, template=place, encoder=cfg.encoder, hidden=cfg.hidden,
                                          **first)
         elif cfg.method == "prefix":
             kit.prompt = prompts.PrefixTuning(model, hidden=cfg.hidden or 512, **first)
         elif cfg.method == "ptuning2":
             kit.prompt = prompts.PTuningV2(model, dropout=cfg.prefix_dropout, **first)
-        if cfg.place:
-            kit.text.frame = prompts.place(cfg.place, kit.text.tokenizer.encode)
+        if place:
+            kit.text.frame = prompts.place(place, kit.text.tokenizer.encode)
         learn = {f"prompt.{name}": p for name, p in kit.prompt.to(kit.device).named_parameters()}
     if kit.text.by == "head":
         if kit.head is None:                        # from zero: every label equally likely, nothing to seed

@@ -46,7 +46,7 @@ class Kit:
 
     def room(self):
         """The longest text, in tokens: what the context leaves behind the virtual tokens."""
-        return self.model.config.block_size - (self.prompt.n_virtual if self.prompt is not None else 0)
+        return self.model.config.block_size - (self.prompt.front if self.prompt is not None else 0)
 
     def block(self, asked=None):
         """The longest example: what was asked for, or what there is room for, 1024 at most."""
@@ -175,7 +175,7 @@ def measure(kit, rows, examples, shots=()):
     if "text" in rows[0] and "label" not in rows[0]:
         loss, count = mean_loss(kit, examples)
         return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}, []
-    prompts = [kit.text.asked(row, shots)[-(kit.room() - 1):] for row in rows]  # the question is at the end
+    prompts = [kit.text.asked(row, shots, kit.room() - 1) for row in rows]
     wanted = [kit.text.wanted(row) for row in rows]
     if "label" in rows[0]:
         scores = (word_scores if kit.head is None else head_scores)(kit, prompts)

@@ -67,11 +67,13 @@ class Text:
             return self.answers(row)[:1]
         return [row["label"]] if "label" in row else row.get("references") or [row["messages"][-1]["content"]]
 
-    def asked(self, row, shots=()):
-        """Ids up to where the answer begins; solved examples stand in front, as earlier turns."""
+    def asked(self, row, shots=(), limit=None):
+        """Ids up to where the answer begins; solved examples stand in front, as earlier turns. What is longer
+        than `limit` loses its beginning: the question is at the end."""
         turns = [turn for other in shots for turn in self.turns(other)] + self.turns(row)[:-1]
         before, after = self.frame
-        return before + chat.prompt(turns, self.template, self.tokenizer, self.system) + after
+        ids = chat.prompt(turns, self.template, self.tokenizer, self.system)
+        return before + ids[-(limit - len(before) - len(after)) if limit else 0:] + after
 
     def ranking(self, row, block):
         """A preference as (Ranking, was it cut?): answers lose their end, then the prompt its beginning."""
@@ -93,9 +95,9 @@ class Text:
                 out.append(example)
                 continue
             if self.by == "head":
-                ids = self.asked(row)
-                long["cut"] += len(ids) > block
-                out.append((ids[-block:], self.labels.index(row["label"])))     # its end is where it is read
+                ids = self.asked(row, limit=block)
+                long["cut"] += len(ids) < len(self.asked(row))
+                out.append((ids, self.labels.index(row["label"])))
                 continue
             ids, mask = chat.render(self.turns(row), self.template, self.tokenizer, self.system)
             fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long)

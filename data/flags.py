@@ -100,7 +100,7 @@ class Config:
                      "keys and values from text (default), zero, random or gated", type=str,
                      choices=("vocab", "text", "labels", "random", "zero", "gated"))
     start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
-    place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; default: in front',
+    place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; {p}: all of them',
                      ("sft", "classify"), ("prompt", "ptuning"), type=str)
     encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
                        choices=("mlp", "lstm"))
@@ -148,8 +148,9 @@ class Config:
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
 METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
                    "adalora": dict(lr=1e-2, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=1.0, beta2=0.95, n_virtual=50, epochs=12.0), "prefix": dict(lr=1e-3),
-                   "ptuning": dict(lr=1e-2, beta2=0.95, n_virtual=50, epochs=12.0),
+                   "prompt": dict(lr=0.3, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
+                   "ptuning": dict(lr=6e-3, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
+                   "prefix": dict(lr=1e-3, beta2=0.95, epochs=10.0),
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   min_lr=0.1, beta2=0.99, weight_decay=0.1),
