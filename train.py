@@ -229,11 +229,14 @@ def param_groups(kit, cfg, learn):
         learn = {name: p for name, p in learn.items() if name.startswith("head.score.")}
     else:
         groups = []
-    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"}
-    pulled -= {name for name in pulled if name.startswith("head.score.")}
+    heads = {name for name in learn if name.startswith("head.score.")}
+    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"} - heads
     for decay in (True, False):
-        if ps := [p for name, p in learn.items() if (name in pulled) == decay]:
+        if ps := [p for name, p in learn.items() if name not in heads and (name in pulled) == decay]:
             groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
+    if heads:                                       # virtual tokens bear rates that would shatter a head
+        groups.append(dict(params=[learn[name] for name in learn if name in heads], lr=min(cfg.lr, 0.03),
+                           weight_decay=0.0))
     return groups
 
 
