@@ -19,12 +19,15 @@ One hook: `past`, a list with one entry per layer, goes in and comes out. An ent
 Rows are right-padded. Under causal attention a pad behind a row cannot be seen from inside it, so training,
 scoring and decoding need no mask; decoding keeps one length per row and writes where that row ends.
 
+Who sees whom is decided in `trunk`: causal, unless `sees` (B,) says how many tokens of a row, from its first,
+see each other both ways (a whole row: an encoder; a question: prefix-LM). The rest of the row stays causal.
+
 Deviations: q, k, v are always three Linears (a fused GPT-2 `c_attn` is split at load and joined at save); no
 dropout; the trunk never computes logits, so a caller pays for the vocabulary only where it asks.
 
 B batch  T tokens  P past positions  S cache columns  C width  V vocabulary
 nh heads  nkv key/value heads  hs head size
-Public: GPTConfig, GPT, generate, sample
+Public: GPTConfig, GPT, generate, sample, allowed
 """
 import math
 import os
@@ -225,7 +228,7 @@ class GPT(nn.Module):
         if c.tied:
             self.head.weight = self.wte.weight
 
-    def trunk(self, x, past=None, lengths=None, checkpoint=False):
+    def trunk(self, x, past=None, lengths=None, checkpoint=False, sees=None, places=None):
         """Everything below the head.
 
         x           ids (B, T), or embeddings (B, T, C) in their place (positions are added here either way)
@@ -233,6 +236,8 @@ class GPT(nn.Module):
         lengths     None, or (B,): `past` holds preallocated caches (B, nkv, S, hs), row b has used lengths[b]
                     of the S columns, and the T new keys and values are written in place behind those
         checkpoint  recompute each block in backward instead of keeping its activations
+        sees        None: causal; or (B,), the tokens at the start of each row that see each other both ways
+        places      None, or (2, B, T): position in the text, and in the span that fills it (0: is no span)
         Returns hidden (B, T, C) after ln_f, and the past of all P+T positions (the caches, given `lengths`).
         """
         T, device = x.size(1), x.device
@@ -246,14 +251,21 @@ class GPT(nn.Module):
         if lengths is not None:
             slots = positions[:, None, :, None]                         # (B, 1, T, 1)
             mask = torch.arange(S, device=device) <= slots              # (B, 1, T, S)
+        elif sees is not None:                                          # a query sees columns 0 .. reach - 1
+            reach = torch.maximum(positions + 1, P + sees[:, None])     # (B, T)
+            mask = (torch.arange(S, device=device) < reach[:, :, None])[:, None]        # (B, 1, T, S)
         elif P and T > 1:           # SDPA's own causal flag counts from the top left: wrong behind a past
             mask = torch.arange(S, device=device) <= positions[:, None]         # (T, S)
         h = self.wte(x) if x.dim() == 2 else x.to(self.wte.weight.dtype)        # (B, T, C)
+        if places is not None:      # rotary: one angle for both channels. Learned: one table, whose end no
+            positions, within = P + places[0] + places[1] * (self.wpe is None), places[1]       # text reaches
+            if self.wpe is not None:
+                h = h + self.wpe(-within % self.config.block_size) * (within > 0)[..., None]
         if self.wpe is not None:
             h = h + self.wpe(positions)
         else:
             rope = rope_table(self.config, positions)
-            rope = rope if lengths is None else [t[:, None] for t in rope]      # one table for all heads
+            rope = rope if positions.dim() == 1 else [t[:, None] for t in rope]         # for all heads
         out = []
         for block, entry in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             if checkpoint and torch.is_grad_enabled():
@@ -352,10 +364,10 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- generation
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token per row of logits (B, V): temperature (0 is greedy), then top_k, then top_p. Returns (B,)."""
+def allowed(logits, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) / temperature (0: the likeliest alone), -inf where top_k, and then top_p, cut."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -364,18 +376,27 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)     # mass of the likelier tokens
         cut = (before >= top_p).index_fill(-1, order.new_zeros(1), False)   # the likeliest always stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
+    return logits
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token per row of logits (B, V): temperature (0 is greedy), then top_k, then top_p. Returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = allowed(logits, temperature, top_k, top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, past=None,
-             generator=None, embed=None):
+             generator=None, embed=None, both_ways=False):
     """Continue prompts of any lengths, as one batch with a KV cache.
 
     prompts  list of non-empty lists of token ids
     eos      an id, or a collection of ids, that ends a row (and stays in its output); so does a full context
     past     a soft prompt: one entry per layer at batch 1, see the top of this file
     embed    ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
+    both_ways    a prompt's tokens see each other both ways, as a prefix-LM has learnt it
     Returns the new tokens only, a list of lists. Greedy rows do not depend on their neighbours; finished rows
     leave the batch, so late steps cost only what still runs. The caller decides .eval() and autocast.
     """
@@ -390,7 +411,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     device, T = model.wte.weight.device, max(map(len, prompts))
     x = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)   # (B, T), right-padded
-    hidden, past = model.trunk(embed(x) if embed else x, past)
+    seen = dict(sees=torch.tensor(list(map(len, prompts)), device=device)) if both_ways else {}
+    hidden, past = model.trunk(embed(x) if embed else x, past, **seen)
     P = past[0][0].size(2) - T                                          # virtual tokens in front
     starts = [P + len(p) for p in prompts]                              # columns used, row by row
     room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column

@@ -36,7 +36,8 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, evaluate, flags, formats, table
+from data import batches, chat, evaluate, flags, formats, objectives, shots, table
+from data.check import examine
 from data.examples import Feed, Ranking, Text, size, targets
 from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
 from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
@@ -47,6 +48,7 @@ from data.hf import read_config
 from data.machine import peak_memory_mb, pick_device, pick_dtype
 from data.report import describe, report, virtual
 from data.runs import Interrupted, Run, RunError, guard, note, say
+from data.show import show
 from data.tokenizer import Tokenizer
 from data.values import numbers, ranges
 from model import GPT, GPTConfig
@@ -112,9 +114,9 @@ def open_kit(cfg):
     if template == "auto":                          # a new model has seen plain text only
         template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
-    by = said.get("by", "words") if cfg.task == "eval" else cfg.by
+    by = "head" if cfg.task == "tag" else said.get("by", "words") if cfg.task == "eval" else cfg.by
     text = Text(tokenizer, template, cfg.system or said.get("system"), tuple(said.get("labels", ())),
-                cfg.ask or said.get("ask"), by)
+                cfg.ask or said.get("ask"), by, *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
     kit = evaluate.Kit(model.to(device).eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
                        max_new=cfg.max_new, checkpoint=cfg.checkpoint)
     if prompt is not None and prompt.template:
@@ -228,11 +230,14 @@ def param_groups(kit, cfg, learn):
         learn = {name: p for name, p in learn.items() if name.startswith("head.score.")}
     else:
         groups = []
-    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"}
-    pulled -= {name for name in pulled if name.startswith("head.score.")}
+    heads = {name for name in learn if name.startswith("head.score.")}
+    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"} - heads
     for decay in (True, False):
-        if ps := [p for name, p in learn.items() if (name in pulled) == decay]:
+        if ps := [p for name, p in learn.items() if name not in heads and (name in pulled) == decay]:
             groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
+    if heads:                                       # virtual tokens bear rates that would shatter a head
+        groups.append(dict(params=[learn[name] for name in learn if name in heads], lr=min(cfg.lr, 0.03),
+                           weight_decay=0.0))
     return groups
 
 
@@ -252,7 +257,8 @@ def save_weights(kit, cfg, folder):
         write_tensors(inner / "head.safetensors", {f"score.{name}": t.cpu()
                                                    for name, t in kit.head.state_dict().items()})
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by")}
+    said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by",
+                                                       "attention", "objective")}
     write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, **said})
     return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
 
@@ -428,13 +434,13 @@ def supervised(cfg):
         return report(done, run.folder)
     with contextlib.nullcontext() if cfg.dry_run else run.opened():
         kit, rows, kind = open_kit(cfg), *open_data(cfg)
-        if kind == "label":
-            found = {row["label"] for split in rows.values() for row in split}
-            if not found <= set(kit.text.labels):   # a tuned model keeps its own order, and its unused labels
+        if kind in ("label", "tags"):
+            found = formats.names(sum(rows.values(), []))
+            if not set(found) <= set(kit.text.labels):      # a tuned model keeps its order and unused labels
                 if kit.head is not None:
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
-                kit.text.labels = tuple(sorted(found))
+                kit.text.labels = found
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)
@@ -442,14 +448,14 @@ def supervised(cfg):
             shown = kit.text.split(few, kit.block(cfg.block), cfg.too_long)["train"]
             return describe(kit, learn, base, shown)
         state = run.start(facts(kit, rows)) or {}
-        test, shots = rows["test"], rows["train"][:cfg.shots]
+        test, steps = rows["test"], shots.counts(cfg.shots, kind, kit.text.by)
         asked = [kit.text.asked(row) for row in rows["valid"] * 2] if cfg.task == "reward" else []
         if "baseline" not in state:
             examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
             if cfg.task in ("reward", "dpo"):       # nothing to measure yet; what would the model say?
                 found, said = {}, evaluate.answer(kit, [kit.text.asked(row) for row in test[:3]])
             else:
-                found, said = measure(kit, cfg, test, examples, shots)
+                found, said = measure(kit, cfg, test, examples, rows["train"][:steps[0]])
             state = {"baseline": found, "before": said[:3], "right": evaluate.right(kit, test, said)}
             if cfg.task == "reward":                # scores will be relative to what this model says
                 dice = torch.Generator(kit.device).manual_seed(cfg.seed)
@@ -466,7 +472,8 @@ def supervised(cfg):
             examples = kit.text.split(rows, block, cfg.too_long)
             if cfg.task == "dpo":                   # the reference is the policy as it begins
                 examples = {split: referred(kit, some) for split, some in examples.items()}
-            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None)
+            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None,
+                        kit.text)
             total = math.ceil(cfg.epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
             note(f"{sum(p.numel() for p in learn.values()):,} of {base:,} parameters learn; {total} steps")
             now = fit(kit, cfg, run, learn, feed, total, state,
@@ -481,6 +488,10 @@ def supervised(cfg):
             after, right = said[:3], evaluate.right(kit, test, said)
             if plain:
                 found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
+        elif steps[1:]:
+            rungs, after = shots.ladder(
+                steps, lambda n: evaluate.measure(kit, test, [], rows["train"][:n]), found)
+            found, right = {**rungs[-1][1], **shots.table(rungs)}, evaluate.right(kit, test, after)
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
@@ -546,9 +557,9 @@ def open_data(cfg):
     said += [f"{n} dropped {why}" for why, n in data["train"].dropped.items()]
     note(f"{data['train'].source}, {data['train'].form or kind}: {', '.join(said)}")
     asks = ("prompt", "chat", "pairs", "ranked")
-    reads = {"pretrain": ("text",), "classify": ("label",), "sft": ("chat", "label"), "ppo": asks,
-             "sample": asks, "reward": ("pairs", "ranked"), "dpo": ("pairs", "ranked"),
-             "eval": ("chat", "label", "text", "pairs", "ranked")}[cfg.task]
+    reads = {"pretrain": ("text",), "classify": ("label",), "tag": ("tags",), "ppo": asks, "sample": asks,
+             "sft": ("chat", "label", "tags"), "reward": ("pairs", "ranked"), "dpo": ("pairs", "ranked"),
+             "eval": ("chat", "label", "tags", "text", "pairs", "ranked")}[cfg.task]
     if kind not in reads:
         raise DataError(f"{cfg.data} holds {kind} rows; --task {cfg.task} reads {' or '.join(reads)} rows")
     if shared := formats.leaks(rows["train"], rows["test"]):
@@ -694,7 +705,7 @@ def reinforce(cfg):
         ptx = None
         if rl.ptx_coef:
             feed = Feed(kit.text.stream(formats.load(cfg.ptx_data, "train").rows), 8, rl.micro, cfg.seed,
-                        min(256, kit.room()))
+                        min(256, kit.room()), kit.text)
 
             def ptx(step, minibatch):
                 parts = feed(step * rl.ppo_epochs * rl.minibatches + minibatch)
@@ -800,6 +811,32 @@ def talk(cfg):
         turns.append({"role": "assistant", "content": said})
 
 
+def probe(kit, cfg, feed, steps=4):
+    """For --task check: (what would learn, seconds, tokens) of a few real steps after the first."""
+    learn, seconds, tokens = build(kit, cfg), 0.0, 0
+    optimiser = torch.optim.AdamW(param_groups(kit, cfg, learn))
+    kit.train()
+    for step in range(steps):
+        began, parts = time.monotonic(), feed(step)
+        for part in parts:
+            with kit.cast():
+                objective(kit, cfg, part, kit.past()).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if step:
+            seconds, tokens = seconds + time.monotonic() - began, tokens + sum(map(size, sum(parts, [])))
+    return learn, seconds, tokens
+
+
+def both_sides(cfg):
+    """A kit, and the parts that its model plays in --task show: as it was before, as it is tuned now."""
+    kit = open_kit(cfg)
+    sides = {"base": role(kit, kit.model)}
+    if lora.adapters(kit.model) or kit.prompt is not None:
+        sides["tuned"] = role(kit, kit.model, "default" if lora.adapters(kit.model) else None, kit.prompt)
+    return kit, sides
+
+
 def merge(cfg):
     """--task merge: an adapter run as a plain Hugging Face folder, fp32; says the largest logit change."""
     if not cfg.out or os.path.exists(cfg.out) and os.listdir(cfg.out):
@@ -814,7 +851,7 @@ def merge(cfg):
     merged.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
     write_json(os.path.join(cfg.out, "run.json"), {k: v for k, v in settings(cfg.init).items()
-                                                   if k in ("template", "system", "labels", "ask")})
+        if k in ("template", "system", "labels", "ask", "attention", "objective")})
     say(f"largest logit difference after merging: {gap:.2g}")
     say(f"python train.py --task chat --init {cfg.out}")
     return 0
@@ -825,6 +862,10 @@ def main(argv=None):
     try:
         with guard.installed():
             cfg = parse(sys.argv[1:] if argv is None else argv)
+            if cfg.task == "show":
+                return show(*both_sides(cfg), cfg)
+            if cfg.task == "check":
+                return examine(cfg, open_kit, probe)
             if cfg.task == "ppo" and (cfg.init, cfg.reward) == ("data/base", None):
                 return stages(cfg)
             others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": table.show}

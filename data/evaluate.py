@@ -2,24 +2,27 @@
 
     loss          sum over targets of -log p(target | before), divided by the number of targets
     by words      argmin over labels of -sum log p(label tokens, end token | question); no length correction
-    by a head     argmax of a linear map of the last token's hidden state
+    by a head     argmax of a linear map of the last token's hidden state (a word's tag: of its first token's)
 
 Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
-budget; no number depends on how they were batched (attention is causal: a pad cannot be seen).
+budget; no number depends on how they were batched (a pad cannot be seen: it stands behind its row).
 
 Public: Kit, summed_loss, mean_loss, sample, answer, measure, right, fingerprint
 """
 import contextlib
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import batches, chat, metrics
+from data import batches, chat, metrics, tags
 from data.examples import Text, targets
 from data.files import UserError
+from data.objectives import Example, collate
+from data.shots import fitted
 from model import GPT, generate
 
 
@@ -59,8 +62,20 @@ class Kit:
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
 
-    def trunk(self, x, past):
-        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint)
+    def trunk(self, x, past, **view):
+        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, **view)
+
+    def read(self, rows, past):
+        """The trunk over lists of ids that are only read: (hidden (B, T, C), past)."""
+        sees = [self.text.sees(ids) for ids in rows]
+        view = {"sees": torch.tensor(sees, device=self.device)} if any(sees) else {}
+        return self.trunk(pad(rows, self.device), past, **view)
+
+    def speaks(self):
+        """A model that has only ever seen both ways has no next word to say."""
+        if self.text.attention == "bidirectional":
+            raise UserError("a model with --attention bidirectional (so also of --objective mlm) cannot "
+                            "generate or score words; use --task tag, or --task classify --by head")
 
     def train(self, on=True):
         for module in (self.model, self.prompt):
@@ -82,14 +97,12 @@ def at_last(hidden, rows):
 
 def summed_loss(kit, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
-    if not isinstance(examples[0][1], list):                            # a label, for the head
-        rows = [ids for ids, _ in examples]
-        hidden, _ = kit.trunk(pad(rows, kit.device), past)
-        label = torch.tensor([y for _, y in examples], device=kit.device)
-        return F.cross_entropy(kit.head(at_last(hidden, rows).float()), label, reduction="sum")
-    x, y = (t.to(kit.device) for t in batches.collate(examples))        # (B, T); y is -1 where no target is
-    hidden, _ = kit.trunk(x, past)
-    logits = kit.model.head(hidden[y >= 0]).float()                     # (targets, V)
+    x, y, view = collate(examples, kit.text.attention)                  # (B, T); y is -1 where no target is
+    y = y.to(kit.device)
+    hidden, _ = kit.trunk(x.to(kit.device), past, **{name: t.to(kit.device) for name, t in view.items()})
+    said = hidden[y >= 0]                                               # (targets, C)
+    by_head = isinstance(examples[0], Example) and examples[0].head
+    logits = kit.head(said.float()) if by_head else kit.model.head(said).float()
     return F.cross_entropy(logits, y[y >= 0], reduction="sum")
 
 
@@ -105,7 +118,7 @@ def mean_loss(kit, examples):
     total, count = 0.0, sum(map(targets, examples))
     with kit.cast():
         past = kit.past()
-        for rows in by_length(kit, [len(ids) for ids, _ in examples]):
+        for rows in by_length(kit, [len(e[0]) for e in examples]):
             total += summed_loss(kit, [examples[i] for i in rows], past).item()
     return total / max(count, 1), count
 
@@ -113,13 +126,14 @@ def mean_loss(kit, examples):
 @torch.no_grad()
 def sample(kit, prompts, **sampling):
     """What the model answers to each prompt, ids to ids; greedy unless told otherwise."""
+    kit.speaks()
     out, end = [None] * len(prompts), kit.text.end
     sampling = {"temperature": 0, **sampling}
     with kit.cast():
         past = kit.past()
         for rows in by_length(kit, list(map(len, prompts)), kit.max_new):
             new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
-                           embed=kit.embed, **sampling)
+                           embed=kit.embed, both_ways=kit.text.attention == "prefix", **sampling)
             for i, ids in zip(rows, new):
                 out[i] = ids
     return out
@@ -134,6 +148,7 @@ def answer(kit, prompts, **sampling):
 def word_scores(kit, prompts):
     """-log p of every label word behind every prompt: (N, labels). The prompt runs once; each label is
     then laid over the same cache columns behind it."""
+    kit.speaks()
     text = kit.text
     words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # end token last
     longest, out = max(map(len, words)), torch.zeros(len(prompts), len(words))
@@ -141,7 +156,7 @@ def word_scores(kit, prompts):
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts)), longest):
             rows = [prompts[i] for i in index]
-            hidden, filled = kit.trunk(pad(rows, kit.device), past)
+            hidden, filled = kit.read(rows, past)
             first = kit.model.head(at_last(hidden, rows))[:, None]                  # (B, 1, V)
             used = torch.tensor([len(r) for r in rows], device=kit.device)
             used += filled[0][0].size(2) - hidden.size(1)                           # virtual tokens in front
@@ -159,37 +174,68 @@ def word_scores(kit, prompts):
 
 @torch.no_grad()
 def head_scores(kit, prompts):
-    """-log p of every label by the head: (N, labels)."""
-    out = torch.zeros(len(prompts), len(kit.text.labels))
+    """-log p of every label by the head: (N, labels). Before there is a head, all are alike."""
+    out = torch.full((len(prompts), len(kit.text.labels)), math.log(len(kit.text.labels)))
+    if kit.head is None:
+        return out
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts))):
             rows = [prompts[i] for i in index]
-            hidden, _ = kit.trunk(pad(rows, kit.device), past)
+            hidden, _ = kit.read(rows, past)
             out[index] = -kit.head(at_last(hidden, rows).float()).log_softmax(-1).cpu()
     return out
 
 
+def word_tags(kit, examples):
+    """The tag of every word by the head, a list per example. Before there is a head, all are the first: O."""
+    out = [[kit.text.labels[0]] * targets(e) for e in examples]
+    with kit.cast():
+        past = kit.past()
+        for index in by_length(kit, [len(e.ids) for e in examples]) if kit.head is not None else ():
+            hidden, _ = kit.read([examples[i].ids for i in index], past)
+            for i, h in zip(index, hidden):
+                at = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
+                out[i] = [kit.text.labels[k] for k in kit.head(h[at].float()).argmax(-1).tolist()]
+    return out
+
+
+def entities(said, gold):
+    return dict(zip(("precision", "recall", "f1"), metrics.span_scores(said, gold)))
+
+
+@torch.no_grad()
 def measure(kit, rows, examples, shots=()):
     """(metrics, answers as text) of the model on rows; what can be measured depends on their kind."""
     if "text" in rows[0] and "label" not in rows[0]:
         loss, count = mean_loss(kit, examples)
         return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}, []
-    prompts = [kit.text.asked(row, shots, kit.room() - 1) for row in rows]
+    gold = [row.get("tags") for row in rows]
+    if gold[0] and kit.text.by == "head":
+        found = [t + ["O"] * (len(g) - len(t)) for t, g in zip(word_tags(kit, examples), gold)]
+        loss = mean_loss(kit, examples)[0] if kit.head is not None else math.log(len(kit.text.labels))
+        right = metrics.accuracy(sum(found, []), sum(gold, []))
+        return {**entities(found, gold), "accuracy": right, "loss": loss}, \
+            [tags.told(row["tokens"], t) for row, t in zip(rows, found)]
+    prompts, held = zip(*(fitted(kit, row, shots) for row in rows))
+    shown = {"held": sum(held) / len(held), "most": max(held)} if shots else {}
     wanted = [kit.text.wanted(row) for row in rows]
     if "label" in rows[0]:
-        scores = (word_scores if kit.head is None else head_scores)(kit, prompts)
-        said, gold = [kit.text.labels[j] for j in scores.argmin(1).tolist()], [words[0] for words in wanted]
-        right = torch.tensor([kit.text.labels.index(g) for g in gold])
-        return {"accuracy": metrics.accuracy(said, gold), "macro_f1": metrics.macro_f1(said, gold),
-                "loss": scores.gather(1, right[:, None]).mean().item()}, said
+        mute = kit.text.by == "head" and kit.text.attention == "bidirectional"      # no words to start from
+        scores = (head_scores if kit.head is not None or mute else word_scores)(kit, prompts)
+        said, names = [kit.text.labels[j] for j in scores.argmin(1).tolist()], [words[0] for words in wanted]
+        right = torch.tensor([kit.text.labels.index(g) for g in names])
+        return {"accuracy": metrics.accuracy(said, names), "macro_f1": metrics.macro_f1(said, names),
+                "loss": scores.gather(1, right[:, None]).mean().item(), **shown}, said
     said, found = answer(kit, prompts), {}
     if not shots:                                   # the examples hold no shots: theirs is another loss
         loss, count = mean_loss(kit, examples)
         found = {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}
+    if gold[0]:
+        found.update(entities([tags.heard(s, row["tokens"]) for s, row in zip(said, rows)], gold))
     exact = sum(map(metrics.exact_match, said, wanted)) / len(said)
     return {"exact_match": exact, **found, "rouge_l": metrics.rouge_l(said, wanted),
-            "bleu": metrics.bleu(said, wanted)}, said
+            "bleu": metrics.bleu(said, wanted), **shown}, said
 
 
 def right(kit, rows, said):

@@ -1,20 +1,24 @@
 """examples.py: rows become examples, examples become the batches of a step.
 
     example   (ids, mask)    mask[i] is true where token i is to be predicted: answers and their end tokens
-              (ids, label)   for a classification head: the label's number, read at the last token
+              Example        all else (objectives.py); for a head: a label's number, at the last token of a
+                             text or the first of a word
               Ranking        a prompt with answers of which some are better than others
     step      `batch` examples, cut into micro-batches under a budget of padded tokens
 
 Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is
 what it is asked with. Feed is a pure function of (seed, step): there is no data state to save or to restore.
 
-Public: Text, Feed, Ranking, targets, size, windows
+Public: Text, Feed, Ranking, targets, size, shown
 """
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data import batches, chat
+import numpy as np
+
+from data import batches, chat, objectives, tags
 from data.files import DataError
+from data.objectives import Example
 from data.runs import note
 
 
@@ -34,7 +38,12 @@ class Text:
     labels: tuple = ()              # label words in their order, for rows with a label
     ask: str = None                 # the question behind such a row's text; None: one that names the labels
     by: str = "words"               # "words": the label is an answer like any other; "head": a class number
+    attention: str = "causal"       # who sees whom: causal; prefix: what is asked, both ways; bidirectional
+    objective: str = "causal"       # what raw text is made to teach: causal, prefix, mlm, glm
     frame: tuple = ([], [])         # ids before and after a prompt: the virtual tokens of a template
+
+    def __post_init__(self):
+        self.marks = objectives.marks(self.tokenizer, self.objective)
 
     @property
     def end(self):
@@ -49,6 +58,9 @@ class Text:
         """A row as a conversation that ends with the answer, of a preference with the best."""
         if "prompt" in row:
             return [*row["prompt"], {"role": "assistant", "content": self.answers(row)[0]}]
+        if "tokens" in row:
+            return [{"role": "user", "content": f"{' '.join(row['tokens'])}\n\n{tags.ask(self.labels)}"},
+                    {"role": "assistant", "content": self.wanted(row)[0]}]
         if "label" not in row:
             return row["messages"]
         ask = self.ask or f"Which label fits this text: {' or '.join(self.labels)}?"
@@ -65,6 +77,8 @@ class Text:
         """The answers that count as right."""
         if "prompt" in row:
             return self.answers(row)[:1]
+        if "tokens" in row:
+            return [tags.told(row["tokens"], row["tags"])]
         return [row["label"]] if "label" in row else row.get("references") or [row["messages"][-1]["content"]]
 
     def asked(self, row, shots=(), limit=None):
@@ -94,10 +108,15 @@ class Text:
                 long["cut"] += cut
                 out.append(example)
                 continue
+            if self.by == "head" and "tokens" in row:
+                out.append(self.tagged(row, block))
+                long["cut"] += targets(out[-1]) < len(row["tokens"])
+                continue
             if self.by == "head":
                 ids = self.asked(row, limit=block)
                 long["cut"] += len(ids) < len(self.asked(row))
-                out.append((ids, self.labels.index(row["label"])))
+                label = self.labels.index(row["label"])                 # read at the last token
+                out.append(Example(ids, [-1] * (len(ids) - 1) + [label], self.sees(ids), head=True))
                 continue
             ids, mask = chat.render(self.turns(row), self.template, self.tokenizer, self.system)
             fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long)
@@ -111,6 +130,21 @@ class Text:
                         [False] * len(before) + mask[:k] + [False] * len(after) + mask[k:]))
         return out, long
 
+    def tagged(self, row, block):
+        """A row of words and tags for the head. Too many words: the last ones are not read, and O."""
+        (before, after), start = self.frame, chat.prompt([], "plain", self.tokenizer, "")[0]
+        ids, first = tags.pieces(row["tokens"], self.tokenizer, start)
+        ids = before + ids[:block - len(before) - len(after)] + after
+        y = [-1] * len(ids)
+        for i, tag in zip(first, row["tags"]):
+            if i + len(before) < len(ids) - len(after):
+                y[i + len(before)] = self.labels.index(tag)
+        return Example(ids, y, self.sees(ids), head=True)
+
+    def sees(self, ids):
+        """How much of a text that is only read sees itself both ways: all of it or nothing."""
+        return 0 if self.attention == "causal" else len(ids)
+
     def split(self, rows, block, too_long="truncate"):
         """{split: rows} -> {split: examples}. Raw text to train on stays one stream, which Feed cuts."""
         out = {}
@@ -119,7 +153,8 @@ class Text:
                 out[split] = self.stream(some)
                 if split != "train":                # valid is a look at progress: a stretch of it will do
                     ids = out[split] if split == "test" else out[split][:16384]
-                    out[split] = windows(ids, range(0, len(ids) - 1, block), block)
+                    step = objectives.stride(self.objective, block)
+                    out[split] = self.windows(ids, range(0, len(ids) - 1, step), step, 0)
                 continue
             out[split], long = self.encode(some, block, too_long)
             if any(long.values()):
@@ -135,15 +170,18 @@ class Text:
         end = [self.tokenizer.eos] if self.tokenizer.eos is not None else []
         return [i for row in rows for i in self.tokenizer.encode(row["text"]) + end]
 
-
-def windows(ids, starts, block):
-    """Stretches of a stream as examples: `block` predictions each, fewer at the end of the stream."""
-    return [(ids[s:s + block + 1], [True] * len(ids[s:s + block + 1])) for s in starts]
+    def windows(self, ids, starts, step, *seed):
+        """Stretches of a stream as examples: about `step` predictions each, fewer at the end of the stream.
+        What is drawn to corrupt them depends on `seed` and a window's number alone."""
+        return [objectives.corrupt(self.objective, ids[s:s + step + 1], np.random.default_rng([*seed, i]),
+                                   self.marks) for i, s in enumerate(starts)]
 
 
 def targets(example):
     """How many predictions an example is scored on; the comparisons of a prompt count as one."""
-    return sum(example[1][1:]) if isinstance(example[1], list) and len(example) == 2 else 1
+    if isinstance(example, Example):
+        return sum(t >= 0 for t in example.y)
+    return 1 if isinstance(example, Ranking) else sum(example[1][1:])
 
 
 def size(example):
@@ -153,14 +191,24 @@ def size(example):
     return len(example[0])
 
 
+def shown(example):
+    """An example as (ids, mask), for people; of a preference the prompt and its best answer."""
+    if isinstance(example, Ranking):
+        said = example.answers[0]
+        return example.prompt + said, [False] * len(example.prompt) + [True] * len(said)
+    return example[0], [t >= 0 for t in example.y] if isinstance(example, Example) else example[1]
+
+
 class Feed:
     """Step number -> its micro-batches, lists of examples.
 
-    examples  a list of examples, or, given `block`, one stream of ids that each epoch cuts at another offset
+    examples  a list of examples, or, given `block`, one stream of ids that each epoch cuts at another offset,
+              and of which `text` makes examples
     """
 
-    def __init__(self, examples, batch, micro, seed, block=None):
-        self.examples, self.batch, self.micro, self.seed, self.block = examples, batch, micro, seed, block
+    def __init__(self, examples, batch, micro, seed, block=None, text=None):
+        self.examples, self.batch, self.micro, self.seed, self.text = examples, batch, micro, seed, text
+        self.block = block and objectives.stride(text.objective, block)
         self.lengths = None if block else list(map(size, examples))
         self.epoch, self.steps = 0, self.plan(0)
         self.per_epoch = len(self.steps)
@@ -176,6 +224,7 @@ class Feed:
         if epoch != self.epoch:
             self.epoch, self.steps = epoch, self.plan(epoch)
         rows = self.steps[i % len(self.steps)]
-        rows = windows(self.examples, rows, self.block) if self.block else [self.examples[j] for j in rows]
+        rows = (self.text.windows(self.examples, rows, self.block, 1, self.seed, step) if self.block else
+                [self.examples[j] for j in rows])
         return [[rows[j] for j in part]
                 for part in batches.micro(range(len(rows)), list(map(size, rows)), self.micro)]

@@ -14,22 +14,25 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 
-from data import chat, table
+from data import chat, objectives, shots, table
 from data.files import UserError
 from data.runs import note
 
-TASKS = ("sft", "pretrain", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "merge",
-         "table")
+TASKS = ("sft", "pretrain", "classify", "tag", "reward", "dpo", "ppo", "sample", "eval", "chat", "show",
+         "merge", "check", "table")
 METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
-FIT = TASKS[:5]                                         # the supervised loop; ppo has a loop of its own
-TRAIN = TASKS[:6]
-CHATTY = ("sft", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat")      # they render a template
+FIT = TASKS[:6]                                         # the supervised loop; ppo has a loop of its own
+TRAIN = TASKS[:7]
+SIZED = TRAIN + ("check",)                              # they build what would learn
+CHATTY = ("sft", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "show",
+          "check")                                      # they render a template
 LORA, SOFT = METHODS[:3], METHODS[3:7]                  # methods that inject; methods that are a past
 LEARN = METHODS[:8]
 ROLES = {"the run": (TASKS, METHODS), "training": (FIT, LEARN), "text": (CHATTY, METHODS),
-         "LoRA": (TRAIN, LORA), "virtual tokens": (TRAIN, SOFT), "classify": (("classify",), METHODS),
-         "generation": (("chat",), METHODS), "a new model, --init new": (("pretrain",), METHODS),
-         "reward": (("ppo", "sample"), METHODS)}
+         "LoRA": (SIZED, LORA), "virtual tokens": (SIZED, SOFT), "classify": (("classify",), METHODS),
+         "generation": (("chat", "show"), METHODS), "a new model, --init new": (("pretrain",), METHODS),
+         "objective": (FIT, METHODS),
+         "reward": (("ppo", "sample"), METHODS), "check": (("check",), METHODS)}
 SAMPLING = ("samples", "temperature", "max_new", "micro")       # what --task sample reads of PPO's flags
 
 
@@ -47,7 +50,7 @@ class Config:
     method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
     init: str = opt("the run", "data/base", "a model, adapter or run folder, a cached model, or new")
     data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
-                    TRAIN + ("sample", "eval"))
+                    SIZED + ("sample", "eval"))
     out: str = opt("the run", None, "the run folder; default: a readable name in out/",
                    TRAIN + ("sample", "eval", "merge"), type=str)
     seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
@@ -58,11 +61,11 @@ class Config:
                       TRAIN + ("sample", "eval"))
     dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", FIT, LEARN)
 
-    steps: int = opt("training", None, "optimiser steps; overrides --epochs", type=int)
-    epochs: float = opt("training", 6.0, "passes over the training data")
-    batch: int = opt("training", 16, "examples per optimiser step")
+    steps: int = opt("training", None, "optimiser steps; overrides --epochs", FIT + ("check",), type=int)
+    epochs: float = opt("training", 6.0, "passes over the training data", FIT + ("check",))
+    batch: int = opt("training", 16, "examples per optimiser step", FIT + ("check",))
     micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
-                     FIT + ("eval",), METHODS)
+                     FIT + ("eval", "check"), METHODS)
     lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
     warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
     schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
@@ -71,7 +74,7 @@ class Config:
     weight_decay: float = opt("training", 0.0, "AdamW's decay, of matrices only", methods=("full",) + LORA)
     clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
     checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time",
-                           FIT)
+                           FIT + ("check",))
     eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
     save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
     forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
@@ -101,13 +104,17 @@ class Config:
                      choices=("vocab", "text", "labels", "random", "zero", "gated"))
     start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
     place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; {p}: all of them',
-                     ("sft", "classify"), ("prompt", "ptuning"), type=str)
+                     ("sft", "classify", "tag"), ("prompt", "ptuning"), type=str)
     encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
                        choices=("mlp", "lstm"))
     hidden: int = opt("virtual tokens", None, "the encoder's width; default: the model's, 512 for prefix",
                       methods=("ptuning", "prefix"), type=int)
     prefix_dropout: float = opt("virtual tokens", 0.0, "on keys and values", FIT, ("ptuning2",))
 
+    objective: str = opt("objective", None, "what raw text teaches; default: as --init, or causal",
+                         ("pretrain",), type=str, choices=objectives.OBJECTIVES)
+    attention: str = opt("objective", None, "who sees whom; default: as --init, or causal",
+                         ("classify", "tag"), type=str, choices=objectives.ATTENTION)
     by: str = opt("classify", "words", "answer with a label word, or use a linear head",
                   choices=("words", "head"))
     ask: str = opt("classify", None, "the question behind each text; default: one that names the labels",
@@ -116,14 +123,17 @@ class Config:
     template: str = opt("text", "auto", "chat template", choices=("auto",) + chat.TEMPLATES)
     system: str = opt("text", None, "system message; default: the template's own", type=str)
     block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024",
-                     FIT + ("eval",), type=int)
-    too_long: str = opt("text", "truncate", "what to do with longer ones", ("sft", "classify", "eval"),
-                        choices=("truncate", "drop", "error"))
-    shots: int = opt("text", 0, "solved training examples in front of each question",
+                     FIT + ("eval", "check"), type=int)
+    too_long: str = opt("text", "truncate", "what to do with longer ones",
+                        ("sft", "classify", "eval", "check"), choices=("truncate", "drop", "error"))
+    shots: str = opt("text", "0", "solved training examples in front of each question; or a list: 0,1,2,4",
                      ("sft", "classify", "eval"), ("none",))
     items: int = opt("text", 0, "measure on the first N test items, sample N of each split; 0: all",
                      TRAIN + ("sample", "eval"))
-    max_new: int = opt("text", 64, "longest generated answer, in tokens", ("sft", "reward", "eval", "chat"))
+    max_new: int = opt("text", 64, "longest generated answer, in tokens",
+                       ("sft", "reward", "eval", "chat", "show"))
+
+    write: bool = opt("check", False, "write a clean copy of the splits beside the file")
 
     n_layer: int = opt("a new model, --init new", 4, "layers")
     n_head: int = opt("a new model, --init new", 4, "heads")
@@ -131,7 +141,7 @@ class Config:
     family: str = opt("a new model, --init new", "gpt2", "dialect", choices=("gpt2", "llama"))
     vocab: int = opt("a new model, --init new", 1024, "size of the tokenizer it gets; 0: bytes")
 
-    prompt: str = opt("generation", None, "answer this and stop; default: a conversation", type=str)
+    prompt: str = opt("generation", None, "answer this and stop, or talk; show: go on from this", type=str)
     temperature: float = opt("generation", 0.7, "0 is greedy")
     top_k: int = opt("generation", None, "sample from the k likeliest", type=int)
     top_p: float = opt("generation", None, "sample from the likeliest of this mass", type=float)
@@ -154,12 +164,14 @@ METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   min_lr=0.1, beta2=0.99, weight_decay=0.1),
-                 "classify": dict(data="toy/sentiment"),
+                 "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities"),
                  "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
                  "dpo": dict(data="toy/preferences", epochs=1.0),
                  "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40,
                              kl_coef=0.1, kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
+                 "check": dict(epochs=None),            # the default of the task that the rows are for
+                 "show": dict(method="none", template="plain", temperature=1.0, max_new=12),
                  **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
 NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
 
@@ -209,7 +221,7 @@ def parse(argv, concerns):
     first.add_argument("--method", choices=METHODS)
     task, method = vars(first.parse_known_args(argv)[0]).values()
     method = method or TASK_DEFAULTS.get(task, {}).get("method", "lora")
-    if task not in TRAIN and method != "none":
+    if task not in SIZED and method != "none":
         raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
     if task == "table":                             # it reads runs, and no flag of theirs
         return table.flags(Parser(allow_abbrev=False), lambda t: fields_of(t, concerns)).parse_args(argv)
@@ -259,7 +271,7 @@ def told(cfg):
 def check(cfg):
     """What no flag can check alone."""
     least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
-                 seed=0, max_new=1, shots=0, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
+                 seed=0, max_new=1, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
                  top_p=0, keep=1, samples=1, kl_coef=0, kl_target=0, kl_horizon=1, ppo_epochs=1,
                  minibatches=1, cliprange=0, cliprange_value=0, target_kl=0, value_lr=0, value_warmup=0,
                  ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0)
@@ -268,6 +280,7 @@ def check(cfg):
         value = values.get(name)
         if value is not None and not low <= value < 2 ** 63:
             raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
+    shots.counts(cfg.shots)
     if cfg.init == "new" and cfg.task != "pretrain":
         raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
     if cfg.task == "pretrain" and cfg.init != "new":
@@ -276,6 +289,9 @@ def check(cfg):
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+    if cfg.task == "tag" and cfg.method == "none":
+        raise UserError("--task tag has no head before it is trained: use --task eval for a trained one, or "
+                        "--task sft --method none for names as words")
     if cfg.method in SOFT and cfg.lr < (usual := METHOD_DEFAULTS[cfg.method]["lr"]) / 100:
         note(f"--lr {cfg.lr:g} is a rate for weights; --method {cfg.method} usually wants about {usual:g}")
 

@@ -23,7 +23,7 @@ new row moves no old one. Should that leave a split empty (all prompts alike), w
 that too (a handful of rows), every split is the whole file. A folder without a valid file deals 10 % of train
 to it; one without a test file is tested on valid. A .txt is cut in order, at line ends. `source` says so.
 
-Public: load, Data, question, duplicates, leaks
+Public: load, Data, question, names, duplicates, leaks
 """
 import collections
 import functools
@@ -122,6 +122,12 @@ def question(row):
         return json.dumps(row.get("text", row.get("tokens")))
     turns = row["prompt"] if "prompt" in row else row["messages"][:-1]
     return json.dumps(turns) if any(m["content"].strip() for m in turns) else whole(row)
+
+
+def names(rows):
+    """The labels, or tags, of some rows in the order a model gets them; O, no name, comes first."""
+    found = {name for row in rows for name in row.get("tags", [row.get("label")])}
+    return tuple(sorted(found, key=lambda name: (name != "O", name)))
 
 
 def duplicates(rows):

@@ -5,7 +5,7 @@
     macro F1      mean over the *gold* labels of 2 tp / (2 tp + fp + fn). A prediction outside the gold labels
                   (a generative classifier may say anything) is a miss, and adds no class of its own.
     span F1       F1 over whole entities, (kind, first, last) all equal, pooled over the texts. BIO tags; an
-                  I- that continues nothing of its kind opens an entity (as in CoNLL-2000).
+                  I- that continues nothing of its kind opens an entity (as CoNLL's script has it).
     BLEU          Papineni et al. 2002: exp(min(0, 1 - r/c) + mean_n log p_n), n = 1..4, over the corpus, no
                   smoothing; an n-gram counts at most as often as in the reference that has it most; r sums
                   the length of the reference closest to each output (of two, the shorter). Tokens:
@@ -20,7 +20,8 @@
 
 `references` hold, per item, one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
 
-Public: exact_match, accuracy, confusion, macro_f1, span_f1, bleu, rouge_l, perplexity, wilson, summary
+Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
+wilson, summary
 """
 import collections
 import math
@@ -68,7 +69,7 @@ def macro_f1(predictions, gold):
     return sum(2 * tp[c] / (said[c] + there[c]) for c in there) / max(len(there), 1)    # said = tp + fp
 
 
-def _spans(tags):
+def spans(tags):
     """BIO tags of one text -> {(kind, first, last)}."""
     out, start, kind = set(), 0, None
     for i, tag in enumerate([*tags, "O"]):                      # the extra O closes an entity at the end
@@ -81,13 +82,18 @@ def _spans(tags):
     return out
 
 
+def span_scores(predictions, gold):
+    """(precision, recall, F1) of entities; for each text a list of BIO tags, or its entities as spans."""
+    hit = said = there = 0
+    for p, g in _paired(predictions, gold):
+        p, g = (x if isinstance(x, set) else spans(x) for x in (p, g))
+        hit, said, there = hit + len(p & g), said + len(p), there + len(g)
+    return hit / max(said, 1), hit / max(there, 1), 2 * hit / max(said + there, 1)
+
+
 def span_f1(predictions, gold):
     """Entity-level F1; one list of BIO tags per text."""
-    hit = total = 0
-    for p, g in _paired(predictions, gold):
-        p, g = _spans(p), _spans(g)
-        hit, total = hit + len(p & g), total + len(p) + len(g)
-    return 2 * hit / max(total, 1)
+    return span_scores(predictions, gold)[2]
 
 
 # ---- generated text ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Keys and values have no neighbours: there the norms and the way, by layer, are a
 
 Public: describe, report, virtual
 """
+from data.examples import shown
 from data.runs import say
 
 
@@ -16,9 +17,9 @@ def describe(kit, learn, base, examples):
     say(f"{n:,} of {base:,} parameters learn ({n / base:.2%})")
     say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (with gradients "
         f"and moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
-    for ids, mask in examples:
+    for e in examples:
         say("\n" + "-" * 40 + " [[supervised]]")
-        mask, out = mask if isinstance(mask, list) else [False] * len(ids), ""
+        (ids, mask), out = shown(e), ""
         for i, (token, on) in enumerate(zip(ids, mask)):
             out += "[[" * (on and not mask[i - 1]) + kit.text.tokenizer.decode([token], special=True)
             out += "]]" * (on and (i + 1 == len(ids) or not mask[i + 1]))

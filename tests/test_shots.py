@@ -1,0 +1,82 @@
+"""--shots: whole examples, the oldest leave first, a ladder that ends where the context does."""
+import json
+
+import pytest
+import torch
+
+import train
+from data import chat, evaluate, shots
+from data.examples import Text
+from data.files import UserError, read_json
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENIZER = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
+
+
+def kit(block, labels=(), max_new=8):
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, block, 1, 2, 16, eos=TOKENIZER.eos)).eval()
+    return evaluate.Kit(model, Text(TOKENIZER, "plain", labels=labels), torch.device("cpu"), torch.float32,
+                        max_new=max_new)
+
+
+def row(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def test_lists():
+    assert shots.counts("0") == [0] and shots.counts("0,1,4") == [0, 1, 4] and shots.counts("3") == [3]
+    for wrong in ("", "a", "1,", "2,1", "1,1", "-1"):
+        with pytest.raises(UserError, match="--shots"):
+            shots.counts(wrong)
+    shots.counts("0", "text", "head")
+    for kind, by in (("text", "words"), ("chat", "head")):
+        with pytest.raises(UserError, match="in front of a question"):
+            shots.counts("0,1", kind, by)
+
+
+def test_whole_examples_leave_oldest_first_and_the_answer_keeps_its_room():
+    before = [row(c * 9, "x") for c in "abcd"]             # start, then 9 + " x" + end each: 12 tokens, plain
+    asked = row("q" * 5, "y")
+    for block, held in ((1 + 48 + 5 + 8, 4), (1 + 48 + 5 + 7, 3), (1 + 12 + 5 + 8, 1), (1 + 5 + 8, 0)):
+        ids, n = shots.fitted(kit(block), asked, before)
+        assert n == held and TOKENIZER.decode(ids).startswith("dcba"[n - 1] * 9 if n else "q")
+        assert len(ids) == 1 + 12 * n + 5 and len(ids) + 8 <= block
+    assert shots.fitted(kit(6), row("abcdefghij", "y"), ())[0] == TOKENIZER.encode("fghij")
+
+
+def test_a_label_word_keeps_its_room_too():
+    k = kit(200, labels=("no", "certainly"))
+    some = [{"text": c * 20, "label": "no"} for c in "abcdefgh"]
+    ids, n = shots.fitted(k, some[0], some[1:])
+    assert 0 < n < 7 and len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) <= 200
+    assert evaluate.word_scores(k, [ids]).isfinite().all()
+
+
+def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, capsys):
+    k = kit(60)
+    k.model.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    (tmp_path / "d").mkdir()
+    rows = [{"prompt": f"{a}{b}", "completion": a} for a in "abcdef" for b in "abcdef"]
+    for split in ("train", "valid", "test"):
+        part = rows if split == "train" else rows[::7]
+        (tmp_path / "d" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+
+    def run(name, *flags):
+        args = ["--init", tmp_path / "base", "--data", tmp_path / "d", "--out", tmp_path / name, "--method",
+                "none", "--max_new", "6", "--template", "plain", *flags]
+        assert train.main(list(map(str, args))) == 0
+        return read_json(tmp_path / name / "result.json")["metrics"]
+
+    many = run("many", "--shots", "0,1,2,8,16,32")
+    said = capsys.readouterr()
+    table = [line.split() for line in said.out.splitlines() if line.strip()[:1].isdigit()]
+    assert [line[0] for line in table] == ["0", "1", "2", "8", "16"]        # 5 tokens each: 8 fit, 16 do not
+    assert "no question has more than" in said.err and many["most"] < 16
+    for n in (1, 2, 8):
+        alone = run(f"k{n}", "--shots", str(n))
+        assert many[f"exact_match_{n}_shots"] == alone["exact_match"] and alone["held"] == alone["most"] == n
+    assert "exact_match_32_shots" not in many
+    assert train.main(["--method", "none", "--shots", "2,1"]) == 2

@@ -1,0 +1,224 @@
+"""Tags: words and their first tokens, entities by CoNLL's definition, names as words; runs of both."""
+import json
+
+import pytest
+import torch
+
+import train
+from data import evaluate, flags, formats, metrics, tags
+from data.examples import Text
+from data.files import read_json, read_tensors
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
+from prompts import PTuningV2
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENIZER = Tokenizer.train(["Fay met Luca in Hollowby. " * 9], 290, SPECIAL)
+NAMES = ("O", "B-LOC", "B-PER", "I-PER")
+
+
+def row(words, marks):
+    return {"tokens": words.split(), "tags": marks.split()}
+
+
+FAY = row("Fay Bell met Luca in Hollowby .", "B-PER I-PER O B-PER O B-LOC O")
+
+
+# ---------------------------------------------------------------------------------------------- entities
+
+@pytest.mark.parametrize("said, gold, scores", [
+    ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", (1, 1, 1)),
+    ("B-PER O O O", "B-PER I-PER O B-LOC", (0, 0, 0)),                      # half a name is no name
+    ("B-PER I-PER O O", "B-PER I-PER O B-LOC", (1, 1 / 2, 2 / 3)),
+    ("B-PER I-PER B-LOC B-LOC", "B-PER I-PER O B-LOC", (2 / 3, 1, 4 / 5)),
+    ("I-PER I-PER O I-LOC", "B-PER I-PER O B-LOC", (1, 1, 1)),              # I- after nothing opens a name
+    ("B-PER I-LOC O O", "B-PER B-LOC O O", (1, 1, 1)),                      # so does I- of another kind
+    ("B-PER B-PER O O", "B-PER I-PER O O", (0, 0, 0)),                      # B- always opens
+    ("O O O O", "B-PER O O O", (0, 0, 0)), ("O O O O", "O O O O", (0, 0, 0)),
+])
+def test_precision_recall_f1_by_hand(said, gold, scores):
+    assert metrics.span_scores([said.split()], [gold.split()]) == pytest.approx(scores)
+    assert metrics.span_f1([said.split()], [gold.split()]) == pytest.approx(scores[2])
+
+
+def test_pooled_over_texts_and_spans_as_they_are():
+    said, gold = [["B-X"], ["O", "B-X"], ["B-X"]], [["B-X"], ["B-X", "O"], ["B-X"]]
+    assert metrics.span_scores(said, gold) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert metrics.span_scores([{("X", 0, 0), ("X", -1, -1)}], [["B-X"]]) == pytest.approx((0.5, 1, 2 / 3))
+
+
+# ------------------------------------------------------------------------------------------ names as words
+
+def test_told_and_heard_by_hand():
+    said = tags.told(FAY["tokens"], FAY["tags"])
+    assert said == "PER: Fay Bell, PER: Luca, LOC: Hollowby"
+    assert tags.heard(said, FAY["tokens"]) == metrics.spans(FAY["tags"])
+    assert tags.told(["a"], ["O"]) == "none" and tags.heard(" none", ["a"]) == set()
+    twice = row("Fay met Fay", "B-PER O B-PER")
+    assert tags.heard("PER: Fay, PER: Fay", twice["tokens"]) == {("PER", 0, 0), ("PER", 2, 2)}
+    comma = row("Fay , of Bell : met", "B-PER I-PER I-PER I-PER I-PER O")
+    assert tags.heard(tags.told(**comma), comma["tokens"]) == {("PER", 0, 4)}
+    back = tags.heard("LOC: Hollowby, PER: Luca", FAY["tokens"])            # out of order is found, too
+    assert back == {("LOC", 5, 5), ("PER", 3, 3)}
+    wrong = tags.heard("PER: Zoe, PER: Zoe, rubbish, PER:", FAY["tokens"])
+    assert len(wrong) == 3 and all(first < 0 for _, first, _ in wrong)      # said, and nowhere: each is wrong
+    assert tags.ask(NAMES) == "Which names are in this text: LOC or PER?"
+
+
+def exact(rows):
+    return sum(tags.heard(tags.told(r["tokens"], r["tags"]), r["tokens"]) == metrics.spans(r["tags"])
+               for r in rows) / len(rows)
+
+
+def test_the_toys_names_come_back_exactly():
+    assert exact(formats.load("toy/entities", "test").rows) == 1
+
+
+def test_real_names_come_back(assets):
+    assert exact(formats.load(assets / "wnut17", "train").rows) > 0.98
+
+
+# ---------------------------------------------------------------------------------------- words and tokens
+
+def test_pieces_are_the_joined_text():
+    words = FAY["tokens"] + ["Überraschung", "😀", "n't", "12"]
+    ids, first = tags.pieces(words, TOKENIZER, 7)
+    assert ids[0] == 7 and ids[1:] == TOKENIZER.encode(" ".join(words)) and first[0] == 1
+    for word, a, b in zip(words, first, [*first[1:], len(ids)]):
+        assert TOKENIZER.decode(ids[a:b]).strip() == word
+    assert tags.pieces(["", "a"], TOKENIZER, 7) == ([7, 7, *TOKENIZER.encode(" a")], [1, 2])
+
+
+@pytest.mark.parametrize("frame", [([], []), ([-1, -2], [-3])])
+def test_an_example_supervises_first_tokens_only(frame):
+    text = Text(TOKENIZER, "plain", labels=NAMES, by="head", frame=frame)
+    (e,), long = text.encode([FAY], 64)
+    ids, first = tags.pieces(FAY["tokens"], TOKENIZER, TOKENIZER.eos)
+    assert e.ids == frame[0] + ids + frame[1] and long["cut"] == 0 and e.sees == 0 and e.head
+    assert {i: NAMES[t] for i, t in enumerate(e.y) if t >= 0} == \
+        {i + len(frame[0]): tag for i, tag in zip(first, FAY["tags"])}
+    text.attention = "bidirectional"
+    assert text.encode([FAY], 64)[0][0].sees == len(e.ids)
+    (e,), long = text.encode([FAY], first[4] + len(frame[0] + frame[1]))    # four words fit
+    assert sum(t >= 0 for t in e.y) == 4 and long["cut"] == 1 and len(e.ids) == first[4] + len(sum(frame, []))
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_tags_do_not_depend_on_the_batch_and_soft_prompts_are_not_tagged(attention):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, 2, 2, 16)).eval()
+    for p in model.parameters():
+        p.data.mul_(10 if p.dim() > 1 else 1)
+    text = Text(TOKENIZER, "plain", labels=NAMES, by="head", attention=attention)
+    rows = [FAY, row("Luca met Fay", "B-PER O B-PER"), row("Hollowby", "B-LOC")]
+    examples = text.encode(rows, 64)[0]
+    for prompt in (None, PTuningV2(model, 3, dropout=0.0)):
+        kit = evaluate.Kit(model, text, torch.device("cpu"), torch.float32, prompt=prompt,
+                           head=torch.nn.Linear(16, 4, bias=False))
+        said = evaluate.word_tags(kit, examples)
+        assert said == [evaluate.word_tags(kit, [e])[0] for e in examples]
+        assert [len(t) for t in said] == [7, 3, 1]
+        for e, t in zip(examples, said):
+            with torch.no_grad():
+                sees = torch.tensor([len(e.ids)]) if attention == "bidirectional" else None
+                past = prompt(model) if prompt is not None else None
+                h = model.trunk(torch.tensor([e.ids]), past, sees=sees)[0][0]
+                want = kit.head(h[[i for i, y in enumerate(e.y) if y >= 0]]).argmax(-1)
+            assert t == [NAMES[k] for k in want]
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Names are capital letters, two in a row are one name; whether x is a place, the *next* word tells."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 96, 2, 2, 32, eos=TOKENIZER.eos))
+    model.save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    rows = [row(f"{a} {b} {c}", {"x": "O B-LOC O" if c == "!" else "O B-PER O"}.get(b, "B-PER I-PER O"))
+            for a in "PQRSTU" for b in "xVW" for c in "!?"]
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def run(world, out, *flags, code=0):
+    args = ["--init", world / "base", "--data", world, "--out", out, *flags]
+    args += [] if "eval" in flags or "none" in flags else ["--forget", "none"]
+    assert train.main(list(map(str, args))) == code
+    return read_json(out / "result.json")["metrics"] if code == 0 else None
+
+
+LEARN = ["--task", "tag", "--method", "full", "--steps", "80", "--batch", "36", "--lr", "3e-3"]
+
+
+def test_what_comes_later_can_only_be_seen_both_ways(world, tmp_path):
+    causal = run(world, tmp_path / "causal", *LEARN, "--attention", "causal")
+    both = run(world, tmp_path / "both", *LEARN, "--attention", "bidirectional")
+    assert both["f1"] == both["precision"] == both["recall"] == both["accuracy"] == 1.0 and both["loss"] < 0.1
+    assert causal["f1"] < 0.85                                      # a third of the names is a coin's toss
+    again = run(world, tmp_path / "eval", "--task", "eval", "--init", tmp_path / "both")
+    assert again["f1"] == 1.0 and again["loss"] == pytest.approx(both["loss"], rel=1e-4)
+    said = read_json(tmp_path / "both" / "model" / "run.json")
+    assert (said["labels"], said["by"], said["attention"]) == ([*("O B-LOC B-PER I-PER".split())], "head",
+                                                               "bidirectional")
+    assert list(read_tensors(tmp_path / "both" / "model" / "head.safetensors")) == ["score.weight"]
+    sample = read_json(tmp_path / "both" / "result.json")["samples"][0]
+    assert sample["wanted"] == sample["after"] == "LOC: x" and sample["before"] == "none"
+
+
+@pytest.mark.parametrize("method", [m for m in flags.METHODS if m != "none"])
+def test_every_method_tags(method, world, tmp_path):
+    more = ["--n_virtual", "4"] if method in flags.SOFT else []
+    for attention in ("causal", "bidirectional"):
+        found = run(world, tmp_path / attention, "--task", "tag", "--method", method, "--steps", "6",
+                    "--batch", "36", "--attention", attention, *more)
+        assert found["loss"] < 1.3863                               # ln 4: the head of zeros
+        again = run(world, tmp_path / f"{attention}-eval", "--task", "eval", "--init", tmp_path / attention)
+        assert again["loss"] == pytest.approx(found["loss"], rel=1e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resume_is_bit_exact(world, tmp_path, monkeypatch):
+    flags = [*LEARN[:2], "--method", "lora", "--steps", "6", "--save_every", "2", "--attention",
+             "bidirectional"]
+    run(world, tmp_path / "whole", *flags)
+    original, calls = evaluate.summed_loss, []
+
+    def cut(kit, examples, past):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4 and torch.is_grad_enabled():
+            raise Stop
+        return original(kit, examples, past)
+
+    monkeypatch.setattr(evaluate, "summed_loss", cut)
+    with pytest.raises(Stop):
+        run(world, tmp_path / "cut", *flags)
+    monkeypatch.setattr(evaluate, "summed_loss", original)
+    run(world, tmp_path / "cut", *flags)
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        a, b = (read_tensors(tmp_path / run / "adapter" / name) for run in ("whole", "cut"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_rows_in_words(world, tmp_path):
+    found = run(world, tmp_path / "r", "--method", "full", "--steps", "60", "--batch", "36", "--lr", "5e-3",
+                "--max_new", "12")
+    assert {"precision", "recall", "loss"} <= found.keys() and found["f1"] >= found["exact_match"] > 0.05
+    assert read_json(tmp_path / "r" / "result.json")["samples"][0]["wanted"] == "LOC: x"
+    none = run(world, tmp_path / "none", "--method", "none", "--max_new", "4")
+    assert none["f1"] < 0.2
+
+
+def test_what_makes_no_sense_is_refused(world, tmp_path, capsys):
+    run(world, tmp_path / "a", "--task", "tag", "--method", "full", "--data", "toy/sentiment", code=65)
+    assert "toy/sentiment holds label rows; --task tag reads tags rows" in capsys.readouterr().err
+    assert train.main(["--task", "tag", "--method", "none"]) == 2
+    assert "--task tag has no head before it is trained" in capsys.readouterr().err
+    assert train.main(["--task", "tag", "--by", "words"]) == 2
+    assert "--by belongs to --task classify" in capsys.readouterr().err
