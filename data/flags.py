@@ -157,14 +157,15 @@ class Config:
 
 # A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
 METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
-                   "adalora": dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"), "ia3": dict(lr=3e-2, targets="k,v,down"),
+                   "adalora": dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"),
+                   "ia3": dict(lr=3e-2, targets="k,v,down"),
                    "prompt": dict(lr=1.0, beta2=0.95, n_virtual=50, epochs=12.0),
                    "ptuning": dict(lr=6e-3, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
                    "prefix": dict(lr=1e-3, beta2=0.95, epochs=10.0),
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   min_lr=0.1, beta2=0.99, weight_decay=0.1),
-                 "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities"),
+                 "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities", place=None),
                  "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
                  "dpo": dict(data="toy/preferences", epochs=1.0),
                  "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40,
