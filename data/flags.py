@@ -103,7 +103,7 @@ class Config:
                      "keys and values from text (default), zero, random or gated", type=str,
                      choices=("vocab", "text", "labels", "random", "zero", "gated"))
     start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
-    place: str = opt("virtual tokens", None, 'a template, as "{p:3} {prompt} {p:3}"; {p}: all of them',
+    place: str = opt("virtual tokens", None, 'where: front, or a template as "{prompt} {p}" or "{p:3} {prompt} {p:3}"',
                      ("sft", "classify", "tag"), ("prompt", "ptuning"), type=str)
     encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
                        choices=("mlp", "lstm"))

@@ -12,7 +12,12 @@ pads. Memory is the peak of each side's own process. Without SMOLLM2 the model i
     prompt, ptuning, prefix     twenty virtual tokens, ragged rows
     answer  greedy generation of 48 tokens for 16 prompts of mixed lengths; theirs: generate, left-padded
 
-The start-up times are our own. PPO needs trl beside peft and is not measured here yet.
+    ppo     an iteration of PPO: 16 prompts of 16 tokens, answers of 32, 4 passes, LoRA r 8, a GPT-2 of 6
+            layers of 384. Ours: four roles on one base. Theirs: TRL 1.12, the last with a PPO, LoRA on the
+            policy, critic and reward model whole (TRL=FOLDER of `pip install --no-deps --target FOLDER
+            trl==1.12.0`)
+
+The start-up times are our own.
 """
 import argparse
 import json
@@ -26,8 +31,8 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = dict(sft=3.0, full=1.3, prompt=1.5, ptuning=1.5, prefix=1.5, answer=3.0)      # tokens/s, at least
-MEMORY = 0.6                                                                            # sft, at most
+TARGETS = dict(sft=3.0, full=1.3, prompt=1.5, ptuning=1.5, prefix=1.5, answer=3.0, ppo=3.0)     # tokens/s
+MEMORY = dict(sft=0.6, ppo=0.4)                                                                 # at most
 BATCH, LR, NEW = 8, 1e-3, 48
 
 
@@ -88,6 +93,91 @@ def ours(what, folder, data, steps):
     return repeat
 
 
+def our_ppo(folder):
+    sys.path.insert(0, str(ROOT))
+    import contextlib
+
+    import torch
+
+    import lora
+    import ppo
+    from model import GPT
+    model = GPT.from_pretrained(folder)
+    for name in ("policy", "value", "reward"):
+        lora.inject(model, ("q", "k", "v"), rank=8, name=name)
+
+    def role(name):
+        @contextlib.contextmanager
+        def enter():
+            with lora.use(model, name):
+                yield model, None
+        return enter
+    width, cfg = model.config.n_embd, ppo.PPOConfig(batch=16, steps=100, max_new=32, minibatches=1, lr=1e-4)
+    head = ppo.ScalarHead(width)
+    value = lora.adapter_parameters(model, "value") | {f"head.{k}": p for k, p in head.named_parameters()}
+    state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
+    asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    loop = ppo.train_ppo(cfg, ppo.Roles(role("policy"), role(None), role("value"), head), state, asked,
+                         ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
+
+    def repeat(i):
+        metrics, _ = next(loop)
+        return 1, metrics["policy_loss"]
+    return repeat
+
+
+def trl_ppo(folder):
+    """TRL's loop is one call, so it runs in a thread that waits for its turn at the end of each iteration."""
+    import threading
+
+    sys.path.insert(0, os.environ["TRL"])
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import datasets
+    import peft
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                              PreTrainedTokenizerFast, TrainerCallback)
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    turn, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *args, **kw):
+            turn.acquire()
+
+        def on_step_end(self, *args, **kw):
+            done.release()
+            turn.acquire()
+    words = {f"w{i}": i for i in range(1024)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
+                                        pad_token="w0", eos_token="w1", unk_token="w2", padding_side="left")
+    asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = datasets.Dataset.from_list([{"input_ids": ids} for ids in asked])
+
+    def judge():
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = 0
+        return model
+    told = PPOConfig(output_dir=tempfile.mkdtemp(), learning_rate=1e-4, report_to="none", save_strategy="no",
+                     disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                     per_device_train_batch_size=16, gradient_accumulation_steps=1, num_mini_batches=1,
+                     num_ppo_epochs=4, total_episodes=512, local_rollout_forward_batch_size=16,
+                     response_length=32, stop_token="eos", missing_eos_penalty=1.0, temperature=1.0,
+                     num_sample_generations=0, eval_strategy="no")
+    trainer = PPOTrainer(
+        args=told, processing_class=tokenizer, ref_model=None, reward_model=judge(), value_model=judge(),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=rows,
+        eval_dataset=rows.select(range(1)), callbacks=[Turns()],
+        peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    threading.Thread(target=trainer.train, daemon=True).start()
+
+    def repeat(i):
+        turn.release()
+        done.acquire()
+        return 1, 0.0
+    return repeat
+
+
 def peers(what, folder, data, steps):
     import peft
     import torch
@@ -141,7 +231,11 @@ def serve(args):
     import torch
     torch.set_num_threads(args.threads)
     job = json.loads(pathlib.Path(args.job).read_text())
-    repeat = {"ours": ours, "peers": peers}[args.side](job["what"], job["model"], job["rows"], job["steps"])
+    if job["what"] == "ppo":
+        repeat = {"ours": our_ppo, "peers": trl_ppo}[args.side](job["model"])
+    else:
+        side = {"ours": ours, "peers": peers}[args.side]
+        repeat = side(job["what"], job["model"], job["rows"], job["steps"])
     print("ready", flush=True)
     for i, _ in enumerate(sys.stdin):
         began = time.perf_counter()
@@ -175,11 +269,12 @@ def duel(what, model, vocab, args, folder):
         process.communicate()
     a, b = ({k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides)
     ratios = [x["speed"] / y["speed"] for x, y in zip(found["ours"][1:], found["peers"][1:])]
+    unit, learns = "iterations" if what == "ppo" else "tokens", what not in ("answer", "ppo")
     verdict(what, statistics.median(ratios), TARGETS[what], True,
-            f"{a['speed']:7,.0f} against {b['speed']:7,.0f} tokens/s, ratios {min(ratios):.2f} to "
-            f"{max(ratios):.2f}" + f"; loss {a['loss']:.3f} and {b['loss']:.3f}" * (what != "answer"))
-    if what == "sft":
-        verdict("sft memory", a["memory"] / b["memory"], MEMORY, False,
+            f"{a['speed']:8,.4g} against {b['speed']:8,.4g} {unit}/s, ratios {min(ratios):.2f} to "
+            f"{max(ratios):.2f}" + f"; loss {a['loss']:.3f} and {b['loss']:.3f}" * learns)
+    if what in MEMORY:
+        verdict(f"{what} memory", a["memory"] / b["memory"], MEMORY[what], False,
                 f"{a['memory']:7,.0f} against {b['memory']:7,.0f} MB")
 
 
@@ -238,7 +333,14 @@ def main():
         if "PEERS" not in os.environ:
             return print("PEERS names no interpreter with transformers and peft, so nothing is compared")
         for what in TARGETS:
-            if args.only in (None, what):
+            if what == "ppo" and args.only in (None, what):
+                if "TRL" not in os.environ:
+                    print("TRL names no folder with trl 1.12, so PPO is not compared")
+                    continue
+                torch.manual_seed(0)
+                GPT(GPTConfig(1024, 64, 6, 6, 384, eos=1)).save_pretrained(folder / "gpt2")
+                duel(what, folder / "gpt2", 1024, args, folder)
+            elif args.only in (None, what):
                 duel(what, model, vocab, args, folder)
 
 
