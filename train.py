@@ -187,7 +187,7 @@ def build(kit, cfg):
             first["ids"] = [kit.text.tokenizer.encode(label) for label in kit.text.labels]
         elif cfg.start_text:
             first["ids"] = kit.text.tokenizer.encode(cfg.start_text)
-        place = cfg.place.replace("{p}", f"{{p:{cfg.n_virtual}}}") if cfg.place not in (None, "front") else None
+        place = None if cfg.place in (None, "front") else cfg.place.replace("{p}", f"{{p:{cfg.n_virtual}}}")
         if cfg.method == "prompt":
             kit.prompt = prompts.PromptTuning(model, template=place, **first)
         elif cfg.method == "ptuning":

@@ -103,7 +103,7 @@ class Config:
                      "keys and values from text (default), zero, random or gated", type=str,
                      choices=("vocab", "text", "labels", "random", "zero", "gated"))
     start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
-    place: str = opt("virtual tokens", None, 'where: front, or a template as "{prompt} {p}" or "{p:3} {prompt} {p:3}"',
+    place: str = opt("virtual tokens", None, 'front, or a template: "{prompt} {p}", "{p:3} {prompt} {p:3}"',
                      ("sft", "classify", "tag"), ("prompt", "ptuning"), type=str)
     encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
                        choices=("mlp", "lstm"))
@@ -159,7 +159,7 @@ class Config:
 METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
                    "adalora": dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"),
                    "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=1.0, beta2=0.95, n_virtual=50, epochs=12.0),
+                   "prompt": dict(lr=0.05, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
                    "ptuning": dict(lr=6e-3, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
                    "prefix": dict(lr=1e-3, beta2=0.95, epochs=10.0),
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}

@@ -230,19 +230,22 @@ def serve(args):
 
     import torch
     torch.set_num_threads(args.threads)
+    out = os.fdopen(os.dup(1), "w")                 # a trainer that prints its logs must not answer for us
+    os.dup2(2, 1)
     job = json.loads(pathlib.Path(args.job).read_text())
     if job["what"] == "ppo":
         repeat = {"ours": our_ppo, "peers": trl_ppo}[args.side](job["model"])
     else:
         side = {"ours": ours, "peers": peers}[args.side]
         repeat = side(job["what"], job["model"], job["rows"], job["steps"])
-    print("ready", flush=True)
+    print("ready", file=out, flush=True)
     for i, _ in enumerate(sys.stdin):
         began = time.perf_counter()
         tokens, loss = repeat(i)
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-        print(json.dumps(dict(speed=tokens / (time.perf_counter() - began), loss=loss,
-                              memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)), flush=True)
+        seconds, unit = time.perf_counter() - began, 2 ** (20 if sys.platform == "darwin" else 10)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        print(json.dumps(dict(speed=tokens / seconds, loss=loss, memory=peak)), file=out,
+              flush=True)
 
 
 # ---- both sides, in turns ----------------------------------------------------------------------------------

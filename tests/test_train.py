@@ -131,7 +131,7 @@ def test_every_field_is_read():
 
 
 @pytest.mark.parametrize("method, lr, small", [
-    ("prompt", "2e-3", True), ("prompt", "0.3", False), ("ptuning2", "2e-4", True),
+    ("prompt", "4e-4", True), ("prompt", "0.05", False), ("ptuning2", "2e-4", True),
     ("ptuning2", "5e-3", False), ("prefix", "5e-5", False), ("prompt", None, False),
     ("ptuning", None, False), ("prefix", None, False),
 ])
