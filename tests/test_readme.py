@@ -13,8 +13,13 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 
 
 def commands():
-    """Every train.py command of the README, with shell variables of loops replaced by a number."""
+    """Every train.py command of the README; a loop over words is all of its commands, other variables are a
+    number."""
+    def loop(match):
+        name, words, body = match.groups()
+        return "\n".join(body.replace(f"${name}", word) for word in shlex.split(words.replace("\\\n", " ")))
     for block in BLOCKS:
+        block = re.sub(r"for (\w+) in ([^;$]*); do((?:(?!\bfor\b).)*?)done", loop, block, flags=re.S)
         for part in re.split(r"\n|;|&&|\|", re.sub(r"\\\n", " ", re.sub(r"(?m)#.*$", "", block))):
             if found := re.search(r"train\.py(.*)", re.sub(r"\$\{?\w+\}?", "1", part)):
                 yield found[1].strip()
