@@ -723,7 +723,7 @@ def reinforce(cfg):
                     run.save({**state, "trained": trained.state_dict()})
             bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
             bar.update()
-            wrong = health(metrics, 1e-4 if kit.dtype == torch.float32 else 0.1)
+            wrong = health(metrics, 1e-4 if kit.dtype == torch.float32 else 0.5)
             if now - spoke > 5 or wrong or trained.step == rl.steps:
                 shown = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
                 shown = [f"{name} {metrics[name]:.3g}" for name in shown if name in metrics]

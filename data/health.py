@@ -52,7 +52,7 @@ def describe(batch, answers, scores, ended, samples=1):
 
 def health(metrics, tolerance=1e-4):
     """What is wrong with an iteration, in words; [] when every number is where it should be. `tolerance` is
-    the rounding of a log-probability: 1e-4 in fp32, 0.1 in bf16."""
+    the rounding of a log-probability: 1e-4 in fp32, 0.5 in bf16."""
     m = defaultdict(float, metrics)
     checks = (
         (m["ratio_first"] > tolerance,
