@@ -305,12 +305,12 @@ def measure(kit, cfg, rows, examples, shots=()):
         raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can judge")
     total, seen, said, past = 0.0, [], [""] * len(rows), kit.past()
     with kit.cast():
-        for part in batches.micro(range(len(rows)), list(map(size, examples)), 2 * kit.micro):
-            some, role = [examples[i] for i in part], as_role(kit, past)
+        for part in evaluate.by_length(kit, list(map(size, examples))):
+            some = [examples[i] for i in part]
             if cfg.task == "dpo":
-                loss, _, found = ppo.dpo_step(role, some, cfg.rl)
+                loss, _, found = ppo.dpo_step(as_role(kit, past), some, cfg.rl)
             else:
-                loss, _, found = ppo.reward_step(role, kit.head, some)
+                loss, _, found = ppo.reward_step(as_role(kit, past), kit.head, some)
                 for i, scores in zip(part, found[0].tolist()):
                     said[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
             total, seen = total + loss.item(), [*seen, found]
@@ -542,7 +542,7 @@ def referred(kit, examples):
     """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
     out, past = list(examples), kit.past()
     with kit.cast():
-        for part in batches.micro(range(len(examples)), list(map(size, examples)), 2 * kit.micro):
+        for part in evaluate.by_length(kit, list(map(size, examples))):
             both = ppo.pair_logprobs(as_role(kit, past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
                 out[i] = examples[i]._replace(reference=tuple(pair))
@@ -580,6 +580,11 @@ def role(kit, model, name=None, prompt=None):
     return enter
 
 
+def tuned(kit, model, prompt):
+    """The part of a model as it has been tuned: with its adapter, if it has one, and its soft prompt."""
+    return role(kit, model, "default" if lora.adapters(model) else None, prompt)
+
+
 def scorer(word, kit, texts):
     """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
     module, _, name = word.partition(":")
@@ -605,8 +610,7 @@ def reward_model(cfg, kit, base):
     if tokenizer.encode("A reward, of 10!") != kit.text.tokenizer.encode("A reward, of 10!"):
         raise DataError(f"--reward {cfg.reward} and --init {cfg.init} do not share a tokenizer")
     model = model.to(kit.device).requires_grad_(False).eval()
-    play = role(kit, model, "default" if lora.adapters(model) else None, prompt)
-    return ppo.model_reward(play, head, cfg.rl.micro), head, None
+    return ppo.model_reward(tuned(kit, model, prompt), head, cfg.rl.micro), head, None
 
 
 class Table:
@@ -658,7 +662,7 @@ class Table:
 
 def cast_roles(cfg, kit, base, table):
     """(Roles, what the critic learns). The critic begins as the reward model, or with values of zero."""
-    policy = role(kit, kit.model, "default" if cfg.method in LORA else None, kit.prompt)
+    policy = tuned(kit, kit.model, kit.prompt)
     reference = role(kit, base, None, copy.deepcopy(kit.prompt))    # of a soft prompt: the prompt as it began
     if cfg.rl.algo != "ppo":
         return ppo.Roles(policy, reference), None
@@ -760,7 +764,7 @@ def draw(cfg):
         run.start(facts(kit, rows))
         rows = {split: some[:cfg.items or None] for split, some in rows.items()}
         table, n = Table(cfg, kit, rows, kit.model), cfg.rl.samples
-        policy = role(kit, kit.model, "default" if lora.adapters(kit.model) else None, kit.prompt)
+        policy = tuned(kit, kit.model, kit.prompt)
         for split, asked in table.prompts.items():
             found, answers, scores = table.look(ppo.Roles(policy, policy), asked, n)
             kept = [dict(prompt=table.texts[tuple(asked[b])], completion=kit.text.said(answers[b * n + i]),
@@ -833,7 +837,7 @@ def both_sides(cfg):
     kit = open_kit(cfg)
     sides = {"base": role(kit, kit.model)}
     if lora.adapters(kit.model) or kit.prompt is not None:
-        sides["tuned"] = role(kit, kit.model, "default" if lora.adapters(kit.model) else None, kit.prompt)
+        sides["tuned"] = tuned(kit, kit.model, kit.prompt)
     return kit, sides
 
 

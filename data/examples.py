@@ -113,8 +113,9 @@ class Text:
                 long["cut"] += targets(out[-1]) < len(row["tokens"])
                 continue
             if self.by == "head":
-                ids = self.asked(row, limit=block)
-                long["cut"] += len(ids) < len(self.asked(row))
+                ids = self.asked(row)
+                if len(ids) > block:
+                    ids, long["cut"] = self.asked(row, limit=block), long["cut"] + 1
                 label = self.labels.index(row["label"])                 # read at the last token
                 out.append(Example(ids, [-1] * (len(ids) - 1) + [label], self.sees(ids), head=True))
                 continue

@@ -41,7 +41,9 @@ def fitted(kit, row, shots):
     while shots and len(ids) > room:
         shots = shots[1:]
         ids = text.asked(row, shots)
-    return text.asked(row, shots, kit.room() - 1), len(shots)
+    if len(ids) > kit.room() - 1:
+        ids = text.asked(row, shots, kit.room() - 1)
+    return ids, len(shots)
 
 
 def ladder(asked, measure, first):
