@@ -1,5 +1,4 @@
 """Objectives: who may influence whom, what is counted, what is corrupted; and the runs that use them."""
-import json
 import math
 import shutil
 
@@ -14,6 +13,7 @@ from data.files import UserError, read_json, read_tensors
 from data.objectives import Example, collate, corrupt, marks, stride
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate
+from tiny import stopped, write
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|start|>")
 TOKENIZER = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
@@ -245,11 +245,7 @@ def world(tmp_path_factory):
     rows = {"text": [{"text": f"{a * 3}{b * 3} " * 6} for a in letters for b in letters],
             "label": [{"text": a + b, "label": "x" if a < "e" else "y"} for a in letters for b in letters],
             "chat": [{"prompt": a + b, "completion": a} for a in letters for b in letters]}
-    for name, some in rows.items():
-        (folder / name).mkdir()
-        for split in ("train", "valid", "test"):
-            part = some if split == "train" else some[::8]
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    write(folder, rows)
     return folder
 
 
@@ -263,28 +259,13 @@ def run(world, out, data, *flags, code=0):
 PRETRAIN = ["--task", "pretrain", "--batch", "8", "--block", "32", "--epochs", "100", "--eval_every", "1000"]
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("objective", ["prefix", "mlm", "glm"])
 def test_a_run_of_each_objective(objective, world, tmp_path, monkeypatch, capsys):
     """It learns, resumes to the same bits, evaluates to the same number, and hands its attention on."""
     flags = [*PRETRAIN, "--objective", objective, "--steps", "12", "--save_every", "5", "--lr", "1e-2"]
     r = run(world, tmp_path / "whole", "text", *flags)
     assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"] - 0.5 and r["skipped"] == 0
-    original, calls = evaluate.summed_loss, []
-
-    def cut(kit, examples, past):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 8 and torch.is_grad_enabled():
-            raise Stop
-        return original(kit, examples, past)
-
-    monkeypatch.setattr(evaluate, "summed_loss", cut)
-    with pytest.raises(Stop):
-        run(world, tmp_path / "cut", "text", *flags)
-    monkeypatch.setattr(evaluate, "summed_loss", original)
+    stopped(monkeypatch, 8, lambda: run(world, tmp_path / "cut", "text", *flags))
     run(world, tmp_path / "cut", "text", *flags)
     a, b = (read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -10,10 +10,11 @@ import lora
 import ppo
 import train
 from data import chat, flags, formats
-from data.examples import Ranking, Text, size, targets
+from data.examples import Text, size, targets
 from data.files import read_json, read_tensors
 from data.tokenizer import Tokenizer
-from test_train import Stop, same, weights, world  # noqa: F401
+from test_train import same, weights, world  # noqa: F401
+from tiny import Stop, write
 
 METHODS = [m for m in flags.METHODS if m not in ("none", "adalora")]
 PPO = ["--steps", "4", "--batch", "8", "--max_new", "4", "--forget", "none", "--minibatches", "2",
@@ -28,11 +29,7 @@ def town(world):                                                    # noqa: F811
             "ranked": [{"prompt": f"{a}{b}", "responses": ["b", "aa", "ab"], "rank": [3, 1, 2]}
                        for a in "abcdefgh" for b in "abcd"],
             "prompts": [{"prompt": f"{a}{b}"} for a in "abcdefgh" for b in "abcd"]}
-    for name, some in rows.items():
-        (world / name).mkdir(exist_ok=True)
-        for split in ("train", "valid", "test"):
-            part = some if split == "train" else some[::4]
-            (world / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    write(world, rows, every=4)
     (world / "judges.py").write_text(
         "def letters(prompt, answer):\n    return sum(map(str.isascii, answer)) - len(prompt)\n"
         "def broken(prompt, answer):\n    return float('nan')\n")

@@ -11,6 +11,7 @@ from data.files import read_json, read_tensors
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
+from tiny import stopped
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER = Tokenizer.train(["Fay met Luca in Hollowby. " * 9], 290, SPECIAL)
@@ -180,26 +181,11 @@ def test_every_method_tags(method, world, tmp_path):
         assert again["loss"] == pytest.approx(found["loss"], rel=1e-4)
 
 
-class Stop(Exception):
-    pass
-
-
 def test_resume_is_bit_exact(world, tmp_path, monkeypatch):
     flags = [*LEARN[:2], "--method", "lora", "--steps", "6", "--save_every", "2", "--attention",
              "bidirectional"]
     run(world, tmp_path / "whole", *flags)
-    original, calls = evaluate.summed_loss, []
-
-    def cut(kit, examples, past):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 4 and torch.is_grad_enabled():
-            raise Stop
-        return original(kit, examples, past)
-
-    monkeypatch.setattr(evaluate, "summed_loss", cut)
-    with pytest.raises(Stop):
-        run(world, tmp_path / "cut", *flags)
-    monkeypatch.setattr(evaluate, "summed_loss", original)
+    stopped(monkeypatch, 4, lambda: run(world, tmp_path / "cut", *flags))
     run(world, tmp_path / "cut", *flags)
     for name in ("adapter_model.safetensors", "head.safetensors"):
         a, b = (read_tensors(tmp_path / run / "adapter" / name) for run in ("whole", "cut"))

@@ -27,6 +27,7 @@ from data.files import UserError, read_json, read_tensors
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
+from tiny import Stop, stopped, write
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -49,11 +50,7 @@ def world(tmp_path_factory):
     chats = [{"prompt": f"{a}{b}", "completion": a} for a in letters for b in letters]
     labels = [{"text": f"{a}{b}", "label": "x" if a < "e" else "y"} for a in letters for b in letters]
     texts = [{"text": "abcd efgh " * 20}] * 12
-    for name, rows in (("chat", chats), ("label", labels), ("text", texts)):
-        (folder / name).mkdir()
-        for split in ("train", "valid", "test"):
-            part = rows if split == "train" else rows[::8]
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    write(folder, {"chat": chats, "label": labels, "text": texts})
     return folder
 
 
@@ -253,10 +250,6 @@ def test_micro_batches_do_not_change_the_step(world, tmp_path):
         assert all((a - b).abs().max() < 1e-5 * largest for a, b in zip(first, second, strict=True)), method
 
 
-class Stop(Exception):
-    pass
-
-
 VARIANTS = ["--method lora --quant nf4", "--method lora --dtype bf16", "--method lora --pissa",
             "--method lora --dora", "--method prompt --dtype bf16"]
 
@@ -267,19 +260,7 @@ def test_resume_is_bit_exact(flags, world, tmp_path, monkeypatch):
     flags = [*flags.split(), "--save_every", "2"]
     flags += {"lora": ["--dropout", "0.1"], "ptuning2": ["--prefix_dropout", "0.1"]}.get(flags[1], [])
     run(world, tmp_path / "whole", *flags)
-    original, calls = evaluate.summed_loss, []
-
-    def cut(kit, examples, past):
-        if torch.is_grad_enabled():
-            calls.append(1)
-            if len(calls) == 4:
-                raise Stop
-        return original(kit, examples, past)
-
-    monkeypatch.setattr(evaluate, "summed_loss", cut)
-    with pytest.raises(Stop):
-        train.main(command(world, tmp_path / "cut", *flags))
-    monkeypatch.setattr(evaluate, "summed_loss", original)
+    stopped(monkeypatch, 4, lambda: train.main(command(world, tmp_path / "cut", *flags)))
     r = run(world, tmp_path / "cut", *flags)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     whole = read_json(tmp_path / "whole" / "result.json")
@@ -309,18 +290,7 @@ def test_what_is_frozen_keeps_its_bits(flags, world, tmp_path, monkeypatch):
 
 def test_a_torn_state_falls_back_to_the_one_before(world, tmp_path, monkeypatch, capsys):
     run(world, tmp_path / "whole", "--save_every", "1")
-    original, calls = evaluate.summed_loss, []
-
-    def cut(kit, examples, past):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 4 and torch.is_grad_enabled():
-            raise Stop
-        return original(kit, examples, past)
-
-    monkeypatch.setattr(evaluate, "summed_loss", cut)
-    with pytest.raises(Stop):
-        train.main(command(world, tmp_path / "cut", "--save_every", "1"))
-    monkeypatch.setattr(evaluate, "summed_loss", original)
+    stopped(monkeypatch, 4, lambda: train.main(command(world, tmp_path / "cut", "--save_every", "1")))
     state = tmp_path / "cut" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     run(world, tmp_path / "cut", "--save_every", "1")

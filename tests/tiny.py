@@ -1,8 +1,10 @@
-"""A base model of two layers over bytes, and a few rows of every kind: all that a run needs."""
+"""A base model of two layers over bytes, rows of every kind: all that a run needs; and how to cut a run."""
 import json
 
+import pytest
 import torch
 
+from data import evaluate
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -16,6 +18,34 @@ ROWS = {"chat": [{"prompt": ab, "completion": ab[0]} for ab in PAIRS],
         "pairs": [{"prompt": ab, "chosen": ab[0], "rejected": ab[1]} for ab in PAIRS if ab[0] != ab[1]]}
 
 
+class Stop(Exception):
+    pass
+
+
+def stopped(monkeypatch, at, go):
+    """go(), cut in the middle of step `at`, at one micro-batch a step; afterwards all is as it was before."""
+    original, calls = evaluate.summed_loss, []
+
+    def cut(kit, examples, past):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == at and torch.is_grad_enabled():
+            raise Stop
+        return original(kit, examples, past)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(evaluate, "summed_loss", cut)
+        go()
+
+
+def write(folder, kinds, every=8):
+    """{name: rows} as folder/name/{train,valid,test}.jsonl; valid and test are every eighth row of train."""
+    for name, rows in kinds.items():
+        (folder / name).mkdir(exist_ok=True)
+        for split in ("train", "valid", "test"):
+            part = rows if split == "train" else rows[::every]
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+
+
 def world(folder):
     """Writes folder/base and folder/<kind>/{train,valid,test}.jsonl; returns the folder."""
     tokenizer = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
@@ -23,9 +53,5 @@ def world(folder):
     model = GPT(GPTConfig(tokenizer.vocab_size, 160, 2, 2, 32, eos=tokenizer.eos))
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    for name, rows in ROWS.items():
-        (folder / name).mkdir()
-        for split in ("train", "valid", "test"):
-            part = rows if split == "train" else rows[::8]
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    write(folder, ROWS)
     return folder
