@@ -120,6 +120,9 @@ def open_kit(cfg):
     kit = evaluate.Kit(model.to(device).eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
                        max_new=cfg.max_new, checkpoint=cfg.checkpoint)
     if prompt is not None and prompt.template:
+        if cfg.task in ("reward", "dpo", "ppo", "sample"):      # ppo.py reads ids, and these tokens have none
+            raise UserError(f"--init {cfg.init} is a soft prompt inside a template, which --task {cfg.task} "
+                            "cannot read; train it with --place front")
         text.frame = prompts.place(prompt.template, tokenizer.encode)
     if said.get("by") == "head" and by == "head":
         weight = read_tensors(weights_folder(cfg.init) / "head.safetensors")["score.weight"]

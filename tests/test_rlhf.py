@@ -234,6 +234,17 @@ def test_samples_feed_sft(town, tmp_path):
     assert r["status"] == "done"
 
 
+@pytest.mark.parametrize("task, data", [("sample", "prompts"), ("ppo", "prompts"), ("dpo", "pairs")])
+def test_a_prompt_inside_a_template_is_refused(task, data, town, tmp_path, capsys):
+    go(town, tmp_path / "sft", "--data", town / "chat", "--method", "prompt", "--n_virtual", "4", "--steps",
+       "1", "--forget", "none")
+    judge = [] if task == "dpo" else ["--reward", "judges:letters"]
+    method = [] if task == "sample" else ["--method", "prompt"]
+    go(town, tmp_path / "r", "--task", task, "--init", tmp_path / "sft", "--data", town / data, *judge, *method,
+       code=2)
+    assert "--place front" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
     """What `--task ppo` alone does, at a small scale: each stage has its folder, the second call trains
