@@ -240,8 +240,8 @@ def test_a_prompt_inside_a_template_is_refused(task, data, town, tmp_path, capsy
        "1", "--forget", "none")
     judge = [] if task == "dpo" else ["--reward", "judges:letters"]
     method = [] if task == "sample" else ["--method", "prompt"]
-    go(town, tmp_path / "r", "--task", task, "--init", tmp_path / "sft", "--data", town / data, *judge, *method,
-       code=2)
+    go(town, tmp_path / "r", "--task", task, "--init", tmp_path / "sft", "--data", town / data, *judge,
+       *method, code=2)
     assert "--place front" in capsys.readouterr().err
 
 
