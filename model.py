@@ -380,11 +380,15 @@ def allowed(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token per row of logits (B, V): temperature (0 is greedy), then top_k, then top_p. Returns (B,)."""
+    """One token per row of logits (B, V): temperature (0 is greedy), then top_k, then top_p. Returns (B,).
+    Instead of a generator: a number in [0, 1) per row, (B,), at which its cumulative distribution is read."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = allowed(logits, temperature, top_k, top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    p = allowed(logits, temperature, top_k, top_p).softmax(-1)
+    if isinstance(generator, torch.Tensor):         # below the total, or rounding could pick a banned last id
+        rises, u = p.cumsum(-1), generator[:, None] * (1 - 2 ** -20)                # (B, V), (B, 1)
+        return torch.searchsorted(rises, u * rises[:, -1:], right=True)[:, 0]
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
@@ -395,6 +399,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     prompts  list of non-empty lists of token ids
     eos      an id, or a collection of ids, that ends a row (and stays in its output); so does a full context
     past     a soft prompt: one entry per layer at batch 1, see the top of this file
+    generator    or the dice themselves, (B, max_new_tokens) in [0, 1): then drawn rows are their own, too
     embed    ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
     both_ways    a prompt's tokens see each other both ways, as a prefix-LM has learnt it
     Returns the new tokens only, a list of lists. Greedy rows do not depend on their neighbours; finished rows
@@ -421,7 +426,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     alive, lengths = list(range(len(prompts))), torch.tensor(starts, device=device)
     last = hidden[torch.arange(len(prompts), device=device), lengths - P - 1]       # (B, C) at the last token
     while True:
-        tokens = sample(model.head(last), temperature, top_k, top_p, generator)     # (rows alive,)
+        drawn = generator[alive, len(new[alive[0]])] if isinstance(generator, torch.Tensor) else generator
+        tokens = sample(model.head(last), temperature, top_k, top_p, drawn)         # (rows alive,)
         for row, token in zip(alive, tokens.tolist()):
             new[row].append(token)
         keep = [i for i, row in enumerate(alive) if new[row][-1] not in stop and len(new[row]) < room[row]]

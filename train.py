@@ -9,6 +9,7 @@
 A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; as the division is by
 the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
 (seed, t), the order of data one of (seed, epoch): a run that is killed and continued ends in the same bits.
+Processes of torchrun share its steps and end in the same weights (data/distributed.py).
 
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
 the weights as adapter/ (peft's format) or model/ (transformers'), and, last of all, result.json. The same
@@ -36,8 +37,9 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, evaluate, flags, formats, objectives, shots, table
+from data import batches, chat, distributed, evaluate, flags, formats, objectives, shots, table
 from data.check import examine
+from data.distributed import world
 from data.examples import Feed, Ranking, Text, size, targets
 from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
 from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
@@ -96,6 +98,7 @@ def low_rank(folder):
 def open_kit(cfg):
     """Model, text and machine for a command, as evaluation and training want them."""
     device, why = pick_device(cfg.device)
+    device = distributed.own(device)
     said = settings(cfg.init) if cfg.init != "new" else {}
     if cfg.init == "new":
         model, tokenizer = new_model(cfg)
@@ -113,11 +116,16 @@ def open_kit(cfg):
     template = cfg.template
     if template == "auto":                          # a new model has seen plain text only
         template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
-    note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
+    note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}"
+         + (f", {world.size} processes" if world.size > 1 else ""))
+    if cfg.shard and (world.size == 1 or dtype == torch.float16):
+        raise UserError("--shard splits a model over the processes of torchrun --nproc_per_node N, in fp32 "
+                        "or bf16; " + ("start several" if world.size == 1 else "leave --dtype fp16 out"))
+    model = distributed.shard(model, device) if cfg.shard else model.to(device)
     by = "head" if cfg.task == "tag" else said.get("by", "words") if cfg.task == "eval" else cfg.by
     text = Text(tokenizer, template, cfg.system or said.get("system"), tuple(said.get("labels", ())),
                 cfg.ask or said.get("ask"), by, *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
-    kit = evaluate.Kit(model.to(device).eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
+    kit = evaluate.Kit(model.eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
                        max_new=cfg.max_new, checkpoint=cfg.checkpoint)
     if prompt is not None and prompt.template:
         if cfg.task in ("reward", "dpo", "ppo", "sample"):      # ppo.py reads ids, and these tokens have none
@@ -166,6 +174,7 @@ def build(kit, cfg):
         raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or "
                         "go on with it by --method prompt (embeddings) or ptuning2 (keys and values)")
     if cfg.method == "full":
+        distributed.reshard(model)
         learn = dict(model.named_parameters())
     elif cfg.method in LORA:
         if cfg.quant != "none":
@@ -246,10 +255,20 @@ def param_groups(kit, cfg, learn):
 
 def save_weights(kit, cfg, folder):
     """The trained weights in other people's formats, what only we know in run.json. Returns their bytes."""
-    inner = folder / ("model" if cfg.method == "full" else "adapter")
+    inner, model = folder / ("model" if cfg.method == "full" else "adapter"), kit.model
+    if cfg.shard:
+        distributed.reshard(model)
+        weights = distributed.full({name: p.detach() for name, p in model.named_parameters()})
+        with torch.device("meta"):
+            model = GPT(model.config)
+        model.load_state_dict(weights, strict=False, assign=True)
+        if model.config.tied:
+            model.head.weight = model.wte.weight
+    if world.rank:
+        return 0
     inner.mkdir(exist_ok=True)
     if cfg.method == "full":
-        kit.model.save_pretrained(inner)
+        model.save_pretrained(inner)
         kit.text.tokenizer.save_pretrained(inner)
     else:
         if kit.prompt is not None:
@@ -282,7 +301,7 @@ def culprit(kit, learn):
     """The first tensor that is not finite, for the sentence that ends a run: weights before gradients."""
     named = [("the weight " + name, p) for name, p in [*kit.model.named_parameters(), *learn.items()]]
     named += [("the gradient of " + name, p.grad) for name, p in learn.items() if p.grad is not None]
-    return next((what for what, t in named if not t.isfinite().all()), "the loss itself")
+    return next((what for what, t in named if not distributed.full(t).isfinite().all()), "the loss itself")
 
 
 def as_role(kit, past):
@@ -306,7 +325,7 @@ def measure(kit, cfg, rows, examples, shots=()):
         return evaluate.measure(kit, rows, examples, shots)
     if cfg.task == "eval" and kit.head is None:
         raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can judge")
-    total, seen, said, past = 0.0, [], [""] * len(rows), kit.past()
+    total, seen, said, past = 0.0, [], {}, kit.past()
     with kit.cast():
         for part in evaluate.by_length(kit, list(map(size, examples))):
             some = [examples[i] for i in part]
@@ -317,8 +336,10 @@ def measure(kit, cfg, rows, examples, shots=()):
                 for i, scores in zip(part, found[0].tolist()):
                     said[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
             total, seen = total + loss.item(), [*seen, found]
+    total, seen = sum(distributed.gather(total)), sum(distributed.gather(seen), [])
     if cfg.task != "dpo":
-        return {"loss": total / len(rows), **reward_report(seen)}, said
+        return {"loss": total / len(rows), **reward_report(seen)}, \
+            [text for _, text in sorted(distributed.merged(said).items())]
     means = {name: sum(found[name] for found in seen) / len(rows) for name in seen[0]}
     return {"loss": total / len(rows), **means}, evaluate.answer(kit, [kit.text.asked(r) for r in rows[:3]])
 
@@ -336,35 +357,44 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
     if cfg.method == "adalora":                     # its schedule counts optimiser steps, all of the run's
         ranks = lora.RankAllocator(kit.model, total, cfg.target_rank, round(cfg.prune_start * total),
                                    round(cfg.prune_end * total), cfg.prune_every)
-    now = dict(step=0, tokens=0, seconds=0.0, skipped=0, bad=0)
+    now = dict(step=0, tokens=0, seconds=0.0, skipped=0, bad=0, processes=world.size)
+    distributed.reshard(kit.model)
     if "learn" in state:
+        if cfg.dropout and state["now"].get("processes", 1) != world.size:
+            raise UserError(f"{run.folder} was begun by {state['now'].get('processes', 1)} processes, each with "
+                            "a --dropout of its own: go on with as many, or use --fresh to start over")
         for name, value in state["learn"].items():
-            learn[name].data.copy_(value)
-        optimiser.load_state_dict(state["optimiser"])
+            learn[name].data.copy_(distributed.scatter(learn[name], value))
+        optimiser.load_state_dict(distributed.scatter_state(optimiser, state["optimiser"]))
         scaler.load_state_dict(state["scaler"])
-        now.update(state["now"])
+        now.update(state["now"], processes=world.size)
         if ranks:
             ranks.load_state_dict(state["ranks"])
 
     def save():
         with guard:
-            run.save({**state, "learn": {name: p.detach().cpu() for name, p in learn.items()},
-                      "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(), "now": dict(now),
-                      "ranks": ranks.state_dict() if ranks else {}})
+            run.save({**state, "learn": {n: distributed.full(p.detach()).cpu() for n, p in learn.items()},
+                      "optimiser": distributed.full(optimiser.state_dict()), "scaler": scaler.state_dict(),
+                      "now": dict(now), "ranks": ranks.state_dict() if ranks else {}})
 
     run.rewind(now["step"])
     spoke = time.monotonic()
     every = cfg.eval_every or -(-total // 4)
-    bar = tqdm(total=total, initial=now["step"], disable=None, unit="step", mininterval=0.5)
+    bar = tqdm(total=total, initial=now["step"], disable=world.rank > 0 or None, unit="step", mininterval=0.5)
     kit.train()
     try:
         while now["step"] < total:
             step, began = now["step"], time.monotonic()
-            torch.manual_seed((cfg.seed * 1_000_003 + step) % 2 ** 63)  # dropout: a function of (seed, step)
-            parts = feed(step)
-            count, loss, extra = sum(targets(e) for part in parts for e in part), 0.0, {}
+            dice = (cfg.seed * 1_000_003 + step) % 2 ** 63
+            torch.manual_seed(dice)                 # dropout: a function of (seed, step)
+            whole = feed.rows(step)                 # every rank plans the whole step ...
+            hands = [feed.cut(some) for some in distributed.deal(whole, list(map(size, whole)), world.size)]
+            parts, most = hands[world.rank], max(map(len, hands))       # ... and takes its hand
+            count, loss, extra = sum(map(targets, whole)), 0.0, {}
             with kit.cast():
                 past, finish = kit.past(), None
+            if world.rank:
+                torch.manual_seed((dice + (world.rank << 40)) % 2 ** 63)
             if past is not None and len(parts) > 1:                     # one pass through the prompt per step
                 past, finish = prompts.cut(past)
             for part in parts:
@@ -372,14 +402,18 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                     share = objective(kit, cfg, part, past) / max(count, 1)
                 scaler.scale(share).backward()
                 loss += share.item()
-            if finish:
+            for _ in range(most - len(parts)) if cfg.shard else ():     # all ranks must run the same forwards
+                with kit.cast():
+                    (0 * objective(kit, cfg, whole[:1], past)).backward()
+            if finish and parts:
                 finish()
+            loss, = distributed.add_up(learn.values(), [loss])
             if ranks:                               # reported apart: the loss stays comparable
                 reg = cfg.orth * lora.orthogonality(kit.model)
                 scaler.scale(reg).backward()
                 extra["orthogonality"] = reg.item()
             scaler.unscale_(optimiser)
-            norm = nn.utils.clip_grad_norm_(learn.values(), cfg.clip or math.inf).item()
+            norm = distributed.clip(learn.values(), cfg.clip or math.inf)
             rate, sound = lr_at(step, total, cfg), math.isfinite(loss) and math.isfinite(norm)
             with guard:                             # all that changes, changes in here
                 if sound:
@@ -394,7 +428,7 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
                 now["step"], now["seconds"] = step + 1, now["seconds"] + time.monotonic() - began
-                now["tokens"] += sum(size(e) for part in parts for e in part)
+                now["tokens"] += sum(map(size, whole))
                 now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
             last = step + 1 == total
@@ -462,7 +496,8 @@ def supervised(cfg):
             state = {"baseline": found, "before": said[:3], "right": evaluate.right(kit, test, said)}
             if cfg.task == "reward":                # scores will be relative to what this model says
                 dice = torch.Generator(kit.device).manual_seed(cfg.seed)
-                state["samples"] = evaluate.sample(kit, asked, temperature=1.0, generator=dice)
+                with distributed.alike():           # one stream of random numbers
+                    state["samples"] = evaluate.sample(kit, asked, temperature=1.0, generator=dice)
             run.rewind(-1)
             run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
         now, learn, weights = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, 0
@@ -543,13 +578,14 @@ def open_run(cfg):
 @torch.no_grad()
 def referred(kit, examples):
     """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
-    out, past = list(examples), kit.past()
+    out, past = {}, kit.past()
     with kit.cast():
         for part in evaluate.by_length(kit, list(map(size, examples))):
             both = ppo.pair_logprobs(as_role(kit, past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
-                out[i] = examples[i]._replace(reference=tuple(pair))
-    return out
+                out[i] = pair
+    out = distributed.merged(out)
+    return [e._replace(reference=tuple(out[i])) for i, e in enumerate(examples)]
 
 
 def open_data(cfg):
@@ -597,8 +633,8 @@ def scorer(word, kit, texts):
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"{word} cannot be imported ({e}); it must be module:function, a function of the "
                         "texts of a prompt and an answer that returns a number") from None
-    return lambda asked, said: torch.tensor([float(judge(texts[tuple(p)], kit.text.said(y)))
-                                             for p, y in zip(asked, said)])
+    return lambda asked, said: distributed.lead(lambda: torch.tensor(      # which may draw, or ask somebody
+        [float(judge(texts[tuple(p)], kit.text.said(y))) for p, y in zip(asked, said)]))
 
 
 def reward_model(cfg, kit, base):
@@ -717,7 +753,8 @@ def reinforce(cfg):
             def ptx(step, minibatch):
                 parts = feed(step * rl.ppo_epochs * rl.minibatches + minibatch)
                 return [tuple(t.to(kit.device) for t in batches.collate(part)) for part in parts]
-        bar = tqdm(total=rl.steps, initial=trained.step, disable=None, unit="iteration", mininterval=0.5)
+        bar = tqdm(total=rl.steps, initial=trained.step, disable=world.rank > 0 or None, unit="iteration",
+                   mininterval=0.5)
         began, spoke = time.monotonic(), -math.inf
         for metrics, batch in ppo.train_ppo(rl, roles, trained, table.prompts["train"], table.reward,
                                             kit.text.end, table.banned, table.gold, ptx):
@@ -772,7 +809,7 @@ def draw(cfg):
             found, answers, scores = table.look(ppo.Roles(policy, policy), asked, n)
             kept = [dict(prompt=table.texts[tuple(asked[b])], completion=kit.text.said(answers[b * n + i]),
                          score=scores[b, i].item()) for b, i in ppo.feedme(scores, cfg.keep)]
-            with atomic(run.folder / f"{split}.jsonl") as f:
+            with atomic(run.folder / f"{split}.jsonl") if not world.rank else open(os.devnull, "wb") as f:
                 f.writelines((json.dumps(row) + "\n").encode() for row in kept)
         del found["kl"]                             # policy and reference are one here
         result = finish(run, kit, found, {}, [], {}, sum(p.numel() for p in kit.model.parameters()), 0,
@@ -867,8 +904,11 @@ def merge(cfg):
 def main(argv=None):
     """The command. Returns the exit code; a mistake of the user is one sentence on stderr."""
     try:
+        distributed.start()
         with guard.installed():
             cfg = parse(sys.argv[1:] if argv is None else argv)
+            if world.size > 1 and cfg.task in ("chat", "show", "merge", "check", "table"):
+                raise UserError(f"--task {cfg.task} is work for one process: leave torchrun out")
             if cfg.task == "show":
                 return show(*both_sides(cfg), cfg)
             if cfg.task == "check":
@@ -878,18 +918,26 @@ def main(argv=None):
             others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": table.show}
             return others.get(cfg.task, supervised)(cfg)
     except UserError as e:
-        note(f"train.py: {e}")
+        if distributed.first(str(e)):
+            note(f"train.py: {e}", world.rank)
         return e.code
     except Interrupted:
         note("train.py: interrupted and saved; the same command goes on from here")
+        with contextlib.suppress(distributed.Lost):
+            distributed.meet()                      # whoever leaves early has the others killed
         return 75
-    except RuntimeError as e:                       # torch.OutOfMemoryError is one, and so is the CPU's
+    except Exception as e:
+        if not distributed.first(f"{type(e).__name__}: {e}".split("\n")[0]):
+            return 1                                # what fails here is that another process has ended
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise
+            raise                                   # torch.OutOfMemoryError says the one, a CPU the other
         note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block, and "
-             "--checkpoint, need less")
+             "--checkpoint, need less", world.rank)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code in (0, 75):                             # nccl would wait for a process that is gone
+        distributed.end()
+    sys.exit(code)

@@ -5,7 +5,8 @@
     by a head     argmax of a linear map of the last token's hidden state (a word's tag: of its first token's)
 
 Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
-budget; no number depends on how they were batched (a pad cannot be seen: it stands behind its row).
+budget; no number depends on how they were batched (a pad cannot be seen: it stands behind its row). Several
+processes share the rows, and all of them get all that was found.
 
 Public: Kit, summed_loss, mean_loss, sample, answer, measure, right, fingerprint
 """
@@ -19,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import batches, chat, metrics, tags
+from data.distributed import full, gather, merged, share
 from data.examples import Text, targets
 from data.files import UserError
 from data.objectives import Example, collate
@@ -109,8 +111,9 @@ def summed_loss(kit, examples, past):
 
 
 def by_length(kit, lengths, extra=0):
-    """Indices in batches of similar length. Without gradients twice the training budget fits."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    """Indices in batches of similar length, this process's share. Without gradients twice the training budget
+    fits."""
+    order = sorted(share(range(len(lengths)), lengths), key=lengths.__getitem__)
     return batches.micro(order, [n + extra for n in lengths], 2 * kit.micro)
 
 
@@ -122,14 +125,14 @@ def mean_loss(kit, examples):
         past = kit.past()
         for rows in by_length(kit, [len(e[0]) for e in examples]):
             total += summed_loss(kit, [examples[i] for i in rows], past).item()
-    return total / max(count, 1), count
+    return sum(gather(total)) / max(count, 1), count
 
 
 @torch.no_grad()
 def sample(kit, prompts, **sampling):
     """What the model answers to each prompt, ids to ids; greedy unless told otherwise."""
     kit.speaks()
-    out, end = [None] * len(prompts), kit.text.end
+    out, end = {}, kit.text.end
     sampling = {"temperature": 0, **sampling}
     with kit.cast():
         past = kit.past()
@@ -138,7 +141,8 @@ def sample(kit, prompts, **sampling):
                            embed=kit.embed, both_ways=kit.text.attention == "prefix", **sampling)
             for i, ids in zip(rows, new):
                 out[i] = ids
-    return out
+    out = merged(out)
+    return [out[i] for i in range(len(prompts))]
 
 
 def answer(kit, prompts, **sampling):
@@ -153,7 +157,7 @@ def word_scores(kit, prompts):
     kit.speaks()
     text = kit.text
     words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # end token last
-    longest, out = max(map(len, words)), torch.zeros(len(prompts), len(words))
+    longest, out = max(map(len, words)), {}
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts)), longest):
@@ -164,42 +168,48 @@ def word_scores(kit, prompts):
             used += filled[0][0].size(2) - hidden.size(1)                           # virtual tokens in front
             tail = (0, 0, 0, longest - 1)
             cache = [(F.pad(k, tail), F.pad(v, tail), *side) for k, v, *side in filled]
-            for j, word in enumerate(words):
+            nll = []
+            for word in words:
                 w, logits = torch.tensor([word] * len(rows), device=kit.device), first      # w (B, tokens)
                 if len(word) > 1:
                     hidden, _ = kit.model.trunk(w[:, :-1], cache, used)
                     logits = torch.cat((first, kit.model.head(hidden)), 1)
-                nll = F.cross_entropy(logits.float().transpose(1, 2), w, reduction="none")
-                out[index, j] = nll.sum(1).cpu()
-    return out
+                nll.append(F.cross_entropy(logits.float().transpose(1, 2), w, reduction="none").sum(1))
+            out.update(zip(index, torch.stack(nll, 1).tolist()))
+    out = merged(out)
+    return torch.tensor([out[i] for i in range(len(prompts))])
 
 
 @torch.no_grad()
 def head_scores(kit, prompts):
     """-log p of every label by the head: (N, labels). Before there is a head, all are alike."""
-    out = torch.full((len(prompts), len(kit.text.labels)), math.log(len(kit.text.labels)))
     if kit.head is None:
-        return out
+        return torch.full((len(prompts), len(kit.text.labels)), math.log(len(kit.text.labels)))
+    out = {}
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts))):
             rows = [prompts[i] for i in index]
             hidden, _ = kit.read(rows, past)
-            out[index] = -kit.head(at_last(hidden, rows).float()).log_softmax(-1).cpu()
-    return out
+            out.update(zip(index, (-kit.head(at_last(hidden, rows).float()).log_softmax(-1)).tolist()))
+    out = merged(out)
+    return torch.tensor([out[i] for i in range(len(prompts))])
 
 
 def word_tags(kit, examples):
     """The tag of every word by the head, a list per example. Before there is a head, all are the first: O."""
-    out = [[kit.text.labels[0]] * targets(e) for e in examples]
+    if kit.head is None:
+        return [[kit.text.labels[0]] * targets(e) for e in examples]
+    out = {}
     with kit.cast():
         past = kit.past()
-        for index in by_length(kit, [len(e.ids) for e in examples]) if kit.head is not None else ():
+        for index in by_length(kit, [len(e.ids) for e in examples]):
             hidden, _ = kit.read([examples[i].ids for i in index], past)
             for i, h in zip(index, hidden):
                 at = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
                 out[i] = [kit.text.labels[k] for k in kit.head(h[at].float()).argmax(-1).tolist()]
-    return out
+    out = merged(out)
+    return [out[i] for i in range(len(examples))]
 
 
 def entities(said, gold):
@@ -252,5 +262,5 @@ def fingerprint(model):
     """A hash over the shape of a model and a thin sample of every weight."""
     h = hashlib.sha256(str(model.config).encode())
     for p in model.parameters():
-        h.update(p.detach().flatten()[::997].float().cpu().numpy().tobytes())
+        h.update(full(p.detach()).flatten()[::997].float().cpu().numpy().tobytes())
     return h.hexdigest()

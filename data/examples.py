@@ -220,12 +220,20 @@ class Feed:
         starts = batches.blocks(len(self.examples), self.block, self.seed, epoch)
         return [starts[i:i + self.batch] for i in range(0, len(starts), self.batch)]
 
-    def __call__(self, step):
+    def rows(self, step):
+        """The examples of a step."""
         epoch, i = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.steps = epoch, self.plan(epoch)
         rows = self.steps[i % len(self.steps)]
-        rows = (self.text.windows(self.examples, rows, self.block, 1, self.seed, step) if self.block else
-                [self.examples[j] for j in rows])
+        if self.block:
+            return self.text.windows(self.examples, rows, self.block, 1, self.seed, step)
+        return [self.examples[j] for j in rows]
+
+    def cut(self, rows):
+        """Examples -> micro-batches."""
         return [[rows[j] for j in part]
                 for part in batches.micro(range(len(rows)), list(map(size, rows)), self.micro)]
+
+    def __call__(self, step):
+        return self.cut(self.rows(step))

@@ -75,6 +75,8 @@ class Config:
     clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
     checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time",
                            FIT + ("check",))
+    shard: bool = opt("training", False, "split weights, gradients and moments over torchrun's processes",
+                      methods=("full",))
     eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
     save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
     forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
@@ -174,7 +176,7 @@ TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", 
                  "check": dict(epochs=None),            # the default of the task that the rows are for
                  "show": dict(method="none", template="plain", temperature=1.0, max_new=12),
                  **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
-NOT_IDENTITY = ("out", "fresh", "dry_run")              # flags that do not change what a run computes
+NOT_IDENTITY = ("out", "fresh", "dry_run", "shard")     # flags that do not change what a run computes
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,6 +3,7 @@
 Public: pick_device, pick_dtype, machine, peak_memory_mb
 """
 import contextlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def machine():
                                   timeout=10).stdout.strip()
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
             "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 
 def peak_memory_mb(device):

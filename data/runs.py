@@ -10,6 +10,7 @@ The same command again finds its own folder: finished, it is told so; interrupte
 another run's folder is refused. `guard` turns SIGINT and SIGTERM into Interrupted at any point of the work,
 except inside `with guard:`, where the few lines stand that change weights, optimiser, counters or files. So
 nothing has to poll: what a step was computing (an evaluation, a generation) is dropped, and computed again.
+Of several processes rank 0 alone reads, writes and speaks; a signal waits for their next exchange.
 
 Public: Run, RunError, Interrupted, guard, say, note
 """
@@ -25,6 +26,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from data import distributed
+from data.distributed import Interrupted, world
 from data.files import DataError, UserError, atomic, read_json, write_json
 from data.machine import machine
 
@@ -32,10 +35,6 @@ try:
     import fcntl                                    # a lock that dies with its process; absent on Windows
 except ImportError:
     fcntl = None
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that nobody handles it by accident."""
 
 
 class RunError(UserError):
@@ -56,6 +55,9 @@ class Guard:
             raise Interrupted
 
     def handler(self, number, frame):
+        if world.size > 1:                          # torchrun sends a second one: it must not kill
+            world.stop = True
+            return
         if self.pending:
             os._exit(128 + number)
         self.pending = number
@@ -79,16 +81,19 @@ guard = Guard()
 
 def say(text=""):
     """A line of results on stdout. A closed pipe (`| head`) ends the printing, not the run."""
+    if world.rank:
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
 
-def note(text):
-    """A line of progress on stderr, above the bar if there is one."""
+def note(text, rank=0):
+    """A line of progress on stderr, above the bar if there is one; from one process of several."""
     with contextlib.suppress(OSError):
-        tqdm.write(text, file=sys.stderr)
+        if world.rank == rank:
+            tqdm.write(text, file=sys.stderr)
 
 
 class Run:
@@ -102,6 +107,9 @@ class Run:
 
     def finished(self):
         """The result of this very command, if it has run before; UserError if another run is in there."""
+        return distributed.lead(self.found)
+
+    def found(self):
         if self.config.exists() and not self.fresh:
             was = read_json(self.config).get("config", {})
             for name in [*self.told, *was]:
@@ -117,6 +125,9 @@ class Run:
     @contextlib.contextmanager
     def opened(self):
         """Own the folder, one process at a time."""
+        if world.rank:
+            yield self
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / ".lock", "w")
@@ -145,6 +156,13 @@ class Run:
 
     def start(self, facts):
         """Write config.json, or see that a continued run still finds its data and base. Returns the state."""
+        theirs, keys = distributed.lead(lambda: facts), ("data_sha256", "base_sha256")
+        if any(theirs[key] != facts[key] for key in keys):
+            raise DataError(f"process {world.rank} finds another --data or --init under these names than "
+                            "process 0 does; put the same files on every machine")
+        return distributed.lead(lambda: self.begun(facts))
+
+    def begun(self, facts):
         if not self.config.exists():
             write_json(self.config, {"config": self.told, **facts, "argv": sys.argv, "machine": machine()})
             return None
@@ -163,6 +181,8 @@ class Run:
 
     def log(self, **event):
         """One line, flushed. A float that JSON cannot hold becomes a string."""
+        if world.rank:
+            return
         event = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         try:
             with open(self.folder / "log.jsonl", "a") as f:
@@ -174,7 +194,7 @@ class Run:
     def rewind(self, step):
         """Forget the events after the step we go on from (they will happen again), and a torn last line."""
         path = self.folder / "log.jsonl"
-        if path.exists():
+        if path.exists() and not world.rank:
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             with atomic(path) as f:
@@ -182,6 +202,8 @@ class Run:
 
     def save(self, state):
         """state.pt; the one before it stays until this one is whole."""
+        if world.rank:
+            return
         with atomic(self.folder / "state.new.pt") as f:
             torch.save(state, f)
         if self.state.exists():
@@ -189,9 +211,11 @@ class Run:
         os.replace(self.folder / "state.new.pt", self.state)
 
     def finish(self, result):
-        write_json(self.result, result)
-        self.before.unlink(missing_ok=True)
-        self.record(result)
+        if not world.rank:
+            write_json(self.result, result)
+            self.before.unlink(missing_ok=True)
+            self.record(result)
+        distributed.meet()                          # what follows may read it
 
     def record(self, result):
         """Append to results.jsonl in one write, so that parallel runs never mix their lines."""
