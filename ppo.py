@@ -55,8 +55,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import distributed
 from data.batches import micro
-from data.distributed import add_up, gather, merged, share, world
 from data.files import UserError
 from data.health import describe
 from model import generate
@@ -393,8 +393,8 @@ def calibrate(head, scores, scale=True):
 def inference(f, batch, budget):
     """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
     out, n = None, batch.lengths.tolist()
-    done = [(rows, f(batch.take(rows))) for rows in micro(share(range(len(n)), n), n, budget)]
-    for rows, y in sum(gather(done), []):
+    done = [(rows, f(batch.take(rows))) for rows in micro(distributed.share(range(len(n)), n), n, budget)]
+    for rows, y in sum(distributed.gather(done), []):
         y = y.to(batch.mask.device)
         out = y.new_zeros(*batch.mask.shape, *y.shape[2:]) if out is None else out
         out[rows, :y.size(1)] = y
@@ -468,11 +468,11 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
     if generator is not None:                       # a row's own dice: --micro and processes change no answer
         generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
     with roles.policy() as (model, past):
-        for rows in micro(share(range(len(n)), n), n, cfg.micro):
+        for rows in micro(distributed.share(range(len(n)), n), n, cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=None if generator is None else generator[rows])
             answers.update(zip(rows, new))
-        answers = [y for _, y in sorted(merged(answers).items())]
+        answers = [y for _, y in sorted(distributed.merged(answers).items())]
         batch = pack(prompts, answers, model.wte.weight.device)
         logp, h = inference(act, batch, cfg.micro).unbind(-1)
     with roles.reference() as (model, past):
@@ -563,11 +563,11 @@ def add_ptx(coef, policy, params, parts):
     the rows; what was there, alike in all, is rank 0's part of the sum."""
     before = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
     count, total = sum(int((y >= 0).sum()) for _, y in parts), 0.0
-    if world.rank:
+    if distributed.world.rank:
         for p in params.values():
             p.grad = None
     for x, y in parts:
-        rows = share(range(len(x)), [1] * len(x))
+        rows = distributed.share(range(len(x)), [1] * len(x))
         if not rows:
             continue
         x, y = x[rows], y[rows]
@@ -577,7 +577,7 @@ def add_ptx(coef, policy, params, parts):
             loss = F.cross_entropy(logits, y[y >= 0], reduction="sum") / count
             (coef * loss).backward()
             total += loss.item()
-    total, = add_up(params.values(), [total])
+    total, = distributed.add_up(params.values(), [total])
     added = nn.utils.get_total_norm([params[name].grad - g for name, g in before.items()])
     return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
@@ -591,7 +591,7 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
         mini, seen = batch.mask[minibatch], defaultdict(float)
         even, weight = token_weights(mini), token_weights(mini, mean, cfg.max_new)
         n = batch.lengths[minibatch].tolist()
-        for rows in micro(share(range(len(n)), n), n, cfg.micro):
+        for rows in micro(distributed.share(range(len(n)), n), n, cfg.micro):
             part = batch.take(minibatch[rows])
             mask, e, w = part.mask, *(x[rows, :part.mask.size(1)] for x in (even, weight))
             with roles.policy() as (model, past):       # backward inside: recomputation must meet this role
@@ -616,8 +616,8 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
             for name, x in sums.items():
                 seen[name] += x.sum().item()
             seen["ratio_off"] = max(seen["ratio_off"], off.max().item())
-        add_up(p for params in state.params.values() for p in params.values())
-        hands = [hand for hand in gather(dict(seen)) if hand]
+        distributed.add_up(p for params in state.params.values() for p in params.values())
+        hands = [hand for hand in distributed.gather(dict(seen)) if hand]
         seen = defaultdict(float, {name: (max if name == "ratio_off" else sum)(hand[name] for hand in hands)
                                    for name in hands[0]})
         stop = 0 < cfg.target_kl < seen["approx_kl"]

@@ -361,8 +361,8 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
     distributed.reshard(kit.model)
     if "learn" in state:
         if cfg.dropout and state["now"].get("processes", 1) != world.size:
-            raise UserError(f"{run.folder} was begun by {state['now'].get('processes', 1)} processes, each with "
-                            "a --dropout of its own: go on with as many, or use --fresh to start over")
+            raise UserError(f"{run.folder} was begun by {state['now'].get('processes', 1)} processes, each "
+                            "with its own --dropout: go on with as many, or use --fresh to start over")
         for name, value in state["learn"].items():
             learn[name].data.copy_(distributed.scatter(learn[name], value))
         optimiser.load_state_dict(distributed.scatter_state(optimiser, state["optimiser"]))

@@ -127,14 +127,14 @@ def gather(x):
     if world.size == 1 or world.alike:
         return [x]
     data = packed(x)
-    mine, heads = torch.tensor([len(data), int(world.stop)]), torch.empty(world.size, 2, dtype=torch.int64)
     with exchange():
-        dist.all_gather_into_tensor(heads, mine)
-        longest = int(heads[:, 0].max())
-        rows = torch.empty(world.size, longest, dtype=torch.uint8)
-        dist.all_gather_into_tensor(rows, torch.cat((data, data.new_zeros(longest - len(data)))))
-    heed(heads[:, 1].any())
-    return [unpacked(row[:n]) for row, n in zip(rows, heads[:, 0].tolist())]
+        heads = [torch.empty(2, dtype=torch.int64) for _ in range(world.size)]
+        dist.all_gather(heads, torch.tensor([len(data), int(world.stop)]))
+        sizes, stops = torch.stack(heads).T.tolist()
+        rows = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]      # all of one length
+        dist.all_gather(rows, torch.cat((data, data.new_zeros(max(sizes) - len(data)))))
+    heed(any(stops))
+    return [unpacked(row[:n]) for row, n in zip(rows, sizes)]
 
 
 def merged(found):
