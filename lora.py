@@ -259,6 +259,8 @@ def inject(model, targets=("q", "v"), rank=8, alpha=16, dropout=0.0, kind="lora"
                 raise UserError(f"rank {r} does not fit {path}; it takes 1 to {most}")
             s = alpha / (r + 1e-5 if kind == "adalora" else math.sqrt(r) if rslora else r)
             made[path] = make(variant, adopt(model, path), word == "down", r, s, dropout, generator, rslora)
+    if idle := [t for t in rank_map if not any(path == t or path.endswith(f".{t}") for path in made)]:
+        raise UserError(f"rank_map gives {idle[0]!r} a rank, but targets {','.join(targets)} leave it out")
     if not made:
         raise UserError(f"targets {','.join(targets)!r} in layers {list(layers or ())} are no modules at all")
     attach(model, made, name)

@@ -357,7 +357,6 @@ class GPT(nn.Module):
         if odd := [f.name for f in fields(back) if getattr(back, f.name) != getattr(self.config, f.name)]:
             raise UserError(f"{folder}: transformers knows no {self.config.family} with this "
                             f"{' '.join(odd)}, so this hybrid has no Hugging Face form")
-        os.makedirs(folder, exist_ok=True)
         write_tensors(os.path.join(folder, "model.safetensors"), {k: t.contiguous() for k, t in out.items()})
         write_json(os.path.join(folder, "config.json"), config)
 

@@ -322,7 +322,6 @@ def save_prompt(prompt, folder, base="", task_type="CAUSAL_LM"):
     if not soft and prompt.gate is not None:
         config["peft_type"], tensors["gate"] = "GATED_PREFIX", prompt.gate
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.safetensors", {n: t.detach().float() for n, t in tensors.items()})
     write_json(folder / "adapter_config.json", config)
 

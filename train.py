@@ -26,7 +26,6 @@ import importlib
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 
@@ -55,8 +54,7 @@ from data.tokenizer import Tokenizer
 from data.values import numbers, ranges
 from model import GPT, GPTConfig
 
-ROOT = pathlib.Path(__file__).resolve().parent
-
+HEADS = {"classify": ("label",), "tag": ("tags",), "reward": ("pairs", "ranked")}      # the rows they judge
 CONCERNS = {"ppo": ppo.PPOConfig, "sample": ppo.PPOConfig, "dpo": ppo.DPOConfig}     # flags of ppo.py's own
 
 
@@ -84,6 +82,9 @@ def load(folder, dtype=torch.float32):
         raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
     model = (lora.merge(model) if lora.adapters(model) else model).to(dtype)
     if low_rank(folder):
+        said = settings(folder)
+        if said.get("quant", "none") != "none":         # the base it was trained against, rounding and all
+            lora.quantise(model, said["quant"], said["double_quant"])
         lora.load_adapter(model, folder)
     else:
         prompt = prompts.load_prompt(model, folder)
@@ -190,6 +191,9 @@ def build(kit, cfg):
         same = "prompt" if isinstance(kit.prompt, prompts.PromptTuning) else "ptuning2"
         if cfg.method != same:
             raise UserError(f"--init {cfg.init} is a soft prompt, which only --method {same} can go on with")
+        if cfg.start or cfg.n_virtual not in (Config.n_virtual, kit.prompt.n_virtual):
+            raise UserError(f"--n_virtual and --start shape a new soft prompt; --init {cfg.init} brings its "
+                            f"own, of {kit.prompt.n_virtual} virtual tokens")
         model.requires_grad_(False)
         learn = {f"prompt.{name}": p.requires_grad_() for name, p in kit.prompt.named_parameters()}
     else:
@@ -266,7 +270,6 @@ def save_weights(kit, cfg, folder):
             model.head.weight = model.wte.weight
     if world.rank:
         return 0
-    inner.mkdir(exist_ok=True)
     if cfg.method == "full":
         model.save_pretrained(inner)
         kit.text.tokenizer.save_pretrained(inner)
@@ -281,6 +284,8 @@ def save_weights(kit, cfg, folder):
     beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
     said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by",
                                                        "attention", "objective")}
+    if cfg.method in LORA and cfg.quant != "none":
+        said |= dict(quant=cfg.quant, double_quant=cfg.double_quant)
     write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, **said})
     return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
 
@@ -341,7 +346,7 @@ def measure(kit, cfg, rows, examples, shots=()):
         return {"loss": total / len(rows), **reward_report(seen)}, \
             [text for _, text in sorted(distributed.merged(said).items())]
     means = {name: sum(found[name] for found in seen) / len(rows) for name in seen[0]}
-    return {"loss": total / len(rows), **means}, evaluate.answer(kit, [kit.text.asked(r) for r in rows[:3]])
+    return {"loss": total / len(rows), **means}, evaluate.answer(kit, list(map(kit.asked, rows[:3])))
 
 
 def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
@@ -471,6 +476,11 @@ def supervised(cfg):
         return report(done, run.folder)
     with contextlib.nullcontext() if cfg.dry_run else run.opened():
         kit, rows, kind = open_kit(cfg), *open_data(cfg)
+        if kit.head is not None:
+            task = settings(cfg.init)["task"]
+            if kind not in (judged := HEADS[task]):
+                raise DataError(f"{cfg.data} holds {kind} rows; {cfg.init}, a run of --task {task}, judges "
+                                f"{' or '.join(judged)} rows")
         if kind in ("label", "tags"):
             found = formats.names(sum(rows.values(), []))
             if not set(found) <= set(kit.text.labels):      # a tuned model keeps its order and unused labels
@@ -486,11 +496,11 @@ def supervised(cfg):
             return describe(kit, learn, base, shown)
         state = run.start(facts(kit, rows)) or {}
         test, steps = rows["test"], shots.counts(cfg.shots, kind, kit.text.by)
-        asked = [kit.text.asked(row) for row in rows["valid"] * 2] if cfg.task == "reward" else []
+        asked = [*map(kit.asked, rows["valid"] * 2)] if cfg.task == "reward" else []
         if "baseline" not in state:
             examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
             if cfg.task in ("reward", "dpo"):       # nothing to measure yet; what would the model say?
-                found, said = {}, evaluate.answer(kit, [kit.text.asked(row) for row in test[:3]])
+                found, said = {}, evaluate.answer(kit, list(map(kit.asked, test[:3])))
             else:
                 found, said = measure(kit, cfg, test, examples, rows["train"][:steps[0]])
             state = {"baseline": found, "before": said[:3], "right": evaluate.right(kit, test, said)}
@@ -642,7 +652,8 @@ def reward_model(cfg, kit, base):
     model which --init names is one more adapter of `base`, and a critic can begin with it."""
     folder, head = weights_folder(cfg.reward), scalar_head(cfg.reward).to(kit.device)
     below = base_of(folder)
-    if below is not None and below.resolve() == weights_folder(cfg.init).resolve() and low_rank(folder):
+    shared = below is not None and below.resolve() == weights_folder(cfg.init).resolve() and low_rank(folder)
+    if shared and settings(folder).get("quant", "none") in ("none", cfg.quant):
         lora.load_adapter(base, folder, "reward", trainable=False)
         return ppo.model_reward(role(kit, base, "reward"), head, cfg.rl.micro), head, folder
     model, prompt, tokenizer = load(cfg.reward, kit.model.wte.weight.dtype)
@@ -903,6 +914,7 @@ def merge(cfg):
 
 def main(argv=None):
     """The command. Returns the exit code; a mistake of the user is one sentence on stderr."""
+    cfg = None
     try:
         distributed.start()
         with guard.installed():
@@ -922,6 +934,8 @@ def main(argv=None):
             note(f"train.py: {e}", world.rank)
         return e.code
     except Interrupted:
+        if cfg is None or cfg.task not in flags.TRAIN + ("sample", "eval") or cfg.dry_run:
+            return 128 + guard.pending              # there was nothing to save
         note("train.py: interrupted and saved; the same command goes on from here")
         with contextlib.suppress(distributed.Lost):
             distributed.meet()                      # whoever leaves early has the others killed

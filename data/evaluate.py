@@ -60,6 +60,10 @@ class Kit:
                             f"leaves {self.room()} tokens for text")
         return asked or min(self.room(), 1024)
 
+    def asked(self, row):
+        """Ids up to the answer, which keeps its room: a longer question loses its beginning."""
+        return self.text.asked(row, limit=max(self.room() - self.max_new, self.room() // 2))
+
     def embed(self, x):
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x

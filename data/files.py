@@ -52,8 +52,9 @@ def atomic(path):
     except BaseException as e:                                  # Ctrl-C too must not leave a stray file
         with contextlib.suppress(OSError):
             temp.unlink()
-        if isinstance(e, OSError):
-            raise UserError(f"{path} cannot be written ({e.strerror or e}); it is as it was") from e
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save lays an error of its own over it
+        if isinstance(cause, OSError):
+            raise UserError(f"{path} cannot be written ({cause.strerror or cause}); it is as it was") from e
         raise
     if hasattr(os, "O_DIRECTORY"):                              # Windows cannot fsync a folder
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from data import chat, objectives, shots, table
 from data.files import UserError
 from data.runs import note
+from data.values import numbers, ranges
 
 TASKS = ("sft", "pretrain", "classify", "tag", "reward", "dpo", "ppo", "sample", "eval", "chat", "show",
          "merge", "check", "table")
@@ -277,13 +278,23 @@ def check(cfg):
                  seed=0, max_new=1, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
                  top_p=0, keep=1, samples=1, kl_coef=0, kl_target=0, kl_horizon=1, ppo_epochs=1,
                  minibatches=1, cliprange=0, cliprange_value=0, target_kl=0, value_lr=0, value_warmup=0,
-                 ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0)
+                 ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0, hidden=1, beta2=0,
+                 min_lr=0, weight_decay=0, lora_plus=0, dropout=0, prefix_dropout=0, target_rank=1, orth=0,
+                 prune_start=0, prune_end=0, prune_every=1, n_layer=1, n_head=1, n_embd=1, vocab=0)
+    shares = ("warmup", "min_lr", "beta2", "dropout", "prefix_dropout", "prune_start", "prune_end", "top_p",
+              "ema", "gamma", "lam", "label_smoothing")
     values = told(cfg)
     for name, low in least.items():
         value = values.get(name)
         if value is not None and not low <= value < 2 ** 63:
             raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
+        if name in shares and value is not None and value > 1:
+            raise UserError(f"--{name} {value} is out of range; it is a share, from 0 to 1")
+    for name in ("beta2", "dropout", "prefix_dropout", "ema"):
+        if values.get(name) == 1:
+            raise UserError(f"--{name} 1 lets nothing new through; it must be below 1")
     shots.counts(cfg.shots)
+    ranges(cfg.layers), numbers(cfg.rank_map)       # what cannot be read is said before anything is loaded
     if cfg.init == "new" and cfg.task != "pretrain":
         raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
     if cfg.task == "pretrain" and cfg.init != "new":

@@ -208,6 +208,8 @@ def _part(data, split, held):
 
 def _toy(name, split):
     from data import toy                                # here: reading files needs no toy world
+    if name not in toy.NAMES:
+        raise DataError(f"{name} is no part of the toy world; there are {', '.join(toy.NAMES)}")
     found = ((f"{name} {s}:{n}", row) for s in ([split] if split else SPLITS)
              for n, row in enumerate(toy.rows(name, s), 1))
     return _interpret(found, f"{name} {split or ''}".strip())

@@ -154,7 +154,6 @@ def write_adapter(model, folder, found, idle, base, fold, extra):
                       alpha_pattern={t: a for t, a in alphas.items() if a != alpha})
     tensors = {key(kind, t, f): m[f].detach().clone() for t, m in modules.items() for f in FIELDS[kind]}
     tensors.update({f"base_model.model.{name}": t for name, t in extra.items()})
-    os.makedirs(folder, exist_ok=True)
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
     side = {"base_fingerprint": base_fingerprint(model), "parts": parts}

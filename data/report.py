@@ -61,7 +61,7 @@ def report(result, folder):
     shown = {name: value for name, value in after.items() if name != "targets"}
     say(f"{'':16}{'before':>10}{'after':>10}")
     for name in [*shown, *(name for name in before if name not in after)]:
-        two = [f"{side[name]:10.4f}" if name in side else " " * 10 for side in (before, shown)]
+        two = [f" {side[name]:9.4f}" if name in side else " " * 10 for side in (before, shown)]
         say(f"{name:16}" + "".join(two))
     for sample in result["samples"]:
         say()
@@ -72,6 +72,8 @@ def report(result, folder):
         say(line)
     if result["task"] == "reward":
         say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
+    elif result["task"] == "tag":                       # its head tags, and says nothing
+        say(f"\npython train.py --task eval --init {folder} --data {result['data']}")
     elif result["method"] != "none":
         say(f"\npython train.py --task chat --init {folder}")
     brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes",

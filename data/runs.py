@@ -87,6 +87,9 @@ def say(text=""):
         print(text, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
+    except UnicodeEncodeError:                      # a terminal without these letters shows ? in their place
+        sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
 
 
 def note(text, rank=0):

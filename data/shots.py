@@ -31,18 +31,19 @@ def counts(text, kind="chat", by="words"):
 
 def fitted(kit, row, shots):
     """(ids of the question behind examples, how many of them there was room for)."""
-    text, room = kit.text, kit.room() - 1
-    if shots and "label" in row:                        # a word has to fit behind the question
-        words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]
-        room = kit.room() - max(map(len, words))
-    elif shots:
-        room = max(kit.room() - kit.max_new, kit.room() // 2)
+    text, most = kit.text, kit.room() - 1
     ids = text.asked(row, shots)
+    if len(ids) <= kit.room() // 2:                     # which an answer leaves free, whatever it is
+        return ids, len(shots)
+    if "label" in row and text.by == "words":           # a word has to fit behind the question
+        words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]
+        most = kit.room() - max(map(len, words))
+    room = most if "label" in row else max(kit.room() - kit.max_new, kit.room() // 2)
     while shots and len(ids) > room:
         shots = shots[1:]
         ids = text.asked(row, shots)
-    if len(ids) > kit.room() - 1:
-        ids = text.asked(row, shots, kit.room() - 1)
+    if len(ids) > most:
+        ids = text.asked(row, shots, most)
     return ids, len(shots)
 
 

@@ -2,6 +2,8 @@
 
 Public: numbers, ranges
 """
+import re
+
 from data.files import UserError
 
 
@@ -14,9 +16,12 @@ def numbers(text):
 
 
 def ranges(text):
-    """"0-3,5" -> [0, 1, 2, 3, 5]"""
-    try:
-        ends = [part.split("-") for part in text.split(",")] if text else []
-        return [i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)] or None
-    except ValueError:
-        raise UserError(f"--layers {text} cannot be read; write it as 0-3,5") from None
+    """"0-3,5" -> [0, 1, 2, 3, 5]; None, as nobody says it, stays None"""
+    if text is None:
+        return None
+    found = []
+    for part in text.split(","):
+        if not (ends := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) or int(ends[2] or ends[1]) < int(ends[1]):
+            raise UserError(f"--layers {text} cannot be read; write it as 0-3,5, each range upwards")
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return found

@@ -20,8 +20,9 @@ import tiny
 
 import train
 from data import flags
+from data.folders import ROOT
 
-README = train.ROOT / "README.md"
+README = ROOT / "README.md"
 DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}  # or chat
 SHORT = dict(steps=2, batch=4, eval_every=100, max_new=2, forget="none", n_virtual=2, items=2, block=32,
              samples=2)

@@ -73,6 +73,13 @@ def test_a_preference_as_ids(town):
     assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]    # an answer its end
 
 
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_a_prompt_longer_than_the_context_leaves_room_for_an_answer(task, town, tmp_path):
+    rows = [{"prompt": f"{c} " * 200, "chosen": c * 300, "rejected": "b"} for c in "acdefghi"]
+    write(tmp_path, {"long": rows})
+    go(town, tmp_path / "r", "--task", task, "--data", tmp_path / "long", "--steps", "1", "--forget", "none")
+
+
 @pytest.mark.parametrize("method", METHODS + ["adalora"])
 @pytest.mark.parametrize("task, data", [("reward", "pairs"), ("dpo", "ranked")])
 def test_every_method_learns_preferences(task, data, method, town, tmp_path):

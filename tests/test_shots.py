@@ -52,6 +52,8 @@ def test_a_label_word_keeps_its_room_too():
     ids, n = shots.fitted(k, some[0], some[1:])
     assert 0 < n < 7 and len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) <= 200
     assert evaluate.word_scores(k, [ids]).isfinite().all()
+    ids, n = shots.fitted(k, {"text": "q" * 300, "label": "no"}, ())        # without examples as well
+    assert len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) == 200 and n == 0
 
 
 def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, capsys):

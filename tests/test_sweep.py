@@ -25,7 +25,7 @@ def flags(world, rank):
 
 def sweep(world, folder):
     """for r in 1 2 3 4, two at a time, in a process group of its own."""
-    one = shlex.join([sys.executable, str(train.ROOT / "train.py"), *flags(world, "R")])
+    one = shlex.join([sys.executable, train.__file__, *flags(world, "R")])
     line = f"printf '%s\\n' {' '.join(map(str, RANKS))} | xargs -P 2 -I R {one}"
     return subprocess.Popen(["sh", "-c", line], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)

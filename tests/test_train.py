@@ -5,6 +5,7 @@ to a process is tested on real processes.
 """
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -90,14 +91,21 @@ def same(a, b):
     (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--init", "new"], "only --task pretrain"),
     (["--task", "pretrain", "--init", "x", "--vocab", "9"], "--vocab shapes a new model"),
     (["--task", "merge", "--init", "data"], "--out"), (["--init", "no/such/folder"], "no such folder"),
-    (["--layers", "a-b"], "written"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--layers", "a-b"], "--layers a-b cannot be read"), (["--layers", "3-1"], "upwards"),
+    (["--layers", ""], "cannot be read"), (["--layers", "0-1-2"], "cannot be read"),
+    (["--rank_map", "down"], "cannot be read"), (["--rank_map", "o=4"], "targets q,v,up,down leave it out"),
+    (["--beta2", "1"], "below 1"), (["--warmup", "2"], "from 0 to 1"), (["--min_lr", "-1"], "--min_lr -1.0"),
+    (["--weight_decay", "-1"], "--weight_decay"), (["--lora_plus", "-1"], "--lora_plus"),
+    (["--method", "prefix", "--hidden", "0"], "--hidden 0"),
+    (["--method", "ptuning2", "--prefix_dropout", "1.5"], "--prefix_dropout 1.5"),
+    (["--method", "adalora", "--target_rank", "0"], "--target_rank 0"),
+    (["--data", "toy/nothing"], "toy/nothing is no part of the toy world"),
+    (["--device", "cuda:99"], "--device cuda:99"),
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
-    if argv[0] in ("--layers", "--device"):
+    if argv[0] in ("--rank_map", "--device"):
         argv = [*argv, "--init", str(world / "base"), "--data", str(world / "chat")]
-    if argv[0] == "--layers":
-        says = "--layers a-b cannot be read"
     code = train.main(argv)
     err = capsys.readouterr().err
     assert code in (2, 65) and says in err and "Traceback" not in err
@@ -380,15 +388,25 @@ def test_a_full_disk_loses_nothing(world, tmp_path, monkeypatch, capsys):
     flags = ["--save_every", "2"]
     original, saves = torch.save, []
 
+    class Full:
+        def __init__(self, f):
+            self.f, self.left = f, 10_000
+
+        def write(self, some):                      # in the middle: torch then fails once more, over its own
+            self.left -= len(some)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.f.write(some)
+
+        def flush(self):
+            self.f.flush()
+
     def full(state, f):
         saves.append(1)
-        if len(saves) == 2:
-            f.write(b"half a file")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(state, f)
+        return original(state, Full(f) if len(saves) == 2 else f)
 
     monkeypatch.setattr(torch, "save", full)
-    assert train.main(command(world, tmp_path / "r", *flags)) in (1, 2)
+    assert train.main(command(world, tmp_path / "r", *flags)) == 2
     assert "No space left" in capsys.readouterr().err
     assert torch.load(tmp_path / "r" / "state.pt", weights_only=True)["now"]["step"] == 2
     assert not list((tmp_path / "r").glob("*.tmp")) and not list((tmp_path / "r").glob(".*.tmp"))
@@ -402,6 +420,13 @@ def test_a_file_where_the_folder_should_be(world, tmp_path, capsys):
     (tmp_path / "r").write_text("")
     assert train.main(command(world, tmp_path / "r" / "x")) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_terminal_without_our_letters_shows_question_marks(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    runs.say("caf\u00e9")
+    assert stdout.buffer.getvalue() == b"caf?\n"
 
 
 def test_a_closed_pipe_does_not_end_the_run(world, tmp_path):
@@ -482,6 +507,19 @@ def test_quantised_bases_and_checkpointing_run(world, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
+def test_a_quantised_run_is_read_on_the_base_it_was_trained_against(world, tmp_path):
+    for quant in (["--quant", "nf4", "--double_quant"], ["--quant", "int8", "--dora"]):
+        r = run(world, tmp_path / quant[1], *quant)
+        it, merged = tmp_path / quant[1], tmp_path / f"{quant[1]}-merged"
+        assert train.main(["--task", "merge", "--init", str(it), "--out", str(merged)]) == 0
+        for init in (it, merged):
+            out = tmp_path / f"{init.name}-eval"
+            assert train.main(["--task", "eval", "--init", str(init), "--data", str(world / "chat"),
+                               "--max_new", "4", "--out", str(out)]) == 0
+            loss = read_json(out / "result.json")["metrics"]["loss"]
+            assert loss == pytest.approx(r["metrics"]["loss"], rel=1e-5), init.name
+
+
 def test_out_of_memory_is_advice(world, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -504,6 +542,13 @@ def test_classify_by_words_and_by_head(world, tmp_path):
         again = read_json(out / "result.json")["metrics"]
         assert again["accuracy"] == r["metrics"]["accuracy"]
         assert again["loss"] == pytest.approx(r["metrics"]["loss"], rel=1e-4)
+
+
+def test_a_head_judges_the_rows_it_was_trained_on(world, tmp_path, capsys):
+    run(world, tmp_path / "r", "--task", "classify", "--by", "head", data="label")
+    assert train.main(["--task", "eval", "--init", str(tmp_path / "r"), "--data", str(world / "chat"),
+                       "--out", str(tmp_path / "e")]) == 65
+    assert "holds chat rows" in capsys.readouterr().err
 
 
 def test_word_scores_equal_whole_sequences(world):
@@ -603,7 +648,7 @@ def test_eval_reads_a_soft_prompt_and_knows_where_it_started(task, data, flags, 
     assert "virtual" not in json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
 
 
-def test_a_soft_prompt_is_gone_on_with(world, tmp_path):
+def test_a_soft_prompt_is_gone_on_with(world, tmp_path, capsys):
     """Its own numbers learn on; what comes out stands on the same base."""
     run(world, tmp_path / "one", "--method", "prompt", "--n_virtual", "4")
     args = command(world, tmp_path / "two", "--method", "prompt", "--n_virtual", "4")
@@ -613,6 +658,10 @@ def test_a_soft_prompt_is_gone_on_with(world, tmp_path):
     _, two, _ = train.load(tmp_path / "two")
     assert torch.equal(train.began_as(tmp_path / "two").table(), one.table())
     assert not torch.equal(one.table(), two.table())
+    args = command(world, tmp_path / "three", "--method", "prompt", "--n_virtual", "5")
+    args[1] = str(tmp_path / "one")
+    assert train.main(args) == 2
+    assert "of 4 virtual tokens" in capsys.readouterr().err
 
 
 def test_dry_run_shows_the_mask_and_writes_nothing(world, tmp_path, capsys):
