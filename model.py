@@ -258,7 +258,8 @@ class GPT(nn.Module):
             mask = torch.arange(S, device=device) <= positions[:, None]         # (T, S)
         h = self.wte(x) if x.dim() == 2 else x.to(self.wte.weight.dtype)        # (B, T, C)
         if places is not None:      # rotary: one angle for both channels. Learned: one table, whose end no
-            positions, within = P + places[0] + places[1] * (self.wpe is None), places[1]       # text reaches
+            front, within = P * (lengths is None), places[1]                                    # text reaches
+            positions = front + places[0] + within * (self.wpe is None)
             if self.wpe is not None:
                 h = h + self.wpe(-within % self.config.block_size) * (within > 0)[..., None]
         if self.wpe is not None:
@@ -390,9 +391,16 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
+def span(columns, ends):
+    """The places (2, B, T) of columns (T,) or (B, T) in rows whose prompts, `ends` (B,) long, end in a mask
+    and a start token: from there on a token stands where the mask does, and counts what fills it."""
+    mask = ends[:, None] - 2
+    return torch.stack((torch.minimum(columns, mask), (columns - mask).clamp(min=0)))
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, past=None,
-             generator=None, embed=None, both_ways=False):
+             generator=None, embed=None, both_ways=False, blank=False):
     """Continue prompts of any lengths, as one batch with a KV cache.
 
     prompts  list of non-empty lists of token ids
@@ -401,6 +409,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     generator    or the dice themselves, (B, max_new_tokens) in [0, 1): then drawn rows are their own, too
     embed    ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
     both_ways    a prompt's tokens see each other both ways, as a prefix-LM has learnt it
+    blank    a prompt ends in a mask and a start token: the answer fills the mask, as a GLM has learnt it
     Returns the new tokens only, a list of lists. Greedy rows do not depend on their neighbours; finished rows
     leave the batch, so late steps cost only what still runs. The caller decides .eval() and autocast.
     """
@@ -415,8 +424,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     device, T = model.wte.weight.device, max(map(len, prompts))
     x = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)   # (B, T), right-padded
-    seen = dict(sees=torch.tensor(list(map(len, prompts)), device=device)) if both_ways else {}
-    hidden, past = model.trunk(embed(x) if embed else x, past, **seen)
+    sizes = torch.tensor(list(map(len, prompts)), device=device)
+    hidden, past = model.trunk(embed(x) if embed else x, past, sees=sizes - int(blank) if both_ways else None,
+                               places=span(torch.arange(T, device=device), sizes) if blank else None)
     P = past[0][0].size(2) - T                                          # virtual tokens in front
     starts = [P + len(p) for p in prompts]                              # columns used, row by row
     room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column
@@ -438,5 +448,6 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             caches = [[k[at], v[at], *side] for k, v, *side in caches]
         used = max(starts[row] + len(new[row]) for row in alive)        # look no further than the longest row
         view = [(k[:, :, :used], v[:, :, :used], *side) for k, v, *side in caches]
-        hidden, _ = model.trunk(tokens[:, None], view, lengths)
+        places = span(lengths[:, None], lengths.new_tensor([starts[row] for row in alive])) if blank else None
+        hidden, _ = model.trunk(tokens[:, None], view, lengths, places=places)
         last, lengths = hidden[:, 0], lengths + 1

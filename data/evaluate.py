@@ -25,7 +25,7 @@ from data.examples import Text, targets
 from data.files import UserError
 from data.objectives import Example, collate
 from data.shots import fitted
-from model import GPT, generate
+from model import GPT, generate, span
 
 
 @dataclass
@@ -68,14 +68,20 @@ class Kit:
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
 
-    def trunk(self, x, past, **view):
-        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, **view)
+    def read(self, examples, past):
+        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past)."""
+        x, y, view = collate(examples, self.text.attention)
+        view = {name: t.to(self.device) for name, t in view.items()}
+        x = self.embed(x.to(self.device))
+        hidden, past = self.model.trunk(x, past, checkpoint=self.checkpoint, **view)
+        return hidden, y.to(self.device), past
 
-    def read(self, rows, past):
-        """The trunk over lists of ids that are only read: (hidden (B, T, C), past)."""
-        sees = [self.text.sees(ids) for ids in rows]
-        view = {"sees": torch.tensor(sees, device=self.device)} if any(sees) else {}
-        return self.trunk(pad(rows, self.device), past, **view)
+    def ask(self, rows, past):
+        """The trunk over questions, lists of ids: (hidden at their last tokens (B, C), past)."""
+        rows = [Example(ids, [-1] * len(ids), *self.text.view(ids)) for ids in rows]
+        hidden, _, past = self.read(rows, past)
+        last = torch.tensor([len(e.ids) - 1 for e in rows], device=hidden.device)
+        return hidden[torch.arange(len(rows), device=hidden.device), last], past
 
     def speaks(self):
         """A model that has only ever seen both ways has no next word to say."""
@@ -89,23 +95,9 @@ class Kit:
                 module.train(on)
 
 
-def pad(rows, device):
-    """Lists of ids -> (B, T), right-padded."""
-    T = max(map(len, rows))
-    return torch.tensor([[*r, *[0] * (T - len(r))] for r in rows], device=device)
-
-
-def at_last(hidden, rows):
-    """(B, T, C) -> (B, C): the hidden state of each row's last real token."""
-    last = torch.tensor([len(r) - 1 for r in rows], device=hidden.device)
-    return hidden[torch.arange(len(rows), device=hidden.device), last]
-
-
 def summed_loss(kit, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
-    x, y, view = collate(examples, kit.text.attention)                  # (B, T); y is -1 where no target is
-    y = y.to(kit.device)
-    hidden, _ = kit.trunk(x.to(kit.device), past, **{name: t.to(kit.device) for name, t in view.items()})
+    hidden, y, _ = kit.read(examples, past)                             # y (B, T): -1 where no target is
     said, wanted = hidden[y >= 0], y[y >= 0]                            # (targets, C), (targets,)
     if isinstance(examples[0], Example) and examples[0].head:
         return F.cross_entropy(kit.head(said.float()), wanted, reduction="sum")
@@ -142,7 +134,8 @@ def sample(kit, prompts, **sampling):
         past = kit.past()
         for rows in by_length(kit, list(map(len, prompts)), kit.max_new):
             new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
-                           embed=kit.embed, both_ways=kit.text.attention == "prefix", **sampling)
+                           embed=kit.embed, both_ways=kit.text.attention == "prefix",
+                           blank=bool(kit.text.blank), **sampling)
             for i, ids in zip(rows, new):
                 out[i] = ids
     out = merged(out)
@@ -166,17 +159,19 @@ def word_scores(kit, prompts):
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts)), longest):
             rows = [prompts[i] for i in index]
-            hidden, filled = kit.read(rows, past)
-            first = kit.model.head(at_last(hidden, rows))[:, None]                  # (B, 1, V)
+            hidden, filled = kit.ask(rows, past)
+            first = kit.model.head(hidden)[:, None]                                 # (B, 1, V)
             used = torch.tensor([len(r) for r in rows], device=kit.device)
-            used += filled[0][0].size(2) - hidden.size(1)                           # virtual tokens in front
+            used += filled[0][0].size(2) - max(map(len, rows))                      # virtual tokens in front
+            columns = used[:, None] + torch.arange(longest - 1, device=kit.device)
             tail = (0, 0, 0, longest - 1)
             cache = [(F.pad(k, tail), F.pad(v, tail), *side) for k, v, *side in filled]
             nll = []
             for word in words:
                 w, logits = torch.tensor([word] * len(rows), device=kit.device), first      # w (B, tokens)
                 if len(word) > 1:
-                    hidden, _ = kit.model.trunk(w[:, :-1], cache, used)
+                    places = span(columns[:, :len(word) - 1], used) if text.blank else None
+                    hidden, _ = kit.model.trunk(w[:, :-1], cache, used, places=places)
                     logits = torch.cat((first, kit.model.head(hidden)), 1)
                 nll.append(F.cross_entropy(logits.float().transpose(1, 2), w, reduction="none").sum(1))
             out.update(zip(index, torch.stack(nll, 1).tolist()))
@@ -193,9 +188,8 @@ def head_scores(kit, prompts):
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, list(map(len, prompts))):
-            rows = [prompts[i] for i in index]
-            hidden, _ = kit.read(rows, past)
-            out.update(zip(index, (-kit.head(at_last(hidden, rows).float()).log_softmax(-1)).tolist()))
+            hidden, _ = kit.ask([prompts[i] for i in index], past)
+            out.update(zip(index, (-kit.head(hidden.float()).log_softmax(-1)).tolist()))
     out = merged(out)
     return torch.tensor([out[i] for i in range(len(prompts))])
 
@@ -208,7 +202,7 @@ def word_tags(kit, examples):
     with kit.cast():
         past = kit.past()
         for index in by_length(kit, [len(e.ids) for e in examples]):
-            hidden, _ = kit.read([examples[i].ids for i in index], past)
+            hidden, _, _ = kit.read([examples[i] for i in index], past)
             for i, h in zip(index, hidden):
                 at = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
                 out[i] = [kit.text.labels[k] for k in kit.head(h[at].float()).argmax(-1).tolist()]

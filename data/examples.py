@@ -46,6 +46,12 @@ class Text:
         self.marks = objectives.marks(self.tokenizer, self.objective)
 
     @property
+    def blank(self):
+        """What a GLM is asked with, behind the question: a mask, and the start of the span that fills it."""
+        fill = self.objective == "glm" and self.attention == "prefix"
+        return [self.marks.mask, self.marks.start] if fill else []
+
+    @property
     def end(self):
         """The token that ends an answer."""
         return chat.end_token(self.template, self.tokenizer)
@@ -85,7 +91,7 @@ class Text:
         """Ids up to where the answer begins; solved examples stand in front, as earlier turns. What is longer
         than `limit` loses its beginning: the question is at the end."""
         turns = [turn for other in shots for turn in self.turns(other)] + self.turns(row)[:-1]
-        before, after = self.frame
+        before, after = self.frame[0], self.frame[1] + self.blank
         ids = chat.prompt(turns, self.template, self.tokenizer, self.system)
         return before + ids[-(limit - len(before) - len(after)) if limit else 0:] + after
 
@@ -101,7 +107,8 @@ class Text:
 
     def encode(self, rows, block, too_long="truncate"):
         """Rows -> (examples, {what happened to long ones: how many})."""
-        out, long, (before, after) = [], {"cut": 0, "left out": 0}, self.frame
+        out, long = [], {"cut": 0, "left out": 0}
+        before, after = self.frame[0], self.frame[1] + self.blank
         for row in rows:
             if "prompt" in row:
                 example, cut = self.ranking(row, block)
@@ -117,7 +124,7 @@ class Text:
                 if len(ids) > block:
                     ids, long["cut"] = self.asked(row, limit=block), long["cut"] + 1
                 label = self.labels.index(row["label"])                 # read at the last token
-                out.append(Example(ids, [-1] * (len(ids) - 1) + [label], self.sees(ids), head=True))
+                out.append(Example(ids, [-1] * (len(ids) - 1) + [label], *self.view(ids), head=True))
                 continue
             ids, mask = chat.render(self.turns(row), self.template, self.tokenizer, self.system)
             fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long)
@@ -127,8 +134,10 @@ class Text:
             long["cut"] += len(fitted[0]) < len(ids)
             ids, mask = fitted
             k = mask.index(True)
-            out.append((before + ids[:k] + after + ids[k:],
-                        [False] * len(before) + mask[:k] + [False] * len(after) + mask[k:]))
+            mask = [False] * len(before) + mask[:k] + [False] * len(after) + mask[k:]
+            ids, start = before + ids[:k] + after + ids[k:], mask.index(True) - 1
+            out.append(Example(ids[:-1], [t if on else -1 for t, on in zip(ids[1:], mask[1:])], start,
+                               objectives.filled(len(ids) - 1, start)) if self.blank else (ids, mask))
         return out, long
 
     def tagged(self, row, block):
@@ -140,11 +149,13 @@ class Text:
         for i, tag in zip(first, row["tags"]):
             if i + len(before) < len(ids) - len(after):
                 y[i + len(before)] = self.labels.index(tag)
-        return Example(ids, y, self.sees(ids), head=True)
+        return Example(ids, y, len(ids) * (self.attention != "causal"), head=True)
 
-    def sees(self, ids):
-        """How much of a text that is only read sees itself both ways: all of it or nothing."""
-        return 0 if self.attention == "causal" else len(ids)
+    def view(self, ids):
+        """(sees, places) of what is asked: it sees itself both ways or not at all; a blank's start token is
+        seen by no other."""
+        sees = 0 if self.attention == "causal" else len(ids) - bool(self.blank)
+        return sees, objectives.filled(len(ids), sees) if self.blank else None
 
     def split(self, rows, block, too_long="truncate"):
         """{split: rows} -> {split: examples}. Raw text to train on stays one stream, which Feed cuts."""

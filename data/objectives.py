@@ -17,12 +17,15 @@ down from the end of the one table, which no A reaches, so that the model stays 
 positions: both channels turn the same angle, so the token stands at their sum, as if its span were written
 out from its mask on, over the text behind it: distances inside a span and to its mask are exact.
 
+A GLM's answer fills a blank, too (2103.10360, 2.3): it is asked with the question, a mask and a start token.
+BERT has no next word to say; asked in words (--task sft) it learns to, with the question as a prefix.
+
 Deviations. Documents' ends are not hidden by mlm. A Poisson draw of 0 counts as 1; the last span is cut, to
 make 15 %. A span ends with end of text. Fewer tokens of text fit a block under glm, for its spans come twice.
 
 A corruption is a pure function of (ids, rng). An example is (ids, mask), as in examples.py, or an Example.
 
-Public: OBJECTIVES, REACH, Example, Marks, marks, of, stride, corrupt, collate
+Public: OBJECTIVES, REACH, Example, Marks, marks, of, stride, corrupt, filled, collate
 """
 import typing
 
@@ -72,6 +75,8 @@ def of(task, attention, objective, said):
     """(attention, objective) of a command: as asked, or as the run that wrote `said` (run.json) left them."""
     objective = objective or said.get("objective", "causal")
     left = REACH[objective] if task == "pretrain" else said.get("attention", "causal")
+    if task == "sft" and left == "bidirectional":       # it has never said a next word: here it learns to
+        left = "prefix"
     if task in ("reward", "dpo", "ppo", "sample") and (left, objective) != ("causal", "causal"):
         raise UserError(f"--task {task} reads causally, and --init has learnt --objective {objective} with "
                         f"{left} attention; start from a causal model")
@@ -119,6 +124,11 @@ def glm(ids, rng, m):
         b, y = b + [m.start, *span], y + [*span, m.end]
         where, within = where + [j] * (len(span) + 1), within + list(range(1, len(span) + 2))
     return Example(a + b, [-1] * size + y, size, ([*range(size), *where], [0] * size + within))
+
+
+def filled(n, start):
+    """Places of n tokens in which one span, from its start token at `start` on, fills the mask before it."""
+    return [min(i, start - 1) for i in range(n)], [max(0, i - start + 1) for i in range(n)]
 
 
 def corrupt(objective, ids, rng, m):

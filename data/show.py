@@ -17,7 +17,7 @@ import torch
 
 from data.files import UserError
 from data.runs import say
-from model import allowed
+from model import allowed, span
 
 ROWS, BAR, WIDE = 12, 16, 46
 
@@ -49,12 +49,13 @@ def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS)
 
 @torch.no_grad()
 def walk(model, ids, past, max_new, generator, end, temperature=1.0, top_k=None, top_p=None, both_ways=False,
-         embed=None):
+         embed=None, blank=False):
     """(logits of the first choice (V,), [(token, the probability it was drawn with)]) of a continuation."""
     x, chosen, first = torch.tensor([ids], device=model.wte.weight.device), [], None
-    seen = {"sees": torch.tensor([len(ids)], device=x.device)} if both_ways else {}
-    hidden, past = model.trunk(embed(model, x) if embed else x, past, **seen)
-    while True:
+    column, n = torch.arange(len(ids), device=x.device), torch.tensor([len(ids)], device=x.device)
+    sees, places = n - int(blank) if both_ways else None, span(column, n) if blank else None
+    hidden, past = model.trunk(embed(model, x) if embed else x, past, sees=sees, places=places)
+    for step in itertools.count():
         logits = model.head(hidden[:, -1]).float()                              # (1, V)
         first = logits[0] if first is None else first
         p = allowed(logits, temperature, top_k, top_p).softmax(-1)
@@ -63,7 +64,8 @@ def walk(model, ids, past, max_new, generator, end, temperature=1.0, top_k=None,
         full = past[0][0].size(2) == model.config.block_size
         if len(chosen) == max_new or token.item() == end or full:
             return first, chosen
-        hidden, past = model.trunk(token, past)
+        n = n * 0 - step                                        # where the prompt ended, seen from the token
+        hidden, past = model.trunk(token, past, places=span(column[:1], n) if blank else None)
 
 
 def beside(columns):
@@ -86,7 +88,7 @@ def show(kit, sides, cfg):
         with enter() as (model, past):
             first, chosen = walk(model, asked[-(kit.room() - 1):], past, cfg.max_new,
                                  torch.Generator(kit.device).manual_seed(cfg.seed), text.end, **how,
-                                 both_ways=text.attention == "prefix",
+                                 both_ways=text.attention == "prefix", blank=bool(text.blank),
                                  embed=kit.prompt.embed if framed else None)
         head = [side] * (len(sides) > 1)
         tables.append(head + table(first, text.tokenizer, **how))

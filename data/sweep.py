@@ -11,8 +11,7 @@
 
 A run that is not finished is returned with what stopped it; nothing that looks like a run is left out.
 
-Public: gather, events, value, shown, telling, group, numbers, main_metric,
-estimate
+Public: gather, events, value, shown, telling, order, group, numbers, main_metric, estimate
 """
 import glob
 import json
@@ -24,7 +23,7 @@ from data.files import DataError, read_json
 from data.metrics import summary, wilson
 
 DASH = "-"
-MAIN = ("exact_match", "accuracy", "gold", "score", "loss")            # what a run is about: the first it has
+MAIN = ("f1", "exact_match", "accuracy", "gold", "score", "loss")      # what a run is about: the first it has
 PROPORTIONS = ("exact_match", "accuracy")               # means of the outcomes in result.json's `right`
 FALLING = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")       # less is better
 
@@ -109,14 +108,16 @@ def telling(runs, meta):
     return by or ["method"]
 
 
+def order(v):
+    return (0, 0, "") if v is None else (1, v, "") if isinstance(v, (int, float)) else (2, 0, str(v))
+
+
 def group(runs, by, meta):
     """{values of the fields: runs}, sorted: numbers by size, words by letters, "-" first."""
     out = {}
     for run in runs:
         out.setdefault(keys(run, by, meta), []).append(run)
-    return dict(sorted(out.items(), key=lambda item: [
-        (0, 0, "") if v is None else (1, v, "") if isinstance(v, (int, float)) else (2, 0, str(v))
-        for v in item[0]]))
+    return dict(sorted(out.items(), key=lambda item: [order(v) for v in item[0]]))
 
 
 def numbers(runs, metric):

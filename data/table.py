@@ -18,8 +18,8 @@ from data import plots
 from data.files import UserError
 from data.metrics import summary
 from data.runs import say
-from data.sweep import (DASH, FALLING, PROPORTIONS, estimate, gather, group, main_metric, numbers, shown,
-                        telling, value)
+from data.sweep import (DASH, FALLING, PROPORTIONS, estimate, gather, group, main_metric, numbers, order,
+                        shown, telling, value)
 
 
 def flags(parser, meta):
@@ -30,6 +30,8 @@ def flags(parser, meta):
     add("--task", help="table")
     add("--runs", nargs="+", default=["out/*"], help="run folders, or patterns for them (default out/*)")
     add("--by", help="fields to group by, as method,rank; default: those in which the runs differ")
+    add("--across", metavar="FIELD", help="a matrix: a column for each value of this field, and one number, "
+        "the first of --metric that a cell's runs have")
     add("--metric", help="what to show, as exact_match,loss; default: what each task is about")
     add("--compare", nargs=2, metavar=("A", "B"), help="paired difference of two groups: lora full, or "
         "rank=1 rank=8, or method=lora,rank=1 full")
@@ -153,6 +155,19 @@ def table(groups, by, metrics):
     return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
 
 
+def matrix(groups, by, across, metrics):
+    """Rows of cells, mean ± sd, in which the values of one field are the columns."""
+    at, lines = by.index(across), {}
+    for key, runs in groups.items():
+        name = next((m for m in metrics or [main_metric(runs[0])] if numbers(runs, m)), None)
+        lines.setdefault((*key[:at], *key[at + 1:]), {})[key[at]] = \
+            cells(estimate(runs, name))[0] if name else DASH
+    columns = sorted({key[at] for key in groups}, key=order)
+    rest = [name for name in by if name != across]
+    return [[*rest, *map(shown, columns)],
+            *([*map(shown, key), *(found.get(c, DASH) for c in columns)] for key, found in lines.items())]
+
+
 def aligned(rows, markdown):
     if markdown:
         bold = [[f"**{c[:-1]}**" if c.endswith("*") else c for c in row] for row in rows]
@@ -170,6 +185,7 @@ def show(options):
         raise UserError(f"--runs {' '.join(options.runs)}: no run folder is there; out/ is where they lie")
     known = dict.fromkeys(name for run in runs for name in run["config"])
     by = options.by.split(",") if options.by else telling(runs, meta)
+    by += [options.across] * (options.across is not None and options.across not in by)
     for name in by + [options.x] * (options.x not in (None, "step", "ranks", "sqrt_kl")):
         if runs and name not in known:
             near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
@@ -183,7 +199,8 @@ def show(options):
     if (options.compare or options.plot) and not metrics:
         raise UserError("no finished run with a metric is there, so nothing can be compared or drawn")
     if runs:
-        rows = table(groups, by, metrics)
+        rows = matrix(groups, by, options.across, options.metric and metrics) if options.across else \
+            table(groups, by, metrics)
         say("\n".join(aligned(rows, options.markdown)))
         bold = any(cell.endswith("*") for row in rows[1:] for cell in row)
         say("\nmean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run, Wilson over "

@@ -11,6 +11,7 @@ from data import batches, evaluate, objectives
 from data.examples import Feed, Text, targets
 from data.files import UserError, read_json, read_tensors
 from data.objectives import Example, collate, corrupt, marks, stride
+from data.show import walk
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate
 from tiny import stopped, write
@@ -108,6 +109,58 @@ def test_generation_behind_a_prefix_is_the_whole_forward(family):
                 hidden, _ = model.trunk(torch.tensor([ids]), sees=torch.tensor([len(row)]))
             assert model.head(hidden[0, -1]).argmax() == token
             ids.append(token)
+
+
+# ------------------------------------------------------------------------------- an answer that fills a blank
+
+CHAT = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "there"}]}
+
+
+@FAMILY
+def test_an_answer_is_glms_one_span(family):
+    """What fine-tuning shows the model is what pre-training would have: text, mask, start, span, end."""
+    model, k = make(family), kit(make(family), "glm")
+    (e,), _ = k.text.encode([CHAT], 64)
+    source = TOKENIZER.encode("Where?")
+    n, said = len(source) + 1, TOKENIZER.encode(" there")       # plain text begins with a start of its own
+    assert e.ids == [TOKENIZER.eos, *source, M.mask, M.start, *said] and e.sees == n + 1
+    assert e.y == [-1] * (n + 1) + said + [M.end]
+    assert e.places == ([*range(n + 1), *[n] * (len(said) + 1)], [0] * (n + 1) + [*range(1, len(said) + 2)])
+    assert k.text.asked(CHAT) == e.ids[:n + 2] and k.text.asked(CHAT, limit=6) == e.ids[n - 4:n + 2]
+    x, _, view = collate([e], "prefix")
+    for j in range(x.size(1)):                                  # a start token is unseen by the text
+        other = x.clone()
+        other[0, j] = (other[0, j] + 7) % 97
+        gap = (model.trunk(other, **view)[0] - model.trunk(x, **view)[0])[0].abs().amax(-1)
+        assert [g > 1e-9 for g in gap.tolist()] == [j <= i or i <= n and j <= n for i in range(x.size(1))], j
+
+
+@FAMILY
+@pytest.mark.parametrize("P", [0, 3])
+def test_what_glm_says_is_what_the_whole_forward_says(family, P):
+    """Generation, a walk of --task show and the scores of labels, all with a cache, against no cache."""
+    model, k = make(family), kit(make(family), "glm")
+    past = model.trunk(torch.tensor([window(P)]))[1] if P else None
+    rows = [[*window(n, n), M.mask, M.start] for n in (4, 9)]
+    got = generate(model, rows, 6, temperature=0, past=past, both_ways=True, blank=True)
+    for row, new in zip(rows, got):
+        if not P:
+            assert walk(model, row, None, 6, None, None, 0, both_ways=True, blank=True)[1] == \
+                [(token, 1.0) for token in new]
+        n = len(row) - 1
+        for i, token in enumerate(new):
+            ids = row + new[:i]
+            x, _, view = collate([Example(ids, [-1] * len(ids), n, objectives.filled(len(ids), n))])
+            with torch.no_grad():
+                assert model.head(model.trunk(x, past, **view)[0][0, -1]).argmax() == token
+    k.model, k.text.labels = model, ("there", "no", "nowhere")
+    k.prompt = torch.nn.Module()
+    k.prompt.forward, k.prompt.template = lambda model: past, None
+    scores = evaluate.word_scores(k, [k.text.asked(CHAT), rows[0]])
+    for j, label in enumerate(k.text.labels):
+        row = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": label}]}
+        loss = evaluate.summed_loss(k, k.text.encode([row], 64)[0], past).item()
+        assert scores[0, j].item() == pytest.approx(loss, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- what is counted
@@ -239,6 +292,7 @@ def test_a_fixed_batch_is_overfit(objective, family):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
     GPT(SHAPE).save_pretrained(folder / "base")
     TOKENIZER.save_pretrained(folder / "base")
     letters = "abcdefgh"
@@ -278,22 +332,25 @@ def test_a_run_of_each_objective(objective, world, tmp_path, monkeypatch, capsys
     assert again["metrics"]["targets"] == r["metrics"]["targets"]
     seen, trunk = [], GPT.trunk
     monkeypatch.setattr(GPT, "trunk", lambda self, x, past=None, *a, sees=None, **k: (
-        seen.append(None if sees is None else (sees == x.size(1)).any().item()),
+        seen.append(None if sees is None else (sees == x.size(1) - (objective == "glm")).any().item()),
         trunk(self, x, past, *a, sees=sees, **k))[1])
     run(world, tmp_path / "head", "label", "--task", "classify", "--by", "head", "--method", "full",
         "--steps", "2", "--forget", "none", *after)
     assert all(s or s is None and objective != "mlm" for s in seen) and True in seen    # None: the baseline
     assert read_json(tmp_path / "head" / "model" / "run.json")["attention"] == attention
     monkeypatch.undo()
-    code = 2 if objective == "mlm" else 0
-    capsys.readouterr()
-    run(world, tmp_path / "sft", "chat", "--steps", "2", "--forget", "none", "--max_new", "4", *after,
-        code=code)
+    talk = ["--task", "chat", "--prompt", "ab", "--max_new", "2", "--init"]
+    assert train.main([*talk, str(tmp_path / "whole")]) == (2 if objective == "mlm" else 0)
     assert ("cannot generate" in capsys.readouterr().err) == (objective == "mlm")
+    answer = ["--method", "full", "--steps", "20", "--lr", "1e-2", "--forget", "none", "--max_new", "4"]
+    r = run(world, tmp_path / "sft", "chat", *answer, *after)
+    assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"] - 2
+    again = run(world, tmp_path / "again", "chat", "--task", "eval", "--init", tmp_path / "sft")
+    assert again["metrics"]["loss"] == pytest.approx(r["metrics"]["loss"], rel=1e-5)
+    assert read_json(tmp_path / "sft" / "model" / "run.json")["attention"] == "prefix"
+    assert train.main([*talk, str(tmp_path / "sft")]) == 0 and capsys.readouterr().out
     run(world, tmp_path / "dpo", "chat", "--task", "dpo", *after, code=2)
     assert f"dpo reads causally, and --init has learnt --objective {objective}" in capsys.readouterr().err
-    talk = ["--task", "chat", "--prompt", "ab", "--max_new", "2", *map(str, after)]
-    assert train.main(talk) == code
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "ptuning2"])
@@ -303,6 +360,10 @@ def test_other_methods_learn_every_objective(method, world, tmp_path):
         r = run(world, tmp_path / objective, "text", *PRETRAIN, "--objective", objective, "--method", method,
                 "--steps", "8", *more)
         assert r["skipped"] == 0 and r["metrics"]["loss"] < r["baseline_metrics"]["loss"]
+        base = ["--init", tmp_path / objective, "--method", method, "--steps", "2", "--forget", "none"]
+        if method != "lora":                            # a soft prompt has no soft prompt on top
+            base = [*base[2:], *more]
+        run(world, tmp_path / f"{objective}-sft", "chat", *base)
 
 
 def test_classify_both_ways_or_causal(world, tmp_path, capsys):

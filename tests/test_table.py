@@ -131,6 +131,23 @@ def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------- intervals
 
+def test_a_matrix_has_a_column_for_each_value_of_a_field(tmp_path, capsys):
+    for method, low in (("full", 0.5), ("lora", 0.25)):
+        seeds(tmp_path, f"words-{method}", [low, low + 0.25], ["--method", method])
+        flags = ["--task", "tag", "--method"]
+        make(tmp_path / f"tag-{method}", {"f1": low, "accuracy": 0.99}, flags=[*flags, method])
+    make(tmp_path / "tag-ia3", {"f1": 0.125, "accuracy": 0.99}, flags=[*flags, "ia3"])
+    lines = shown(tmp_path, capsys, "--by", "task,method", "--across", "method").splitlines()
+    assert lines[0].split() == ["task", "full", "ia3", "lora"]
+    assert lines[1].split() == "sft 0.625 ± 0.177 - 0.375 ± 0.177".split()
+    assert lines[2].split() == "tag 0.500 0.125 0.250".split()             # f1, not the accuracy of its words
+    lines = shown(tmp_path, capsys, "--by", "task", "--across", "method", "--metric", "accuracy,loss")
+    assert lines.splitlines()[1].split() == "sft 0.375 ± 0.177 - 0.625 ± 0.177".split()
+    assert lines.splitlines()[2].split() == "tag 0.990 0.990 0.990".split()
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--across", "metod"]) == 2
+    assert "metod is no field of these runs; did you mean method?" in capsys.readouterr().err
+
+
 def test_the_interval_of_three_seeds_is_students(tmp_path, capsys):
     seeds(tmp_path, "a", [0.90, 0.91, 0.92])
     runs = sweep.gather([str(tmp_path / "*")])[0]
