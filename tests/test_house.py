@@ -23,7 +23,7 @@ MAY = {                                                         # which of our o
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
 LINES = dict(model=455, lora=485, prompts=350, ppo=690, train=960)
-LINES["data/flags"] = 320                                       # one table of every flag
+LINES["data/flags"] = 330                                       # one table of every flag
 DATA_LINES = 290
 
 
