@@ -87,7 +87,8 @@ def exchange():
     try:
         yield
     except RuntimeError as e:                       # what gloo and nccl raise when the other end is gone
-        raise Lost(reason() or f"another process of this run is gone, without a word ({e})") from None
+        fault = str(e).split(". ")[0].splitlines()[0]
+        raise Lost(reason() or f"another process of this run is gone, without a word ({fault})") from None
 
 
 def reason():
