@@ -140,7 +140,7 @@ BROKEN, SAYS = f"{SFT} --max_new 7", "row 7 is gone; put it back"
 
 @pytest.fixture(scope="module")
 def many(world, tmp_path_factory):
-    """The quick loops by two processes; two runs that one process began; and one that ends badly in rank 1."""
+    """The quick loops by two processes; two runs that one process began; one that ends badly in rank 1."""
     folder = tmp_path_factory.mktemp("many")
     jobs = {**QUICK, "resumed": RESUMED, "refused": f"{RESUMED} --dropout 0.1", "broken": BROKEN}
     commands = {name: argv(world, folder / name, words) for name, words in jobs.items()}
