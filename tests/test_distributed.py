@@ -51,8 +51,7 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The rows of tiny.py, and prompts; a reward model; a Llama, whose keys have no bias: softmax does not
-    see one, so that its gradient is all rounding, of which Adam makes steps."""
+    """The rows of tiny.py, and prompts; a small Llama with shared key heads; a reward model."""
     folder = tiny.world(tmp_path_factory.mktemp("world"))
     tiny.write(folder, {"prompts": [{"prompt": ab} for ab in tiny.PAIRS]})
     tokenizer = Tokenizer.from_pretrained(folder / "base")
@@ -97,9 +96,9 @@ def codes(folder, process, n=2):
 
 def weights(out):
     found = {f"{f.name}/{key}": t for f in out.glob("*/*.safetensors") for key, t in read_tensors(f).items()}
-    if "head.safetensors/score.shift" in found:         # comparisons see no bias; the shift makes up for it
+    if "head.safetensors/score.shift" in found:         # no comparison sees the bias: Adam divides rounding
         gain, bias, shift = (found.pop(f"head.safetensors/score.{key}") for key in ("gain", "bias", "shift"))
-        found.update(gain=gain, offset=gain * bias + shift)
+        found.update(gain=gain, offset=gain * bias + shift)     # by rounding, and the shift makes up for it
     return found
 
 
