@@ -262,14 +262,13 @@ def save_weights(kit, cfg, folder):
     inner, model = folder / ("model" if cfg.method == "full" else "adapter"), kit.model
     if cfg.shard:
         distributed.reshard(model)
-        weights = distributed.full({name: p.detach() for name, p in model.named_parameters()})
-        with torch.device("meta"):
-            model = GPT(model.config)
-        model.load_state_dict(weights, strict=False, assign=True)
-        if model.config.tied:
-            model.head.weight = model.wte.weight
+        weights = distributed.collect({name: p.detach() for name, p in model.named_parameters()})
     if world.rank:
         return 0
+    if cfg.shard:
+        with torch.device("meta"):
+            model = GPT(model.config)
+        model.load_state_dict({"head.weight": weights["wte.weight"], **weights}, assign=True)
     if cfg.method == "full":
         model.save_pretrained(inner)
         kit.text.tokenizer.save_pretrained(inner)
@@ -378,9 +377,10 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
 
     def save():
         with guard:
-            run.save({**state, "learn": {n: distributed.full(p.detach()).cpu() for n, p in learn.items()},
-                      "optimiser": distributed.full(optimiser.state_dict()), "scaler": scaler.state_dict(),
-                      "now": dict(now), "ranks": ranks.state_dict() if ranks else {}})
+            whole = distributed.collect({"learn": {name: p.detach() for name, p in learn.items()},
+                                         "optimiser": optimiser.state_dict()})
+            run.save({**state, **whole, "scaler": scaler.state_dict(), "now": dict(now),
+                      "ranks": ranks.state_dict() if ranks else {}})
 
     run.rewind(now["step"])
     spoke = time.monotonic()

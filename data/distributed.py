@@ -22,7 +22,7 @@ and moment on each rank, and puts a block together while it computes. All ranks 
 forwards: one that is short of micro-batches runs another at weight 0, and measuring is not dealt out.
 
 Public: world, Interrupted, Lost, start, end, own, deal, share, gather, merged, alike, lead, meet, add_up,
-first, shard, full, scatter, scatter_state, reshard, clip
+first, shard, full, collect, scatter, scatter_state, reshard, clip
 """
 import contextlib
 import io
@@ -87,7 +87,8 @@ def exchange():
     try:
         yield
     except RuntimeError as e:                       # what gloo and nccl raise when the other end is gone
-        raise Lost(reason() or f"another process of this run is gone, without a word ({e})") from None
+        fault = str(e).split(". ")[0].splitlines()[0]
+        raise Lost(reason() or f"another process of this run is gone, without a word ({fault})") from None
 
 
 def reason():
@@ -243,13 +244,21 @@ def reshard(model):
         model.reshard()
 
 
-def full(x):
-    """Slices put together, in a tensor or all through a state dict. Every rank must ask."""
+def full(t):
+    """A tensor, put together if it is in slices: every rank must ask, and has it."""
+    return t.full_tensor() if sharded(t) else t
+
+
+def collect(x):
+    """The same for all through a state dict, one by one, into rank 0's memory; the others keep nothing."""
     if isinstance(x, dict):
-        return {key: full(value) for key, value in x.items()}
+        return {key: collect(value) for key, value in x.items()}
     if isinstance(x, list):
-        return [full(value) for value in x]
-    return x.full_tensor() if sharded(x) else x
+        return [collect(value) for value in x]
+    if sharded(x):
+        x = x.full_tensor()
+        return None if world.rank else x.cpu()
+    return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
 def scatter(p, value):
