@@ -61,7 +61,8 @@ def parse(argv):
 
 
 def default_out(cfg):
-    return flags.default_out(cfg, parse(["--task", cfg.task, "--method", cfg.method]))
+    standard = ["--task", cfg.task, "--method", cfg.method]
+    return flags.default_out(cfg, flags.parse(standard, CONCERNS, checked=False))
 
 
 # ---------------------------------------------------------------------------------------- models and machines
@@ -116,8 +117,10 @@ def open_kit(cfg):
         template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
     note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}")
     by = "head" if cfg.task == "tag" else said.get("by", "words") if cfg.task == "eval" else cfg.by
-    text = Text(tokenizer, template, cfg.system or said.get("system"), tuple(said.get("labels", ())),
-                cfg.ask or said.get("ask"), by, *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
+    system, ask = (said.get(name) if text is None else text     # "" is an answer
+                   for name, text in (("system", cfg.system), ("ask", cfg.ask)))
+    text = Text(tokenizer, template, system, tuple(said.get("labels", ())), ask, by,
+                *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
     kit = evaluate.Kit(model.to(device).eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
                        max_new=cfg.max_new, checkpoint=cfg.checkpoint)
     if prompt is not None and prompt.template:

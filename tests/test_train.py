@@ -99,6 +99,7 @@ def same(a, b):
     (["--method", "prefix", "--hidden", "0"], "--hidden 0"),
     (["--method", "ptuning2", "--prefix_dropout", "1.5"], "--prefix_dropout 1.5"),
     (["--method", "adalora", "--target_rank", "0"], "--target_rank 0"),
+    (["--task", "sample", "--samples", "2", "--keep", "3"], "--keep 3 is more"),
     (["--data", "toy/nothing"], "toy/nothing is no part of the toy world"),
     (["--device", "cuda:99"], "--device cuda:99"),
 ])
@@ -151,6 +152,20 @@ def test_default_folder_is_readable_and_stable():
     assert train.default_out(train.parse([])) == os.path.join("out", "sft-lora-s1")
     long = train.default_out(train.parse(["--data", "x" * 60]))
     assert len(long) < 40 and long != train.default_out(train.parse(["--data", "x" * 61]))
+
+
+def test_text_to_go_on_with_needs_no_out():
+    cfg = train.parse(["--task", "pretrain", "--method", "lora", "--init", "some/model"])
+    assert train.default_out(cfg) == "out/pretrain-lora-initmodel-s1"
+
+
+def test_an_empty_text_is_said_too(world):
+    assert train.main(["--init", str(world / "base"), "--data", str(world / "label"), "--task", "classify",
+                       "--steps", "0", "--forget", "none", "--system", "s", "--ask", "?", "--out",
+                       str(world / "asks")]) == 0
+    for words, system, turn in (([], "s", "aa\n\n?"), (["--system", "", "--ask", ""], "", "aa")):
+        text = train.open_kit(train.parse(["--task", "classify", "--init", str(world / "asks"), *words])).text
+        assert text.system == system and text.turns({"text": "aa", "label": "x"})[0]["content"] == turn
 
 
 def test_schedule_values():
