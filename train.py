@@ -820,11 +820,11 @@ def talk(cfg):
             except EOFError:
                 return 0
         turns.append({"role": "user", "content": asked})
-        ids = kit.text.asked({"messages": [*turns, {"role": "assistant", "content": ""}]})
-        while len(ids) > kit.room() - 1 and len(turns) > 2:
+        row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
+        while len(kit.text.asked(row)) > kit.asking() and len(turns) > 2:
             turns = turns[2:]                       # an overfull context forgets its oldest exchange
-            ids = kit.text.asked({"messages": [*turns, {"role": "assistant", "content": ""}]})
-        said = evaluate.answer(kit, [ids[-(kit.room() - 1):]], temperature=cfg.temperature, top_k=cfg.top_k,
+            row = {"messages": row["messages"][2:]}
+        said = evaluate.answer(kit, [kit.asked(row)], temperature=cfg.temperature, top_k=cfg.top_k,
                                top_p=cfg.top_p, generator=generator)[0]
         say(said)
         if cfg.prompt is not None:

@@ -602,6 +602,31 @@ def test_chains_merge_and_chat(world, tmp_path, capsys):
     assert train.main(merge) == 2
 
 
+def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
+    lines, lengths = ["a" * 60] * 4, []
+    original = evaluate.answer
+
+    def answer(kit, prompts, **sampling):
+        lengths.append(len(prompts[0]))
+        return original(kit, prompts, **sampling)
+
+    def ask(_):
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr("builtins.input", ask)
+    assert train.main(["--task", "chat", "--init", str(world / "base"), "--max_new", "40"]) == 0
+    assert len(lengths) == 4 and max(lengths) <= 160 - 40
+
+
+def test_a_talk_that_is_interrupted_claims_no_save(world, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: runs.guard.handler(signal.SIGINT, None))
+    assert train.main(["--task", "chat", "--init", str(world / "base")]) == 130
+    assert "saved" not in capsys.readouterr().err
+
+
 def test_few_shot_and_zero_shot(world, tmp_path):
     zero = run_none(world, tmp_path / "zero")
     two = run_none(world, tmp_path / "two", "--shots", "2")
