@@ -457,6 +457,9 @@ def supervised(cfg):
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
                 kit.text.labels = found
+            if kind == "label" and len(kit.text.asked({"text": "", "label": found[0]})) >= kit.room():
+                raise UserError(f"the question that names the {len(found)} labels of {cfg.data} leaves no "
+                                "room for a text; give a shorter --ask")
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)

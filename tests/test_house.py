@@ -22,7 +22,7 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=440, lora=485, prompts=350, ppo=680, train=914)
+LINES = dict(model=440, lora=485, prompts=350, ppo=680, train=916)
 LINES["data/flags"] = 324                                       # one table of every flag
 DATA_LINES = 290
 

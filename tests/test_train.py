@@ -566,6 +566,15 @@ def test_a_head_judges_the_rows_it_was_trained_on(world, tmp_path, capsys):
     assert "holds chat rows" in capsys.readouterr().err
 
 
+def test_a_question_that_fills_the_context_is_refused(world, tmp_path, capsys):
+    rows = [{"text": f"text {i}", "label": f"a label number {i}"} for i in range(12)]
+    write(tmp_path, {"many": rows})
+    words = command(world, tmp_path / "r", "--task", "classify", data="label")
+    words[words.index("--data") + 1] = str(tmp_path / "many")
+    assert train.main(words) == 2 and "a shorter --ask" in capsys.readouterr().err
+    assert train.main([*words, "--ask", "Which?"]) == 0
+
+
 def test_word_scores_equal_whole_sequences(world):
     """The cached scores of labels are the sums over whole sequences, with and without a soft prompt."""
     model, _, tokenizer = train.load(world / "base")
