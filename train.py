@@ -63,7 +63,8 @@ def parse(argv):
 
 
 def default_out(cfg):
-    return flags.default_out(cfg, parse(["--task", cfg.task, "--method", cfg.method]))
+    standard = ["--task", cfg.task, "--method", cfg.method]
+    return flags.default_out(cfg, flags.parse(standard, CONCERNS, checked=False))
 
 
 # ---------------------------------------------------------------------------------------- models and machines
@@ -124,8 +125,10 @@ def open_kit(cfg):
                         "or bf16; " + ("start several" if world.size == 1 else "leave --dtype fp16 out"))
     model = distributed.shard(model, device) if cfg.shard else model.to(device)
     by = "head" if cfg.task == "tag" else said.get("by", "words") if cfg.task == "eval" else cfg.by
-    text = Text(tokenizer, template, cfg.system or said.get("system"), tuple(said.get("labels", ())),
-                cfg.ask or said.get("ask"), by, *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
+    system, ask = (said.get(name) if text is None else text     # "" is an answer
+                   for name, text in (("system", cfg.system), ("ask", cfg.ask)))
+    text = Text(tokenizer, template, system, tuple(said.get("labels", ())), ask, by,
+                *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
     kit = evaluate.Kit(model.eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
                        max_new=cfg.max_new, checkpoint=cfg.checkpoint)
     if prompt is not None and prompt.template:
@@ -488,6 +491,9 @@ def supervised(cfg):
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
                 kit.text.labels = found
+            if kind == "label" and len(kit.text.asked({"text": "", "label": found[0]})) >= kit.room():
+                raise UserError(f"the question that names the {len(found)} labels of {cfg.data} leaves no "
+                                "room for a text; give a shorter --ask")
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)
@@ -854,11 +860,11 @@ def talk(cfg):
             except EOFError:
                 return 0
         turns.append({"role": "user", "content": asked})
-        ids = kit.text.asked({"messages": [*turns, {"role": "assistant", "content": ""}]})
-        while len(ids) > kit.room() - 1 and len(turns) > 2:
+        row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
+        while len(kit.text.asked(row)) > kit.asking() and len(turns) > 2:
             turns = turns[2:]                       # an overfull context forgets its oldest exchange
-            ids = kit.text.asked({"messages": [*turns, {"role": "assistant", "content": ""}]})
-        said = evaluate.answer(kit, [ids[-(kit.room() - 1):]], temperature=cfg.temperature, top_k=cfg.top_k,
+            row = {"messages": row["messages"][2:]}
+        said = evaluate.answer(kit, [kit.asked(row)], temperature=cfg.temperature, top_k=cfg.top_k,
                                top_p=cfg.top_p, generator=generator)[0]
         say(said)
         if cfg.prompt is not None:

@@ -60,9 +60,15 @@ class Kit:
                             f"leaves {self.room()} tokens for text")
         return asked or min(self.room(), 1024)
 
+    def asking(self):
+        """The longest question, in tokens, behind which an answer has its room."""
+        frame = sum(map(len, self.text.frame))              # a template's virtual tokens always stay
+        room = self.room() - frame
+        return frame + max(room - self.max_new, room // 2, 1)
+
     def asked(self, row):
-        """Ids up to the answer, which keeps its room: a longer question loses its beginning."""
-        return self.text.asked(row, limit=max(self.room() - self.max_new, self.room() // 2))
+        """Ids up to where the answer begins; a longer question loses its beginning."""
+        return self.text.asked(row, limit=self.asking())
 
     def embed(self, x):
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""

@@ -69,8 +69,8 @@ class Text:
                     {"role": "assistant", "content": self.wanted(row)[0]}]
         if "label" not in row:
             return row["messages"]
-        ask = self.ask or f"Which label fits this text: {' or '.join(self.labels)}?"
-        return [{"role": "user", "content": f"{row['text']}\n\n{ask}"},
+        ask = f"Which label fits this text: {' or '.join(self.labels)}?" if self.ask is None else self.ask
+        return [{"role": "user", "content": f"{row['text']}\n\n{ask}" if ask else row["text"]},
                 {"role": "assistant", "content": row["label"]}]
 
     def answers(self, row):

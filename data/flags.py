@@ -218,7 +218,7 @@ def fields_of(task, concerns):
     return found
 
 
-def parse(argv, concerns):
+def parse(argv, concerns, checked=True):
     """Flags -> Config; concerns: {task: the dataclass of flags that it adds, which becomes Config.rl}."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="sft", choices=TASKS)
@@ -247,7 +247,8 @@ def parse(argv, concerns):
     cfg = box(Config)
     if task in concerns:
         cfg = dataclasses.replace(cfg, rl=box(concerns[task]))
-    check(cfg)
+    if checked:                                 # the defaults of a pair alone may be no command
+        check(cfg)
     return cfg
 
 
@@ -288,11 +289,9 @@ def check(cfg):
         value = values.get(name)
         if value is not None and not low <= value < 2 ** 63:
             raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
-        if name in shares and value is not None and value > 1:
-            raise UserError(f"--{name} {value} is out of range; it is a share, from 0 to 1")
-    for name in ("beta2", "dropout", "prefix_dropout", "ema"):
-        if values.get(name) == 1:
-            raise UserError(f"--{name} 1 lets nothing new through; it must be below 1")
+        most = "below 1" if name in ("beta2", "dropout", "prefix_dropout", "ema") else "1"
+        if name in shares and value is not None and (value > 1 or value == 1 and most != "1"):
+            raise UserError(f"--{name} {value} is out of range; it goes from 0 to {most}")
     shots.counts(cfg.shots)
     ranges(cfg.layers), numbers(cfg.rank_map)       # what cannot be read is said before anything is loaded
     if cfg.init == "new" and cfg.task != "pretrain":
@@ -303,6 +302,8 @@ def check(cfg):
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+    if cfg.task == "sample" and cfg.keep > cfg.rl.samples:
+        raise UserError(f"--keep {cfg.keep} is more than --samples {cfg.rl.samples}, the answers there are")
     if cfg.task == "tag" and cfg.method == "none":
         raise UserError("--task tag has no head before it is trained: use --task eval for a trained one, or "
                         "--task sft --method none for names as words")

@@ -244,6 +244,8 @@ def tags(row, at):
     tokens, tags = _strings(row["tokens"], "tokens", at), _strings(row["tags"], "tags", at)
     if len(tokens) != len(tags):
         raise DataError(f'{at}: {len(tokens)} tokens and {len(tags)} tags; every token needs one tag')
+    if odd := [tag for tag in tags if "-" in tag and tag[:2] not in ("B-", "I-")]:      # BIOES counts no name
+        raise DataError(f'{at}: the tag {odd[0]} is not BIO; a name is B-KIND, then I-KIND, all else is O')
     if not tokens:
         raise Useless("without tokens")
     return {"tokens": tokens, "tags": tags}

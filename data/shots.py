@@ -35,12 +35,17 @@ def fitted(kit, row, shots):
     ids = text.asked(row, shots)
     if len(ids) <= kit.room() // 2:                     # which an answer leaves free, whatever it is
         return ids, len(shots)
-    if "label" in row and text.by == "words":           # a word has to fit behind the question
+    if "label" in row and kit.head is None:             # a word has to fit behind the question
         words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]
         most = kit.room() - max(map(len, words))
-    room = most if "label" in row else max(kit.room() - kit.max_new, kit.room() // 2)
-    while shots and len(ids) > room:
-        shots = shots[1:]
+    room = most if "label" in row else kit.asking()
+    if shots and len(ids) > room:
+        held, many = 0, len(shots) - 1
+        while held < many:                              # by halves: a list may be long
+            n = (held + many + 1) // 2
+            fits = len(text.asked(row, shots[len(shots) - n:])) <= room
+            held, many = (n, many) if fits else (held, n - 1)
+        shots = shots[len(shots) - held:]
         ids = text.asked(row, shots)
     if len(ids) > most:
         ids = text.asked(row, shots, most)

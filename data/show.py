@@ -84,9 +84,9 @@ def show(kit, sides, cfg):
     row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
     for side, enter in sides.items():
         framed = side == "tuned" and kit.prompt is not None and kit.prompt.template
-        asked = (text if framed else dataclasses.replace(text, frame=([], []))).asked(row)
+        asked = (text if framed else dataclasses.replace(text, frame=([], []))).asked(row, (), kit.room() - 1)
         with enter() as (model, past):
-            first, chosen = walk(model, asked[-(kit.room() - 1):], past, cfg.max_new,
+            first, chosen = walk(model, asked, past, cfg.max_new,
                                  torch.Generator(kit.device).manual_seed(cfg.seed), text.end, **how,
                                  both_ways=text.attention == "prefix", blank=bool(text.blank),
                                  embed=kit.prompt.embed if framed else None)

@@ -289,6 +289,7 @@ def test_13_not_a_string(tmp_path, row, key, value, found):
     (dict(messages=["Hi"]), '"messages" holds a string; a message is {'),
     (dict(messages=[]), '"messages" is an empty list'),
     (dict(TAGGED, tokens=["a", None]), '"tokens[1]" is null'),
+    (dict(TAGGED, tags=["S-PER", "O"]), "the tag S-PER is not BIO"),
     (dict(TAGGED, tags=["O"]), "2 tokens and 1 tags; every token needs one tag"),
     (dict(RANKED, rank=[1, 2]), '"rank" must be a list with a number for each of "responses"'),
     (dict(prompt="a", responses=["b"], rank=[1]), '"rank" must be a list with a number for each'),

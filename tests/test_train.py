@@ -99,6 +99,7 @@ def same(a, b):
     (["--method", "prefix", "--hidden", "0"], "--hidden 0"),
     (["--method", "ptuning2", "--prefix_dropout", "1.5"], "--prefix_dropout 1.5"),
     (["--method", "adalora", "--target_rank", "0"], "--target_rank 0"),
+    (["--task", "sample", "--samples", "2", "--keep", "3"], "--keep 3 is more"),
     (["--data", "toy/nothing"], "toy/nothing is no part of the toy world"),
     (["--device", "cuda:99"], "--device cuda:99"),
 ])
@@ -151,6 +152,20 @@ def test_default_folder_is_readable_and_stable():
     assert train.default_out(train.parse([])) == os.path.join("out", "sft-lora-s1")
     long = train.default_out(train.parse(["--data", "x" * 60]))
     assert len(long) < 40 and long != train.default_out(train.parse(["--data", "x" * 61]))
+
+
+def test_text_to_go_on_with_needs_no_out():
+    cfg = train.parse(["--task", "pretrain", "--method", "lora", "--init", "some/model"])
+    assert train.default_out(cfg) == "out/pretrain-lora-initmodel-s1"
+
+
+def test_an_empty_text_is_said_too(world):
+    assert train.main(["--init", str(world / "base"), "--data", str(world / "label"), "--task", "classify",
+                       "--steps", "0", "--forget", "none", "--system", "s", "--ask", "?", "--out",
+                       str(world / "asks")]) == 0
+    for words, system, turn in (([], "s", "aa\n\n?"), (["--system", "", "--ask", ""], "", "aa")):
+        text = train.open_kit(train.parse(["--task", "classify", "--init", str(world / "asks"), *words])).text
+        assert text.system == system and text.turns({"text": "aa", "label": "x"})[0]["content"] == turn
 
 
 def test_schedule_values():
@@ -551,6 +566,15 @@ def test_a_head_judges_the_rows_it_was_trained_on(world, tmp_path, capsys):
     assert "holds chat rows" in capsys.readouterr().err
 
 
+def test_a_question_that_fills_the_context_is_refused(world, tmp_path, capsys):
+    rows = [{"text": f"text {i}", "label": f"a label number {i}"} for i in range(12)]
+    write(tmp_path, {"many": rows})
+    words = command(world, tmp_path / "r", "--task", "classify", data="label")
+    words[words.index("--data") + 1] = str(tmp_path / "many")
+    assert train.main(words) == 2 and "a shorter --ask" in capsys.readouterr().err
+    assert train.main([*words, "--ask", "Which?"]) == 0
+
+
 def test_word_scores_equal_whole_sequences(world):
     """The cached scores of labels are the sums over whole sequences, with and without a soft prompt."""
     model, _, tokenizer = train.load(world / "base")
@@ -585,6 +609,31 @@ def test_chains_merge_and_chat(world, tmp_path, capsys):
     talk = ["--task", "chat", "--init", str(tmp_path / "merged"), "--prompt", "ab", "--max_new", "3"]
     assert train.main(talk) == 0
     assert train.main(merge) == 2
+
+
+def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
+    lines, lengths = ["a" * 60] * 4, []
+    original = evaluate.answer
+
+    def answer(kit, prompts, **sampling):
+        lengths.append(len(prompts[0]))
+        return original(kit, prompts, **sampling)
+
+    def ask(_):
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr("builtins.input", ask)
+    assert train.main(["--task", "chat", "--init", str(world / "base"), "--max_new", "40"]) == 0
+    assert len(lengths) == 4 and max(lengths) <= 160 - 40
+
+
+def test_a_talk_that_is_interrupted_claims_no_save(world, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: runs.guard.handler(signal.SIGINT, None))
+    assert train.main(["--task", "chat", "--init", str(world / "base")]) == 130
+    assert "saved" not in capsys.readouterr().err
 
 
 def test_few_shot_and_zero_shot(world, tmp_path):
