@@ -208,7 +208,12 @@ def shown(example):
     if isinstance(example, Ranking):
         said = example.answers[0]
         return example.prompt + said, [False] * len(example.prompt) + [True] * len(said)
-    return example[0], [t >= 0 for t in example.y] if isinstance(example, Example) else example[1]
+    if not isinstance(example, Example):
+        return example
+    on = [t >= 0 for t in example.y]
+    if example.head:                                # marked where the label is read, else what is to be said
+        return example.ids, on
+    return [*example.ids, example.y[-1]], [False, *on]
 
 
 class Feed:
