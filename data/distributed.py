@@ -49,8 +49,8 @@ class Lost(UserError):
 
 
 class World:
-    """Which process this is, of how many, at its how-manieth command. stop: a signal has reached it. alike:
-    nothing is dealt out."""
+    """Which process this is, of how many. turn: commands so far. stop: a signal has reached this process.
+    alike: nothing is dealt out."""
     rank, size, store, turn, stop, alike = 0, 1, None, 0, False, False
 
 
