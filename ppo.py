@@ -563,14 +563,10 @@ def add_ptx(coef, policy, params, parts):
     the rows; what was there, alike in all, is rank 0's part of the sum."""
     before = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
     count, total = sum(int((y >= 0).sum()) for _, y in parts), 0.0
-    if distributed.world.rank:
-        for p in params.values():
-            p.grad = None
+    for p in params.values() if distributed.world.rank else ():
+        p.grad = None
+    parts = [(x[rows], y[rows]) for x, y in parts if (rows := distributed.share(range(len(x)), [1] * len(x)))]
     for x, y in parts:
-        rows = distributed.share(range(len(x)), [1] * len(x))
-        if not rows:
-            continue
-        x, y = x[rows], y[rows]
         with policy() as (model, past):
             hidden, _ = model.trunk(x, past)
             logits = model.head(hidden[y >= 0]).float()

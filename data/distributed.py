@@ -49,16 +49,17 @@ class Lost(UserError):
 
 
 class World:
-    """Which process this is, of how many. stop: a signal has reached it. alike: nothing is dealt out."""
-    rank, size, store, stop, alike = 0, 1, None, False, False
+    """Which process this is, of how many. turn: commands so far. stop: a signal has reached this process.
+    alike: nothing is dealt out."""
+    rank, size, store, turn, stop, alike = 0, 1, None, 0, False, False
 
 
 world = World()
 
 
 def start():
-    """Join the others, if torchrun has started us; once in a process."""
-    world.stop = world.alike = False
+    """Before a command: join the others, if torchrun has started us and we have not yet."""
+    world.stop, world.alike, world.turn = False, False, world.turn + 1
     if world.size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         return
     store, rank, size = next(dist.rendezvous("env://"))
@@ -94,16 +95,17 @@ def exchange():
 def reason():
     """What the first process to fail has said, if one has."""
     with contextlib.suppress(RuntimeError):
-        return world.store.get("why").decode() if world.store and world.store.check(["why"]) else None
+        key = f"why {world.turn}"
+        return world.store.get(key).decode() if world.store and world.store.check([key]) else None
 
 
 def first(why):
     """Is this process the first to fail? It alone says why; the others end in silence."""
     with contextlib.suppress(RuntimeError):         # the store is gone with the process that kept it
-        if world.store and world.store.add("failed", 1) > 1:
+        if world.store and world.store.add(f"failed {world.turn}", 1) > 1:
             return False
         if world.store:
-            world.store.set("why", why)
+            world.store.set(f"why {world.turn}", why)
     return True
 
 

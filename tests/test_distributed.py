@@ -221,14 +221,14 @@ def signalled(world, tmp_path, words, rank):
 
 
 def test_a_signal_to_one_stops_all_and_one_goes_on(world, tmp_path):
-    words = SFT.replace("--steps 5", "--steps 300 --save_every 5") + " --eval_every 999"
-    assert 5 <= signalled(world, tmp_path, words, rank=1) < 300
+    words = SFT.replace("--steps 5", "--steps 150 --save_every 5") + " --eval_every 999"
+    assert 5 <= signalled(world, tmp_path, words, rank=1) < 150
     for name in ("cut", "whole"):
         assert train.main(argv(world, tmp_path / name, words)) == 0
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-4         # after 300 steps of Adam
+    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-5         # after 150 steps of Adam
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").open()]
-    assert [e["step"] for e in log if e["event"] == "train"] == list(range(3, 301, 3))
+    assert [e["step"] for e in log if e["event"] == "train"] == list(range(1, 151))
 
 
 @pytest.mark.slow

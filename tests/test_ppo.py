@@ -731,7 +731,7 @@ def test_adam_and_the_rate():
 
 
 def test_beta_is_steered_and_the_average_follows():
-    cfg = config(steps=3, kl_coef=0.2, kl_target=1e-3, kl_horizon=100, ema=0.5)
+    cfg = config(steps=3, kl_coef=0.2, kl_target=1e-3, kl_horizon=100, ema=0.5, seed=2)
     roles, state, _, _ = setup(cfg)
     first = {k: p.detach().clone() for k, p in state.params["policy"].items()}
     want = first
@@ -739,7 +739,7 @@ def test_beta_is_steered_and_the_average_follows():
     for m, _ in ppo.train_ppo(cfg, roles, state, PROMPTS, toy_reward, END):
         betas.append(m["beta"])
         want = {k: (want[k] + p.detach()) / 2 for k, p in state.params["policy"].items()}
-    # KL 0, then above its target
+    # KL 0, then above its target (by k1 of 16 answers, which could be below 0 by chance)
     assert betas[:2] == [0.2, 0.2 * (1 - 0.2 * 16 / 100)] and betas[2] > betas[1]
     for k, t_ in state.ema.shadow.items():
         torch.testing.assert_close(t_, want[k])
