@@ -2,9 +2,10 @@
 
     PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
 
-Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns,
-so that a busy machine slows both; the first repetition warms up and is not counted. Tokens are real ones, no
-pads. Memory is the peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
+Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns;
+the first repetition warms up and is not counted. Seconds are a process's own CPU seconds, on one thread the
+wall clock's without the neighbours. Tokens are real ones, no pads. Memory is the peak of each side's own
+process. Without SMOLLM2 the model is a small random Llama.
 
     sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
             order, padded to the longest row, as transformers' Trainer collates them. Ours: data/examples.Feed
@@ -240,9 +241,9 @@ def serve(args):
         repeat = side(job["what"], job["model"], job["rows"], job["steps"])
     print("ready", file=out, flush=True)
     for i, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
+        began = time.process_time()
         tokens, loss = repeat(i)
-        seconds, unit = time.perf_counter() - began, 2 ** (20 if sys.platform == "darwin" else 10)
+        seconds, unit = time.process_time() - began, 2 ** (20 if sys.platform == "darwin" else 10)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(json.dumps(dict(speed=tokens / seconds, loss=loss, memory=peak)), file=out,
               flush=True)
