@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from data.batches import micro
 from data.files import UserError
 from data.health import describe
-from model import generate
+from model import generate, logprob
 
 
 def opt(default, help, type=None, choices=None):
@@ -330,9 +330,8 @@ class Actor:
 
 def states(model, batch, past):
     """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
-    hidden, _ = model.trunk(batch.tokens[:, :-1], past)
     b, t = batch.mask.nonzero(as_tuple=True)
-    return hidden[b, batch.start[b] - 1 + t]
+    return model.trunk(batch.tokens[:, :-1], past, at=(b, batch.start[b] - 1 + t))[0]
 
 
 def spread(x, mask):
@@ -343,11 +342,12 @@ def spread(x, mask):
 def logprobs(actor, batch, past=None, entropies=False):
     """log pi of every response token, (B, R), 0 outside the mask; `entropies`: both, (B, R, 2). The
     vocabulary is paid for where there is an action, and nowhere else."""
-    logits = actor.head(states(actor, batch, past))                             # (N, V)
-    b, t = batch.mask.nonzero(as_tuple=True)
+    hidden, (b, t) = states(actor, batch, past), batch.mask.nonzero(as_tuple=True)
     emitted = batch.tokens[b, batch.start[b] + t]                               # (N,)
-    logp = logits.log_softmax(-1).gather(-1, emitted[:, None])[:, 0]
-    return spread(torch.stack((logp, entropy(logits)), -1) if entropies else logp, batch.mask)
+    if not entropies:
+        return spread(logprob(actor.head, hidden, emitted), batch.mask)
+    logp = (logits := actor.head(hidden)).log_softmax(-1)                       # (N, V)
+    return spread(torch.stack((logp.gather(-1, emitted[:, None])[:, 0], entropy(logits)), -1), batch.mask)
 
 
 def values(model, head, batch, past=None):
@@ -357,8 +357,8 @@ def values(model, head, batch, past=None):
 
 def scores(model, head, batch, past=None):
     """The reward model's verdict on whole rows, (B,), at the last real token (by length, not by pad id)."""
-    hidden, _ = model.trunk(batch.tokens, past)
-    return head(hidden[torch.arange(len(hidden)), batch.lengths - 1])
+    at = torch.arange(len(batch.tokens), device=batch.tokens.device), batch.lengths - 1
+    return head(model.trunk(batch.tokens, past, at=at)[0])
 
 
 class ScalarHead(nn.Module):

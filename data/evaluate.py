@@ -23,7 +23,7 @@ from data.examples import Text, targets
 from data.files import UserError
 from data.objectives import Example, collate
 from data.shots import fitted
-from model import GPT, generate
+from model import GPT, generate, logprob
 
 
 @dataclass
@@ -99,13 +99,11 @@ def summed_loss(kit, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
     x, y, view = collate(examples, kit.text.attention)                  # (B, T); y is -1 where no target is
     y = y.to(kit.device)
-    hidden, _ = kit.trunk(x.to(kit.device), past, **{name: t.to(kit.device) for name, t in view.items()})
-    said, wanted = hidden[y >= 0], y[y >= 0]                            # (targets, C), (targets,)
+    at, view = (y >= 0).nonzero(as_tuple=True), {name: t.to(kit.device) for name, t in view.items()}
+    said, wanted = kit.trunk(x.to(kit.device), past, at=at, **view)[0], y[at]   # (targets, C), (targets,)
     if isinstance(examples[0], Example) and examples[0].head:
         return F.cross_entropy(kit.head(said.float()), wanted, reduction="sum")
-    some = max(1, len(said)) if torch.is_grad_enabled() else 1024       # a target's logits are a vocabulary
-    return sum(F.cross_entropy(kit.model.head(h).float(), t, reduction="sum")
-               for h, t in zip(said.split(some), wanted.split(some)))
+    return -logprob(kit.model.head, said, wanted).sum()
 
 
 def by_length(kit, lengths, extra=0):
