@@ -420,7 +420,7 @@ def logprob(head, hidden, tokens):
     """
     if torch.is_grad_enabled() and not head(hidden[:0].detach()).requires_grad:
         return LogProb.apply(hidden, tokens, head)
-    some = max(1, len(hidden)) if torch.is_grad_enabled() else 1024
+    some = max(1, len(hidden)) if torch.is_grad_enabled() else 256
     pairs = ((head(h), t) for h, t in zip(hidden.split(some), tokens.split(some)))
     return torch.cat([-F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), t, reduction="none")
                       for z, t in pairs])

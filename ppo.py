@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from data.batches import micro
 from data.files import UserError
 from data.health import describe
+from data.machine import MICRO
 from model import generate, logprob
 
 
@@ -74,7 +75,7 @@ class PPOConfig:
     seed: int = opt(1, "seed of prompts, samples and minibatches")
     max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(4096, "padded tokens per forward: memory and time, not mathematics")
+    micro: int = opt(MICRO, "padded tokens per forward: memory and time, not mathematics")
     clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
 
     algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
@@ -399,7 +400,7 @@ def inference(f, batch, budget):
     return out
 
 
-def model_reward(role, head, budget=4096):
+def model_reward(role, head, budget=MICRO):
     """A reward model in the shape `train_ppo` wants: (prompts, answers), lists of ids -> scores (B,)."""
     def reward(prompts, answers):
         with role() as (model, past):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from data import batches, chat, metrics, tags
 from data.examples import Text, targets
 from data.files import UserError
+from data.machine import MICRO
 from data.objectives import Example, collate
 from data.shots import fitted
 from model import GPT, generate, logprob
@@ -35,7 +36,7 @@ class Kit:
     dtype: torch.dtype                      # compute dtype
     head: nn.Module = None                  # a classification head (C -> labels), fp32
     prompt: nn.Module = None                # a prompt method: prompt(model) -> past
-    micro: int = 4096                       # padded tokens of a micro-batch
+    micro: int = MICRO                      # padded tokens of a micro-batch
     max_new: int = 64                       # longest answer
     checkpoint: bool = False
 
