@@ -260,8 +260,8 @@ class GPT(nn.Module):
         checkpoint  recompute each block in backward instead of keeping its activations
         sees        None: causal; or (B,), the tokens at the start of each row that see each other both ways
         places      None, or (2, B, T): position in the text, and in the span that fills it (0: is no span)
-        at          None, or (b, t), two (N,): only what stands there is asked for, so the last block is spared
-                    its o and MLP elsewhere
+        at          None, or (b, t), two (N,): only what stands there is asked for, and the last block spends
+                    its o and MLP there alone
         Returns hidden (B, T, C), or (N, C), after ln_f, and the past of all P+T positions (the caches, given
         `lengths`).
         """

@@ -465,7 +465,7 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
         return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
     answers, v = [None] * len(prompts), None
     with roles.policy() as (model, past):
-        for rows in micro(range(len(prompts)), [len(p) + cfg.max_new for p in prompts], cfg.micro):
+        for rows in micro(range(len(prompts)), [len(p) + cfg.max_new for p in prompts], 4 * cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=generator)
             for i, y in zip(rows, new):
