@@ -27,7 +27,7 @@ dropout; the trunk never computes logits, so a caller pays for the vocabulary on
 
 B batch  T tokens  P past positions  S cache columns  C width  V vocabulary
 nh heads  nkv key/value heads  hs head size
-Public: GPTConfig, GPT, generate, sample, allowed
+Public: GPTConfig, GPT, generate, sample, allowed, logprob
 """
 import math
 import os
@@ -38,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as rematerialise
 
+from data.batches import micro
 from data.files import DataError, UserError, write_json, write_tensors
 from data.hf import hf_config, hf_names, parse_config, read_config, read_weights
 
@@ -97,12 +98,33 @@ class GPTConfig:
 
 # ---------------------------------------------------------------------------------------------- the network
 
+class NormByHand(torch.autograd.Function):
+    """x w / rms(x). Left to autograd it keeps three copies of x and takes three times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        ctx.save_for_backward(x, w)
+        ctx.eps = eps
+        return F.rms_norm(x, w.shape, w, eps)
+
+    @staticmethod
+    def backward(ctx, g):                           # dx = r (u - n mean(u n)),  u = g w,  n = x r
+        x, w = ctx.saved_tensors
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.size(-1)).add(ctx.eps).rsqrt()
+        dw = (g * x * r).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        u = g * w
+        c = (u * x).mean(-1, keepdim=True) * -r ** 3
+        return u.mul_(r).addcmul_(x, c), dw, None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
+        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16:
+            return NormByHand.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -118,13 +140,12 @@ def rope_table(config, positions):
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         freq = torch.lerp(freq / s["factor"], freq, ramp.clamp(0, 1))
     angle = positions[..., None].float() * freq
-    angle = torch.cat((angle, angle), -1)                               # the rotate-half layout of HF weights
+    angle = torch.cat((-angle, angle), -1)          # halves turn: (a, b) -> (a cos - b sin, b cos + a sin)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):                                                # (B, n, T, hs)
-    a, b = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
 
 
 def attend(q, k, v, mask):
@@ -154,7 +175,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
 
-    def forward(self, x, past, rope, mask, slots):
+    def forward(self, x, past, rope, mask, slots, at=None):
         B, T, _ = x.shape
         nh, nkv, hs = self.heads
         q = self.q(x).view(B, T, nh, hs)
@@ -175,7 +196,8 @@ class Attention(nn.Module):
             kp, vp = (t.to(q.dtype).expand(B, -1, -1, -1) for t in side[:2])
             memory = F.scaled_dot_product_attention(q, kp, vp, enable_gqa=nh != nkv)
             y = torch.lerp(y, memory, side[2].to(y.dtype))
-        return self.o(y.transpose(1, 2).reshape(B, T, nh * hs)), (k, v, *side)
+        y = y.transpose(1, 2).reshape(B, T, nh * hs)
+        return self.o(y if at is None else y[at]), (k, v, *side)
 
 
 class MLP(nn.Module):
@@ -199,9 +221,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = norm(c.n_embd, eps=c.norm_eps), Attention(c)
         self.ln_2, self.mlp = norm(c.n_embd, eps=c.norm_eps), MLP(c)
 
-    def forward(self, h, past, rope, mask, slots):
-        y, past = self.attn(self.ln_1(h), past, rope, mask, slots)
-        h = h + y
+    def forward(self, h, past, rope, mask, slots, at=None):
+        y, past = self.attn(self.ln_1(h), past, rope, mask, slots, at)
+        h = (h if at is None else h[at]) + y
         return h + self.mlp(self.ln_2(h)), past
 
 
@@ -228,7 +250,7 @@ class GPT(nn.Module):
         if c.tied:
             self.head.weight = self.wte.weight
 
-    def trunk(self, x, past=None, lengths=None, checkpoint=False, sees=None, places=None):
+    def trunk(self, x, past=None, lengths=None, checkpoint=False, sees=None, places=None, at=None):
         """Everything below the head.
 
         x           ids (B, T), or embeddings (B, T, C) in their place (positions are added here either way)
@@ -238,7 +260,10 @@ class GPT(nn.Module):
         checkpoint  recompute each block in backward instead of keeping its activations
         sees        None: causal; or (B,), the tokens at the start of each row that see each other both ways
         places      None, or (2, B, T): position in the text, and in the span that fills it (0: is no span)
-        Returns hidden (B, T, C) after ln_f, and the past of all P+T positions (the caches, given `lengths`).
+        at          None, or (b, t), two (N,): only what stands there is asked for, and the last block spends
+                    its o and MLP there alone
+        Returns hidden (B, T, C), or (N, C), after ln_f, and the past of all P+T positions (the caches, given
+        `lengths`).
         """
         T, device = x.size(1), x.device
         P = past[0][0].size(2) if past and len(past[0]) != 3 else 0     # side memory takes no positions
@@ -269,10 +294,11 @@ class GPT(nn.Module):
             rope = rope if positions.dim() == 1 else [t[:, None] for t in rope]         # for all heads
         out = []
         for block, entry in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            given = h, entry, rope, mask, slots, at if block is self.blocks[-1] else None
             if checkpoint and torch.is_grad_enabled():
-                h, kv = rematerialise(block, h, entry, rope, mask, slots, use_reentrant=False)
+                h, kv = rematerialise(block, *given, use_reentrant=False)
             else:
-                h, kv = block(h, entry, rope, mask, slots)
+                h, kv = block(*given)
             out.append(kv)
         return self.ln_f(h), out
 
@@ -362,7 +388,44 @@ class GPT(nn.Module):
         write_json(os.path.join(folder, "config.json"), config)
 
 
-# ----------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------- scoring and generation
+
+class LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, tokens, head):
+        out, slopes = [], []                            # a slope: d(-log p) / d hidden, of its own row alone
+        for h, t in zip(hidden.split(128), tokens.split(128)):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                logits = head(h)                        # (n, V)
+            z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+            p, top = z.softmax(-1), z.amax(-1)
+            out.append(z.gather(-1, t[:, None])[:, 0] - (top - p.amax(-1).log()))       # z - logsumexp
+            p.scatter_add_(-1, t[:, None], p.new_full((len(t), 1), -1.0))
+            slopes += torch.autograd.grad(logits, h, p.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, g):
+        slopes, = ctx.saved_tensors
+        return slopes * -g[:, None].to(slopes.dtype), None, None
+
+
+def logprob(head, hidden, tokens):
+    """log p of one token per row, (N, C), (N,) -> (N,), at least fp32. head: hidden -> logits.
+
+    Logits outweigh the model, so there are never N of them: slices, and under a frozen head a slice leaves
+    behind its gradient, made at once, in place of (n, V) numbers that wait for backward.
+    """
+    if torch.is_grad_enabled() and not head(hidden[:0].detach()).requires_grad:
+        return LogProb.apply(hidden, tokens, head)
+    some = max(1, len(hidden)) if torch.is_grad_enabled() else 256
+    pairs = ((head(h), t) for h, t in zip(hidden.split(some), tokens.split(some)))
+    return torch.cat([-F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), t, reduction="none")
+                      for z, t in pairs])
+
+
 
 def allowed(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) / temperature (0: the likeliest alone), -inf where top_k, and then top_p, cut."""
@@ -422,18 +485,24 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         raise UserError(f"generate: temperature {temperature}, top_k {top_k}, top_p {top_p} cannot be; they "
                         "are 0 (greedy) or more, 1 or more, and 0 to 1")
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    device, T = model.wte.weight.device, max(map(len, prompts))
-    x = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts], device=device)   # (B, T), right-padded
-    sizes = torch.tensor(list(map(len, prompts)), device=device)
-    hidden, past = model.trunk(embed(x) if embed else x, past, sees=sizes - int(blank) if both_ways else None,
-                               places=span(torch.arange(T, device=device), sizes) if blank else None)
-    P = past[0][0].size(2) - T                                          # virtual tokens in front
-    starts = [P + len(p) for p in prompts]                              # columns used, row by row
+    device, sizes = model.wte.weight.device, list(map(len, prompts))
+    P = past[0][0].size(2) if past and len(past[0]) != 3 else 0         # virtual tokens in front
+    starts = [P + n for n in sizes]                                     # columns used, row by row
     room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column
-    S = max([P + T] + [n + r - 1 for n, r in zip(starts, room)])
-    caches = [[F.pad(k, (0, 0, 0, S - P - T)), F.pad(v, (0, 0, 0, S - P - T)), *side] for k, v, *side in past]
-    alive, lengths = list(range(len(prompts))), torch.tensor(starts, device=device)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - P - 1]       # (B, C) at the last token
+    S, caches, last = max(n + max(r, 1) - 1 for n, r in zip(starts, room)), None, [None] * len(prompts)
+    for part in micro(range(len(prompts)), sizes, 512 if device.type == "cpu" else 16384):
+        n = torch.tensor([sizes[i] for i in part], device=device)       # by length: hardly a pad is read
+        x = torch.tensor([prompts[i] + [0] * (max(n) - sizes[i]) for i in part], device=device)     # (b, T)
+        hidden, made = model.trunk(embed(x) if embed else x, past, sees=n - int(blank) if both_ways else None,
+                                   places=span(torch.arange(x.size(1), device=device), n) if blank else None,
+                                   at=(torch.arange(len(part), device=device), n - 1))      # (b, C), the last
+        caches = caches or [[t.new_zeros(len(prompts), t.size(1), S, t.size(3)) for t in entry[:2]]
+                            + list(entry[2:]) for entry in made]
+        for t, cache in ((t, c) for entry in zip(made, caches) for t, c in list(zip(*entry))[:2]):
+            cache[part, :, :t.size(2)] = t
+        for i, h in zip(part, hidden):
+            last[i] = h
+    alive, lengths, last = list(range(len(prompts))), torch.tensor(starts, device=device), torch.stack(last)
     while True:
         drawn = generator[alive, len(new[alive[0]])] if isinstance(generator, torch.Tensor) else generator
         tokens = sample(model.head(last), temperature, top_k, top_p, drawn)         # (rows alive,)

@@ -59,7 +59,8 @@ from data import distributed
 from data.batches import micro
 from data.files import UserError
 from data.health import describe
-from model import generate
+from data.machine import MICRO
+from model import generate, logprob
 
 
 def opt(default, help, type=None, choices=None):
@@ -75,7 +76,7 @@ class PPOConfig:
     seed: int = opt(1, "seed of prompts, samples and minibatches")
     max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(4096, "padded tokens per forward: memory and time, not mathematics")
+    micro: int = opt(MICRO, "padded tokens per forward: memory and time, not mathematics")
     clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
 
     algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
@@ -331,9 +332,8 @@ class Actor:
 
 def states(model, batch, past):
     """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
-    hidden, _ = model.trunk(batch.tokens[:, :-1], past)
     b, t = batch.mask.nonzero(as_tuple=True)
-    return hidden[b, batch.start[b] - 1 + t]
+    return model.trunk(batch.tokens[:, :-1], past, at=(b, batch.start[b] - 1 + t))[0]
 
 
 def spread(x, mask):
@@ -344,11 +344,12 @@ def spread(x, mask):
 def logprobs(actor, batch, past=None, entropies=False):
     """log pi of every response token, (B, R), 0 outside the mask; `entropies`: both, (B, R, 2). The
     vocabulary is paid for where there is an action, and nowhere else."""
-    logits = actor.head(states(actor, batch, past))                             # (N, V)
-    b, t = batch.mask.nonzero(as_tuple=True)
+    hidden, (b, t) = states(actor, batch, past), batch.mask.nonzero(as_tuple=True)
     emitted = batch.tokens[b, batch.start[b] + t]                               # (N,)
-    logp = logits.log_softmax(-1).gather(-1, emitted[:, None])[:, 0]
-    return spread(torch.stack((logp, entropy(logits)), -1) if entropies else logp, batch.mask)
+    if not entropies:
+        return spread(logprob(actor.head, hidden, emitted), batch.mask)
+    logp = (logits := actor.head(hidden)).log_softmax(-1)                       # (N, V)
+    return spread(torch.stack((logp.gather(-1, emitted[:, None])[:, 0], entropy(logits)), -1), batch.mask)
 
 
 def values(model, head, batch, past=None):
@@ -358,8 +359,8 @@ def values(model, head, batch, past=None):
 
 def scores(model, head, batch, past=None):
     """The reward model's verdict on whole rows, (B,), at the last real token (by length, not by pad id)."""
-    hidden, _ = model.trunk(batch.tokens, past)
-    return head(hidden[torch.arange(len(hidden)), batch.lengths - 1])
+    at = torch.arange(len(batch.tokens), device=batch.tokens.device), batch.lengths - 1
+    return head(model.trunk(batch.tokens, past, at=at)[0])
 
 
 class ScalarHead(nn.Module):
@@ -401,7 +402,7 @@ def inference(f, batch, budget):
     return out
 
 
-def model_reward(role, head, budget=4096):
+def model_reward(role, head, budget=MICRO):
     """A reward model in the shape `train_ppo` wants: (prompts, answers), lists of ids -> scores (B,)."""
     def reward(prompts, answers):
         with role() as (model, past):
@@ -468,7 +469,7 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
     if generator is not None:                       # a row's own dice: --micro and processes change no answer
         generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
     with roles.policy() as (model, past):
-        for rows in micro(distributed.share(range(len(n)), n), n, cfg.micro):
+        for rows in micro(distributed.share(range(len(n)), n), n, 4 * cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=None if generator is None else generator[rows])
             answers.update(zip(rows, new))

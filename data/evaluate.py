@@ -23,9 +23,10 @@ from data import batches, chat, metrics, tags
 from data.distributed import full, gather, merged, share
 from data.examples import Text, targets
 from data.files import UserError
+from data.machine import MICRO
 from data.objectives import Example, collate
 from data.shots import fitted
-from model import GPT, generate, span
+from model import GPT, generate, logprob, span
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Kit:
     dtype: torch.dtype                      # compute dtype
     head: nn.Module = None                  # a classification head (C -> labels), fp32
     prompt: nn.Module = None                # a prompt method: prompt(model) -> past
-    micro: int = 4096                       # padded tokens of a micro-batch
+    micro: int = MICRO                      # padded tokens of a micro-batch
     max_new: int = 64                       # longest answer
     checkpoint: bool = False
 
@@ -74,20 +75,21 @@ class Kit:
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
 
-    def read(self, examples, past):
-        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past)."""
+    def read(self, examples, past, asked=False):
+        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past); with `asked`
+        (hidden (N, C), targets (N,), past), where there is something to say and nowhere else."""
         x, y, view = collate(examples, self.text.attention)
-        view = {name: t.to(self.device) for name, t in view.items()}
+        y, view = y.to(self.device), {name: t.to(self.device) for name, t in view.items()}
+        at = (y >= 0).nonzero(as_tuple=True) if asked else None
         x = self.embed(x.to(self.device))
-        hidden, past = self.model.trunk(x, past, checkpoint=self.checkpoint, **view)
-        return hidden, y.to(self.device), past
+        hidden, past = self.model.trunk(x, past, checkpoint=self.checkpoint, at=at, **view)
+        return hidden, y if at is None else y[at], past
 
     def ask(self, rows, past):
         """The trunk over questions, lists of ids: (hidden at their last tokens (B, C), past)."""
-        rows = [Example(ids, [-1] * len(ids), *self.text.view(ids)) for ids in rows]
-        hidden, _, past = self.read(rows, past)
-        last = torch.tensor([len(e.ids) - 1 for e in rows], device=hidden.device)
-        return hidden[torch.arange(len(rows), device=hidden.device), last], past
+        rows = [Example(ids, [-1] * (len(ids) - 1) + [0], *self.text.view(ids)) for ids in rows]
+        hidden, _, past = self.read(rows, past, asked=True)
+        return hidden, past
 
     def speaks(self):
         """A model that has only ever seen both ways has no next word to say."""
@@ -103,20 +105,17 @@ class Kit:
 
 def summed_loss(kit, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
-    hidden, y, _ = kit.read(examples, past)                             # y (B, T): -1 where no target is
-    said, wanted = hidden[y >= 0], y[y >= 0]                            # (targets, C), (targets,)
+    said, wanted, _ = kit.read(examples, past, asked=True)              # (targets, C), (targets,)
     if isinstance(examples[0], Example) and examples[0].head:
         return F.cross_entropy(kit.head(said.float()), wanted, reduction="sum")
-    some = max(1, len(said)) if torch.is_grad_enabled() else 1024       # a target's logits are a vocabulary
-    return sum(F.cross_entropy(kit.model.head(h).float(), t, reduction="sum")
-               for h, t in zip(said.split(some), wanted.split(some)))
+    return -logprob(kit.model.head, said, wanted).sum()
 
 
-def by_length(kit, lengths, extra=0):
+def by_length(kit, lengths, extra=0, times=2):
     """Indices in batches of similar length, this process's share. Without gradients twice the training budget
     fits."""
     order = sorted(share(range(len(lengths)), lengths), key=lengths.__getitem__)
-    return batches.micro(order, [n + extra for n in lengths], 2 * kit.micro)
+    return batches.micro(order, [n + extra for n in lengths], times * kit.micro)
 
 
 @torch.no_grad()
@@ -138,7 +137,7 @@ def sample(kit, prompts, **sampling):
     sampling = {"temperature": 0, **sampling}
     with kit.cast():
         past = kit.past()
-        for rows in by_length(kit, list(map(len, prompts)), kit.max_new):
+        for rows in by_length(kit, list(map(len, prompts)), kit.max_new, times=8):   # a cache is small
             new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
                            embed=kit.embed, both_ways=kit.text.attention == "prefix",
                            blank=bool(kit.text.blank), **sampling)

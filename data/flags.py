@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from data import chat, objectives, shots, table
 from data.files import UserError
+from data.machine import MICRO
 from data.runs import note
 from data.values import numbers, ranges
 
@@ -65,7 +66,7 @@ class Config:
     steps: int = opt("training", None, "optimiser steps; overrides --epochs", FIT + ("check",), type=int)
     epochs: float = opt("training", 6.0, "passes over the training data", FIT + ("check",))
     batch: int = opt("training", 16, "examples per optimiser step", FIT + ("check",))
-    micro: int = opt("training", 4096, "padded tokens per micro-batch: memory, not mathematics",
+    micro: int = opt("training", MICRO, "padded tokens per micro-batch: memory, not mathematics",
                      FIT + ("eval", "check"), METHODS)
     lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
     warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")

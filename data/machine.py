@@ -1,6 +1,6 @@
 """machine.py: what we run on: device, precision (each with its reason), versions, memory.
 
-Public: pick_device, pick_dtype, machine, peak_memory_mb
+Public: MICRO, pick_device, pick_dtype, machine, peak_memory_mb
 """
 import contextlib
 import os
@@ -13,6 +13,8 @@ import torch
 
 from data.files import UserError
 
+# Padded tokens of one forward. A GPU wants many; on a CPU 1024 fill the cores, and more only fill memory.
+MICRO = 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 1024
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

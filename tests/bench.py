@@ -2,9 +2,10 @@
 
     PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
 
-Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns,
-so that a busy machine slows both; the first repetition warms up and is not counted. Tokens are real ones, no
-pads. Memory is the peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
+Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns;
+the first repetition warms up and is not counted. Seconds are a process's own CPU seconds, on one thread the
+wall clock's without the neighbours. Tokens are real ones, no pads. Memory is the peak of each side's own
+process. Without SMOLLM2 the model is a small random Llama.
 
     sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
             order, padded to the longest row, as transformers' Trainer collates them. Ours: data/examples.Feed
@@ -17,13 +18,15 @@ pads. Memory is the peak of each side's own process. Without SMOLLM2 the model i
             policy, critic and reward model whole (TRL=FOLDER of `pip install --no-deps --target FOLDER
             trl==1.12.0`)
 
-The start-up times are our own.
+The start-up times are our own, and so is `--only growth`: one step of LoRA (or of P virtual tokens) as one
+number of a base cell is changed, and the share of the machine's own matmul rate that the step reaches.
 """
 import argparse
 import json
 import os
 import pathlib
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -226,10 +229,10 @@ def peers(what, folder, data, steps):
 
 
 def serve(args):
-    import resource
-
     import torch
     torch.set_num_threads(args.threads)
+    if args.side == "cell":
+        return cell(json.loads(pathlib.Path(args.job).read_text()))
     out = os.fdopen(os.dup(1), "w")                 # a trainer that prints its logs must not answer for us
     os.dup2(2, 1)
     job = json.loads(pathlib.Path(args.job).read_text())
@@ -240,12 +243,51 @@ def serve(args):
         repeat = side(job["what"], job["model"], job["rows"], job["steps"])
     print("ready", file=out, flush=True)
     for i, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
+        began = time.process_time()
         tokens, loss = repeat(i)
-        seconds, unit = time.perf_counter() - began, 2 ** (20 if sys.platform == "darwin" else 10)
+        seconds, unit = time.process_time() - began, 2 ** (20 if sys.platform == "darwin" else 10)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(json.dumps(dict(speed=tokens / seconds, loss=loss, memory=peak)), file=out,
               flush=True)
+
+
+def cell(job):
+    """A step of training on rows of one length, a third supervised: CPU seconds, peak MB, share of peak."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import train
+    from data import evaluate
+    from data.machine import peak_memory_mb
+    how = (["--method", "ptuning2", "--n_virtual", str(job["P"])] if "P" in job else
+           ["--method", "lora", "--targets", "q,v", "--rank", str(job["rank"])])
+    cfg = train.parse(["--init", job["model"], "--dtype", "fp32", "--device", "cpu", *how])
+    kit = train.open_kit(cfg)
+    learn, T, c = train.build(kit, cfg), job["T"], kit.model.config
+    kit.train()
+    r, times = random.Random(0), []
+    rows = [([r.randrange(c.vocab_size) for _ in range(T)], [i >= 2 / 3 * T for i in range(T)])
+            for _ in range(job["batch"])]
+    each = max(1, cfg.micro // T)
+    for _ in range(5):
+        began = time.process_time()
+        for i in range(0, len(rows), each):
+            evaluate.summed_loss(kit, rows[i:i + each], kit.past()).backward()
+        for p in learn.values():
+            p.grad = None
+        times.append(time.process_time() - began)
+    x, w, rate = torch.randn(1024, c.n_embd), torch.randn(c.n_embd, c.n_inner), []
+    for _ in range(20):
+        began = time.process_time()
+        x @ w
+        rate.append(2 * x.numel() * c.n_inner / (time.process_time() - began))
+    dense = sum(p.numel()
+                for n, p in kit.model.blocks.named_parameters() if n.endswith("weight") and p.dim() > 1)
+    # forward and the gradient of the input, 2 flops a weight each; attention is causal, its backward twice it
+    flops = 4 * dense + 4 * c.vocab_size * c.n_embd / 3 + 6 * c.n_layer * c.n_head * c.head_size * T
+    seconds = statistics.median(times[1:])
+    print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(kit.device),
+                          share=flops * T * len(rows) / seconds / max(rate))))
 
 
 # ---- both sides, in turns ----------------------------------------------------------------------------------
@@ -263,7 +305,7 @@ def duel(what, model, vocab, args, folder):
             raise SystemExit(f"{what}: the side of {side} ({python}) does not start; --side {side} --job "
                              "FILE tells why, where FILE holds what, model, rows and steps as JSON")
     found = {side: [] for side in sides}
-    for _ in range(1 + (3 if args.short else 5)):
+    for _ in range(1 + (2 if args.short else 5)):
         for side, process in sides.items():
             process.stdin.write("\n")
             process.stdin.flush()
@@ -287,10 +329,32 @@ def verdict(what, value, target, least, said):
     print(f"{what:12} {value:6.2f}  target {sign} {target:<4}  {word}  {said}", flush=True)
 
 
+def growth(args, folder, small):
+    """The base cell, and one number changed at a time."""
+    base, changes = dict(T=64, batch=8, rank=8, layers=6), dict(T=(128, 256), batch=(16, 32), rank=(1, 64),
+                                                               layers=(12, 24), P=(5, 20, 80))
+    print(f"{'a step of LoRA on q and v':32} {'CPU s':>7} {'over base':>10} {'peak MB':>10} {'over base':>10}"
+          f" {'share of peak':>14}")
+    first = None
+    for name, value in [("", None), *((name, v) for name, values in changes.items() for v in values)]:
+        job = {**base, **({name: value} if name else {})}
+        job["model"], file = small(job["layers"]), folder / "cell.json"
+        file.write_text(json.dumps(job))
+        side = ["--side", "cell", "--job", str(file), "--threads", str(args.threads)]
+        found = json.loads(subprocess.check_output([sys.executable, __file__, *side], stderr=subprocess.DEVNULL))
+        first = first or found
+        what = f"{name} {value}" + " virtual tokens, no LoRA" * (name == "P") if name else \
+            ", ".join(f"{k} {v}" for k, v in base.items())
+        print(f"{what:32} {found['seconds']:7.3f} {found['seconds'] / first['seconds']:10.2f} "
+              f"{found['memory']:10.0f} {found['memory'] / first['memory']:10.2f} {found['share']:14.0%}",
+              flush=True)
+
+
 def timed(*argv):
-    """Seconds until train.py ends, or until it logs its first step."""
+    """(CPU seconds, seconds) until train.py ends, or until it logs its first step."""
     with tempfile.TemporaryDirectory() as out:
         began, log = time.perf_counter(), pathlib.Path(out) / "r" / "log.jsonl"
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         where = [] if "--help" in argv else ["--out", f"{out}/r"]
         p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, *where],
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -299,15 +363,16 @@ def timed(*argv):
         seconds = time.perf_counter() - began
         p.kill()
         p.wait()
-        return seconds
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return now.ru_utime - spent.ru_utime + now.ru_stime - spent.ru_stime, seconds
 
 
 def main():
     args = argparse.ArgumentParser(description="ours against transformers and peft")
     args.add_argument("--short", action="store_true", help="a few steps: a look, not a result")
-    args.add_argument("--only", choices=[*TARGETS, "start"], help="one line of it")
+    args.add_argument("--only", choices=[*TARGETS, "start", "growth"], help="one line of it")
     args.add_argument("--threads", type=int, default=1)
-    args.add_argument("--side", choices=("ours", "peers"), help=argparse.SUPPRESS)
+    args.add_argument("--side", choices=("ours", "peers", "cell"), help=argparse.SUPPRESS)
     args.add_argument("--job", help=argparse.SUPPRESS)
     args = args.parse_args()
     if args.side:
@@ -315,8 +380,8 @@ def main():
     if args.only in (None, "start"):
         for name, most, argv in (("--help", 1.5, ["--help"]), ("first step", 5.0, ["--steps", "100"])):
             times = [timed(*argv) for _ in range(1 if args.short else 5)]
-            told = " ".join(f"{t:.2f}" for t in times)
-            verdict(name, statistics.median(times), most, False, f"seconds: {told}")
+            cpu, wall = (statistics.median(t) for t in zip(*times))
+            verdict(name, cpu, most, False, f"CPU seconds; {wall:.2f} by the clock")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         sys.path.insert(0, str(ROOT))
@@ -325,14 +390,23 @@ def main():
         from data.files import read_json
         from data.tokenizer import Tokenizer
         from model import GPT, GPTConfig
-        if (model := os.environ.get("SMOLLM2")) is None:
-            model, tokenizer = folder / "model", Tokenizer.train(["a b"], 257, ["<|endoftext|>"])
-            torch.manual_seed(0)
-            GPT(GPTConfig(4096, 512, 6, 4, 256, eos=tokenizer.eos).llama(n_inner=704)).save_pretrained(model)
-            tokenizer.save_pretrained(model)
+
+        def small(layers=6):
+            model, tokenizer = folder / f"llama{layers}", Tokenizer.train(["a b"], 257, ["<|endoftext|>"])
+            if not model.exists():
+                torch.manual_seed(0)
+                shape = GPTConfig(4096, 512, layers, 4, 256, eos=tokenizer.eos).llama(n_inner=704)
+                GPT(shape).save_pretrained(model)
+                tokenizer.save_pretrained(model)
+            return str(model)
+        model = os.environ.get("SMOLLM2") or small()
         vocab = read_json(pathlib.Path(model) / "config.json")["vocab_size"]
-        print(f"{model}, fp32, {args.threads} threads, load {os.getloadavg()[0]:.1f}, "
+        print(f"{pathlib.Path(model).name}, fp32, {args.threads} threads, load {os.getloadavg()[0]:.1f}, "
               f"torch {torch.__version__}", flush=True)
+        if args.only == "growth" or not (args.only or args.short):
+            growth(args, folder, small)
+        if args.only in ("start", "growth"):
+            return
         if "PEERS" not in os.environ:
             return print("PEERS names no interpreter with transformers and peft, so nothing is compared")
         for what in TARGETS:

@@ -22,7 +22,7 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=455, lora=485, prompts=350, ppo=690, train=960)
+LINES = dict(model=525, lora=485, prompts=350, ppo=690, train=965)
 LINES["data/flags"] = 330                                       # one table of every flag
 DATA_LINES = 290
 

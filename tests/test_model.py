@@ -695,9 +695,9 @@ def watch(model, monkeypatch):
     """How many rows, tokens and cache columns each call of the trunk sees."""
     seen, trunk = [], model.trunk
 
-    def spy(x, past=None, lengths=None):
+    def spy(x, past=None, lengths=None, at=None):
         seen.append((*x.shape, past[0][0].size(2) if lengths is not None else None))
-        return trunk(x, past, lengths)
+        return trunk(x, past, lengths, at=at)
     monkeypatch.setattr(model, "trunk", spy)
     return seen
 

@@ -284,9 +284,10 @@ class Clock(nn.Module):
         super().__init__()
         self.table, self.wte, self.calls = nn.Parameter(table), nn.Embedding(1, 1), 0
 
-    def trunk(self, x, past=None):
+    def trunk(self, x, past=None, at=None):
         self.calls += 1
-        return torch.arange(x.size(1), dtype=F64).expand(x.shape)[..., None], None
+        hidden = torch.arange(x.size(1), dtype=F64).expand(x.shape)[..., None]
+        return hidden if at is None else hidden[at], None
 
     def head(self, hidden):
         return self.table[hidden[..., 0].long()]

@@ -44,14 +44,14 @@ class Table(nn.Module):
         key = ((answer + 1) * (at < known[..., None]) * (V + 1) ** at).sum(-1)
         return self.table[key % len(self.table)]                  # only a state without action ever overflows
 
-    def trunk(self, x, past=None, lengths=None):
+    def trunk(self, x, past=None, lengths=None, at=None):
         if lengths is not None:                               # decoding: (B, 1) is written where the row ends
             cache = past[0][0].scatter_(2, lengths[:, None, None, None], x[:, None, :, None].float())
             return self.rows(cache[:, 0, 1:, 0].long(), lengths)[:, None], past
         B, T = x.shape
         cache = x[:, None, :, None].float()
         hidden = self.rows(x[:, None, 1:].expand(B, T, T - 1), torch.arange(T).expand(B, T))
-        return hidden, [(cache, cache.clone())]
+        return hidden if at is None else hidden[at], [(cache, cache.clone())]
 
 
 def role(model):
