@@ -36,7 +36,7 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, evaluate, flags, formats, objectives, shots, table
+from data import batches, chat, evaluate, flags, formats, objectives, scale, shots, table
 from data.check import examine
 from data.examples import Feed, Ranking, Text, size, targets
 from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
@@ -447,9 +447,9 @@ def supervised(cfg):
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)
-            few = {"train": [] if kind == "text" else rows["train"][:2]}
-            shown = kit.text.split(few, kit.block(cfg.block), cfg.too_long)["train"]
-            return describe(kit, learn, base, shown)
+            few, block = {"train": [] if kind == "text" else rows["train"][:200]}, kit.block(cfg.block)
+            some = kit.text.split(few, block, cfg.too_long)["train"]
+            return describe(kit, scale.planned(kit, cfg, learn, some, block), base, some[:2])
         state = run.start(facts(kit, rows)) or {}
         test, steps = rows["test"], shots.counts(cfg.shots, kind, kit.text.by)
         asked = [kit.text.asked(row) for row in rows["valid"] * 2] if cfg.task == "reward" else []
