@@ -537,7 +537,8 @@ class PPOState:
                 p.data.copy_(state["params"][who][name])
             self.optim[who].load_state_dict(state["optim"][who])
         if self.ema:
-            self.ema.shadow = {name: t.clone() for name, t in state["ema"].items()}
+            for name, t in state["ema"].items():            # read from a file they are on the CPU
+                self.ema.shadow[name].copy_(t)
 
 
 def rng(*key, device="cpu"):

@@ -38,6 +38,7 @@ class Kit:
     micro: int = 4096                       # padded tokens of a micro-batch
     max_new: int = 64                       # longest answer
     checkpoint: bool = False
+    compile: bool = False
 
     def cast(self):
         """Autocast, where fp32 weights learn in half precision; frozen halves are stored as they compute."""
@@ -63,7 +64,11 @@ class Kit:
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
 
     def trunk(self, x, past, **view):
-        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, **view)
+        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, compile=self.compile, **view)
+
+    def role(self, past):
+        """The model as ppo.py takes it: something to enter, which gives (model, past)."""
+        return lambda: contextlib.nullcontext((Trained(self), past))
 
     def read(self, rows, past):
         """The trunk over lists of ids that are only read: (hidden (B, T, C), past)."""
@@ -81,6 +86,19 @@ class Kit:
         for module in (self.model, self.prompt):
             if module is not None:
                 module.train(on)
+
+
+class Trained:
+    """The model, but for its trunk, which is the kit's: as the flags want it."""
+
+    def __init__(self, kit):
+        self.kit = kit
+
+    def __getattr__(self, name):                            # head, config, wte: the model's own
+        return getattr(self.kit.model, name)
+
+    def trunk(self, x, past=None):
+        return self.kit.trunk(x, past)
 
 
 def pad(rows, device):

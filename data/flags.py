@@ -56,7 +56,7 @@ class Config:
     seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
     device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
-                     choices=("auto", "fp32", "bf16", "fp16"))
+                     choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     fresh: bool = opt("the run", False, "start over: delete what the run folder holds",
                       TRAIN + ("sample", "eval"))
     dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", FIT, LEARN)
@@ -75,6 +75,8 @@ class Config:
     clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
     checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time",
                            FIT + ("check",))
+    compile: bool = opt("training", False, "training forward and backward through torch.compile",
+                        FIT + ("check",))
     eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
     save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
     forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
@@ -290,6 +292,9 @@ def check(cfg):
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+    if cfg.task == "ppo" and cfg.dtype == "fp16":
+        raise UserError("--dtype fp16 rounds small gradients to 0 where no scaler helps, and --task ppo has "
+                        "none; use bf16 or fp32")
     if cfg.task == "tag" and cfg.method == "none":
         raise UserError("--task tag has no head before it is trained: use --task eval for a trained one, or "
                         "--task sft --method none for names as words")

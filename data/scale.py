@@ -8,8 +8,8 @@
     logits      12 bytes x vocabulary x supervised tokens (log-probabilities, their gradient, its product)
     --shard     weights and learning over all devices, but two blocks and the embeddings, which are gathered
     flops   = 2 for each weight of a Linear and token forward, 2 back through it, 2 for its own gradient if it
-              learns, 2 more with --checkpoint; attention 4 S Q a block forward, twice that back. Encoders of soft
-              prompts run once a step, and are left out
+              learns, 2 more with --checkpoint; attention 4 S Q a block forward, twice that back; left out
+              is the encoder of a soft prompt, which runs once a step
     PPO     = N (1 + 9 p) numbers: one base; policy and critic 4 p each, the reward model p (Santacroce et al.
               2023, arXiv 2309.00754). Generation: 2 L nkv hs numbers of cache for each token of each row.
 
@@ -114,6 +114,8 @@ def kept(c, plan):
     stream = 4 if full else n                       # fp32 weights make an fp32 residual stream
     rms_cpu = c.norm == "rmsnorm" and plan.device == "cpu"              # not fused: an fp32 copy, and again
     total = 2 * C * (4 if rms_cpu else stream) + 2 * C * 4 * (rms_cpu and full)     # divided, if it learns
+    if plan.device == "cuda" and (plan.front or n == 4):            # model.attend gives each head its own k, v
+        K = Q
     total += n * (Q + 2 * K * S / plan.row) + (c.n_head * S * (4 + n) if written_out(plan) else
                                                n * Q + 4 * c.n_head)
     total += n * I * (3 if c.mlp == "swiglu" else 1)
@@ -161,6 +163,8 @@ def memory(c, plan):
     if plan.checkpoint:
         activations = depth * plan.tokens * C * (4 if full else n)
         peak = max(12 * c.vocab_size * plan.supervised, one + gradient)
+    if full:                                        # the head's own gradient, before it is added up
+        peak += 4 * c.vocab_size * C
     parts = dict(weights=weights, learning=learning, activations=activations, peak=peak)
     return parts | {"total": sum(parts.values())}
 
@@ -203,7 +207,7 @@ def main(rate=4e14):
             one, less = (memory(c, p)["total"] / 1e9 for p in (plan, spare))
             parted = [f"{memory(c, spare._replace(world=w, shard=True))['total'] / 1e9:,.0f}"
                       if method == "full" else "as one" for w in (8, 64)]
-            fits = [f"{size}" for size in (24, 80) if less + 1 < size]          # the CUDA context is 1 at most
+            fits = [f"{size}" for size in (24, 80) if less + 1 < size]    # the CUDA context: 1 at most
             work = flops(c, spare)
             days = ", ".join(f"{work * 1e9 / rate / w / 3600:,.1f}" for w in (1, 8, 64))
             label = f"{method}{' --quant nf4' if quant == 'nf4' else ''}"
