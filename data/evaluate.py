@@ -43,7 +43,9 @@ class Kit:
     def cast(self):
         """Autocast, where fp32 weights learn in half precision; frozen halves are stored as they compute."""
         mixed = self.dtype != self.model.wte.weight.dtype
-        return torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        again = self.checkpoint and torch.is_grad_enabled()     # a cache would hold what is to be let go
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=not again) if mixed else \
+            contextlib.nullcontext()
 
     def past(self):
         return self.prompt(self.model) if self.prompt is not None else None
@@ -97,8 +99,8 @@ class Trained:
     def __getattr__(self, name):                            # head, config, wte: the model's own
         return getattr(self.kit.model, name)
 
-    def trunk(self, x, past=None):
-        return self.kit.trunk(x, past)
+    def trunk(self, x, past=None, **view):
+        return self.kit.trunk(x, past, **view)
 
 
 def pad(rows, device):

@@ -1,12 +1,12 @@
 """data/scale.py: what a training step costs, on paper: bytes on one device, and arithmetic per token.
 
     memory  = weights + learning + activations + the larger of logits and one block's gradients
-    weights     2 or 4 bytes each as stored; int8 8.5 bits, nf4 4.5; full in half precision: 2 more, the casts
+    weights     2 or 4 bytes each as stored; int8 8.5 bits, nf4 4.5. full in half precision: 2 each for casts
     learning    16 bytes for each fp32 number that learns: itself, its gradient, Adam's two moments
     activations what backward needs of a block, times blocks, times padded tokens of a micro-batch: `kept`
                 --checkpoint: the input of each block, and one block whole
     logits      12 bytes x vocabulary x supervised tokens (log-probabilities, their gradient, its product)
-    --shard     weights and learning over all devices, but two blocks and the embeddings, which are gathered
+    --shard     what learns, over all devices; two blocks and the embeddings are whole on each, 8 bytes each
     flops   = 2 for each weight of a Linear and token forward, 2 back through it, 2 for its own gradient if it
               learns, 2 more with --checkpoint; attention 4 S Q a block forward, twice that back; left out
               is the encoder of a soft prompt, which runs once a step
@@ -15,7 +15,8 @@
 
 `kept` counts, tensor by tensor, what autograd saves in model.py and lora.py; a frozen Linear saves nothing of
 its input, an adapter its own input in fp32. tests/test_scale.py holds it to torch's own allocations.
-Not counted: the CUDA context (about 0.5 GB), fragmentation, a block's workspace in cuBLAS.
+Of CUDA it takes fused norms and attention that keep no scores; not counted are its context, its libraries'
+workspace, fragmentation.
 
 C width  Q = nh hs  K = nkv hs  I width of the MLP  V vocabulary  L blocks  S columns that a query sees
 Public: Shape, Plan, planned, linears, count, adapter, kept, memory, flops, cache, SHAPES
@@ -114,7 +115,7 @@ def kept(c, plan):
     stream = 4 if full else n                       # fp32 weights make an fp32 residual stream
     rms_cpu = c.norm == "rmsnorm" and plan.device == "cpu"              # not fused: an fp32 copy, and again
     total = 2 * C * (4 if rms_cpu else stream) + 2 * C * 4 * (rms_cpu and full)     # divided, if it learns
-    if plan.device == "cuda" and (plan.front or n == 4):            # model.attend gives each head its own k, v
+    if plan.device == "cuda" and (plan.front or n == 4):            # each head gets its own k, v
         K = Q
     total += n * (Q + 2 * K * S / plan.row) + (c.n_head * S * (4 + n) if written_out(plan) else
                                                n * Q + 4 * c.n_head)
@@ -144,11 +145,11 @@ def memory(c, plan):
     depth, share = L if plan.depth is None else plan.depth, plan.world if plan.shard else 1
     bits = {"none": 8 * n, "int8": 8.5, "nf4": 4.5}[plan.quant]
     weights = 0 if full else blocks * bits / 8 + (total - blocks) * n
-    if full and n == 2:                             # what a Linear multiplies with
-        weights += 2 * (blocks + c.vocab_size * C) / share
+    if full and n == 2:                             # what a Linear multiplies with, kept for backward
+        weights += 2 * (blocks / (L if plan.checkpoint else 1) + c.vocab_size * C)
     learning = 16 * plan.learn / share
-    if plan.shard:                                  # gathered: this block, the next, embedding and head
-        weights += n * (2 * blocks / L + total - blocks)
+    if plan.shard:                                  # whole, with a gradient: this block, the next, the ends
+        weights += 8 * (2 * blocks / L + total - blocks)
     largest = max(a * b for a, b in linears(c).values())
     mlp = n * c.n_inner * (3 if c.mlp == "swiglu" else 2)
     gradient = plan.tokens * (mlp + 2 * n * C)                          # in flight, in the MLP, or in
@@ -193,7 +194,7 @@ SHAPES = {"1B": Shape(128256, 16, 2048, 32, 8, 64, 8192, tied=True),    # Llama 
 
 def main(rate=4e14):
     """The table of README.md. rate: bf16 FLOP a second that one GPU really does, an assumption."""
-    print("| model | `--method` | GB | with `--checkpoint` | fits | 8 GPUs | 64 GPUs | GFLOP a token | "
+    print("| model | `--method` | GB | with `--checkpoint` | fits GB | 8 GPUs | 64 GPUs | GFLOP a token | "
           "10^9 tokens on 1, 8, 64 GPUs |")
     print("|---" * 9 + "|")
     words = ("q", "v", "up", "down")                # the defaults of --method lora, and of --micro
@@ -206,8 +207,8 @@ def main(rate=4e14):
             spare = plan._replace(checkpoint=True)
             one, less = (memory(c, p)["total"] / 1e9 for p in (plan, spare))
             parted = [f"{memory(c, spare._replace(world=w, shard=True))['total'] / 1e9:,.0f}"
-                      if method == "full" else "as one" for w in (8, 64)]
-            fits = [f"{size}" for size in (24, 80) if less + 1 < size]    # the CUDA context: 1 at most
+                      if method == "full" else "same" for w in (8, 64)]
+            fits = [f"{size}" for size in (24, 80) if less + 1 < size]          # 1: the CUDA context
             work = flops(c, spare)
             days = ", ".join(f"{work * 1e9 / rate / w / 3600:,.1f}" for w in (1, 8, 64))
             label = f"{method}{' --quant nf4' if quant == 'nf4' else ''}"
