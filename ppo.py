@@ -601,8 +601,9 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
                 far = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
                 sums |= {"value_loss": e * loss, "clipfrac_value": e * far}
             for name, x in sums.items():
-                seen[name] += x.sum().item()
-            seen["ratio_off"] = max(seen["ratio_off"], off.max().item())
+                seen[name] = seen[name] + x.detach().sum()
+            seen["ratio_off"] = off.max().clamp(min=seen["ratio_off"])
+        seen.update(zip([*seen], torch.stack([*seen.values()]).tolist()))       # a GPU is waited for once
         stop = 0 < cfg.target_kl < seen["approx_kl"]
         if ptx and not stop:
             seen["ptx_loss"], seen["ptx_ratio"] = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"],

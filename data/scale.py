@@ -175,7 +175,8 @@ def flops(c, plan):
     (blocks, _), L, Q = count(c), c.n_layer, c.n_head * c.head_size
     depth = L if plan.depth is None else plan.depth
     head = c.vocab_size * c.n_embd * plan.supervised / plan.tokens
-    attention = 2 * plan.row * Q + 4 * plan.front * Q                   # causal: a query sees half of a row
+    # Causal: a query sees half of a row, but behind a past a mask says so, and then all is multiplied.
+    attention = 4 * Q * (plan.row + plan.front) if plan.front else 2 * Q * plan.row
     again, back = 2 if plan.checkpoint else 1, 2 if plan.method == "full" else 1
     block = 2 * blocks / L
     return (L * (block + attention) + depth * ((again - 1) * (block + attention) + back * block
