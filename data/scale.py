@@ -213,7 +213,7 @@ def main(rate=4e14):
             work = flops(c, spare)
             days = ", ".join(f"{work * 1e9 / rate / w / 3600:,.1f}" for w in (1, 8, 64))
             label = f"{method}{' --quant nf4' if quant == 'nf4' else ''}"
-            print(f"| {name} | `{label}` | {one:,.0f} | {less:,.0f} | {' '.join(fits) or 'neither'} | "
+            print(f"| {name} | `{label}` | {one:,.0f} | {less:,.0f} | {', '.join(fits) or 'neither'} | "
                   f"{' | '.join(parted)} | {work / 1e9:,.1f} | {days} h |")
 
 

@@ -15,6 +15,7 @@ from torch.utils import backend_registration
 
 import lora
 import model as model_file
+import ppo
 import prompts
 import tiny
 import train
@@ -252,6 +253,14 @@ def test_every_tensor_is_on_the_device(lines, world, tmp_path):
         here = run(world, tmp_path / f"{out.name}-here", line, data, "cpu")["metrics"]
         for key in here if "full" not in line else ():      # there alone a move takes tied weights apart
             assert there[key] == pytest.approx(here[key], abs=1e-3, nan_ok=True), (line, key)
+
+
+def test_an_average_is_put_where_its_weights_are():
+    """state.pt is read onto the CPU, whatever the run is on."""
+    here, there = ({"w": torch.nn.Parameter(torch.ones(2, device=name))} for name in ("cpu", "meta"))
+    state = ppo.PPOState(ppo.PPOConfig(ema=0.9), there)
+    state.load_state_dict(ppo.PPOState(ppo.PPOConfig(ema=0.9), here).state_dict())
+    assert state.ema.shadow["w"].device.type == "meta"
 
 
 def test_checkpoint_reaches_every_task(world, tmp_path, monkeypatch):

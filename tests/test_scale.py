@@ -29,8 +29,9 @@ METHODS = ["--method full", "--method lora", "--method adalora", "--method ia3",
            "--method prompt --place front", "--method ptuning", "--method ptuning2"]
 VARIANTS = ["--method lora --dora", "--method lora --quant nf4", "--method lora --quant int8 --dtype bf16",
             "--method lora --layers 2-3", "--method lora --targets q,k,v,o,up,gate,down --dtype bf16",
-            "--method ptuning2 --dtype bf16 --checkpoint", "--method full --checkpoint",
-            "--method lora --checkpoint", "--method full --dtype bf16", "--method lora --dtype bf16"]
+            "--method full --dtype bf16 --checkpoint", "--method ptuning2 --dtype bf16 --checkpoint",
+            "--method full --checkpoint", "--method lora --checkpoint", "--method full --dtype bf16",
+            "--method lora --dtype bf16"]
 
 
 def peak(go):
