@@ -39,6 +39,12 @@ class Pretended(torch.Tensor):
     def data_ptr(self):
         return self.held.data_ptr()
 
+    def __deepcopy__(self, memo):                       # torch's own would copy a storage that is not there
+        out = Pretended(self.held.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            out = torch.nn.Parameter(out, self.requires_grad)
+        return memo.setdefault(id(self), out)
+
     def __reduce_ex__(self, protocol):                  # as torch.load(map_location="cpu") will see it
         return self.held.__reduce_ex__(protocol)
 

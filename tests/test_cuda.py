@@ -229,7 +229,8 @@ LINES = [("chat", "--method lora --dropout 0.1"), ("chat", "--method adalora --s
          ("label", "--task classify --by head --method lora --pissa --attention bidirectional"),
          ("tags", "--task tag --method lora"), ("pairs", "--task reward --checkpoint"),
          ("pairs", "--task dpo --checkpoint"), ("chat", "--task sample --reward data.toy:gold --samples 2"),
-         ("chat", "--task ppo --reward data.toy:gold --algo grpo --max_new 3 --method ptuning2")]
+         ("chat", "--task ppo --reward data.toy:gold --algo grpo --max_new 3 --method ptuning2"),
+         ("chat", "--task ppo --reward data.toy:gold --max_new 3 --method full")]
 
 
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
