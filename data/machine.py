@@ -35,8 +35,10 @@ def pick_device(asked):
 def begun(device):
     """The device, made the current one where there are several, and its peak of memory forgotten."""
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.cuda.reset_peak_memory_stats()
+        torch.empty(0, device=device)               # before its first tensor CUDA has no statistics
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
     return device
 
 
