@@ -29,6 +29,7 @@ B batch  T tokens  P past positions  S cache columns  C width  V vocabulary
 nh heads  nkv key/value heads  hs head size
 Public: GPTConfig, GPT, generate, sample, allowed, logprob
 """
+import functools
 import math
 import os
 from dataclasses import dataclass, fields, replace
@@ -156,8 +157,10 @@ def attend(q, k, v, mask):
     (B, nh, T, hs), nkv, S = q.shape, k.size(1), k.size(2)
     learns = q.requires_grad or k.requires_grad or v.requires_grad
     if not (learns and q.dtype == torch.bfloat16 and q.device.type == "cpu" and S <= 512):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                              enable_gqa=nh != nkv)
+        causal = True if mask is None and T > 1 else False      # torch.compile has no bool for a bare T > 1
+        if q.is_cuda and nh != nkv and (mask is not None or q.dtype == torch.float32):
+            k, v = (t.repeat_interleave(nh // nkv, 1) for t in (k, v))      # else CUDA keeps all T x S scores
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=nh != k.size(1))
     score = (q.reshape(B, nkv, -1, hs) @ k.mT).view(B, nh, T, S) / math.sqrt(hs)
     hidden = ~torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else ~mask
     p = score.float().masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
@@ -227,6 +230,12 @@ class Block(nn.Module):
         return h + self.mlp(self.ln_2(h)), past
 
 
+@functools.cache
+def compiled():
+    """A block's forward through torch.compile: one for all blocks, whose names and weights stay theirs."""
+    return torch.compile(Block.__call__, dynamic=True)
+
+
 class GPT(nn.Module):
     """A decoder. A new one draws its weights as GPT-2 did: N(0, 0.02), less where they feed the residual."""
 
@@ -250,7 +259,8 @@ class GPT(nn.Module):
         if c.tied:
             self.head.weight = self.wte.weight
 
-    def trunk(self, x, past=None, lengths=None, checkpoint=False, sees=None, places=None, at=None):
+    def trunk(self, x, past=None, lengths=None, checkpoint=False, compile=False, sees=None, places=None,
+              at=None):
         """Everything below the head.
 
         x           ids (B, T), or embeddings (B, T, C) in their place (positions are added here either way)
@@ -258,6 +268,7 @@ class GPT(nn.Module):
         lengths     None, or (B,): `past` holds preallocated caches (B, nkv, S, hs), row b has used lengths[b]
                     of the S columns, and the T new keys and values are written in place behind those
         checkpoint  recompute each block in backward instead of keeping its activations
+        compile     run each block as torch.compile makes it; both where gradients are asked for, only
         sees        None: causal; or (B,), the tokens at the start of each row that see each other both ways
         places      None, or (2, B, T): position in the text, and in the span that fills it (0: is no span)
         at          None, or (b, t), two (N,): only what stands there is asked for, and the last block spends
@@ -292,13 +303,14 @@ class GPT(nn.Module):
         else:
             rope = rope_table(self.config, positions)
             rope = rope if positions.dim() == 1 else [t[:, None] for t in rope]         # for all heads
-        out = []
+        out, learns = [], torch.is_grad_enabled()
+        run = compiled() if compile and learns else Block.__call__
         for block, entry in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            given = h, entry, rope, mask, slots, at if block is self.blocks[-1] else None
-            if checkpoint and torch.is_grad_enabled():
-                h, kv = rematerialise(block, *given, use_reentrant=False)
+            given = block, h, entry, rope, mask, slots, at if block is self.blocks[-1] else None
+            if checkpoint and learns:
+                h, kv = rematerialise(run, *given, use_reentrant=False)
             else:
-                h, kv = block(*given)
+                h, kv = run(*given)
             out.append(kv)
         return self.ln_f(h), out
 

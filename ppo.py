@@ -542,7 +542,8 @@ class PPOState:
                 p.data.copy_(state["params"][who][name])
             self.optim[who].load_state_dict(state["optim"][who])
         if self.ema:
-            self.ema.shadow = {name: t.clone() for name, t in state["ema"].items()}
+            for name, t in state["ema"].items():            # read from a file they are on the CPU
+                self.ema.shadow[name].copy_(t)
 
 
 def rng(*key, device="cpu"):
@@ -611,8 +612,10 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
                 far = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
                 sums |= {"value_loss": e * loss, "clipfrac_value": e * far}
             for name, x in sums.items():
-                seen[name] += x.sum().item()
-            seen["ratio_off"] = max(seen["ratio_off"], off.max().item())
+                seen[name] = seen[name] + x.detach().sum()
+            seen["ratio_off"] = off.max().clamp(min=seen["ratio_off"])
+        if seen:                                            # a GPU is waited for once a minibatch
+            seen.update(zip([*seen], torch.stack([*seen.values()]).tolist()))
         distributed.add_up(p for params in state.params.values() for p in params.values())
         hands = [hand for hand in distributed.gather(dict(seen)) if hand]
         seen = defaultdict(float, {name: (max if name == "ratio_off" else sum)(hand[name] for hand in hands)

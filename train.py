@@ -36,7 +36,7 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, distributed, evaluate, flags, formats, objectives, shots, table
+from data import batches, chat, distributed, evaluate, flags, formats, objectives, scale, shots, table
 from data.check import examine
 from data.distributed import world
 from data.examples import Feed, Ranking, Text, size, targets
@@ -46,7 +46,7 @@ from data.folders import base_of, beneath, bottom_of, find, portable, settings, 
 from data.health import describe as rollout_report
 from data.health import health, reward_report
 from data.hf import read_config
-from data.machine import peak_memory_mb, pick_device, pick_dtype
+from data.machine import compiles, peak_memory_mb, pick_device, pick_dtype
 from data.report import describe, report, virtual
 from data.runs import Interrupted, Run, RunError, guard, note, say
 from data.show import show
@@ -108,6 +108,8 @@ def open_kit(cfg):
     else:
         width = read_config(bottom_of(cfg.init))["n_embd"]
     dtype, because = pick_dtype(cfg.dtype, device, width)
+    if cfg.compile:
+        compiles(device)
     if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
         model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
         if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
@@ -130,7 +132,7 @@ def open_kit(cfg):
     text = Text(tokenizer, template, system, tuple(said.get("labels", ())), ask, by,
                 *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
     kit = evaluate.Kit(model.eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
-                       max_new=cfg.max_new, checkpoint=cfg.checkpoint)
+                       max_new=cfg.max_new, checkpoint=cfg.checkpoint, compile=cfg.compile)
     if prompt is not None and prompt.template:
         if cfg.task in ("reward", "dpo", "ppo", "sample"):      # ppo.py reads ids, and these tokens have none
             raise UserError(f"--init {cfg.init} is a soft prompt inside a template, which --task {cfg.task} "
@@ -311,17 +313,12 @@ def culprit(kit, learn):
     return next((what for what, t in named if not distributed.full(t).isfinite().all()), "the loss itself")
 
 
-def as_role(kit, past):
-    """The model as ppo.py takes it: something to enter, which gives (model, past)."""
-    return lambda: contextlib.nullcontext((kit.model, past))
-
-
 def objective(kit, cfg, part, past):
     """What --task minimises, summed over these examples, fp32: all that the loop knows about tasks."""
     if cfg.task == "reward":
-        return ppo.reward_step(as_role(kit, past), kit.head, part)[0]
+        return ppo.reward_step(kit.role(past), kit.head, part)[0]
     if cfg.task == "dpo":
-        return ppo.dpo_step(as_role(kit, past), part, cfg.rl)[0]
+        return ppo.dpo_step(kit.role(past), part, cfg.rl)[0]
     return evaluate.summed_loss(kit, part, past)
 
 
@@ -337,9 +334,9 @@ def measure(kit, cfg, rows, examples, shots=()):
         for part in evaluate.by_length(kit, list(map(size, examples))):
             some = [examples[i] for i in part]
             if cfg.task == "dpo":
-                loss, _, found = ppo.dpo_step(as_role(kit, past), some, cfg.rl)
+                loss, _, found = ppo.dpo_step(kit.role(past), some, cfg.rl)
             else:
-                loss, _, found = ppo.reward_step(as_role(kit, past), kit.head, some)
+                loss, _, found = ppo.reward_step(kit.role(past), kit.head, some)
                 for i, scores in zip(part, found[0].tolist()):
                     said[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
             total, seen = total + loss.item(), [*seen, found]
@@ -409,17 +406,16 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 with kit.cast():
                     share = objective(kit, cfg, part, past) / max(count, 1)
                 scaler.scale(share).backward()
-                loss += share.item()
+                loss = loss + share.detach()
             for _ in range(most - len(parts)) if cfg.shard else ():     # all ranks must run the same forwards
                 with kit.cast():
                     (0 * objective(kit, cfg, whole[:1], past)).backward()
             if finish and parts:
                 finish()
-            loss, = distributed.add_up(learn.values(), [loss])
+            loss, = distributed.add_up(learn.values(), [float(loss)])       # a GPU is waited for
             if ranks:                               # reported apart: the loss stays comparable
-                reg = cfg.orth * lora.orthogonality(kit.model)
-                scaler.scale(reg).backward()
-                extra["orthogonality"] = reg.item()
+                extra["orthogonality"] = cfg.orth * lora.orthogonality(kit.model)
+                scaler.scale(extra["orthogonality"]).backward()
             scaler.unscale_(optimiser)
             norm = distributed.clip(learn.values(), cfg.clip or math.inf)
             rate, sound = lr_at(step, total, cfg), math.isfinite(loss) and math.isfinite(norm)
@@ -440,9 +436,9 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
             clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
             last = step + 1 == total
-            if ranks:
-                extra.update(ranks.report())
             if (step + 1) % max(1, total // 100) == 0 or last or not sound:
+                if ranks:
+                    extra = {"orthogonality": extra["orthogonality"].item(), **ranks.report()}
                 run.log(event="train", **clock, loss=loss, lr=rate, grad_norm=norm, skipped=now["skipped"],
                         **extra)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -497,9 +493,9 @@ def supervised(cfg):
         base = sum(p.numel() for p in kit.model.parameters())
         if cfg.dry_run:
             learn = build(kit, cfg)
-            few = {"train": [] if kind == "text" else rows["train"][:2]}
-            shown = kit.text.split(few, kit.block(cfg.block), cfg.too_long)["train"]
-            return describe(kit, learn, base, shown)
+            few, block = {"train": [] if kind == "text" else rows["train"][:200]}, kit.block(cfg.block)
+            some = kit.text.split(few, block, cfg.too_long)["train"]
+            return describe(kit, scale.planned(kit, cfg, learn, some, block), base, some[:2])
         state = run.start(facts(kit, rows)) or {}
         test, steps = rows["test"], shots.counts(cfg.shots, kind, kit.text.by)
         asked = [*map(kit.asked, rows["valid"] * 2)] if cfg.task == "reward" else []
@@ -536,7 +532,7 @@ def supervised(cfg):
                 kit.prompt.fold()                   # what an encoder was for ends with the training
             if cfg.task == "reward":
                 with kit.cast(), torch.no_grad():
-                    judge = ppo.model_reward(as_role(kit, kit.past()), kit.head, cfg.micro)
+                    judge = ppo.model_reward(kit.role(kit.past()), kit.head, cfg.micro)
                     ppo.calibrate(kit.head, judge(asked, state["samples"]))
             found, said = measure(kit, cfg, test, examples["test"])
             after, right = said[:3], evaluate.right(kit, test, said)
@@ -597,7 +593,7 @@ def referred(kit, examples):
     out, past = {}, kit.past()
     with kit.cast():
         for part in evaluate.by_length(kit, list(map(size, examples))):
-            both = ppo.pair_logprobs(as_role(kit, past), [examples[i] for i in part])
+            both = ppo.pair_logprobs(kit.role(past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
                 out[i] = pair
     out = distributed.merged(out)
@@ -883,6 +879,7 @@ def probe(kit, cfg, feed, steps=4):
             with kit.cast():
                 objective(kit, cfg, part, kit.past()).backward()
         optimiser.step()
+        next(iter(learn.values())).sum().item()             # a GPU computes behind our back: wait for it
         optimiser.zero_grad(set_to_none=True)
         if step:
             seconds, tokens = seconds + time.monotonic() - began, tokens + sum(map(size, sum(parts, [])))

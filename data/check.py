@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-from data import formats
+from data import formats, scale
 from data.examples import Feed, Ranking, size, targets
 from data.files import UserError, atomic
 from data.flags import TASK_DEFAULTS, Config
@@ -171,7 +171,7 @@ def examine(cfg, open_kit, probe):
         each = block * cfg.batch if kind == "text" else sum(map(size, examples)) / feed.per_epoch
         seconds = took / tokens * each * steps
         say()
-        describe(kit, learn, base, [])
+        describe(kit, scale.planned(kit, cfg, learn, examples, block), base, [])
         say(f"{steps:,} steps of {cfg.batch} examples, {each * steps:,.0f} tokens; {tokens / took:,.0f} "
             f"tokens a second on {kit.device}: about {clock(seconds)}, without evaluation")
     found = list(advice(splits, lengths, share, kind, names, block, seconds))

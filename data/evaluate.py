@@ -41,11 +41,14 @@ class Kit:
     micro: int = MICRO                      # padded tokens of a micro-batch
     max_new: int = 64                       # longest answer
     checkpoint: bool = False
+    compile: bool = False
 
     def cast(self):
         """Autocast, where fp32 weights learn in half precision; frozen halves are stored as they compute."""
         mixed = self.dtype != self.model.wte.weight.dtype
-        return torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        again = self.checkpoint and torch.is_grad_enabled()     # a cache would hold what is to be let go
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=not again) if mixed else \
+            contextlib.nullcontext()
 
     def past(self):
         return self.prompt(self.model) if self.prompt is not None else None
@@ -75,14 +78,20 @@ class Kit:
         """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
         return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
 
+    def trunk(self, x, past, **view):
+        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, compile=self.compile, **view)
+
+    def role(self, past):
+        """The model as ppo.py takes it: something to enter, which gives (model, past)."""
+        return lambda: contextlib.nullcontext((Trained(self), past))
+
     def read(self, examples, past, asked=False):
-        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past); with `asked`
-        (hidden (N, C), targets (N,), past), where there is something to say and nowhere else."""
+        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past); `asked`:
+        only where there is something to say, hidden (N, C) and targets (N,)."""
         x, y, view = collate(examples, self.text.attention)
         y, view = y.to(self.device), {name: t.to(self.device) for name, t in view.items()}
         at = (y >= 0).nonzero(as_tuple=True) if asked else None
-        x = self.embed(x.to(self.device))
-        hidden, past = self.model.trunk(x, past, checkpoint=self.checkpoint, at=at, **view)
+        hidden, past = self.trunk(x.to(self.device), past, at=at, **view)
         return hidden, y if at is None else y[at], past
 
     def ask(self, rows, past):
@@ -103,6 +112,19 @@ class Kit:
                 module.train(on)
 
 
+class Trained:
+    """The model, but for its trunk, which is the kit's: as the flags want it."""
+
+    def __init__(self, kit):
+        self.kit = kit
+
+    def __getattr__(self, name):                            # head, config, wte: the model's own
+        return getattr(self.kit.model, name)
+
+    def trunk(self, x, past=None, **view):
+        return self.kit.trunk(x, past, **view)
+
+
 def summed_loss(kit, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
     said, wanted, _ = kit.read(examples, past, asked=True)              # (targets, C), (targets,)
@@ -112,8 +134,7 @@ def summed_loss(kit, examples, past):
 
 
 def by_length(kit, lengths, extra=0, times=2):
-    """Indices in batches of similar length, this process's share. Without gradients twice the training budget
-    fits."""
+    """Indices in batches of similar length, this process's share; twice the budget fits without gradients."""
     order = sorted(share(range(len(lengths)), lengths), key=lengths.__getitem__)
     return batches.micro(order, [n + extra for n in lengths], times * kit.micro)
 

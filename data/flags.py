@@ -58,7 +58,7 @@ class Config:
     seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
     device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
-                     choices=("auto", "fp32", "bf16", "fp16"))
+                     choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     fresh: bool = opt("the run", False, "start over: delete what the run folder holds",
                       TRAIN + ("sample", "eval"))
     dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", FIT, LEARN)
@@ -79,6 +79,8 @@ class Config:
                            FIT + ("check",))
     shard: bool = opt("training", False, "split weights, gradients and moments over torchrun's processes",
                       methods=("full",))
+    compile: bool = opt("training", False, "training forward and backward through torch.compile",
+                        FIT + ("check",))
     eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
     save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
     forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
@@ -305,6 +307,9 @@ def check(cfg):
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
     if cfg.task == "sample" and cfg.keep > cfg.rl.samples:
         raise UserError(f"--keep {cfg.keep} is more than --samples {cfg.rl.samples}, the answers there are")
+    if cfg.task == "ppo" and cfg.dtype == "fp16":
+        raise UserError("--dtype fp16 rounds small gradients to 0 where no scaler helps, and --task ppo has "
+                        "none; use bf16 or fp32")
     if cfg.task == "tag" and cfg.method == "none":
         raise UserError("--task tag has no head before it is trained: use --task eval for a trained one, or "
                         "--task sft --method none for names as words")

@@ -15,7 +15,7 @@ import torch
 
 
 def correlation(x, y):
-    x, y = (z.double() - z.double().mean() for z in (x, y))
+    x, y = (z.cpu().double() - z.cpu().double().mean() for z in (x, y))
     return ((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12)).item()
 
 

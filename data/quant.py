@@ -12,6 +12,8 @@ Trained weights are never here: backward gives the input its gradient, the codes
 
 Public: Quantised, QuantProduct, keep_wide, compute_dtype
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,6 +22,12 @@ POSITIVE = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.flo
 NEGATIVE = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])        # (7,)
 NF4 = torch.cat((NEGATIVE, torch.zeros(1), POSITIVE.flip(0))) / POSITIVE[0]     # (16,), rising
 PAIRS = torch.view_as_complex(torch.cartesian_prod(NF4, NF4).float())           # (256,): a byte is two codes
+
+
+@functools.cache
+def pairs_on(device):
+    """PAIRS where the codes are: a copy at each product would make a GPU wait for the CPU."""
+    return PAIRS.to(device)
 
 
 def keep_wide(self, fn, recurse=True):
@@ -66,7 +74,7 @@ class Quantised(nn.Module):
         if self.kind == "int8":
             unit, top = self.codes.float(), top / 127
         else:                                   # a complex number is a pair: one look-up for two codes
-            pairs = PAIRS.to(self.codes.device).index_select(0, self.codes.flatten().int())
+            pairs = pairs_on(self.codes.device).index_select(0, self.codes.flatten().int())
             unit = torch.view_as_real(pairs).view(len(self.codes), -1)
         return (unit * top[:, None]).flatten()[:self.shape.numel()].view(self.shape).to(dtype)
 

@@ -5,18 +5,19 @@ Keys and values have no neighbours: there the norms and the way, by layer, are a
 
 Public: describe, report, virtual
 """
+from data import scale
 from data.examples import shown
 from data.runs import say
 
 
-def describe(kit, learn, base, examples):
-    """--dry_run: what would learn, about what memory it would take, and what the model would see."""
-    n, c = sum(p.numel() for p in learn.values()), kit.model.config
-    frozen = sum(p.numel() * p.element_size() for p in kit.model.parameters() if not p.requires_grad)
-    kept = kit.micro * c.n_layer * (12 * c.n_embd + 3 * c.n_inner) * kit.dtype.itemsize
-    say(f"{n:,} of {base:,} parameters learn ({n / base:.2%})")
-    say(f"memory, about: {frozen / 2**20:.0f} MB frozen + {16 * n / 2**20:.0f} MB learning (with gradients "
-        f"and moments) + {kept / 2**20:.0f} MB activations of {kit.micro} tokens")
+def describe(kit, plan, base, examples):
+    """--dry_run: what would learn, about what memory and arithmetic it takes; what the model would see."""
+    need = {part: f"{n / 1e6:,.0f} MB" for part, n in scale.memory(kit.model.config, plan).items()}
+    say(f"{plan.learn:,} of {base:,} parameters learn ({plan.learn / base:.2%})")
+    say(f"memory, about: {need['total']} = {need['weights']} frozen + {need['learning']} learning (with "
+        f"gradients and moments) + {need['activations']} activations + {need['peak']} logits or gradients, "
+        f"of {plan.tokens:,} tokens in rows of {plan.row}")
+    say(f"arithmetic, about: {scale.flops(kit.model.config, plan) / 1e9:.3g} GFLOP for each token trained on")
     for e in examples:
         say("\n" + "-" * 40 + " [[supervised]]")
         (ids, mask), out = shown(e), ""

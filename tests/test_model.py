@@ -695,9 +695,9 @@ def watch(model, monkeypatch):
     """How many rows, tokens and cache columns each call of the trunk sees."""
     seen, trunk = [], model.trunk
 
-    def spy(x, past=None, lengths=None, at=None):
+    def spy(x, past=None, lengths=None, **view):
         seen.append((*x.shape, past[0][0].size(2) if lengths is not None else None))
-        return trunk(x, past, lengths, at=at)
+        return trunk(x, past, lengths, **view)
     monkeypatch.setattr(model, "trunk", spy)
     return seen
 

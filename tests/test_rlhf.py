@@ -101,7 +101,7 @@ def test_a_saved_reward_model_scores_as_the_trained_one_did(town, tmp_path):
         state = torch.load(town / name / "state.pt", weights_only=True)
         kit = train.open_kit(train.parse(["--task", "eval", "--init", str(town / name)]))
         rows = formats.load(str(town / "pairs"), "valid").rows
-        judge = ppo.model_reward(train.as_role(kit, kit.past()), kit.head)
+        judge = ppo.model_reward(kit.role(kit.past()), kit.head)
         s = judge([kit.text.asked(row) for row in rows * 2], state["samples"])
         assert abs(s.mean()) < 1e-4 and abs(s.std(unbiased=False) - 1) < 1e-4, name
 
