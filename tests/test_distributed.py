@@ -46,6 +46,8 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "rloo": f"{PPO} --algo rloo --samples 2 --batch 8",
         "ptx": f"{PPO} --method full --ptx_coef 0.1 --ptx_data text",
         "soft": f"{PPO} --method ptuning2 --n_virtual 4",
+        "eval": "--task eval --init rm --data pairs",
+        "shots": "--method none --data chat --shots 2 --max_new 3",
         "sample": "--task sample --data prompts --reward rm --samples 4 --max_new 4 --items 5"}
 
 
