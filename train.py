@@ -413,7 +413,7 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 scaler.scale(reg).backward()
                 extra["orthogonality"] = reg.item()
             scaler.unscale_(optimiser)
-            norm = distributed.clip(learn.values(), cfg.clip or math.inf)
+            norm = float(distributed.clip(learn.values(), cfg.clip or math.inf))
             rate, sound = lr_at(step, total, cfg), math.isfinite(loss) and math.isfinite(norm)
             with guard:                             # all that changes, changes in here
                 if sound:
