@@ -279,8 +279,7 @@ def scatter_state(optimiser, state):
 
 
 def clip(params, largest):
-    """torch's clip_grad_norm_, also where some gradients lie in slices and some do not. Returns the norm (for
-    float())."""
+    """torch's clip_grad_norm_, also where some gradients lie in slices. Returns the norm, for float()."""
     params = [p for p in params if p.grad is not None]
     if not any(map(sharded, params)):
         return nn.utils.clip_grad_norm_(params, largest)

@@ -24,9 +24,9 @@ from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate, sample
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
-SFT = "--data chat --lr 1e-3 --steps 5 --batch 5 --max_new 3 --forget text --eval_every 2 --items 5"
+SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new 3 --forget text --eval_every 2 --items 5"
 PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forget none --items 5"
-HEAD = "--lr 1e-3 --steps 3 --batch 5 --forget none"
+HEAD = "--lr 2e-4 --steps 3 --batch 5 --forget none"
 PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new 4 --forget none --minibatches 2 " \
       "--ppo_epochs 2 --items 5 --micro 64 --missing_eos none"
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
