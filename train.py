@@ -417,7 +417,7 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 extra["orthogonality"] = cfg.orth * lora.orthogonality(kit.model)
                 scaler.scale(extra["orthogonality"]).backward()
             scaler.unscale_(optimiser)
-            norm = distributed.clip(learn.values(), cfg.clip or math.inf)
+            norm = float(distributed.clip(learn.values(), cfg.clip or math.inf))
             rate, sound = lr_at(step, total, cfg), math.isfinite(loss) and math.isfinite(norm)
             with guard:                             # all that changes, changes in here
                 if sound:

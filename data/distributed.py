@@ -177,7 +177,7 @@ def add_up(params, numbers=()):
     for p in whole:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     small, large = ([p.grad for p in whole if (p.numel() >= LARGE) == big] for big in (False, True))
-    said = torch.tensor([*has, *numbers, float(world.stop)])
+    said = torch.tensor([*has, *map(float, numbers), float(world.stop)])
     flat = torch.cat([*(g.flatten().float() for g in small), said.to(params[0].device)])
     with exchange():
         for t in (flat, *large):
@@ -279,10 +279,10 @@ def scatter_state(optimiser, state):
 
 
 def clip(params, largest):
-    """torch's clip_grad_norm_, also where some gradients lie in slices and some do not. Returns the norm."""
+    """torch's clip_grad_norm_, also where some gradients lie in slices. Returns the norm, for float()."""
     params = [p for p in params if p.grad is not None]
     if not any(map(sharded, params)):
-        return nn.utils.clip_grad_norm_(params, largest).item()
+        return nn.utils.clip_grad_norm_(params, largest)
     kinds = [[p.grad for p in params if sharded(p) == kind] for kind in (True, False)]
     norm = math.hypot(*(full(nn.utils.get_total_norm(grads)).item() for grads in kinds if grads))
     for grad in sum(kinds, []) if norm > largest else ():

@@ -24,9 +24,9 @@ from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate, sample
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
-SFT = "--data chat --lr 1e-3 --steps 5 --batch 5 --max_new 3 --forget text --eval_every 2 --items 5"
-PAIRS = "--data pairs --lr 1e-3 --steps 3 --batch 5 --forget none --items 5"
-HEAD = "--lr 1e-3 --steps 3 --batch 5 --forget none"
+SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new 3 --forget text --eval_every 2 --items 5"
+PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forget none --items 5"
+HEAD = "--lr 2e-4 --steps 3 --batch 5 --forget none"
 PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new 4 --forget none --minibatches 2 " \
       "--ppo_epochs 2 --items 5 --micro 64 --missing_eos none"
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
@@ -46,6 +46,8 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "rloo": f"{PPO} --algo rloo --samples 2 --batch 8",
         "ptx": f"{PPO} --method full --ptx_coef 0.1 --ptx_data text",
         "soft": f"{PPO} --method ptuning2 --n_virtual 4",
+        "eval": "--task eval --init rm --data pairs",
+        "shots": "--method none --data chat --shots 2 --max_new 3",
         "sample": "--task sample --data prompts --reward rm --samples 4 --max_new 4 --items 5"}
 
 
