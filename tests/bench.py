@@ -340,8 +340,8 @@ def growth(args, folder, small):
         job = {**base, **({name: value} if name else {})}
         job["model"], file = small(job["layers"]), folder / "cell.json"
         file.write_text(json.dumps(job))
-        side = ["--side", "cell", "--job", str(file), "--threads", str(args.threads)]
-        found = json.loads(subprocess.check_output([sys.executable, __file__, *side], stderr=subprocess.DEVNULL))
+        side = [sys.executable, __file__, "--side", "cell", "--job", file, "--threads", str(args.threads)]
+        found = json.loads(subprocess.check_output(side, stderr=subprocess.DEVNULL))
         first = first or found
         what = f"{name} {value}" + " virtual tokens, no LoRA" * (name == "P") if name else \
             ", ".join(f"{k} {v}" for k, v in base.items())

@@ -22,7 +22,7 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=490, lora=485, prompts=350, ppo=680, train=900)
+LINES = dict(model=510, lora=485, prompts=350, ppo=680, train=900)
 LINES["data/flags"] = 320                                       # one table of every flag
 DATA_LINES = 290
 
