@@ -75,7 +75,7 @@ class PPOConfig:
     seed: int = opt(1, "seed of prompts, samples and minibatches")
     max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(MICRO, "padded tokens per forward: memory and time, not mathematics")
+    micro: int = opt(MICRO // 2, "padded tokens per forward: memory and time, not mathematics")
     clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
 
     algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
@@ -465,7 +465,7 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
         return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
     answers, v = [None] * len(prompts), None
     with roles.policy() as (model, past):
-        for rows in micro(range(len(prompts)), [len(p) + cfg.max_new for p in prompts], 4 * cfg.micro):
+        for rows in micro(range(len(prompts)), [len(p) + cfg.max_new for p in prompts], 8 * cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=generator)
             for i, y in zip(rows, new):
