@@ -76,7 +76,7 @@ class PPOConfig:
     seed: int = opt(1, "seed of prompts, samples and minibatches")
     max_new: int = opt(48, "longest answer in tokens, its end token included")
     temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(MICRO, "padded tokens per forward: memory and time, not mathematics")
+    micro: int = opt(MICRO // 2, "padded tokens per forward: memory and time, not mathematics")
     clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
 
     algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
@@ -469,7 +469,7 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
     if generator is not None:                       # a row's own dice: --micro and processes change no answer
         generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
     with roles.policy() as (model, past):
-        for rows in micro(distributed.share(range(len(n)), n), n, 4 * cfg.micro):
+        for rows in micro(distributed.share(range(len(n)), n), n, 8 * cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=None if generator is None else generator[rows])
             answers.update(zip(rows, new))

@@ -301,9 +301,10 @@ def duel(what, model, vocab, args, folder):
             [python, __file__, "--side", side, "--job", str(job), "--threads", str(args.threads)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"})
-        if sides[side].stdout.readline() != "ready\n":
-            raise SystemExit(f"{what}: the side of {side} ({python}) does not start; --side {side} --job "
-                             "FILE tells why, where FILE holds what, model, rows and steps as JSON")
+    for side, process in sides.items():
+        if process.stdout.readline() != "ready\n":
+            raise SystemExit(f"{what}: {side} ({process.args[0]}) does not start; --side {side} --job FILE "
+                             "tells why, where FILE holds what, model, rows and steps as JSON")
     found = {side: [] for side in sides}
     for _ in range(1 + (2 if args.short else 5)):
         for side, process in sides.items():
@@ -340,8 +341,8 @@ def growth(args, folder, small):
         job = {**base, **({name: value} if name else {})}
         job["model"], file = small(job["layers"]), folder / "cell.json"
         file.write_text(json.dumps(job))
-        side = ["--side", "cell", "--job", str(file), "--threads", str(args.threads)]
-        found = json.loads(subprocess.check_output([sys.executable, __file__, *side], stderr=subprocess.DEVNULL))
+        side = [sys.executable, __file__, "--side", "cell", "--job", file, "--threads", str(args.threads)]
+        found = json.loads(subprocess.check_output(side, stderr=subprocess.DEVNULL))
         first = first or found
         what = f"{name} {value}" + " virtual tokens, no LoRA" * (name == "P") if name else \
             ", ".join(f"{k} {v}" for k, v in base.items())

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
 from data.hf import parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
-from model import GPT, GPTConfig, RMSNorm, attend, generate, rope_table, sample
+from model import GPT, GPTConfig, RMSNorm, attend, generate, logprob, rope_table, sample
 
 LOGITS = np.load(HERE / "logits.npz")
 CLOSE = 5e-5            # logits reach 23; two fp32 programs, each up to 3e-5 from the same sum in fp64
@@ -636,6 +636,58 @@ def test_logits_only_where_asked():
 
 
 @ANY
+def test_the_last_block_works_only_where_asked(kind):
+    x, at, got = torch.tensor(ids(9, 9)), (torch.tensor([0, 1, 1]), torch.tensor([8, 0, 5])), []
+    for asked in (None, at):
+        model = make(kind).double()
+        hidden, past = model.trunk(x, soft(model, 2), at=asked)
+        hidden = hidden if asked else hidden[at]
+        hidden.sin().sum().backward()
+        got.append([hidden, past[-1][0], *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*got)) and len(got[0]) == len(got[1])
+    rows = []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    model.trunk(x, at=at)
+    assert rows == [3]
+
+
+def test_norm_by_hand_has_the_gradients_of_autograd():
+    norm = RMSNorm(16, 1e-5).double()
+    norm.weight.data.uniform_(0.5, 2)
+    x, g = torch.randn(2, 2, 3, 5, 16).double().unbind()
+    x, g = x.transpose(1, 2).requires_grad_(), g.transpose(1, 2)
+    by_hand = torch.autograd.grad((norm(x) * g).sum(), (x, norm.weight))
+    norm.weight.grad = None
+    y = torch.nn.functional.rms_norm(x, (16,), norm.weight, 1e-5)
+    assert torch.equal(norm(x), y) and torch.equal(norm(x.detach()), y)
+    for a, b in zip(by_hand, torch.autograd.grad((y * g).sum(), (x, norm.weight))):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logprob_in_slices_is_logprob(frozen):
+    """300 rows with a weight each; one logit is banned, one so large that its token is almost sure."""
+    head, seen = torch.nn.Linear(8, 50).double().requires_grad_(not frozen), []
+    head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    g, t = torch.randn(300).double(), torch.randint(1, 50, (300,))
+
+    def act(h):
+        bias = torch.zeros(50).double().index_fill(0, torch.tensor(0), -torch.inf)
+        return head(h) * 1.5 + bias
+    h = (100 * torch.randn(300, 8)).double().requires_grad_()
+    learn = [h] if frozen else [h, head.weight, head.bias]
+    got = logprob(act, h, t)
+    slices = list(seen)
+    want = act(h).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+    assert (got - want).abs().max() < 1e-11 * want.abs().max()
+    for a, b in zip(*(torch.autograd.grad((g * y).sum(), learn) for y in (got, want))):
+        assert (a - b).abs().max() < 1e-10 * b.abs().max()
+    assert slices == ([0, 128, 128, 44] if frozen else [0, 300])
+    with torch.no_grad():
+        assert (logprob(act, h, t) - want).abs().max() < 1e-11 * want.abs().max()
+
+
+@ANY
 def test_precisions(kind):
     x, reference = torch.tensor(ids(20, 20)), None
     for dtype, tolerance in ((torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.1)):
@@ -744,6 +796,16 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     columns = [max(len(p) + step for p, row in zip(prompts, out) if len(row) > step) for step in range(1, 10)
                if alive[step]]
     assert [S for *_, S in seen[1:]] == columns                         # and none looks past the longest row
+
+
+def test_prompts_are_read_by_length(monkeypatch):
+    model, prompts = make("llama").double(), ids(*[25, 3] * 22)
+    want = [generate(model, [p], 4, temperature=0)[0] for p in prompts]
+    seen = watch(model, monkeypatch)
+    assert generate(model, prompts, 4, temperature=0) == want
+    read = [(rows, T) for rows, T, S in seen if S is None]
+    assert sum(rows for rows, _ in read) == 44 and sum(rows * T for rows, T in read) < 44 * 20
+    assert all(rows * T <= 512 for rows, T in read) and sum(S is not None for *_, S in seen) == 3
 
 
 def test_all_rows_finish_at_step_1(monkeypatch):
