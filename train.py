@@ -111,9 +111,11 @@ def open_kit(cfg):
     if cfg.compile:
         compiles(device)
     if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
-        model, prompt, tokenizer = load(cfg.init, torch.float32 if cfg.method == "full" else dtype)
-        if cfg.method != "none" and lora.adapters(model):       # tuned before: that is part of the base now
-            model = lora.merge(model).to(model.wte.weight.dtype)
+        stored = torch.float32 if cfg.method == "full" else dtype
+        chain = cfg.method != "none" and base_of(weights_folder(cfg.init)) is not None
+        model, prompt, tokenizer = load(cfg.init, torch.float32 if chain else stored)
+        if chain:                                   # tuned before: that is part of the base now, as in `load`
+            model = (lora.merge(model) if lora.adapters(model) else model).to(stored)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}"
         raise DataError(f"{cfg.init}: {sizes}; they do not belong together")
@@ -561,7 +563,8 @@ def finish(run, kit, found, before, samples, learn, total, weights, now, right="
         params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
         steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
         tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
-        right=right, peak_memory_mb=peak_memory_mb(kit.device))
+        right=right, peak_memory_mb=peak_memory_mb(kit.device),
+        speaks=kit.text.by == "words" and kit.text.attention != "bidirectional")
     if run.told["task"] == "eval" and kit.prompt is not None:
         result["virtual"] = virtual(kit, began_as(run.told["init"]), prompts.nearest_tokens)
     run.finish(result)

@@ -284,7 +284,8 @@ def check(cfg):
                  minibatches=1, cliprange=0, cliprange_value=0, target_kl=0, value_lr=0, value_warmup=0,
                  ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0, hidden=1, beta2=0,
                  min_lr=0, weight_decay=0, lora_plus=0, dropout=0, prefix_dropout=0, target_rank=1, orth=0,
-                 prune_start=0, prune_end=0, prune_every=1, n_layer=1, n_head=1, n_embd=1, vocab=0)
+                 prune_start=0, prune_end=0, prune_every=1, n_layer=1, n_head=1, n_embd=1, vocab=0,
+                 missing_eos=-2 ** 63)
     shares = ("warmup", "min_lr", "beta2", "dropout", "prefix_dropout", "prune_start", "prune_end", "top_p",
               "ema", "gamma", "lam", "label_smoothing")
     values = told(cfg)

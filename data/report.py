@@ -73,7 +73,7 @@ def report(result, folder):
         say(line)
     if result["task"] == "reward":
         say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
-    elif result["task"] == "tag":                       # its head tags, and says nothing
+    elif not result.get("speaks", True):                # a head that judges, a model that reads both ways
         say(f"\npython train.py --task eval --init {folder} --data {result['data']}")
     elif result["method"] != "none":
         say(f"\npython train.py --task chat --init {folder}")

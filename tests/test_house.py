@@ -22,7 +22,7 @@ MAY = {                                                         # which of our o
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }
 NO_NUMPY = {"lora", "prompts"}                                  # torch only
-LINES = dict(model=535, lora=485, prompts=350, ppo=695, train=970)
+LINES = dict(model=535, lora=485, prompts=350, ppo=695, train=975)
 LINES["data/flags"] = 340                                       # one table of every flag
 DATA_LINES = 290
 
