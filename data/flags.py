@@ -165,7 +165,8 @@ class Config:
 METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
                    "adalora": dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"),
                    "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=0.05, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
+                   "prompt": dict(lr=0.2, beta2=0.95, epochs=9.0, batch=8, n_virtual=40,
+                                  place="{prompt} {p}"),
                    "ptuning": dict(lr=6e-3, beta2=0.95, epochs=12.0, place="{prompt} {p}"),
                    "prefix": dict(lr=1e-3, beta2=0.95, epochs=10.0),
                    "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}

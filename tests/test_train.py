@@ -515,9 +515,10 @@ def test_a_chain_in_bf16_is_read_as_it_was_trained(world, tmp_path):
     """What the first run learned is merged in fp32, wherever: rounded first, the second had another base."""
     run(world, tmp_path / "a", "--dtype", "bf16", "--lr", "3e-2", "--steps", "6")
     r = run(world, tmp_path / "b", "--dtype", "bf16", "--init", str(tmp_path / "a"))
-    assert train.main(["--task", "eval", "--init", str(tmp_path / "b"), "--data", str(world / "chat"), "--out",
-                       str(tmp_path / "eval"), "--dtype", "bf16", "--max_new", "4"]) == 0
-    assert read_json(tmp_path / "eval" / "result.json")["metrics"]["loss"] == r["metrics"]["loss"]
+    out = tmp_path / "eval"
+    assert train.main(["--task", "eval", "--init", str(tmp_path / "b"), "--data", str(world / "chat"),
+                       "--out", str(out), "--dtype", "bf16", "--max_new", "4"]) == 0
+    assert read_json(out / "result.json")["metrics"]["loss"] == r["metrics"]["loss"]
 
 
 def test_quantised_bases_and_checkpointing_run(world, tmp_path):
