@@ -367,7 +367,7 @@ def test_other_methods_learn_every_objective(method, world, tmp_path):
 
 
 def test_classify_both_ways_or_causal(world, tmp_path, capsys):
-    head = ["--task", "classify", "--by", "head", "--method", "full", "--steps", "60", "--lr", "1e-2",
+    head = ["--task", "classify", "--by", "head", "--method", "full", "--steps", "120", "--lr", "3e-3",
             "--batch", "32", "--forget", "none"]
     r = run(world, tmp_path / "both", "label", *head, "--attention", "bidirectional")
     assert r["metrics"]["accuracy"] > 0.9 and r["metrics"]["loss"] < 0.6
