@@ -466,9 +466,10 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
     def act(part):
         return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
     answers, v, n = {}, None, [len(p) + cfg.max_new for p in prompts]
-    if generator is not None:                       # a row's own dice: --micro and processes change no answer
-        generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
     with roles.policy() as (model, past):
+        if generator is not None:                   # a row's own dice: --micro and processes change no answer
+            generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
+            generator = generator.to(model.wte.weight.device)
         for rows in micro(distributed.share(range(len(n)), n), n, 8 * cfg.micro):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=None if generator is None else generator[rows])

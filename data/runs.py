@@ -160,7 +160,7 @@ class Run:
     def start(self, facts):
         """Write config.json, or see that a continued run still finds its data and base. Returns the state."""
         theirs, keys = distributed.lead(lambda: facts), ("data_sha256", "base_sha256")
-        if any(theirs[key] != facts[key] for key in keys):
+        if any(theirs.get(key) != facts.get(key) for key in keys):
             raise DataError(f"process {world.rank} finds another --data or --init under these names than "
                             "process 0 does; put the same files on every machine")
         return distributed.lead(lambda: self.begun(facts))

@@ -44,7 +44,7 @@ class Table(nn.Module):
         key = ((answer + 1) * (at < known[..., None]) * (V + 1) ** at).sum(-1)
         return self.table[key % len(self.table)]                  # only a state without action ever overflows
 
-    def trunk(self, x, past=None, lengths=None, at=None):
+    def trunk(self, x, past=None, lengths=None, at=None, sees=None, places=None):
         if lengths is not None:                               # decoding: (B, 1) is written where the row ends
             cache = past[0][0].scatter_(2, lengths[:, None, None, None], x[:, None, :, None].float())
             return self.rows(cache[:, 0, 1:, 0].long(), lengths)[:, None], past
