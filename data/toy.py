@@ -28,7 +28,7 @@ from data.world import SPLITS, World, cap
 
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
          "toy/preferences", "toy/prompts", "toy/corpus")
-SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (2000, 200, 400)}
+SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (4000, 200, 400)}
 SIZE = (2000, 200, 300)     # of all others; fewer where a task has fewer different rows
 TAU = 0.5       # temperature of the noise on comparisons
 
@@ -137,21 +137,22 @@ NOT = {"not", "never", "hardly", "nobody"}
 def gold(prompt, answer):
     """How good an answer to a wish is, about -3 to 3: cheerful, to the point, of some length, no repeats.
 
-    cheer   good words minus bad words, a negated clause counted the other way, through 1.5 tanh(x / 1.5)
-    asked   the share of (name, item, shop) that the answer mentions, from 0 to 1.5
+    cheer   good words and endings minus bad ones over all of them, a negated clause counted the other way; a
+            mean, for that is what attention can take: a sum over clauses is beyond a model of this size
+    asked   does it name the person and the shop that the wish names: half a point each
     """
     text = answer.lower().replace("anything but", "not")
-    words, cheer = re.findall(r"[a-z]+", text), 0
+    words, cheer = re.findall(r"[a-z]+", text), []
     for clause in re.split(r"[.,!?:;]| and | but ", SHOP.sub("", text)):     # "the Quiet Corner" is no praise
         said = re.findall(r"[a-z]+", clause)
-        cheer += sum(CHEER.get(w, 0) for w in said) * (-1 if NOT & set(said) else 1)
-    cheer += sum(t in answer for t in lex.LIKED) - sum(t in answer for t in lex.HATED)
-    asked = re.fullmatch(r"Tell (\w+) about the (\w+) at the (.+)\.", prompt)
+        cheer += [CHEER[w] * (-1 if NOT & set(said) else 1) for w in said if w in CHEER]
+    cheer += [sign for sign, ends in ((1, lex.LIKED), (-1, lex.HATED)) for end in ends if end.lower() in text]
+    asked = re.fullmatch(r"Tell (\w+) about the \w+ at the (.+)\.", prompt)
     found = sum(a.lower() in text for a in asked.groups()) / 2 if asked else 0
     triples = list(zip(words, words[1:], words[2:]))
     repeats = 1 - len(set(triples)) / max(len(triples), 1)
     short, long = max(0, 8 - len(words)) / 4, max(0, len(words) - 30) / 10
-    return 1.5 * math.tanh(cheer / 1.5) + found - 2 * repeats - short - long
+    return 1.5 * sum(cheer) / max(len(cheer), 1) + found - 2 * repeats - short - long
 
 
 def main():

@@ -104,6 +104,12 @@ def test_gold_by_hand():
     assert toy.gold(wish, praise.replace("tea at the Quiet Corner", "day")) < toy.gold(wish, praise)
     assert toy.gold(wish, praise + " " + praise) < toy.gold(wish, praise)
     assert toy.gold(wish, "Lovely.") < toy.gold(wish, praise)
+    assert toy.gold(wish, praise + " It made my day.") > toy.gold(wish, praise + " It ruined my day.")
+    assert toy.gold(wish, praise) == toy.gold(wish, praise.replace("kind", "there"))    # a mean, not a sum
+    assert toy.gold(wish, praise) == pytest.approx(1.5 + 1) and toy.gold(wish, plain) == pytest.approx(1)
+    mixed = praise.replace("kind", "rude")
+    assert toy.gold(wish, mixed) == pytest.approx(1) and toy.gold(wish, scorn) == pytest.approx(-0.5)
+    assert toy.gold(wish, praise.replace("Cora", "Hugo")) == pytest.approx(2)
 
 
 def test_comparisons_are_as_noisy_as_they_say(rows):
