@@ -309,6 +309,8 @@ def check(cfg):
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
     if cfg.task == "sample" and cfg.keep > cfg.rl.samples:
         raise UserError(f"--keep {cfg.keep} is more than --samples {cfg.rl.samples}, the answers there are")
+    if cfg.compile and cfg.shard:
+        raise UserError("--compile and --shard have not been tried together; leave one of them out")
     if cfg.task == "ppo" and cfg.dtype == "fp16":
         raise UserError("--dtype fp16 rounds small gradients to 0 where no scaler helps, and --task ppo has "
                         "none; use bf16 or fp32")

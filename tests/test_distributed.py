@@ -258,6 +258,8 @@ def test_what_one_process_does_is_refused_to_several(world, tmp_path, monkeypatc
     monkeypatch.undo()
     assert train.main(argv(world, tmp_path / "r", f"--method full --shard {SFT}")) == 2
     assert "start several" in capsys.readouterr().err
+    assert train.main("--method full --shard --compile".split()) == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- hands and dice
