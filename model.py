@@ -503,10 +503,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column
     S, caches, last = max(n + max(r, 1) - 1 for n, r in zip(starts, room)), None, [None] * len(prompts)
     for part in micro(range(len(prompts)), sizes, 512 if device.type == "cpu" else 16384):
-        n = torch.tensor([sizes[i] for i in part], device=device)       # by length: hardly a pad is read
-        x = torch.tensor([prompts[i] + [0] * (max(n) - sizes[i]) for i in part], device=device)     # (b, T)
+        n, T = torch.tensor([sizes[i] for i in part], device=device), max(sizes[i] for i in part)
+        x = torch.tensor([prompts[i] + [0] * (T - sizes[i]) for i in part], device=device)      # hardly a pad
         hidden, made = model.trunk(embed(x) if embed else x, past, sees=n - int(blank) if both_ways else None,
-                                   places=span(torch.arange(x.size(1), device=device), n) if blank else None,
+                                   places=span(torch.arange(T, device=device), n) if blank else None,
                                    at=(torch.arange(len(part), device=device), n - 1))      # (b, C), the last
         caches = caches or [[t.new_zeros(len(prompts), t.size(1), S, t.size(3)) for t in entry[:2]]
                             + list(entry[2:]) for entry in made]

@@ -102,7 +102,8 @@ class Task:
 
 
 def config(**changes):
-    base = dict(lr=0.03, batch=512, steps=100, max_new=4, kl_coef=BETA, clip=0.0, ppo_epochs=2, minibatches=2)
+    base = dict(lr=0.03, batch=512, steps=100, max_new=4, kl_coef=BETA, clip=0.0, ppo_epochs=2, minibatches=2,
+                micro=4096)
     return ppo.PPOConfig(**{**base, **changes})
 
 
