@@ -438,7 +438,6 @@ def logprob(head, hidden, tokens):
                       for z, t in pairs])
 
 
-
 def allowed(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) / temperature (0: the likeliest alone), -inf where top_k, and then top_p, cut."""
     if temperature == 0:

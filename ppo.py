@@ -474,7 +474,7 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
             new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
                            eos=eos, past=past, generator=None if generator is None else generator[rows])
             answers.update(zip(rows, new))
-        answers = [y for _, y in sorted(distributed.merged(answers).items())]
+        answers = distributed.merged(answers)
         batch = pack(prompts, answers, model.wte.weight.device)
         logp, h = inference(act, batch, cfg.micro).unbind(-1)
     with roles.reference() as (model, past):

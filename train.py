@@ -344,8 +344,7 @@ def measure(kit, cfg, rows, examples, shots=()):
             total, seen = total + loss.item(), [*seen, found]
     total, seen = sum(distributed.gather(total)), sum(distributed.gather(seen), [])
     if cfg.task != "dpo":
-        return {"loss": total / len(rows), **reward_report(seen)}, \
-            [text for _, text in sorted(distributed.merged(said).items())]
+        return {"loss": total / len(rows), **reward_report(seen)}, distributed.merged(said)
     means = {name: sum(found[name] for found in seen) / len(rows) for name in seen[0]}
     return {"loss": total / len(rows), **means}, evaluate.answer(kit, list(map(kit.asked, rows[:3])))
 
@@ -599,8 +598,7 @@ def referred(kit, examples):
             both = ppo.pair_logprobs(kit.role(past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
                 out[i] = pair
-    out = distributed.merged(out)
-    return [e._replace(reference=tuple(out[i])) for i, e in enumerate(examples)]
+    return [e._replace(reference=tuple(pair)) for e, pair in zip(examples, distributed.merged(out))]
 
 
 def open_data(cfg):

@@ -141,8 +141,8 @@ def gather(x):
 
 
 def merged(found):
-    """{row: what was found}, each rank's own, as one dict of all rows on every rank."""
-    return {key: value for one in gather(found) for key, value in one.items()}
+    """{row: what was found}, each rank's own, as a list of all rows, in order, on every rank."""
+    return [value for _, value in sorted({k: v for one in gather(found) for k, v in one.items()}.items())]
 
 
 def lead(f):

@@ -164,8 +164,7 @@ def sample(kit, prompts, **sampling):
                            blank=bool(kit.text.blank), **sampling)
             for i, ids in zip(rows, new):
                 out[i] = ids
-    out = merged(out)
-    return [out[i] for i in range(len(prompts))]
+    return merged(out)
 
 
 def answer(kit, prompts, **sampling):
@@ -201,8 +200,7 @@ def word_scores(kit, prompts):
                     logits = torch.cat((first, kit.model.head(hidden)), 1)
                 nll.append(F.cross_entropy(logits.float().transpose(1, 2), w, reduction="none").sum(1))
             out.update(zip(index, torch.stack(nll, 1).tolist()))
-    out = merged(out)
-    return torch.tensor([out[i] for i in range(len(prompts))])
+    return torch.tensor(merged(out))
 
 
 @torch.no_grad()
@@ -216,8 +214,7 @@ def head_scores(kit, prompts):
         for index in by_length(kit, list(map(len, prompts))):
             hidden, _ = kit.ask([prompts[i] for i in index], past)
             out.update(zip(index, (-kit.head(hidden.float()).log_softmax(-1)).tolist()))
-    out = merged(out)
-    return torch.tensor([out[i] for i in range(len(prompts))])
+    return torch.tensor(merged(out))
 
 
 def word_tags(kit, examples):
@@ -232,8 +229,7 @@ def word_tags(kit, examples):
             for i, h in zip(index, hidden):
                 at = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
                 out[i] = [kit.text.labels[k] for k in kit.head(h[at].float()).argmax(-1).tolist()]
-    out = merged(out)
-    return [out[i] for i in range(len(examples))]
+    return merged(out)
 
 
 def entities(said, gold):

@@ -80,13 +80,6 @@ def torchrun(folder, commands, *modules, n=2):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def wait_for(path, process, seconds=300):
-    end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    assert path.exists(), process.communicate()
-
-
 def codes(folder, process, n=2):
     """The commands' exit codes, alike in all processes; and stderr."""
     err = process.communicate(timeout=600)[1]
@@ -217,7 +210,7 @@ def test_a_crash_of_one_ends_all(error, says, world, tmp_path):
 def signalled(world, tmp_path, words, rank):
     """A run of two processes, of which one gets SIGTERM after its first save."""
     p = torchrun(tmp_path, [argv(world, tmp_path / "cut", words)])
-    wait_for(tmp_path / "cut" / "state.pt", p)
+    tiny.wait_for(tmp_path / "cut" / "state.pt", p)
     os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGTERM)
     found, err = codes(tmp_path, p)
     assert found == [75] and err.count("the same command goes on from here") == 1, err

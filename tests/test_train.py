@@ -28,7 +28,7 @@ from data.files import UserError, read_json, read_tensors
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
-from tiny import Stop, stopped, write
+from tiny import Stop, stopped, wait_for, write
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -339,13 +339,6 @@ def launch(world, out, *flags):
     args = [sys.executable, str(ROOT / "train.py"), *command(world, out, *flags)]
     return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def wait_for(path, process, seconds=300):
-    end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    assert path.exists(), process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

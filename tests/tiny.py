@@ -1,5 +1,6 @@
 """A base model of two layers over bytes, rows of every kind: all that a run needs; and how to cut a run."""
 import json
+import time
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def stopped(monkeypatch, at, go):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(evaluate, "summed_loss", cut)
         go()
+
+
+def wait_for(path, process, seconds=300):
+    """Until a process has written a file."""
+    end = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert path.exists(), process.communicate()
 
 
 def write(folder, kinds, every=8):
