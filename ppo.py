@@ -116,6 +116,13 @@ class DPOConfig:
     dpo_loss: str = opt("dpo", "log-sigmoid of the margin, or squared error of it", choices=("dpo", "ipo"))
     label_smoothing: float = opt(0.0, "the chance that a label is wrong (cDPO)")
 
+    def __post_init__(self):
+        if self.dpo_beta == 0 or self.label_smoothing >= 0.5:
+            raise UserError(f"--dpo_beta {self.dpo_beta} with --label_smoothing {self.label_smoothing} "
+                            "teaches nothing; beta is above 0, smoothing below 0.5")
+        if self.dpo_loss == "ipo" and self.label_smoothing:
+            raise UserError("--dpo_loss ipo has no --label_smoothing; leave one of them out")
+
 
 # ------------------------------------------------------------------------------------------------- equations
 # (B, R) tensors and a bool mask. What lies outside the mask may be anything, NaN included: it is overwritten
@@ -626,7 +633,7 @@ def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=N
             seen["ptx_loss"], seen["ptx_ratio"] = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"],
                                                           ptx(state.step, len(log["ratio"])))
         for who in state.params:
-            idle = stop or (who == "policy" and state.step < cfg.value_warmup)
+            idle = stop or (who == "policy" and "value" in state.params and state.step < cfg.value_warmup)
             seen[f"grad_norm_{who}"] = state.apply(who, 0.0 if idle else share)
         seen["skipped"] = sum(bad > 0 for bad in state.bad.values())
         for name, x in seen.items():

@@ -14,10 +14,15 @@ Processes of torchrun share its steps and end in the same weights (data/distribu
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
 the weights as adapter/ (peft's format) or model/ (transformers'), and, last of all, result.json. The same
 command again prints a finished run's result, continues an interrupted one, refuses another one's folder.
-stdout: results; stderr: progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted and saved.
+stdout: results; stderr: progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted.
 
 Public: main, Config, load
 """
+import signal
+
+if __name__ == "__main__":                          # until `guard` takes over, Ctrl-C ends us, and no more
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import copy
 import dataclasses
@@ -163,7 +168,7 @@ def scalar_head(folder):
 def new_model(cfg):
     """A tokenizer trained on the data (--vocab 0: bytes), a model of the flagged shape, seeded weights."""
     special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
-    texts = [row["text"] for row in formats.load(cfg.data, "train").rows]
+    texts = [row["text"] for row in formats.plain(cfg.data, "train")]
     tokenizer = Tokenizer.train(texts, cfg.vocab or 256 + len(special), special)
     shape = GPTConfig(tokenizer.vocab_size, cfg.block or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
                       eos=tokenizer.eos)
@@ -235,10 +240,10 @@ def build(kit, cfg):
     return learn
 
 
-def began_as(folder):
+def began_as(folder, device="auto"):
     """The soft prompt that a run began with, made again from its flags and seed; None if those are lost."""
-    with contextlib.suppress(DataError, TypeError):         # no config.json, no base any more, other flags
-        said = read_json(find(folder) / "config.json")["config"]
+    with contextlib.suppress(UserError, TypeError, KeyError):       # no config.json, no base, other flags
+        said = read_json(find(folder) / "config.json")["config"] | {"device": device, "compile": False}
         cfg = Config(**{name: said[name] for name in Config.__dataclass_fields__ if name in said})
         kit = open_kit(cfg)
         kit.text.labels = tuple(settings(folder).get("labels", ()))     # --start labels starts from them
@@ -383,6 +388,9 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
             run.save({**state, **whole, "scaler": scaler.state_dict(), "now": dict(now),
                       "ranks": ranks.state_dict() if ranks else {}})
 
+    def clock():
+        return dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
+
     run.rewind(now["step"])
     spoke = time.monotonic()
     every = cfg.eval_every or -(-total // 4)
@@ -390,7 +398,15 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
     kit.train()
     try:
         while now["step"] < total:
-            step, began = now["step"], time.monotonic()
+            step = now["step"]
+            if step and step % every == 0:          # first of all: what was interrupted here comes again
+                kit.train(False)
+                found = evaluate_now()
+                kit.train()
+                run.log(event="valid", **clock(), **found)
+                note(f"step {step}/{total}  valid  "
+                     + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+            began = time.monotonic()
             dice = (cfg.seed * 1_000_003 + step) % 2 ** 63
             torch.manual_seed(dice)                 # dropout: a function of (seed, step)
             whole = feed.rows(step)                 # every rank plans the whole step ...
@@ -435,26 +451,18 @@ def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
                 now["step"], now["seconds"] = step + 1, now["seconds"] + time.monotonic() - began
                 now["tokens"] += sum(map(size, whole))
                 now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
-            clock = dict(step=step + 1, tokens=now["tokens"], seconds=round(now["seconds"], 3))
-            last = step + 1 == total
-            if (step + 1) % max(1, total // 100) == 0 or last or not sound:
-                if ranks:
-                    extra = {"orthogonality": extra["orthogonality"].item(), **ranks.report()}
-                run.log(event="train", **clock, loss=loss, lr=rate, grad_norm=norm, skipped=now["skipped"],
-                        **extra)
+                last = step + 1 == total
+                if (step + 1) % max(1, total // 100) == 0 or last or not sound:
+                    if ranks:
+                        extra = {"orthogonality": extra["orthogonality"].item(), **ranks.report()}
+                    run.log(event="train", **clock(), loss=loss, lr=rate, grad_norm=norm,
+                            skipped=now["skipped"], **extra)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if bar.disable and time.monotonic() - spoke > 5:
                 speed = now["tokens"] / now["seconds"]
                 note(f"step {step + 1}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
                 spoke = time.monotonic()
-            if (step + 1) % every == 0 and not last:
-                kit.train(False)
-                found = evaluate_now()
-                kit.train()
-                run.log(event="valid", **clock, **found)
-                note(f"step {step + 1}/{total}  valid  "
-                     + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             if (step + 1) % cfg.save_every == 0 and not last:
                 save()
         save()
@@ -488,6 +496,9 @@ def supervised(cfg):
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
                 kit.text.labels = found
+            unseen = set(found) - set(formats.names(rows["train"]))
+            if unseen and cfg.method != "none":
+                note(f"no training row has the label {', '.join(sorted(unseen))}, which valid or test have")
             if kind == "label" and len(kit.text.asked({"text": "", "label": found[0]})) >= kit.room():
                 raise UserError(f"the question that names the {len(found)} labels of {cfg.data} leaves no "
                                 "room for a text; give a shorter --ask")
@@ -546,8 +557,9 @@ def supervised(cfg):
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
-            samples = [dict(prompt=kit.text.turns(row)[-2]["content"], wanted=kit.text.wanted(row)[0],
-                            before=b, after=a) for row, b, a in zip(test, state["before"], after)]
+            samples = [dict(prompt="".join(turn["content"] for turn in kit.text.turns(row)[-2:-1]),
+                            wanted=kit.text.wanted(row)[0], before=b, after=a)
+                       for row, b, a in zip(test, state["before"], after)]
             result = finish(run, kit, found, state["baseline"], samples, learn, base, weights, now, right)
     return report(result, run.folder)
 
@@ -565,7 +577,7 @@ def finish(run, kit, found, before, samples, learn, total, weights, now, right="
         right=right, peak_memory_mb=peak_memory_mb(kit.device),
         speaks=kit.text.by == "words" and kit.text.attention != "bidirectional")
     if run.told["task"] == "eval" and kit.prompt is not None:
-        result["virtual"] = virtual(kit, began_as(run.told["init"]), prompts.nearest_tokens)
+        result["virtual"] = virtual(kit, began_as(run.told["init"], str(kit.device)), prompts.nearest_tokens)
     run.finish(result)
     return result
 
@@ -579,8 +591,10 @@ def facts(kit, rows):
 
 def general(cfg, kit):
     """Plain text that no task asks for, as examples: the rise of its loss is the forgetting."""
-    rows = [] if cfg.forget == "none" else formats.load(cfg.forget, "valid").rows[:100]
+    rows = [] if cfg.forget == "none" else formats.plain(cfg.forget, "valid", ("text", "chat"))[:100]
     virtual = cfg.n_virtual if cfg.method in SOFT and kit.prompt is None else 0     # before and after alike
+    if kit.room() - virtual < 2:
+        raise UserError(f"--n_virtual {virtual} leaves no room in a context of {kit.model.config.block_size}")
     return kit.text.split({"valid": rows}, min(256, kit.room() - virtual))["valid"]
 
 
@@ -603,7 +617,7 @@ def referred(kit, examples):
 
 def open_data(cfg):
     """({split: rows}, kind) of --data, fit for the task."""
-    data = {split: formats.load(cfg.data, split) for split in ("train", "valid", "test")}
+    data = formats.splits(cfg.data)
     rows, kind = {split: d.rows for split, d in data.items()}, data["train"].kind
     said = [f"{len(r)} {split}" for split, r in rows.items()]
     said += [f"{n} dropped {why}" for why, n in data["train"].dropped.items()]
@@ -617,7 +631,8 @@ def open_data(cfg):
     if shared := formats.leaks(rows["train"], rows["test"]):
         note(f"{shared} test rows are in the training split, too: the test flatters")
     rows["test"] = rows["test"][:cfg.items or None]
-    rows["valid"] = rows["valid"][:100]             # a look at progress; results come from test
+    if cfg.task != "sample":                        # which answers them all
+        rows["valid"] = rows["valid"][:100]         # a look at progress; results come from test
     return rows, kind
 
 
@@ -677,7 +692,7 @@ class Table:
                             "lower it")
         for split, some in rows.items():
             whole = [kit.text.asked(row) for row in some]
-            self.prompts[split] = [ids[-room:] for ids in whole]
+            self.prompts[split] = [chat.shorter(ids, room) for ids in whole]
             if long := sum(len(ids) > room for ids in whole):
                 note(f"{split}: {long} prompts lost their beginning, because longer than {room} tokens")
             last = [kit.text.turns(row)[-2]["content"] for row in some]
@@ -707,7 +722,7 @@ class Table:
         found = {name: found[name] for name in ("kl", "eos_rate", "length", "unique", "repeat4")}
         best = ppo.best_of_n(judged["score"].view(-1, n))[:, None]      # the baseline that RL has to meet
         for name, x in judged.items():
-            found |= {name: x.mean().item(), name + "_std": x.std().item()}
+            found |= {name: x.mean().item(), name + "_std": x.std(unbiased=False).item()}
             if n > 1:
                 found[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
         return found, answers, judged["score"].view(-1, n)
@@ -761,7 +776,7 @@ def reinforce(cfg):
         run.rewind(trained.step)
         ptx = None
         if rl.ptx_coef:
-            feed = Feed(kit.text.stream(formats.load(cfg.ptx_data, "train").rows), 8, rl.micro, cfg.seed,
+            feed = Feed(kit.text.stream(formats.plain(cfg.ptx_data, "train")), 8, rl.micro, cfg.seed,
                         min(256, kit.room()), kit.text)
 
             def ptx(step, minibatch):
@@ -793,7 +808,7 @@ def reinforce(cfg):
             for name, p in learn.items():
                 p.data.copy_(trained.ema.shadow[name])
         found, answers, _ = table.look(roles, table.prompts["test"])
-        if table.gold:
+        if table.gold and state["baseline"]["gold_std"]:
             found["gold_gain"] = (found["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
         with roles.policy():
             if plain:
@@ -821,8 +836,12 @@ def draw(cfg):
         policy = tuned(kit, kit.model, kit.prompt)
         for split, asked in table.prompts.items():
             found, answers, scores = table.look(ppo.Roles(policy, policy), asked, n)
+            cut = torch.tensor([y[-1] != kit.text.end for y in answers]).view(-1, n)
+            best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.keep, torch.finfo().min)
             kept = [dict(prompt=table.texts[tuple(asked[b])], completion=kit.text.said(answers[b * n + i]),
-                         score=scores[b, i].item()) for b, i in ppo.feedme(scores, cfg.keep)]
+                         score=scores[b, i].item()) for b, i in best]   # a text cut short is none to imitate
+            if bare := len(asked) - len({row["prompt"] for row in kept}):
+                note(f"{split}: {bare} prompts have no answer that ended, and no row")
             with atomic(run.folder / f"{split}.jsonl") if not world.rank else open(os.devnull, "wb") as f:
                 f.writelines((json.dumps(row) + "\n").encode() for row in kept)
         del found["kl"]                             # policy and reference are one here
@@ -904,13 +923,15 @@ def merge(cfg):
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
     merged = lora.merge(model)
-    x = torch.arange(min(64, model.config.vocab_size))[None]
+    x = torch.arange(min(64, model.config.vocab_size, model.config.block_size))[None]
     with torch.no_grad():
         gap = (model(x)[0] - merged(x)[0]).abs().max().item()
     merged.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
     write_json(os.path.join(cfg.out, "run.json"), {k: v for k, v in settings(cfg.init).items()
-        if k in ("template", "system", "labels", "ask", "attention", "objective")})
+        if k in ("task", "template", "system", "labels", "ask", "by", "attention", "objective")})
+    if (head := weights_folder(cfg.init) / "head.safetensors").exists():
+        write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
     say(f"largest logit difference after merging: {gap:.2g}")
     say(f"python train.py --task chat --init {cfg.out}")
     return 0
@@ -940,7 +961,7 @@ def main(argv=None):
     except Interrupted:
         if cfg is None or cfg.task not in flags.TRAIN + ("sample", "eval") or cfg.dry_run:
             return 128 + guard.pending              # there was nothing to save
-        note("train.py: interrupted and saved; the same command goes on from here")
+        note("train.py: interrupted; the same command goes on from where it last saved")
         with contextlib.suppress(distributed.Lost):
             distributed.meet()                      # whoever leaves early has the others killed
         return 75

@@ -127,6 +127,11 @@ def answer(text, template, tokenizer):
     return [*tokenizer.encode(_content(text, template, "assistant")), end_token(template, tokenizer)]
 
 
+def shorter(ids, limit):
+    """The end of a prompt, behind its first token: a model without its start token is another model."""
+    return ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1:]
+
+
 def fit(ids, mask, limit, too_long="truncate", at="an example"):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 

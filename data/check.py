@@ -64,8 +64,8 @@ def clean(splits):
     return {split: out[split] for split in splits}
 
 
-def write(splits, data):
-    """A clean copy beside the file; returns its folder."""
+def copy(splits, data):
+    """(folder, {split: rows}) of a clean copy beside the file, or a sentence why there cannot be one."""
     path = pathlib.Path(data)
     if not path.exists():
         raise UserError(f"--write puts a copy beside a file, and --data {data} is none")
@@ -74,11 +74,14 @@ def write(splits, data):
         raise UserError(f"--write would leave {empty[0]} empty: {data} has too few different rows to split")
     if folder.exists():
         raise UserError(f"{folder} exists; move it away, and --write can make it anew")
+    return folder, kept
+
+
+def write(folder, kept):
     folder.mkdir()
     for split, rows in kept.items():
         with atomic(folder / f"{split}.jsonl") as f:
             f.writelines(formats.whole(row).encode() + b"\n" for row in rows)
-    return folder
 
 
 def longest(example):
@@ -145,8 +148,9 @@ def advice(splits, lengths, share, kind, names, block, seconds):
 
 def examine(cfg, open_kit, probe):
     """--task check. probe(kit, cfg, feed): (what would learn, seconds and tokens of a few steps)."""
-    data = {split: formats.load(cfg.data, split) for split in formats.SPLITS}
+    data = formats.splits(cfg.data)
     kind, splits = data["train"].kind, {split: d.rows for split, d in data.items()}
+    folder, kept = copy(splits, cfg.data) if cfg.write else (None, None)     # before anything takes time
     cfg = dataclasses.replace(cfg, task=TASK[kind])
     kit = open_kit(cfg)
     say(f"{cfg.data}: {data['train'].form}; {kind} rows, for --task {cfg.task}")
@@ -179,6 +183,6 @@ def examine(cfg, open_kit, probe):
     for line in found or ["nothing to complain about"]:
         say(f"- {line}")
     if cfg.write:
-        folder = write(splits, cfg.data)
+        write(folder, kept)
         say(f"\nclean copy: {folder}")
     return 0

@@ -93,7 +93,7 @@ class Text:
         turns = [turn for other in shots for turn in self.turns(other)] + self.turns(row)[:-1]
         before, after = self.frame[0], self.frame[1] + self.blank
         ids = chat.prompt(turns, self.template, self.tokenizer, self.system)
-        return before + ids[-(limit - len(before) - len(after)) if limit else 0:] + after
+        return before + (chat.shorter(ids, limit - len(before) - len(after)) if limit else ids) + after
 
     def ranking(self, row, block):
         """A preference as (Ranking, was it cut?): answers lose their end, then the prompt its beginning."""
@@ -103,7 +103,7 @@ class Text:
         room = block - max(map(len, kept))
         ranks = sorted(row["rank"]) if "rank" in row else \
             [0, max(1, row.get("votes_for", 1) - row.get("votes_against", 0))]
-        return Ranking(asked[-room:], kept, ranks), kept != said or len(asked) > room
+        return Ranking(chat.shorter(asked, room), kept, ranks), kept != said or len(asked) > room
 
     def encode(self, rows, block, too_long="truncate"):
         """Rows -> (examples, {what happened to long ones: how many})."""
@@ -121,6 +121,10 @@ class Text:
                 continue
             if self.by == "head":
                 ids = self.asked(row)
+                if len(ids) > block and too_long != "truncate":
+                    if chat.fit(ids, [False] * len(ids), block, too_long) is None:      # or raises
+                        long["left out"] += 1
+                        continue
                 if len(ids) > block:
                     ids, long["cut"] = self.asked(row, limit=block), long["cut"] + 1
                 label = self.labels.index(row["label"])                 # read at the last token

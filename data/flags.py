@@ -174,9 +174,9 @@ METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,
 TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
                                   min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities", place=None),
-                 "reward": dict(data="toy/preferences", forget="none", epochs=1.0),
+                 "reward": dict(data="toy/preferences", forget="none", epochs=1.0, beta2=0.95),
                  "dpo": dict(data="toy/preferences", epochs=1.0),
-                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, ppo_epochs=2, max_new=40,
+                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, batch=64, ppo_epochs=2, max_new=40,
                              kl_coef=0.1, kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
                  "check": dict(epochs=None),            # the default of the task that the rows are for
@@ -241,16 +241,25 @@ def parse(argv, concerns, checked=True):
     defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
     if task in ("dpo", "ppo"):                  # near the reference; faster, DPO unlearns to end its answers
         defaults["lr"] *= 0.1 if task == "dpo" else 0.4
+    if task == "ppo" and method in (*SOFT, "ia3"):      # the critic is a LoRA, whatever the policy is
+        defaults["value_lr"] = 0.4 * METHOD_DEFAULTS["lora"]["lr"]
     fields = fields_of(task, concerns)
     values, extra = parser_of(fields, task, method, defaults).parse_known_args(argv)
     if extra:
         raise UserError(explain(extra[0], fields, task, method))
+
+    if task == "ppo" and values.algo != "ppo":
+        for name in ("lam", "value_lr", "value_warmup", "cliprange_value"):
+            if getattr(values, name) != defaults.get(name, fields[name].default):
+                raise UserError(f"--{name} is about a critic, and --algo {values.algo} has none")
 
     def box(concern):
         names = {f.name for f in dataclasses.fields(concern)}
         return concern(**{name: value for name, value in vars(values).items() if name in names})
     cfg = box(Config)
     if task in concerns:
+        if task == "sample":                        # it reads four of PPO's flags; its answers are no batch
+            values.batch, values.minibatches = max(1, values.samples), 1
         cfg = dataclasses.replace(cfg, rl=box(concerns[task]))
     if checked:                                 # the defaults of a pair alone may be no command
         check(cfg)
@@ -275,7 +284,7 @@ def told(cfg):
     """{flag: value}, flat: everything that a run was told."""
     flat = dataclasses.asdict(cfg)
     rl = flat.pop("rl") or {}
-    return {**flat, **rl}
+    return {**flat, **{name: rl[name] for name in (SAMPLING if cfg.task == "sample" else rl)}}
 
 
 def check(cfg):
@@ -308,6 +317,10 @@ def check(cfg):
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
         raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+    if cfg.quant == "none" and cfg.double_quant:
+        raise UserError("--double_quant quantises the scales of --quant int8 or nf4, and there is none")
+    if cfg.start_text and cfg.start in ("random", "zero", "labels"):
+        raise UserError(f"--start_text is not read by --start {cfg.start}")
     if cfg.task == "sample" and cfg.keep > cfg.rl.samples:
         raise UserError(f"--keep {cfg.keep} is more than --samples {cfg.rl.samples}, the answers there are")
     if cfg.compile and cfg.shard:

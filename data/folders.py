@@ -29,6 +29,8 @@ def weights_folder(name, beside=None):
     for inner in (folder / "adapter", folder / "model"):
         if inner.is_dir() and (folder / "result.json").exists():
             return inner
+    if (folder / "result.json").exists():
+        raise DataError(f"{folder} is a run that trained nothing and holds no weights; name what it measured")
     raise DataError(f"{folder} is an unfinished run and holds no weights yet; give its command again")
 
 

@@ -200,6 +200,25 @@ def load(path_or_name, split=None):
     return data if split is None else _part(data, split, {8: "valid", 9: "test"})
 
 
+def splits(path_or_name):
+    """{split: Data} of all three, which hold rows of one kind."""
+    data = {split: load(path_or_name, split) for split in SPLITS}
+    for some in data.values():
+        if some.kind != data["train"].kind:
+            raise DataError(f"{some.source} holds {some.kind} rows, but {data['train'].source} "
+                            f"{data['train'].kind} rows; the splits of one data set hold rows of one kind")
+    return data
+
+
+def plain(path_or_name, split, kinds=("text",)):
+    """Rows of raw text, or of what else can be read as one."""
+    data = load(path_or_name, split)
+    if data.kind not in kinds:
+        raise DataError(f"{path_or_name} holds {data.kind} rows; raw text is wanted here, as toy/corpus or a "
+                        ".txt")
+    return data.rows
+
+
 def _part(data, split, held):
     rows = _deal(data, held)[split]
     part = "all of it, too few rows to split" if rows is data.rows else f"its {split} part"

@@ -39,7 +39,7 @@ def describe(batch, answers, scores, ended, samples=1):
            "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),
            "score_length_corr": correlation(scores, n),
            "unique": len(set(map(tuple, answers))) / len(answers),
-           "repeat4": 1 - sum(len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)}
+           "repeat4": sum(len(g) - len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)}
     if samples > 1:
         out["zero_std"] = (scores.view(-1, samples).std(1) < 1e-6).float().mean()
     if batch.values is not None:                            # return - value: the advantage before whitening

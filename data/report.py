@@ -73,10 +73,9 @@ def report(result, folder):
         say(line)
     if result["task"] == "reward":
         say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
-    elif not result.get("speaks", True):                # a head that judges, a model that reads both ways
-        say(f"\npython train.py --task eval --init {folder} --data {result['data']}")
-    elif result["method"] != "none":
-        say(f"\npython train.py --task chat --init {folder}")
+    elif result["method"] != "none":                    # a head judges; some models only read, both ways
+        how = "chat" if result.get("speaks", True) else "eval"
+        say(f"\npython train.py --task {how} --init {folder}" + f" --data {result['data']}" * (how == "eval"))
     brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes",
                                              "steps", "seconds", "tokens_per_second")}
     brief.update({name: round(value, 4) for name, value in shown.items()}, out=folder)

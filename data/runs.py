@@ -113,8 +113,11 @@ class Run:
         return distributed.lead(self.found)
 
     def found(self):
+        told = read_json(self.config) if self.config.exists() else {"config": {}}
+        if "config" not in told:                    # --fresh would delete it
+            raise UserError(f"{self.folder} holds a model, not a run; use another --out")
         if self.config.exists() and not self.fresh:
-            was = read_json(self.config).get("config", {})
+            was = told["config"]
             for name in [*self.told, *was]:
                 if self.told.get(name) != was.get(name):
                     raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command "
@@ -199,7 +202,8 @@ class Run:
         path = self.folder / "log.jsonl"
         if path.exists() and not world.rank:
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if (e := json.loads(line))["step"] < step
+                    or e["step"] == step and e["event"] not in ("valid", "test")]
             with atomic(path) as f:
                 f.write("".join(line + "\n" for line in kept).encode())
 

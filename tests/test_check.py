@@ -93,7 +93,9 @@ def test_every_kind_of_rows(kind, rows, task, base, tmp_path, capsys):
     assert "tokens a second" not in checked(base, data, capsys, "--method", "none")
 
 
-def test_a_clean_copy(base, tmp_path, capsys):
+def test_a_clean_copy(base, tmp_path, capsys, monkeypatch):
+    opened, kit = [], train.open_kit
+    monkeypatch.setattr(train, "open_kit", lambda cfg: opened.append(cfg) or kit(cfg))
     rows = [{"prompt": f"q{i % 60}", "completion": f"a{i % 70}"} for i in range(200)]
     file = tmp_path / "mine.jsonl"
     file.write_text(lines(rows))
@@ -106,7 +108,9 @@ def test_a_clean_copy(base, tmp_path, capsys):
     kept = {formats.whole(row) for some in splits.values() for row in some}
     assert kept == {formats.whole(row) for row in formats.load(file).rows}      # nothing unique is lost
     assert "nothing to complain about" not in out
+    started = len(opened)
     assert "mine-clean exists" in checked(base, file, capsys, "--write", code=2)
+    assert len(opened) == started                               # said before anything takes time
     assert "0 rows repeat" not in checked(base, tmp_path / "mine-clean", capsys)
 
 
@@ -122,6 +126,10 @@ def test_of_two_splits_test_keeps_the_question():
 def test_what_makes_no_sense_is_refused(base, tmp_path, capsys):
     said = checked(base, "toy/sentiment", capsys, "--method", "none", "--write", code=2)
     assert "--data toy/sentiment is none" in said
+    mixed = split_folder(tmp_path / "mixed", train=[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
+                         test=[{"text": "c"}])
+    said = checked(base, mixed, capsys, code=65)
+    assert "test.jsonl holds text rows" in said and "label rows" in said
     few = tmp_path / "few.jsonl"
     few.write_text(lines([{"prompt": "a", "completion": "b"}] * 2))
     assert "too few different rows" in checked(base, few, capsys, "--write", code=2)

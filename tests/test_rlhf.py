@@ -69,7 +69,8 @@ def test_a_preference_as_ids(town):
     long = {**pair, "prompt": [{"role": "user", "content": "x" * 50}], "chosen": "y" * 50}
     example, cut = text.ranking(long, 40)
     assert cut and max(len(example.prompt) + len(y) for y in example.answers) == 40
-    assert example.prompt == text.asked(long)[-len(example.prompt):]            # a prompt loses its beginning
+    whole = text.asked(long)                                # a prompt loses its beginning behind its first id
+    assert example.prompt == whole[:1] + whole[1 - len(example.prompt):] and example.prompt != whole
     assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]    # an answer its end
 
 
@@ -216,19 +217,36 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
     (["--reward", "judges:letters", "--method", "adalora"], "lora"),
     (["--reward", "judges:letters", "--method", "none"], "learns nothing"),
     (["--reward", "judges:letters", "--max_new", "159"], "for prompts"),
+    (["--reward", "judges:letters", "--algo", "rloo", "--lam", "0.9"], "--lam is about a critic"),
+    (["--reward", "judges:letters", "--algo", "grpo", "--value_warmup", "2"], "--value_warmup is about"),
+    (["--task", "dpo", "--dpo_beta", "0"], "teaches nothing"),
+    (["--task", "dpo", "--label_smoothing", "0.5"], "teaches nothing"),
+    (["--task", "dpo", "--dpo_loss", "ipo", "--label_smoothing", "0.1"], "leave one of them out"),
 ])
 def test_a_wrong_command_is_one_sentence(words, says, town, tmp_path, capsys):
     words = [str(town / "base") if word == "BASE" else word for word in words]
-    code = train.main(["--init", str(town / "base"), "--task", "ppo", "--data", str(town / "prompts"),
-                       "--out", str(tmp_path / "r"), *PPO, *words])
+    flags = [] if "dpo" in words else ["--task", "ppo", *PPO]
+    code = train.main(["--init", str(town / "base"), "--data", str(town / "prompts"),
+                       "--out", str(tmp_path / "r"), *flags, *words])
     err = capsys.readouterr().err
     assert code in (2, 65) and says in err and "Traceback" not in err, err
 
 
 # ---------------------------------------------------------------------------------------------------- samples
 
-def test_samples_feed_sft(town, tmp_path):
+def ending(town, monkeypatch, every):
+    """Of the answers that are drawn, each `every`-th ends, the others are cut short."""
+    end, rollout = chat.end_token("chatml", Tokenizer.from_pretrained(town / "base")), ppo.rollout
+
+    def drawn(*args):
+        batch, answers = rollout(*args)
+        return batch, [y[:-1] + [97 if i % every else end] for i, y in enumerate(answers)]
+    monkeypatch.setattr(ppo, "rollout", drawn)
+
+
+def test_samples_feed_sft(town, tmp_path, monkeypatch):
     """Best of n is what it says; the kept rows are data for SFT."""
+    ending(town, monkeypatch, 1)
     r = go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
            "--samples", "8", "--max_new", "4", "--keep", "2", "--gold", "judges:letters")
     rows = [json.loads(line) for line in (tmp_path / "s" / "train.jsonl").read_text().splitlines()]
@@ -239,6 +257,41 @@ def test_samples_feed_sft(town, tmp_path):
     rows = [row for row in rows if row["completion"].strip()]
     r = go(town, tmp_path / "sft", "--data", tmp_path / "s", "--steps", "2", "--forget", "none")
     assert r["status"] == "done"
+
+
+def test_a_text_cut_short_is_no_row_to_imitate(town, tmp_path, monkeypatch, capsys):
+    """Five samples a prompt are no batch of PPO's; only answers that end are kept."""
+    go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
+       "--samples", "5", "--max_new", "1")
+    assert "prompts have no answer that ended" in capsys.readouterr().err
+    assert not (tmp_path / "s" / "train.jsonl").read_text()     # one token that is no end, as good as always
+    ending(town, monkeypatch, 2)
+    go(town, tmp_path / "t", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
+       "--samples", "4", "--max_new", "4", "--keep", "4")
+    rows = [json.loads(line) for line in (tmp_path / "t" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 32 * 2
+
+
+def test_sample_answers_every_valid_prompt(town, tmp_path):
+    write(tmp_path, {"many": [{"prompt": f"{i}"} for i in range(110)]}, every=1)
+    cfg = train.parse(["--task", "sample", "--data", str(tmp_path / "many"), "--reward", "judges:letters"])
+    assert len(train.open_data(cfg)[0]["valid"]) == 110
+
+
+def test_a_judge_that_sees_no_difference_ends_no_run(town, tmp_path):
+    """Every answer scores alike before training: a gain in standard deviations of nothing is left out."""
+    (town / "flat.py").write_text("def zero(prompt, answer):\n    return 0.0\n")
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters",
+           "--gold", "flat:zero", *PPO, "--items", "1")
+    assert r["metrics"]["gold"] == 0 and "gold_gain" not in r["metrics"]
+    assert all(math.isfinite(x) for x in r["metrics"].values())
+
+
+def test_the_critic_of_a_soft_prompt_has_a_rate_of_its_own(town):
+    rates = {m: train.parse(["--task", "ppo", "--reward", "x:y", "--method", m]).rl for m in METHODS}
+    assert {m: rl.value_lr for m, rl in rates.items() if rl.value_lr} == dict.fromkeys(
+        ("ia3", "prompt", "ptuning", "prefix", "ptuning2"), 0.002)
+    assert {rl.batch for rl in rates.values()} == {64}
 
 
 @pytest.mark.parametrize("task, data", [("sample", "prompts"), ("ppo", "prompts"), ("dpo", "pairs")])

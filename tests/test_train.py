@@ -101,11 +101,15 @@ def same(a, b):
     (["--method", "adalora", "--target_rank", "0"], "--target_rank 0"),
     (["--task", "sample", "--samples", "2", "--keep", "3"], "--keep 3 is more"),
     (["--data", "toy/nothing"], "toy/nothing is no part of the toy world"),
-    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "cuda:99"], "--device cuda:99"), (["--double_quant"], "--quant"),
+    (["--method", "prompt", "--start", "random", "--start_text", "x"], "not read by --start random"),
+    (["--task", "pretrain", "--data", "toy/chat"], "holds chat rows; raw text is wanted"),
+    (["--forget", "toy/spam"], "holds label rows; raw text is wanted"),
+    (["--method", "ptuning2", "--n_virtual", "170"], "--n_virtual 170 leaves no room"),
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
-    if argv[0] in ("--rank_map", "--device"):
+    if {"--rank_map", "--device", "--forget", "170"} & set(argv):
         argv = [*argv, "--init", str(world / "base"), "--data", str(world / "chat")]
     code = train.main(argv)
     err = capsys.readouterr().err
@@ -286,10 +290,58 @@ def test_resume_is_bit_exact(flags, world, tmp_path, monkeypatch):
     stopped(monkeypatch, 4, lambda: train.main(command(world, tmp_path / "cut", *flags)))
     r = run(world, tmp_path / "cut", *flags)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert events(tmp_path / "whole") == events(tmp_path / "cut")       # no hole, nothing twice
     whole = read_json(tmp_path / "whole" / "result.json")
     assert r["metrics"] == whole["metrics"] and r["tokens"] == whole["tokens"]
-    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in log if e["event"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events(tmp_path / "cut") if e["event"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def events(folder):
+    """What the log says of the steps, without the clock."""
+    path = folder / "log.jsonl"
+    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in e.items() if k not in ("seconds", "time")} for e in log
+            if e["event"] in ("train", "valid")]
+
+
+@pytest.mark.parametrize("where", ["a valid look", "a line of the log"])
+def test_a_signal_leaves_no_hole_in_the_log(where, world, tmp_path, monkeypatch):
+    flags = ["--eval_every", "2"]
+    run(world, tmp_path / "whole", *flags)
+    look, log = evaluate.measure, runs.Run.log
+
+    def measure(*args, **kw):
+        if len(events(tmp_path / "cut")) == 2 and where == "a valid look":
+            signal.raise_signal(signal.SIGTERM)
+        return look(*args, **kw)
+
+    def line(run, **event):
+        if event.get("step") == 3 and where != "a valid look":
+            signal.raise_signal(signal.SIGTERM)
+        return log(run, **event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "measure", measure)
+        patch.setattr(runs.Run, "log", line)
+        assert train.main(command(world, tmp_path / "cut", *flags)) == 75
+    run(world, tmp_path / "cut", *flags)
+    assert events(tmp_path / "whole") == events(tmp_path / "cut")
+    assert [e["step"] for e in events(tmp_path / "cut") if e["event"] == "valid"] == [2, 4]
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(world, tmp_path, capsys):
+    shutil.copytree(world / "base", tmp_path / "model")
+    assert train.main(command(world, tmp_path / "model", "--fresh")) == 2
+    assert "holds a model, not a run" in capsys.readouterr().err
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_ctrl_c_while_torch_is_imported_is_silent():
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--help"], stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    assert not process.communicate(timeout=60)[1] and process.returncode in (0, -signal.SIGINT, 130)
 
 
 @pytest.mark.parametrize("flags", [f"--method {m}" for m in METHODS if m != "full"] + VARIANTS)
@@ -612,6 +664,57 @@ def test_chains_merge_and_chat(world, tmp_path, capsys):
     talk = ["--task", "chat", "--init", str(tmp_path / "merged"), "--prompt", "ab", "--max_new", "3"]
     assert train.main(talk) == 0
     assert train.main(merge) == 2
+
+
+def test_merging_keeps_the_head(world, tmp_path):
+    run(world, tmp_path / "head", "--task", "classify", "--by", "head", data="label")
+    merge = ["--task", "merge", "--init", str(tmp_path / "head"), "--out", str(tmp_path / "m")]
+    assert train.main(merge) == 0
+    found = []
+    for init in ("head", "m"):
+        words = ["--task", "eval", "--init", str(tmp_path / init), "--data", str(world / "label")]
+        assert train.main([*words, "--out", str(tmp_path / f"eval-{init}")]) == 0
+        found.append(read_json(tmp_path / f"eval-{init}" / "result.json")["metrics"])
+    assert found[0].keys() == found[1].keys() and abs(found[0]["loss"] - found[1]["loss"]) < 1e-4
+
+
+def test_a_prompt_is_read_where_its_device_is_not(world, tmp_path, monkeypatch):
+    """Trained on a GPU, evaluated without one: the table that it began with is made here."""
+    run(world, tmp_path / "soft", "--method", "prompt", "--place", "front", "--n_virtual", "3")
+    told = read_json(tmp_path / "soft" / "config.json")
+    told["config"]["device"] = "cuda:99"
+    (tmp_path / "soft" / "config.json").write_text(json.dumps(told))
+    assert train.main(["--task", "eval", "--init", str(tmp_path / "soft"), "--data", str(world / "chat"),
+                       "--out", str(tmp_path / "e")]) == 0
+    assert "moved" in "".join(read_json(tmp_path / "e" / "result.json")["virtual"])
+
+
+def test_an_answer_to_nothing_and_a_label_that_is_never_taught(world, tmp_path, capsys):
+    alone = {"messages": [{"role": "assistant", "content": "hello"}]}
+    write(tmp_path, {"alone": [alone] * 16, "late": [{"text": f"a{i}", "label": "x" if i % 2 else "y"}
+                                                     for i in range(16)]})
+    run(tmp_path, tmp_path / "r", "--init", str(world / "base"), data="alone")
+    with (tmp_path / "late" / "test.jsonl").open("a") as f:
+        f.write('{"text": "zz", "label": "w"}\n')
+    args = command(tmp_path, tmp_path / "h", "--task", "classify", "--by", "head", data="late")
+    assert train.main([*args, "--init", str(world / "base")]) == 0
+    assert "no training row has the label w" in capsys.readouterr().err
+
+
+def test_a_long_question_is_asked_as_it_was_taught(world):
+    """Cut at its beginning, but behind the first id, taught as asked; --too_long holds for a head."""
+    text = Text(Tokenizer.from_pretrained(world / "base"), "plain")
+    row = {"messages": [{"role": "user", "content": "abc" * 60}, {"role": "assistant", "content": "d"}]}
+    whole, cut = text.asked(row), text.asked(row, limit=50)
+    assert len(cut) == 50 and cut[0] == whole[0] and cut[1:] == whole[-49:]
+    [example], _ = text.encode([row], 60)
+    assert example[0][:2] == [whole[0], example[0][1]]
+    head = Text(Tokenizer.from_pretrained(world / "base"), "plain")
+    head.by, head.labels = "head", ("x",)
+    rows = [{"text": "abc" * 60, "label": "x"}, {"text": "a", "label": "x"}]
+    assert [len(head.encode(rows, 120, how)[0]) for how in ("truncate", "drop")] == [2, 1]
+    with pytest.raises(UserError):
+        head.encode(rows, 120, "error")
 
 
 def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
