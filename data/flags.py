@@ -175,7 +175,7 @@ TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", 
                                   min_lr=0.1, beta2=0.99, weight_decay=0.1),
                  "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities", place=None),
                  "reward": dict(data="toy/preferences", forget="none", epochs=1.0, beta2=0.95),
-                 "dpo": dict(data="toy/preferences", epochs=1.0),
+                 "dpo": dict(data="toy/preferences", epochs=0.2),
                  "ppo": dict(data="toy/prompts", save_every=1, steps=60, batch=64, ppo_epochs=2, max_new=40,
                              kl_coef=0.1, kl_target=6.0),
                  "sample": dict(data="toy/prompts", method="none", samples=4),
@@ -248,10 +248,11 @@ def parse(argv, concerns, checked=True):
     if extra:
         raise UserError(explain(extra[0], fields, task, method))
 
-    if task == "ppo" and values.algo != "ppo":
-        for name in ("lam", "value_lr", "value_warmup", "cliprange_value"):
+    if task == "ppo" and values.algo != "ppo":          # no critic; REINFORCE alone has steps to discount
+        unread = ("lam", "value_lr", "value_warmup", "cliprange_value", "gamma")
+        for name in unread[:-1 if values.algo == "reinforce" else None]:
             if getattr(values, name) != defaults.get(name, fields[name].default):
-                raise UserError(f"--{name} is about a critic, and --algo {values.algo} has none")
+                raise UserError(f"--{name} means nothing to --algo {values.algo}; leave it out")
 
     def box(concern):
         names = {f.name for f in dataclasses.fields(concern)}
