@@ -246,7 +246,8 @@ def inject(model, targets=("q", "v"), rank=8, alpha=16, dropout=0.0, kind="lora"
     words = list(dict.fromkeys(path.rpartition(".")[2] for path in found))
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
     if wrong := [t for t in targets if t not in words] + [t for t in rank_map if t not in {*words, *found}]:
-        raise UserError(f"{wrong[0]!r} matches nothing in this model; it has {' '.join(words)}")
+        raise UserError(f"{wrong[0]!r} matches nothing in this model; it has {' '.join(words)}, and several "
+                        "are told apart by commas")
     if wrong := [i for i in layers or () if i not in range(depth)]:
         raise UserError(f"there is no block {wrong[0]} in this model; layers go from 0 to {depth - 1}")
     inside = tuple(f"blocks.{i}." for i in (range(depth) if layers is None else layers))

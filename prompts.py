@@ -223,7 +223,8 @@ def room(model, n, init, template=None):
     """The positions that a prompt takes in front of the text; the rest of the context is the text's."""
     slots, context = sum(map(int, re.findall(r"\{p:(\d+)\}", template or ""))), model.config.block_size
     if template and slots != n:
-        raise UserError(f"template {template!r} has {slots} virtual tokens and n_virtual is {n}; say {slots}")
+        raise UserError(f"template {template!r} has {slots} virtual tokens and n_virtual is {n}; "
+                        + (f"say {slots}" if slots else "add {p}, where they stand"))
     if not 1 <= n < context:
         raise UserError(f"n_virtual is {n}; text shares the context of {context}: say 1 to {context - 1}")
     return 0 if template or init == "gated" else n

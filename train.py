@@ -107,6 +107,10 @@ def open_kit(cfg):
     device, why = pick_device(cfg.device)
     device = distributed.own(device)
     said = settings(cfg.init) if cfg.init != "new" else {}
+    judges = said.get("task") in ("tag", "reward") or said.get("by") == "head"
+    if judges and cfg.task in ("chat", "sample", "dpo", "ppo"):
+        raise UserError(f"--init {cfg.init} is a run of --task {said['task']}: it judges, and was not taught "
+                        "to speak; --task eval measures it, and the model below it can speak")
     if cfg.init == "new":
         model, tokenizer = new_model(cfg)
         prompt, width = None, cfg.n_embd
@@ -496,6 +500,8 @@ def supervised(cfg):
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
                 kit.text.labels = found
+            if kind == "label" and len(found) < 2:
+                raise DataError(f"{cfg.data} has the one label {found[0]!r}, and nothing to tell it from")
             unseen = set(found) - set(formats.names(rows["train"]))
             if unseen and cfg.method != "none":
                 note(f"no training row has the label {', '.join(sorted(unseen))}, which valid or test have")
@@ -918,8 +924,11 @@ def both_sides(cfg):
 def merge(cfg):
     """--task merge: an adapter run as a plain Hugging Face folder, fp32; says the largest logit change."""
     if not cfg.out or os.path.exists(cfg.out) and os.listdir(cfg.out):
-        raise UserError(f"--task merge needs an --out FOLDER that is new or empty, not {cfg.out}")
+        raise UserError("--task merge needs --out FOLDER, one that is new or empty"
+                        + f"; {cfg.out} is not" * bool(cfg.out))
     model, prompt, tokenizer = load(cfg.init)
+    if prompt is None and not lora.adapters(model):
+        raise UserError(f"--init {cfg.init} has no adapter that could be merged")
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
     merged = lora.merge(model)
@@ -933,7 +942,7 @@ def merge(cfg):
     if (head := weights_folder(cfg.init) / "head.safetensors").exists():
         write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
     say(f"largest logit difference after merging: {gap:.2g}")
-    say(f"python train.py --task chat --init {cfg.out}")
+    say(f"python train.py --task {'eval' if head.exists() else 'chat'} --init {cfg.out}")
     return 0
 
 

@@ -122,8 +122,9 @@ def advice(splits, lengths, share, kind, names, block, seconds):
     repeated = sum(map(formats.duplicates, splits.values()))
     leaks = sum(formats.leaks(train, splits[split]) for split in ("valid", "test"))
     if repeated or leaks:
-        yield (f"{repeated} rows repeat another of their split, and {leaks} of valid and test are asked in "
-               "train, so the test flatters: --write makes a copy without them")
+        told = [f"{repeated:,} rows repeat another of their split"] * bool(repeated)
+        told += [f"{leaks:,} of valid and test are asked in train, so the test flatters"] * bool(leaks)
+        yield "; ".join(told) + ": --write makes a copy without them"
     long = sum(n > block for n in lengths["train"])
     if long and kind != "text":
         yield (f"{long:,} of {len(train):,} training rows exceed {block} tokens and are cut: shorten them, "

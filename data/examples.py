@@ -122,7 +122,7 @@ class Text:
             if self.by == "head":
                 ids = self.asked(row)
                 if len(ids) > block and too_long != "truncate":
-                    if chat.fit(ids, [False] * len(ids), block, too_long) is None:      # or raises
+                    if chat.fit(ids, [False] * len(ids), block, too_long, row.get("line", "a row")) is None:
                         long["left out"] += 1
                         continue
                 if len(ids) > block:
@@ -131,7 +131,7 @@ class Text:
                 out.append(Example(ids, [-1] * (len(ids) - 1) + [label], *self.view(ids), head=True))
                 continue
             ids, mask = chat.render(self.turns(row), self.template, self.tokenizer, self.system)
-            fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long)
+            fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long, row.get("line", "a row"))
             if fitted is None:
                 long["left out"] += 1
                 continue

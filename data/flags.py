@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 
 from data import chat, objectives, shots, table
@@ -187,7 +188,16 @@ NOT_IDENTITY = ("out", "fresh", "dry_run", "shard")     # flags that do not chan
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        """argparse's three faults of a value, as sentences; it has many more ways to say others."""
+        flag, _, fault = message.removeprefix("argument ").partition(": ")
+        if kind := re.fullmatch(r"invalid (\w+) value: '(.*)'", fault):
+            raise UserError(f"{flag} {kind[2]} is no {'whole ' * (kind[1] == 'int')}number")
+        if one := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", fault):
+            known = re.findall(r"[\w.-]+", one[2])
+            near = difflib.get_close_matches(one[1], known, 1)
+            raise UserError(f"{flag} {one[1]} is none of {' '.join(known)}"
+                            + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(f"{flag} needs a value" if fault == "expected one argument" else message)
 
 
 def parser_of(fields, task, method, defaults):
@@ -317,7 +327,8 @@ def check(cfg):
             if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
                 raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
     if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
-        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method full")
+        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method "
+                        "full, or --init data/base")
     if cfg.quant == "none" and cfg.double_quant:
         raise UserError("--double_quant quantises the scales of --quant int8 or nf4, and there is none")
     if cfg.start_text and cfg.start in ("random", "zero", "labels"):

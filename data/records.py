@@ -34,7 +34,7 @@ def records(path):
     suffix = path.suffix.lower()
     read = {".txt": _text, ".csv": _table, ".tsv": _table}.get(suffix, _json)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: the last name of a data file is one of {' '.join(SUFFIXES)}")
+        raise DataError(f"{path}: a data file ends in {' '.join(SUFFIXES)}; save it as one of these")
     for at, row in read(path):
         if not isinstance(row, dict):
             raise DataError(f"{at}: {what(row)}; a row is an object such as {EXAMPLE}")

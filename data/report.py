@@ -5,6 +5,8 @@ Keys and values have no neighbours: there the norms and the way, by layer, are a
 
 Public: describe, report, virtual
 """
+import textwrap
+
 from data import scale
 from data.examples import shown
 from data.runs import say
@@ -56,23 +58,38 @@ def size(t):
     return t.detach().float().transpose(1, 2).flatten(2).norm(dim=2).mean().item()
 
 
+def number(x):
+    """A cell of twelve columns."""
+    if x is None:
+        return " " * 12
+    return f"{x:12,}" if isinstance(x, int) else f"{x + 0.0:12.4f}" if abs(x) < 1e6 else f"{x:12.4g}"
+
+
 def report(result, folder):
     """The end of a run on stdout: before and after, samples, how to go on, one line for machines."""
     before, after = result.get("baseline_metrics", {}), result["metrics"]
     shown = {name: value for name, value in after.items() if name != "targets"}
-    say(f"{'':16}{'before':>10}{'after':>10}")
-    for name in [*shown, *(name for name in before if name not in after)]:
-        two = [f" {side[name]:9.4f}" if name in side else " " * 10 for side in (before, shown)]
-        say(f"{name:16}" + "".join(two))
+    sides = {"before": before, "after": shown} if before and result["steps"] else {"": shown}
+    names = [*shown, *(name for name in before if name not in after)] if len(sides) > 1 else [*shown]
+    wide = max(16, 1 + max(map(len, names)))
+    if len(sides) > 1:
+        say(" " * wide + "".join(f"{side:>12}" for side in sides))
+    for name in names:
+        say(f"{name:{wide}}" + "".join(number(side.get(name)) for side in sides.values()).rstrip())
     for sample in result["samples"]:
         say()
-        for key in [key for key in ("prompt", "wanted", "before", "after") if key in sample]:
-            lines = sample[key].strip().splitlines() or [""]
-            say(f"  {key:8}" + ("\n" + " " * 10).join(lines))
+        for key in ("prompt", "wanted", *(key or "after" for key in sides)):
+            lines = sample.get(key, "").strip().splitlines() or [""]
+            lines = [part for line in lines for part in textwrap.wrap(line, 96) or [""]]
+            if key in sample:
+                say(f"  {key if key in ('prompt', 'wanted') or len(sides) > 1 else 'said':8}"
+                    + ("\n" + " " * 10).join(lines))
     for line in ["", *result["virtual"]] if "virtual" in result else ():
         say(line)
     if result["task"] == "reward":
         say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
+    elif result["task"] == "sample":
+        say(f"\npython train.py --init {result['init']} --data {folder}")
     elif result["method"] != "none":                    # a head judges; some models only read, both ways
         how = "chat" if result.get("speaks", True) else "eval"
         say(f"\npython train.py --task {how} --init {folder}" + f" --data {result['data']}" * (how == "eval"))

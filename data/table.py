@@ -13,6 +13,8 @@ Public: flags, show, best, compare
 import difflib
 import functools
 import math
+import shutil
+import textwrap
 
 from data import plots
 from data.files import UserError
@@ -82,8 +84,11 @@ def compare(runs, a, b, by, metric, meta):
     for spec, side in ((a, ours), (b, theirs)):
         found = group([r for r in side if numbers([r], metric)], [*open_, "seed"], meta)
         if twice := [k for k, rs in found.items() if len(rs) > 1]:
-            one, two = (r["folder"] for r in found[twice[0]][:2])
-            raise UserError(f"--compare {spec} means both {one} and {two}; say more, as rank=8,lr=0.001")
+            one, two = found[twice[0]][:2]
+            both = ((f, value(one, f, meta), value(two, f, meta)) for f in one["config"] if f != "out")
+            more = next((f"{f}={shown(x)}" for f, x, y in both if x != y), "seed=1")
+            raise UserError(f"--compare {spec} means both {one['folder']} and {two['folder']}; say more, as "
+                            f"{spec},{more}")
         sides.append({k: rs[0] for k, rs in found.items()})
     pairs = [(sides[0][k], sides[1][k]) for k in sides[0] if k in sides[1]]
     if not pairs:
@@ -212,9 +217,10 @@ def show(options):
     if options.compare:
         say("\n" + "\n".join(compare(runs, *options.compare, by, metrics[0], meta)))
     if rest:
+        wide = shutil.get_terminal_size((200, 0)).columns - 2
         say(f"\nNot in the table, {len(rest)}:")
         for path, why in rest:
-            say(f"  {path}  {why}")
+            say("  " + textwrap.shorten(f"{path}  {why}", wide, placeholder=" ..."))
     if options.plot:
         plots.draw(options.plot, groups, by, metrics[0], options.x)
         say(f"\n{options.plot}")

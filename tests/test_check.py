@@ -58,7 +58,7 @@ def test_every_count_by_hand(base, tmp_path, capsys):
     total = whole + short * 2 + frame + 3
     assert f"supervised: {32 / total:.1%} of the tokens, 32 of {total}" in out     # 16 answers and ends
     assert "8 steps of 4 examples" in out and "tokens a second on cpu" in out and "parameters learn" in out
-    for line in ("- 1 rows repeat another of their split, and 1 of valid and test are asked in train",
+    for line in ("- 1 rows repeat another of their split; 1 of valid and test are asked in train",
                  "- 1 of 13 training rows exceed 160 tokens", "- 1 questions have several answers",
                  "- 13 training rows are few"):
         assert line in out

@@ -465,7 +465,7 @@ def test_31_alpaca_rows_may_leave_out_what_is_empty(tmp_path):
 
 def test_32_paths_that_cannot_be_read(tmp_path):
     assert "holds no train, valid or test file" in fault(tmp_path, tmp_path)
-    assert "the last name of a data file is one of .jsonl" in fault(tmp_path, b"PAR1", "data.parquet")
+    assert "a data file ends in .jsonl" in fault(tmp_path, b"PAR1", "data.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "pipe.jsonl is neither a file nor a folder" in fault(tmp_path, tmp_path / "pipe.jsonl")
     assert "cannot be read (File name too long)" in fault(tmp_path, tmp_path / ("a" * 300 + ".jsonl"))

@@ -228,7 +228,7 @@ def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
         for rank in (2, 8):
             make(tmp_path / f"lora{rank}{seed}", {"loss": 1.5}, flags=["--rank", rank, "--seed", seed])
     assert "pairs of runs: 2" in shown(tmp_path, capsys, "--compare", "method=lora,rank=8", "full")
-    for a, b, says in (("lora", "full", "means both"), ("prefix", "full", "value of 0 fields"),
+    for a, b, says in (("lora", "full", "say more, as lora,"), ("prefix", "full", "value of 0 fields"),
                        ("rank=3", "full", "rank: - 2 8")):
         assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--compare", a, b]) == 2
         assert says in capsys.readouterr().err

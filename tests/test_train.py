@@ -80,7 +80,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("argv, says", [
     (["--rnk", "4"], "did you mean --rank"), (["--ran", "4"], "--ran is not a flag"),
-    (["--method", "lroa"], "invalid choice: 'lroa'"), (["--lr", "abc"], "invalid float"),
+    (["--method", "lroa"], "did you mean lora?"), (["--lr", "abc"], "--lr abc is no number"),
+    (["--rank", "eight"], "--rank eight is no whole number"), (["--steps"], "--steps needs a value"),
     (["stray"], "not a flag"),
     (["--method", "full", "--rank", "4"], "--rank belongs to --method lora"),
     (["--method", "lora", "--n_virtual", "4"], "--n_virtual belongs to --method prompt"),
