@@ -17,6 +17,7 @@ Public: draw, choose, geometric
 import math
 import pathlib
 import re
+import warnings
 
 from data.files import UserError
 from data.sweep import PROPORTIONS, estimate, events, shown
@@ -54,7 +55,9 @@ def draw(path, groups, by, metric, x=None):
         else:
             dots(fig, groups, by, metric)
         try:
-            fig.savefig(path)
+            with warnings.catch_warnings():             # too many labels for its layout: they overlap then
+                warnings.simplefilter("ignore", UserWarning)
+                fig.savefig(path)
         except OSError as e:
             raise UserError(f"--plot {path} cannot be written ({e.strerror})") from e
 
