@@ -161,5 +161,7 @@ def main(folder, tokens="512", cases=()):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("python tests/test_scale.py FOLDER [TOKENS]: FOLDER is a model's")
     torch.set_num_threads(1)
     main(sys.argv[1], *sys.argv[2:3], cases=sys.argv[3:])
