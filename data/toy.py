@@ -28,7 +28,7 @@ from data.world import SPLITS, World, cap
 
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
          "toy/preferences", "toy/prompts", "toy/corpus")
-SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (12000, 200, 1200)}
+SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (10000, 200, 1200)}
 SIZE = (2000, 200, 300)     # of all others; fewer where a task has fewer different rows
 TAU = 0.5       # temperature of the noise on comparisons
 
