@@ -213,7 +213,7 @@ def signalled(world, tmp_path, words, rank):
     tiny.wait_for(tmp_path / "cut" / "state.pt", p)
     os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGTERM)
     found, err = codes(tmp_path, p)
-    assert found == [75] and err.count("the same command goes on from here") == 1, err
+    assert found == [75] and err.count("the same command goes on from where it last saved") == 1, err
     assert not (tmp_path / "cut" / "result.json").exists()
     return torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["now"]["step"]
 
