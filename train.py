@@ -107,7 +107,7 @@ def open_kit(cfg):
     device, why = pick_device(cfg.device)
     device = distributed.own(device)
     said = settings(cfg.init) if cfg.init != "new" else {}
-    judges = said.get("task") in ("tag", "reward") or said.get("by") == "head"
+    judges = said.get("task") == "reward" or said.get("by") == "head"
     if judges and cfg.task in ("chat", "sample", "dpo", "ppo"):
         raise UserError(f"--init {cfg.init} is a run of --task {said['task']}: it judges, and was not taught "
                         "to speak; --task eval measures it, and the model below it can speak")
@@ -500,7 +500,7 @@ def supervised(cfg):
                     raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
                                     f"knows {list(kit.text.labels)}")
                 kit.text.labels = found
-            if kind == "label" and len(found) < 2:
+            if kind == "label" and len(kit.text.labels) < 2:
                 raise DataError(f"{cfg.data} has the one label {found[0]!r}, and nothing to tell it from")
             unseen = set(found) - set(formats.names(rows["train"]))
             if unseen and cfg.method != "none":
@@ -927,10 +927,10 @@ def merge(cfg):
         raise UserError("--task merge needs --out FOLDER, one that is new or empty"
                         + f"; {cfg.out} is not" * bool(cfg.out))
     model, prompt, tokenizer = load(cfg.init)
-    if prompt is None and not lora.adapters(model):
-        raise UserError(f"--init {cfg.init} has no adapter that could be merged")
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
+    if not lora.adapters(model):
+        raise UserError(f"--init {cfg.init} has no adapter that could be merged")
     merged = lora.merge(model)
     x = torch.arange(min(64, model.config.vocab_size, model.config.block_size))[None]
     with torch.no_grad():

@@ -128,7 +128,7 @@ def answer(text, template, tokenizer):
 
 
 def shorter(ids, limit):
-    """The end of a prompt, behind its first token: a model without its start token is another model."""
+    """The end of a prompt, behind its first token, which stays as it does in `fit`."""
     return ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1:]
 
 

@@ -121,10 +121,9 @@ class Text:
                 continue
             if self.by == "head":
                 ids = self.asked(row)
-                if len(ids) > block and too_long != "truncate":
-                    if chat.fit(ids, [False] * len(ids), block, too_long, row.get("line", "a row")) is None:
-                        long["left out"] += 1
-                        continue
+                if chat.fit(ids, [False] * len(ids), block, too_long, row.get("line", "a row")) is None:
+                    long["left out"] += 1
+                    continue
                 if len(ids) > block:
                     ids, long["cut"] = self.asked(row, limit=block), long["cut"] + 1
                 label = self.labels.index(row["label"])                 # read at the last token

@@ -259,8 +259,8 @@ def parse(argv, concerns, checked=True):
         raise UserError(explain(extra[0], fields, task, method))
 
     if task == "ppo" and values.algo != "ppo":          # no critic; REINFORCE alone has steps to discount
-        unread = ("lam", "value_lr", "value_warmup", "cliprange_value", "gamma")
-        for name in unread[:-1 if values.algo == "reinforce" else None]:
+        unread = ("lam", "value_lr", "value_warmup", "cliprange_value")
+        for name in unread + ("gamma",) * (values.algo != "reinforce"):
             if getattr(values, name) != defaults.get(name, fields[name].default):
                 raise UserError(f"--{name} means nothing to --algo {values.algo}; leave it out")
 

@@ -92,7 +92,7 @@ def _interpret(found, source):
         if first is None and name is None:
             known = " | ".join(dict.fromkeys(form[2].replace(" ", "+") for form in FORMS.values()))
             keys = ", ".join(list(record)[:8]) or "(none)"
-            fix = ("; columns are separated by commas here" if len(record) == 1 and ";" in keys + "\t" else
+            fix = ("; columns are separated by commas here" if len(record) == 1 and ";" in keys else
                    "; rename them in the first line" if str(source).endswith((".csv", ".tsv")) else "")
             raise DataError(f"{at}: no format has the keys {keys}; there are {known}{fix}")
         first = first or (name, keys, at)

@@ -140,8 +140,8 @@ def curves(fig, logs, by, metric):
             for kind in ("baseline", "test"):
                 steps, mean, *_ = over_seeds(ls, kind, metric)
                 axes[1].plot(steps, mean, **{**style, "linestyle": ""}, markerfacecolor="white")
-    seeds = max(len(ls) for ls in logs.values())
-    axes[0].set_title("smoothed" + f", mean and range over {seeds} runs" * (seeds > 1), loc="left")
+    most = max(len(ls) for ls in logs.values())
+    axes[0].set_title("smoothed" + f", mean and range over {most} runs" * (most > 1), loc="left")
     axes[0].set_ylabel("training loss (nats)" if main == "loss" else "score in training")
     if told:
         axes[1].set_title("filled: valid, hollow: test", loc="left")

@@ -69,21 +69,22 @@ def report(result, folder):
     """The end of a run on stdout: before and after, samples, how to go on, one line for machines."""
     before, after = result.get("baseline_metrics", {}), result["metrics"]
     shown = {name: value for name, value in after.items() if name != "targets"}
-    sides = {"before": before, "after": shown} if before and result["steps"] else {"": shown}
-    names = [*shown, *(name for name in before if name not in after)] if len(sides) > 1 else [*shown]
+    two = before and result["steps"]                    # what was only measured has no two sides
+    names = [*shown, *(name for name in before if two and name not in after)]
     wide = max(16, 1 + max(map(len, names)))
-    if len(sides) > 1:
-        say(" " * wide + "".join(f"{side:>12}" for side in sides))
+    if two:
+        say(" " * wide + f"{'before':>12}{'after':>12}")
     for name in names:
-        say(f"{name:{wide}}" + "".join(number(side.get(name)) for side in sides.values()).rstrip())
+        cells = [number(side.get(name)) for side in ((before, shown) if two else (shown,))]
+        say(f"{name:{wide}}" + "".join(cells).rstrip())
+    labels = dict(prompt="prompt", wanted="wanted", before="before", after="after") if two else \
+        dict(prompt="prompt", wanted="wanted", after="said")
     for sample in result["samples"]:
         say()
-        for key in ("prompt", "wanted", *(key or "after" for key in sides)):
-            lines = sample.get(key, "").strip().splitlines() or [""]
+        for key in [key for key in labels if key in sample]:
+            lines = sample[key].strip().splitlines() or [""]
             lines = [part for line in lines for part in textwrap.wrap(line, 96) or [""]]
-            if key in sample:
-                say(f"  {key if key in ('prompt', 'wanted') or len(sides) > 1 else 'said':8}"
-                    + ("\n" + " " * 10).join(lines))
+            say(f"  {labels[key]:8}" + ("\n" + " " * 10).join(lines))
     for line in ["", *result["virtual"]] if "virtual" in result else ():
         say(line)
     if result["task"] == "reward":

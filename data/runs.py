@@ -113,11 +113,12 @@ class Run:
         return distributed.lead(self.found)
 
     def found(self):
-        told = read_json(self.config) if self.config.exists() else {"config": {}}
-        if "config" not in told:                    # --fresh would delete it
-            raise UserError(f"{self.folder} holds a model, not a run; use another --out")
-        if self.config.exists() and not self.fresh:
-            was = told["config"]
+        if self.config.exists():
+            was = read_json(self.config).get("config")
+            if was is None:                         # --fresh would delete it
+                raise UserError(f"{self.folder} holds a model, not a run; use another --out")
+            if self.fresh:
+                return None
             for name in [*self.told, *was]:
                 if self.told.get(name) != was.get(name):
                     raise UserError(f"{self.folder} holds a run with --{name} {was.get(name)}; this command "
@@ -125,7 +126,7 @@ class Run:
                                     "start over")
             return self.recorded(read_json(self.result)) if self.result.exists() else None
         ours = {".lock", "failed.json"}
-        if self.folder.is_dir() and not self.config.exists() and set(os.listdir(self.folder)) - ours:
+        if self.folder.is_dir() and set(os.listdir(self.folder)) - ours:
             raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
 
     @contextlib.contextmanager

@@ -207,6 +207,11 @@ def test_04_a_mark_is_no_part_of_a_text_or_a_header(tmp_path):
     assert read(tmp_path, b"\xef\xbb\xbftext,label\na,b\n", "data.csv").kind == "label"
 
 
+def test_columns_that_no_format_has_come_with_a_remedy(tmp_path):
+    assert "rename them in the first line" in fault(tmp_path, "Review,Stars\na,1\n", "a.csv")
+    assert "separated by commas here" in fault(tmp_path, "text;label\na;b\n", "b.csv")
+
+
 def test_05_invalid_utf8(tmp_path):
     good = json.dumps(QA).encode() + b"\n"
     sentence = "data.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8"

@@ -301,7 +301,7 @@ def events(folder):
     """What the log says of the steps, without the clock."""
     path = folder / "log.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in e.items() if k not in ("seconds", "time")} for e in log
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in log
             if e["event"] in ("train", "valid")]
 
 
@@ -335,6 +335,10 @@ def test_a_folder_that_is_no_run_is_never_deleted(world, tmp_path, capsys):
     assert train.main(command(world, tmp_path / "model", "--fresh")) == 2
     assert "holds a model, not a run" in capsys.readouterr().err
     assert (tmp_path / "model" / "model.safetensors").exists()
+    write(tmp_path, {"data": [{"text": "x"}]})
+    for fresh in ([], ["--fresh"]):
+        assert train.main(command(world, tmp_path / "data", *fresh)) == 2
+        assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_torch_is_imported_is_silent():
@@ -622,6 +626,16 @@ def test_a_head_judges_the_rows_it_was_trained_on(world, tmp_path, capsys):
     assert "holds chat rows" in capsys.readouterr().err
 
 
+def test_one_label_teaches_nothing_but_can_be_measured(world, tmp_path, capsys):
+    write(tmp_path, {"one": [{"text": f"a{i}", "label": "x"} for i in range(16)]})
+    words = command(world, tmp_path / "r", "--task", "classify", data="label")
+    words[words.index("--data") + 1] = str(tmp_path / "one")
+    assert train.main(words) == 65 and "the one label 'x'" in capsys.readouterr().err
+    run(world, tmp_path / "two", "--task", "classify", "--by", "head", data="label")
+    assert train.main(["--task", "eval", "--init", str(tmp_path / "two"), "--data", str(tmp_path / "one"),
+                       "--out", str(tmp_path / "e")]) == 0
+
+
 def test_a_question_that_fills_the_context_is_refused(world, tmp_path, capsys):
     rows = [{"text": f"text {i}", "label": f"a label number {i}"} for i in range(12)]
     write(tmp_path, {"many": rows})
@@ -679,7 +693,7 @@ def test_merging_keeps_the_head(world, tmp_path):
     assert found[0].keys() == found[1].keys() and abs(found[0]["loss"] - found[1]["loss"]) < 1e-4
 
 
-def test_a_prompt_is_read_where_its_device_is_not(world, tmp_path, monkeypatch):
+def test_a_prompt_is_read_where_its_device_is_not(world, tmp_path):
     """Trained on a GPU, evaluated without one: the table that it began with is made here."""
     run(world, tmp_path / "soft", "--method", "prompt", "--place", "front", "--n_virtual", "3")
     told = read_json(tmp_path / "soft" / "config.json")
@@ -709,7 +723,8 @@ def test_a_long_question_is_asked_as_it_was_taught(world):
     whole, cut = text.asked(row), text.asked(row, limit=50)
     assert len(cut) == 50 and cut[0] == whole[0] and cut[1:] == whole[-49:]
     [example], _ = text.encode([row], 60)
-    assert example[0][:2] == [whole[0], example[0][1]]
+    n = example[1].index(True)
+    assert example[0][:n] == text.asked(row, limit=n) and n < len(whole)
     head = Text(Tokenizer.from_pretrained(world / "base"), "plain")
     head.by, head.labels = "head", ("x",)
     rows = [{"text": "abc" * 60, "label": "x"}, {"text": "a", "label": "x"}]
