@@ -10,7 +10,7 @@
     adalora  y + s (D A^T * E) B^T            E (r) = 0   s = alpha / (r + 1e-5) at the first r, for ever  [6]
              loss + gamma * orthogonality(model); RankAllocator decides which E may live
     ia3      y * l, but for `down` (x * l) W^T + b       l = 1                                             [7]
-    quantise W ~ codes times the largest of 64 weights: int8, nf4; see data/quant.py                       [8]
+    quantise W ~ codes times the largest of 64 weights: int8, nf4; see data/checkpoints/quantization.py                       [8]
 
 [1] Hu et al. 2021 (arXiv 2106.09685) section 4.1   [2] Kalajdzievski 2023 (2312.03732)   [3] Hayou et al.
 2024 (2402.12354)   [4] Meng et al. 2024 (2404.02948)   [5] Liu et al. 2024 (2402.09353) eq. 5, section 4.3
@@ -36,9 +36,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.files import UserError
-from data.peft import base_fingerprint, fused, read_adapter, write_adapter              # noqa: F401
-from data.quant import Quantised, QuantProduct, compute_dtype, keep_wide
+from data.runtime.files import UserError
+from data.checkpoints.peft import base_fingerprint, fused, read_adapter, write_adapter              # noqa: F401
+from data.checkpoints.quantization import Quantised, QuantProduct, compute_dtype, keep_wide
 
 
 class LoRALinear(nn.Linear):

@@ -39,9 +39,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as rematerialise
 
-from data.batches import micro
-from data.files import DataError, UserError, write_json, write_tensors
-from data.hf import hf_config, hf_names, parse_config, read_config, read_weights
+from data.batches.batching import micro
+from data.checkpoints.safetensors import write_tensors
+from data.runtime.files import DataError, UserError, write_json
+from data.checkpoints.hf import hf_config, hf_names, parse_config, read_config, read_weights
 
 
 @dataclass(frozen=True)

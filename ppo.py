@@ -55,11 +55,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import distributed
-from data.batches import micro
-from data.files import UserError
-from data.health import describe
-from data.machine import MICRO
+from data.runtime import distributed
+from data.batches.batching import micro
+from data.runtime.files import UserError
+from data.results.ppo_metrics import describe
+from data.runtime.device import MICRO
 from model import generate, logprob
 
 

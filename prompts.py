@@ -38,7 +38,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError, read_json, write_json
 
 COMMON = 5000       # byte-pair ids grow with rarity: below this are words that were seen often (Lester, 3.2)
 

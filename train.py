@@ -9,7 +9,7 @@
 A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; as the division is by
 the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
 (seed, t), the order of data one of (seed, epoch): a run that is killed and continued ends in the same bits.
-Processes of torchrun share its steps and end in the same weights (data/distributed.py).
+Processes of torchrun share its steps and end in the same weights (data/runtime/distributed.py).
 
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
 the weights as adapter/ (peft's format) or model/ (transformers'), and, last of all, result.json. The same
@@ -41,22 +41,26 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data import batches, chat, distributed, evaluate, flags, formats, objectives, scale, shots, table
-from data.check import examine
-from data.distributed import world
-from data.examples import Feed, Ranking, Text, size, targets
-from data.files import DataError, UserError, atomic, read_json, read_tensors, write_json, write_tensors
-from data.flags import LORA, NOT_IDENTITY, SOFT, Config, told
-from data.folders import base_of, beneath, bottom_of, find, portable, settings, weights_folder
-from data.health import describe as rollout_report
-from data.health import health, reward_report
-from data.hf import read_config
-from data.machine import compiles, peak_memory_mb, pick_device, pick_dtype
-from data.report import describe, report, virtual
-from data.runs import Interrupted, Run, RunError, guard, note, say
-from data.show import show
-from data.tokenizer import Tokenizer
-from data.values import numbers, ranges
+from data.batches import batching, objectives, few_shot
+from data.text import chat, formats
+from data.runtime import distributed, flags
+from data.results import evaluate, cost_model, tables
+from data.results.inspect_data import examine
+from data.runtime.distributed import world
+from data.batches.examples import Feed, Ranking, Text, size, targets
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError, atomic, read_json, write_json
+from data.runtime.flags import LORA, NOT_IDENTITY, SOFT, Config, told
+from data.checkpoints.model_folders import base_of, beneath, bottom_of, find, portable, settings, weights_folder
+from data.results.ppo_metrics import describe as rollout_report
+from data.results.ppo_metrics import health, reward_report
+from data.checkpoints.hf import read_config
+from data.runtime.device import compiles, peak_memory_mb, pick_device, pick_dtype
+from data.results.report import describe, report, virtual
+from data.runtime.run_folder import Interrupted, Run, RunError, guard, note, say
+from data.results.next_token import show
+from data.text.tokenizer import Tokenizer
+from data.runtime.flags import numbers, ranges
 from model import GPT, GPTConfig
 
 HEADS = {"classify": ("label",), "tag": ("tags",), "reward": ("pairs", "ranked")}      # the rows they judge
@@ -513,9 +517,9 @@ def supervised(cfg):
             learn = build(kit, cfg)
             few, block = {"train": [] if kind == "text" else rows["train"][:200]}, kit.block(cfg.block)
             some = kit.text.split(few, block, cfg.too_long)["train"]
-            return describe(kit, scale.planned(kit, cfg, learn, some, block), base, some[:2])
+            return describe(kit, cost_model.planned(kit, cfg, learn, some, block), base, some[:2])
         state = run.start(facts(kit, rows)) or {}
-        test, steps = rows["test"], shots.counts(cfg.shots, kind, kit.text.by)
+        test, steps = rows["test"], few_shot.counts(cfg.shots, kind, kit.text.by)
         asked = [*map(kit.asked, rows["valid"] * 2)] if cfg.task == "reward" else []
         if "baseline" not in state:
             examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
@@ -557,9 +561,9 @@ def supervised(cfg):
             if plain:
                 found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
         elif steps[1:]:
-            rungs, after = shots.ladder(
+            rungs, after = few_shot.ladder(
                 steps, lambda n: evaluate.measure(kit, test, [], rows["train"][:n]), found)
-            found, right = {**rungs[-1][1], **shots.table(rungs)}, evaluate.right(kit, test, after)
+            found, right = {**rungs[-1][1], **few_shot.table(rungs)}, evaluate.right(kit, test, after)
         with guard:
             if learn:
                 weights = save_weights(kit, cfg, run.folder)
@@ -787,7 +791,7 @@ def reinforce(cfg):
 
             def ptx(step, minibatch):
                 parts = feed(step * rl.ppo_epochs * rl.minibatches + minibatch)
-                return [tuple(t.to(kit.device) for t in batches.collate(part)) for part in parts]
+                return [tuple(t.to(kit.device) for t in batching.collate(part)) for part in parts]
         bar = tqdm(total=rl.steps, initial=trained.step, disable=world.rank > 0 or None, unit="iteration",
                    mininterval=0.5)
         began, spoke = time.monotonic(), -math.inf
@@ -961,7 +965,7 @@ def main(argv=None):
                 return examine(cfg, open_kit, probe)
             if cfg.task == "ppo" and (cfg.init, cfg.reward) == ("data/base", None):
                 return stages(cfg)
-            others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": table.show}
+            others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": tables.show}
             return others.get(cfg.task, supervised)(cfg)
     except UserError as e:
         if distributed.first(str(e)):

@@ -3,9 +3,9 @@
 
 def __getattr__(name):                          # on first use: reading weights must not import a tokenizer
     if name == "load":
-        from data.formats import load
+        from data.text.formats import load
         return load
     if name == "Tokenizer":
-        from data.tokenizer import Tokenizer
+        from data.text.tokenizer import Tokenizer
         return Tokenizer
     raise AttributeError(f"data has Tokenizer and load, not {name}")

@@ -1,4 +1,4 @@
-"""download.py: one address -> one file, whole and of the expected sha256, or one sentence why not.
+"""data/download.py: one address -> one file, whole and of the expected sha256, or one sentence why not.
 
 The bytes stream into NAME.part under a size ceiling; after a cut they go on by Range (RFC 9110, section 14)
 where the server can, and begin anew where it cannot. NAME appears by a rename, once the sha256 is right. A
@@ -26,7 +26,7 @@ import urllib.request
 
 from tqdm import tqdm
 
-from data.files import DataError, UserError
+from data.runtime.files import DataError, UserError
 
 HUB = "https://huggingface.co"
 ATTEMPTS, PAUSE, TIMEOUT, REDIRECTS, CHUNK = 5, 1.0, 30, 5, 1 << 20

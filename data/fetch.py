@@ -1,4 +1,4 @@
-"""fetch.py: real models and data, every file known by its sha256 before it is asked for.
+"""data/fetch.py: real models and data, every file known by its sha256 before it is asked for.
 
     python data/fetch.py --list
     python data/fetch.py gpt2                  into the Hugging Face cache; then train.py --init gpt2
@@ -29,7 +29,7 @@ import zlib
 if __name__ == "__main__":                              # a script's path starts in data/, not beside train.py
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from data.download import HUB, download, sha256                         # noqa: E402
-from data.files import DataError, UserError, atomic, write_atomic       # noqa: E402
+from data.runtime.files import DataError, UserError, atomic, write_atomic       # noqa: E402
 from data.sources import DATASETS, MODELS                               # noqa: E402
 
 

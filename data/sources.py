@@ -1,4 +1,4 @@
-"""sources.py: what fetch.py can fetch, and how a foreign archive or table becomes our JSONL.
+"""data/sources.py: what fetch.py can fetch, and how a foreign archive or table becomes our JSONL.
 
 A source is a list of files, each with its address, a ceiling in megabytes and its sha256. The hashes are
 those of published manifests that agree with each other (models: also the hub's LFS ids; E2E: the checksums
@@ -9,7 +9,7 @@ An archive is hostile until read: it may hold plain files and folders, inside th
 bombs; all of that is checked before the first byte is written. What becomes of the data:
 
     sms_spam    {"text", "label"}, dealt 80/10/10 by a hash of the text: copies of a message share a split
-    alpaca, tinyshakespeare    as they are; data/formats.py reads and splits them
+    alpaca, tinyshakespeare    as they are; data/text/formats.py reads and splits them
     hh-rlhf     {"chosen", "rejected"}, whole transcripts of the helpful-base part; its own test split
     e2e         {"input", "output"} to train on, {"input", "outputs"} to score against; its own splits
 
@@ -29,7 +29,7 @@ import zipfile
 import zlib
 
 from data.download import HUB
-from data.files import DataError
+from data.runtime.files import DataError
 
 GITHUB = "https://raw.githubusercontent.com"
 MAX_FILES, MAX_BYTES, MAX_RATIO = 1000, 10 ** 9, 100    # of an archive: text shrinks to 1/10, bombs to 1/1000

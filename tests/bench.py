@@ -53,8 +53,8 @@ def ours(what, folder, data, steps):
     import torch
 
     import train
-    from data import evaluate
-    from data.examples import Feed, targets
+    from data.results import evaluate
+    from data.batches.examples import Feed, targets
     from model import generate
 
     cfg = train.parse(["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr",
@@ -257,8 +257,8 @@ def cell(job):
     import torch
 
     import train
-    from data import evaluate
-    from data.machine import peak_memory_mb
+    from data.results import evaluate
+    from data.runtime.device import peak_memory_mb
     how = (["--method", "ptuning2", "--n_virtual", str(job["P"])] if "P" in job else
            ["--method", "lora", "--targets", "q,v", "--rank", str(job["rank"])])
     cfg = train.parse(["--init", job["model"], "--dtype", "fp32", "--device", "cpu", *how])
@@ -388,8 +388,8 @@ def main():
         sys.path.insert(0, str(ROOT))
         import torch
 
-        from data.files import read_json
-        from data.tokenizer import Tokenizer
+        from data.runtime.files import read_json
+        from data.text.tokenizer import Tokenizer
         from model import GPT, GPTConfig
 
         def small(layers=6):

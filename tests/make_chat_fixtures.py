@@ -43,7 +43,7 @@ FAMILIES = {        # pre-tokenizer, special tokens, template, bos, eos
 
 
 def conversations():
-    """Texts with spaces and newlines where they hurt; answers begin with a letter (see data/chat.py)."""
+    """Texts with spaces and newlines where they hurt; answers begin with a letter (see data/text/chat.py)."""
     rng = random.Random(0)
     words = ["Hello", " there", "\n", "\n\n", "  ", " is", " 2024", "42", "'s", "!?", " 你好", " café", "\t",
              "?\n", " 👩‍👩‍👧"]

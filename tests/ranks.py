@@ -12,7 +12,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import train                                            # noqa: E402
-from data import distributed                            # noqa: E402
+from data.runtime import distributed                            # noqa: E402
 
 if __name__ == "__main__":
     jobs, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import blocks, collate, micro, padding_waste, plan
-from data.formats import load
+from data.batches.batching import blocks, collate, micro, padding_waste, plan
+from data.text.formats import load
 
 SEEDS = [0, 1, -1, 2**31, 2**63, 2**64 + 1, -2**70]
 

@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from data import chat
-from data.chat import TEMPLATES, answer, end_token, fit, guess, prompt, render
-from data.files import DataError, UserError
-from data.tokenizer import Tokenizer
+from data.text import chat
+from data.text.chat import TEMPLATES, answer, end_token, fit, guess, prompt, render
+from data.runtime.files import DataError, UserError
+from data.text.tokenizer import Tokenizer
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "chat"
 ANSWERS = json.loads((FIXTURES / "answers.json").read_text("utf-8"))
@@ -259,7 +259,7 @@ def test_a_cut_answer_has_no_end_token():
 
 
 def test_real_instructions(assets):
-    from data.formats import load
+    from data.text.formats import load
     smol = Tokenizer.from_pretrained(FIXTURES / "smol")
     for row in load(assets / "instruct", "valid").rows:
         ids, mask = render(row["messages"], "chatml", smol)

@@ -4,8 +4,9 @@ import json
 import pytest
 
 import train
-from data import check, formats
-from data.tokenizer import Tokenizer
+from data.results import inspect_data
+from data.text import formats
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -117,7 +118,7 @@ def test_a_clean_copy(base, tmp_path, capsys, monkeypatch):
 def test_of_two_splits_test_keeps_the_question():
     def row(q, a):
         return {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "line": a}
-    kept = check.clean({"train": [row("x", "1"), row("y", "2"), row("z", "3"), row("z", "3"), row("z", "4")],
+    kept = inspect_data.clean({"train": [row("x", "1"), row("y", "2"), row("z", "3"), row("z", "3"), row("z", "4")],
                         "valid": [row("y", "5"), row("x", "6")], "test": [row("x", "1")]})
     assert {split: [r["messages"][1]["content"] for r in rows] for split, rows in kept.items()} == \
         {"train": ["3", "4"], "valid": ["5"], "test": ["1"]}

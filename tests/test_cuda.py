@@ -19,9 +19,11 @@ import ppo
 import prompts
 import tiny
 import train
-from data import evaluate, flags, machine
-from data.files import UserError, read_json, read_tensors
-from data.quant import Quantised
+from data.results import evaluate
+from data.runtime import flags, device
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import UserError, read_json
+from data.checkpoints.quantization import Quantised
 from model import GPT, GPTConfig, generate
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # what exact repetition asks of cuBLAS
@@ -85,7 +87,7 @@ def shapes():
 def test_logits_are_those_of_the_cpu(family):
     """Plain, behind a past (a mask), seeing both ways (another), from embeddings: fp32, 1e-4."""
     here, there = shapes()[family], shapes()[family].to(DEVICE)
-    machine.pick_dtype("fp32", torch.device(DEVICE), 32)
+    device.pick_dtype("fp32", torch.device(DEVICE), 32)
     x = torch.randint(97, (3, 20))
     past = prompts.PTuningV2(here, 5)(here)
     moved = [tuple(t.to(DEVICE) for t in entry) for entry in past]
@@ -206,12 +208,12 @@ def test_tf32_only_where_it_is_asked_for():
     device = torch.device(DEVICE)
     if DEVICE == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False):
         with pytest.raises(UserError, match="--dtype tf32"):
-            machine.pick_dtype("tf32", device, 64)
+            device.pick_dtype("tf32", device, 64)
         return
     x = torch.randn(256, 256, dtype=torch.float64)
     far = {}
     for word in ("tf32", "fp32"):
-        assert machine.pick_dtype(word, device, 64)[0] == torch.float32
+        assert device.pick_dtype(word, device, 64)[0] == torch.float32
         far[word] = (x.float().to(device) @ x.float().to(device) - (x @ x).to(device)).abs().max().item()
     assert far["fp32"] < 1e-3 < far["tf32"]
 

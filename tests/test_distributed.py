@@ -18,9 +18,10 @@ import tiny
 import torch
 
 import train
-from data import distributed
-from data.files import read_json, read_tensors
-from data.tokenizer import Tokenizer
+from data.runtime import distributed
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import read_json
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate, sample
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
@@ -118,8 +119,8 @@ def alike(a, b):
 
 FAULT = """
 import os, torch
-from data import evaluate
-from data.files import DataError
+from data.results import evaluate
+from data.runtime.files import DataError
 original = evaluate.summed_loss
 
 def summed_loss(kit, examples, past):

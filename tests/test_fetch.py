@@ -24,9 +24,9 @@ import pytest
 
 from data import download as D
 from data import fetch as F
-from data import formats
+from data.text import formats
 from data import sources as S
-from data.files import DataError, UserError
+from data.runtime.files import DataError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 40                           # 10,240 bytes

@@ -1,4 +1,4 @@
-"""data/files.py: whole files or none, and safetensors that are sound to the last byte."""
+"""data/runtime/files.py: whole files or none, and safetensors that are sound to the last byte."""
 import errno
 import hashlib
 import json
@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import torch
 
-from data.files import (DataError, UserError, atomic, read_json, read_tensors, write_atomic, write_json,
-                        write_tensors)
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError, atomic, read_json, write_atomic, write_json
 
 SAMPLE = {"b": torch.tensor([1.5, -2.0]).bfloat16(), "a": torch.arange(6.).reshape(2, 3),
           "i": torch.tensor([1, -1]), "d": torch.tensor(0.5, dtype=torch.float64),

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from data import records
-from data.files import DataError, UserError
-from data.formats import duplicates, leaks, load, question
+from data.text import readers
+from data.runtime.files import DataError, UserError
+from data.text.formats import duplicates, leaks, load, question
 
 
 def write(folder, content, name="data.jsonl"):
@@ -412,7 +412,7 @@ def test_24_half_a_surrogate_pair(tmp_path):
 
 
 def test_27_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE", 2 << 20)
+    monkeypatch.setattr(readers, "MAX_LINE", 2 << 20)
     row = json.dumps(dict(text="a" * (2 << 20)))
     assert fault(tmp_path, json.dumps(dict(text="a")) + "\n" + row) == \
         "data.jsonl:2: a line of over 2 MiB; cut it into several rows"

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
-from data.peft import fused, same_base
-from data.quant import NF4, Quantised, QuantProduct
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError, read_json, write_json
+from data.checkpoints.peft import fused, same_base
+from data.checkpoints.quantization import NF4, Quantised, QuantProduct
 from model import GPT, GPTConfig, generate
 
 HERE = pathlib.Path(__file__).parent

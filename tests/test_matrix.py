@@ -19,8 +19,8 @@ import pytest
 import tiny
 
 import train
-from data import flags
-from data.folders import ROOT
+from data.runtime import flags
+from data.checkpoints.model_folders import ROOT
 
 README = ROOT / "README.md"
 DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}  # or chat

@@ -1,4 +1,4 @@
-"""data/metrics.py: hand numbers, naive loops, and equality with the E2E scoring tool when it is there."""
+"""data/results/metrics.py: hand numbers, naive loops, and equality with the E2E scoring tool when it is there."""
 import importlib.util
 import json
 import math
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data import metrics as M
+from data.results import metrics as M
 
 
 # ---- labels ------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.files import DataError, UserError, read_json, read_tensors, write_json, write_tensors
-from data.hf import parse_config, read_config
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError, read_json, write_json
+from data.checkpoints.hf import parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
 from model import GPT, GPTConfig, RMSNorm, attend, generate, logprob, rope_table, sample
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import train
-from data import batches, evaluate, objectives
-from data.examples import Feed, Text, targets
-from data.files import UserError, read_json, read_tensors
-from data.objectives import Example, collate, corrupt, marks, stride
-from data.show import walk
-from data.tokenizer import Tokenizer
+from data.batches import batching, objectives
+from data.results import evaluate
+from data.batches.examples import Feed, Text, targets
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import UserError, read_json
+from data.batches.objectives import Example, collate, corrupt, marks, stride
+from data.results.next_token import walk
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate
 from tiny import stopped, write
 
@@ -392,8 +394,8 @@ def test_a_model_without_a_mask_is_refused_in_one_sentence(world, tmp_path, caps
 
 
 def test_the_plain_stream_is_what_it_was():
-    """Causal pre-training sees the windows of data/batches.py, untouched, in their order."""
+    """Causal pre-training sees the windows of data/batches/batching.py, untouched, in their order."""
     ids, text = window(500), Text(TOKENIZER, "plain")
     feed = Feed(ids, 4, 10 ** 6, 7, 16, text)
-    starts = batches.blocks(500, 16, 7, 0)[:4]
+    starts = batching.blocks(500, 16, 7, 0)[:4]
     assert feed(0) == [[(ids[s:s + 17], [True] * 17) for s in starts]]

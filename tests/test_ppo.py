@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import lora
 import ppo
 import prompts
-from data.files import UserError
-from data.health import describe, explained_variance, health, reward_report, show
+from data.runtime.files import UserError
+from data.results.ppo_metrics import describe, explained_variance, health, reward_report, show
 from model import GPT, GPTConfig, generate
 
 F64 = torch.float64

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.files import DataError, UserError, read_tensors, write_tensors
+from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.runtime.files import DataError, UserError
 from model import GPT, GPTConfig, generate
 from prompts import (PrefixTuning, PromptTuning, PTuning, PTuningV2, cut, load_prompt, nearest_tokens, place,
                      save_prompt)

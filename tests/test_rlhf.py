@@ -9,10 +9,12 @@ import torch
 import lora
 import ppo
 import train
-from data import chat, flags, formats
-from data.examples import Text, size, targets
-from data.files import read_json, read_tensors
-from data.tokenizer import Tokenizer
+from data.text import chat, formats
+from data.runtime import flags
+from data.batches.examples import Text, size, targets
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import read_json
+from data.text.tokenizer import Tokenizer
 from test_train import same, weights, world  # noqa: F401
 from tiny import Stop, write
 

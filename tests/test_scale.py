@@ -1,4 +1,4 @@
-"""What a step costs on paper (data/scale.py) against what torch allocates and multiplies, within 15 %.
+"""What a step costs on paper (data/results/cost_model.py) against what torch allocates and multiplies, within 15 %.
 
     python tests/test_scale.py FOLDER [TOKENS]      the same on a real model, printed as the README's table
 
@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prompts
 import train
-from data import scale
-from data.tokenizer import Tokenizer
+from data.results import cost_model
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 METHODS = ["--method full", "--method lora", "--method adalora", "--method ia3", "--method prefix",
@@ -68,7 +68,7 @@ class Case:
         self.part = [(x, [i % 4 == 3 for i in range(row + 1)]) for x in ids]
         self.optimiser = torch.optim.AdamW(train.param_groups(kit, cfg, self.learn), fused=True)
         kit.train()
-        self.plan = scale.planned(kit, cfg, self.learn, self.part, row)
+        self.plan = cost_model.planned(kit, cfg, self.learn, self.part, row)
         self.plan = self.plan._replace(tokens=rows * row, row=row)      # the last id is only a target
         self.step()                                                     # Adam's moments are there from now on
 
@@ -93,7 +93,7 @@ class Case:
         moments = [t for s in self.optimiser.state.values() for t in s.values()]
         model = self.kit.model
         held = alive(*model.parameters(), *model.buffers(), *self.learn.values(), *moments)
-        return held + peak(self.step), scale.memory(model.config, self.plan)["total"]
+        return held + peak(self.step), cost_model.memory(model.config, self.plan)["total"]
 
     def flops(self):
         """(counted, on paper): of one micro-batch, for each of its tokens."""
@@ -101,7 +101,7 @@ class Case:
         counter.mod_tracker = Unnamed()
         with counter, sdpa_kernel(SDPBackend.MATH):         # of others it does not know the cost
             self.loss(self.kit.past()).backward()
-        return counter.get_total_flops() / self.plan.tokens, scale.flops(self.kit.model.config, self.plan)
+        return counter.get_total_flops() / self.plan.tokens, cost_model.flops(self.kit.model.config, self.plan)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def main(folder, tokens="512", cases=()):
                     int(tokens) // row, row)
         measured, paper = case.memory()
         before, took, after = matmul_rate(case), cpu_seconds(case.step), matmul_rate(case)
-        work = 2 * case.plan.tokens * scale.flops(case.kit.model.config, case.plan)
+        work = 2 * case.plan.tokens * cost_model.flops(case.kit.model.config, case.plan)
         print(f"| `{flags}` | {paper / 1e6:,.0f} | {measured / 1e6:,.0f} | {paper / measured:.2f} "
               f"| {took:.1f} | {work / took / ((before + after) / 2):.2f} |", flush=True)
 

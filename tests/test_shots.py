@@ -5,10 +5,12 @@ import pytest
 import torch
 
 import train
-from data import chat, evaluate, shots
-from data.examples import Text
-from data.files import UserError, read_json
-from data.tokenizer import Tokenizer
+from data.text import chat
+from data.results import evaluate
+from data.batches import few_shot
+from data.batches.examples import Text
+from data.runtime.files import UserError, read_json
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -26,34 +28,34 @@ def row(question, answer):
 
 
 def test_lists():
-    assert shots.counts("0") == [0] and shots.counts("0,1,4") == [0, 1, 4] and shots.counts("3") == [3]
+    assert few_shot.counts("0") == [0] and few_shot.counts("0,1,4") == [0, 1, 4] and few_shot.counts("3") == [3]
     for wrong in ("", "a", "1,", "2,1", "1,1", "-1"):
         with pytest.raises(UserError, match="--shots"):
-            shots.counts(wrong)
-    shots.counts("0", "text", "head")
+            few_shot.counts(wrong)
+    few_shot.counts("0", "text", "head")
     for kind, by in (("text", "words"), ("chat", "head")):
         with pytest.raises(UserError, match="in front of a question"):
-            shots.counts("0,1", kind, by)
+            few_shot.counts("0,1", kind, by)
 
 
 def test_whole_examples_leave_oldest_first_and_the_answer_keeps_its_room():
     before = [row(c * 9, "x") for c in "abcd"]             # start, then 9 + " x" + end each: 12 tokens, plain
     asked = row("q" * 5, "y")
     for block, held in ((1 + 48 + 5 + 8, 4), (1 + 48 + 5 + 7, 3), (1 + 12 + 5 + 8, 1), (1 + 5 + 8, 0)):
-        ids, n = shots.fitted(kit(block), asked, before)
+        ids, n = few_shot.fitted(kit(block), asked, before)
         assert n == held and TOKENIZER.decode(ids).startswith("dcba"[n - 1] * 9 if n else "q")
         assert len(ids) == 1 + 12 * n + 5 and len(ids) + 8 <= block
-    cut = shots.fitted(kit(6), row("abcdefghij", "y"), ())[0]           # behind the first id
+    cut = few_shot.fitted(kit(6), row("abcdefghij", "y"), ())[0]           # behind the first id
     assert cut[1:] == TOKENIZER.encode("ghij") and cut[0] not in TOKENIZER.encode("a")
 
 
 def test_a_label_word_keeps_its_room_too():
     k = kit(200, labels=("no", "certainly"))
     some = [{"text": c * 20, "label": "no"} for c in "abcdefgh"]
-    ids, n = shots.fitted(k, some[0], some[1:])
+    ids, n = few_shot.fitted(k, some[0], some[1:])
     assert 0 < n < 7 and len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) <= 200
     assert evaluate.word_scores(k, [ids]).isfinite().all()
-    ids, n = shots.fitted(k, {"text": "q" * 300, "label": "no"}, ())        # without examples as well
+    ids, n = few_shot.fitted(k, {"text": "q" * 300, "label": "no"}, ())        # without examples as well
     assert len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) == 200 and n == 0
 
 

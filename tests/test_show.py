@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import train
-from data.show import beside, table, walk
-from data.tokenizer import Tokenizer
+from data.results.next_token import beside, table, walk
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, allowed, generate, sample
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|start|>")

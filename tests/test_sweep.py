@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 import train
-from data.files import read_json, read_tensors
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import read_json
 
 RANKS = (1, 2, 3, 4)
 

@@ -7,10 +7,10 @@ import pytest
 import tiny
 
 import train
-from data import flags as flags_
-from data import plots, sweep, table
-from data.files import UserError, read_json
-from data.runs import Run, RunError
+from data.runtime import flags as flags_
+from data.results import plots, tables
+from data.runtime.files import UserError, read_json
+from data.runtime.run_folder import Run, RunError
 
 
 
@@ -44,9 +44,9 @@ def shown(tmp_path, capsys, *flags):
 
 
 def grouped(tmp_path, by=None):
-    runs, rest = sweep.gather([str(tmp_path / "*")])
-    by = by or sweep.telling(runs, META)
-    return by, sweep.group(runs, by, META)
+    runs, rest = tables.gather([str(tmp_path / "*")])
+    by = by or tables.telling(runs, META)
+    return by, tables.group(runs, by, META)
 
 
 # ----------------------------------------------------------------------------------------------------- groups
@@ -108,7 +108,7 @@ def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
 
 def test_sizes():
     said = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 192456: "192 kB", 3_740_160: "3.7 MB", 2e10: "20 GB"}
-    assert {n: table.size(n) for n in said} == said
+    assert {n: tables.size(n) for n in said} == said
 
 
 def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
@@ -150,16 +150,16 @@ def test_a_matrix_has_a_column_for_each_value_of_a_field(tmp_path, capsys):
 
 def test_the_interval_of_three_seeds_is_students(tmp_path, capsys):
     seeds(tmp_path, "a", [0.90, 0.91, 0.92])
-    runs = sweep.gather([str(tmp_path / "*")])[0]
+    runs = tables.gather([str(tmp_path / "*")])[0]
     half = 4.3027 * 0.01 / math.sqrt(3)
-    assert sweep.estimate(runs, "exact_match") == pytest.approx((0.91, 0.01, 0.91 - half, 0.91 + half))
+    assert tables.estimate(runs, "exact_match") == pytest.approx((0.91, 0.01, 0.91 - half, 0.91 + half))
     assert "0.910 ± 0.010  [0.885, 0.935]" in shown(tmp_path, capsys)
 
 
 def test_one_run_has_wilsons_interval_of_its_items_if_it_is_a_proportion(tmp_path):
     runs = [dict(config={}, result=dict(metrics={"exact_match": 0.8, "loss": 2.0}, right="1111111100"))]
-    assert sweep.estimate(runs, "exact_match")[2:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert all(map(math.isnan, sweep.estimate(runs, "loss")[1:]))
+    assert tables.estimate(runs, "exact_match")[2:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert all(map(math.isnan, tables.estimate(runs, "loss")[1:]))
 
 
 def test_what_is_not_finite_is_said_and_not_averaged(tmp_path, capsys):
@@ -176,8 +176,8 @@ def test_bold_only_where_intervals_separate(other, data, wins, tmp_path, capsys)
     seeds(tmp_path, "a", [0.90, 0.91, 0.92])
     seeds(tmp_path, "b", other, ["--rank", 2], data=data)
     by, groups = grouped(tmp_path)
-    assert table.best(groups, "exact_match") == ({(8,)} if wins else set())
-    assert table.best(groups, "loss") == ({(8,)} if wins else set())      # the smallest wins
+    assert tables.best(groups, "exact_match") == ({(8,)} if wins else set())
+    assert tables.best(groups, "loss") == ({(8,)} if wins else set())      # the smallest wins
     out = shown(tmp_path, capsys, "--markdown")
     assert ("**0.910 ± 0.010**" in out) == wins and "0.910 ± 0.010" in out
 
@@ -208,8 +208,8 @@ def test_pairs_by_seed_and_by_item(tmp_path, capsys):
 
 
 def test_the_sign_test_by_counting():
-    assert table.sign(0, 0) == 1 and table.sign(5, 0) == 2 / 32 and table.sign(3, 3) == 1
-    assert table.sign(1, 7) == pytest.approx(2 * (8 + 1) / 256)
+    assert tables.sign(0, 0) == 1 and tables.sign(5, 0) == 2 / 32 and tables.sign(3, 3) == 1
+    assert tables.sign(1, 7) == pytest.approx(2 * (8 + 1) / 256)
 
 
 def test_pairs_leave_other_fields_equal(tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
 def test_the_metric_that_a_run_is_about():
     for metrics, name in (({"loss": 1, "exact_match": 0}, "exact_match"), ({"kl": 1, "gold": 0}, "gold"),
                           ({"x": 1, "y": 2}, "x"), ({}, None)):
-        assert sweep.main_metric({"result": {"metrics": metrics}}) == name
+        assert tables.main_metric({"result": {"metrics": metrics}}) == name
 
 
 # --------------------------------------------------------------------------------------------------- pictures

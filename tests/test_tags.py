@@ -5,10 +5,13 @@ import pytest
 import torch
 
 import train
-from data import evaluate, flags, formats, metrics, tags
-from data.examples import Text
-from data.files import read_json, read_tensors
-from data.tokenizer import Tokenizer
+from data.results import evaluate, metrics
+from data.runtime import flags
+from data.text import formats, entities
+from data.batches.examples import Text
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import read_json
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
 from tiny import stopped
@@ -51,23 +54,23 @@ def test_pooled_over_texts_and_spans_as_they_are():
 # ------------------------------------------------------------------------------------------ names as words
 
 def test_told_and_heard_by_hand():
-    said = tags.told(FAY["tokens"], FAY["tags"])
+    said = entities.told(FAY["tokens"], FAY["tags"])
     assert said == "PER: Fay Bell, PER: Luca, LOC: Hollowby"
-    assert tags.heard(said, FAY["tokens"]) == metrics.spans(FAY["tags"])
-    assert tags.told(["a"], ["O"]) == "none" and tags.heard(" none", ["a"]) == set()
+    assert entities.heard(said, FAY["tokens"]) == metrics.spans(FAY["tags"])
+    assert entities.told(["a"], ["O"]) == "none" and entities.heard(" none", ["a"]) == set()
     twice = row("Fay met Fay", "B-PER O B-PER")
-    assert tags.heard("PER: Fay, PER: Fay", twice["tokens"]) == {("PER", 0, 0), ("PER", 2, 2)}
+    assert entities.heard("PER: Fay, PER: Fay", twice["tokens"]) == {("PER", 0, 0), ("PER", 2, 2)}
     comma = row("Fay , of Bell : met", "B-PER I-PER I-PER I-PER I-PER O")
-    assert tags.heard(tags.told(**comma), comma["tokens"]) == {("PER", 0, 4)}
-    back = tags.heard("LOC: Hollowby, PER: Luca", FAY["tokens"])            # out of order is found, too
+    assert entities.heard(entities.told(**comma), comma["tokens"]) == {("PER", 0, 4)}
+    back = entities.heard("LOC: Hollowby, PER: Luca", FAY["tokens"])            # out of order is found, too
     assert back == {("LOC", 5, 5), ("PER", 3, 3)}
-    wrong = tags.heard("PER: Zoe, PER: Zoe, rubbish, PER:", FAY["tokens"])
+    wrong = entities.heard("PER: Zoe, PER: Zoe, rubbish, PER:", FAY["tokens"])
     assert len(wrong) == 3 and all(first < 0 for _, first, _ in wrong)      # said, and nowhere: each is wrong
-    assert tags.ask(NAMES) == "Which names are in this text: LOC or PER?"
+    assert entities.ask(NAMES) == "Which names are in this text: LOC or PER?"
 
 
 def exact(rows):
-    return sum(tags.heard(tags.told(r["tokens"], r["tags"]), r["tokens"]) == metrics.spans(r["tags"])
+    return sum(entities.heard(entities.told(r["tokens"], r["tags"]), r["tokens"]) == metrics.spans(r["tags"])
                for r in rows) / len(rows)
 
 
@@ -83,18 +86,18 @@ def test_real_names_come_back(assets):
 
 def test_pieces_are_the_joined_text():
     words = FAY["tokens"] + ["Überraschung", "😀", "n't", "12"]
-    ids, first = tags.pieces(words, TOKENIZER, 7)
+    ids, first = entities.pieces(words, TOKENIZER, 7)
     assert ids[0] == 7 and ids[1:] == TOKENIZER.encode(" ".join(words)) and first[0] == 1
     for word, a, b in zip(words, first, [*first[1:], len(ids)]):
         assert TOKENIZER.decode(ids[a:b]).strip() == word
-    assert tags.pieces(["", "a"], TOKENIZER, 7) == ([7, 7, *TOKENIZER.encode(" a")], [1, 2])
+    assert entities.pieces(["", "a"], TOKENIZER, 7) == ([7, 7, *TOKENIZER.encode(" a")], [1, 2])
 
 
 @pytest.mark.parametrize("frame", [([], []), ([-1, -2], [-3])])
 def test_an_example_supervises_first_tokens_only(frame):
     text = Text(TOKENIZER, "plain", labels=NAMES, by="head", frame=frame)
     (e,), long = text.encode([FAY], 64)
-    ids, first = tags.pieces(FAY["tokens"], TOKENIZER, TOKENIZER.eos)
+    ids, first = entities.pieces(FAY["tokens"], TOKENIZER, TOKENIZER.eos)
     assert e.ids == frame[0] + ids + frame[1] and long["cut"] == 0 and e.sees == 0 and e.head
     assert {i: NAMES[t] for i, t in enumerate(e.y) if t >= 0} == \
         {i + len(frame[0]): tag for i, tag in zip(first, FAY["tags"])}

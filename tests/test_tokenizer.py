@@ -1,4 +1,4 @@
-"""data/tokenizer.py: Hugging Face's ids, by its answers, by a slow reading of its rule, by transformers."""
+"""data/text/tokenizer.py: Hugging Face's ids, by its answers, by a slow reading of its rule, by transformers."""
 import copy
 import itertools
 import json
@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 from make_tokenizer_fixtures import FAMILIES, FIXTURE, digest, mark, strings
 
-from data.bpe import BYTE, CHAR, DIGITS, GPT2, learn, ranked, splitter
-from data.files import DataError
-from data.tokenizer import Tokenizer
+from data.text.bpe import BYTE, CHAR, DIGITS, GPT2, learn, ranked, splitter
+from data.runtime.files import DataError
+from data.text.tokenizer import Tokenizer
 
 FIXED = json.loads(FIXTURE.read_text("utf-8"))
 TEXTS = strings()
@@ -48,7 +48,7 @@ def test_ids_are_those_of_hugging_face(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_python_cuts_as_tiktoken_does(name, monkeypatch):
-    monkeypatch.setattr("data.tokenizer.LONG", re.compile(""))      # everything goes the way of odd texts
+    monkeypatch.setattr("data.text.tokenizer.LONG", re.compile(""))      # everything goes the way of odd texts
     agree(Tokenizer(spec_of(name), {}), FIXED["families"][name])
 
 

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from data import formats, toy
-from data.world import World
+from data.text import formats
+from data import toy
+from data.toy import tasks
+from data.toy.world import World
 
 KINDS = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
          "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
@@ -127,9 +129,9 @@ def test_comparisons_are_as_noisy_as_they_say(rows):
 
 
 def test_the_script_writes_files_that_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "NAMES", ("toy/prompts", "toy/spam"))
+    monkeypatch.setattr(tasks, "NAMES", ("toy/prompts", "toy/spam"))
     monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
-    toy.main()
+    tasks.main()
     assert formats.load(str(tmp_path / "toy" / "spam"), "test").kind == "label"
 
 

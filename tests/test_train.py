@@ -22,10 +22,13 @@ import torch
 
 import lora
 import train
-from data import chat, evaluate, flags, runs
-from data.examples import Text
-from data.files import UserError, read_json, read_tensors
-from data.tokenizer import Tokenizer
+from data.text import chat
+from data.results import evaluate
+from data.runtime import flags, run_folder
+from data.batches.examples import Text
+from data.checkpoints.safetensors import read_tensors
+from data.runtime.files import UserError, read_json
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
 from tiny import Stop, stopped, wait_for, write
@@ -134,7 +137,7 @@ def test_help_is_that_methods_manual(capsys):
 
 def test_every_field_is_read():
     """No dead flags: each field is used outside its definition."""
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "data/check.py", "data/show.py"))
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "data/results/inspect_data.py", "data/results/next_token.py"))
     for f in dataclasses.fields(flags.Config):
         assert re.search(rf"\bcfg\.{f.name}\b", source), f.name
     for values in flags.METHOD_DEFAULTS.values():
@@ -309,7 +312,7 @@ def events(folder):
 def test_a_signal_leaves_no_hole_in_the_log(where, world, tmp_path, monkeypatch):
     flags = ["--eval_every", "2"]
     run(world, tmp_path / "whole", *flags)
-    look, log = evaluate.measure, runs.Run.log
+    look, log = evaluate.measure, run_folder.Run.log
 
     def measure(*args, **kw):
         if len(events(tmp_path / "cut")) == 2 and where == "a valid look":
@@ -323,7 +326,7 @@ def test_a_signal_leaves_no_hole_in_the_log(where, world, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "measure", measure)
-        patch.setattr(runs.Run, "log", line)
+        patch.setattr(run_folder.Run, "log", line)
         assert train.main(command(world, tmp_path / "cut", *flags)) == 75
     run(world, tmp_path / "cut", *flags)
     assert events(tmp_path / "whole") == events(tmp_path / "cut")
@@ -427,14 +430,14 @@ def test_kill_9_at_random_moments(world, tmp_path):
 
 
 def test_guard_holds_signals_back_and_lets_them_through():
-    guard = runs.Guard()
+    guard = run_folder.Guard()
     with guard.installed():
-        with pytest.raises(runs.Interrupted):
+        with pytest.raises(run_folder.Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     with guard.installed():
         done = []
-        with pytest.raises(runs.Interrupted):
+        with pytest.raises(run_folder.Interrupted):
             with guard:
                 with guard:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -444,7 +447,7 @@ def test_guard_holds_signals_back_and_lets_them_through():
 
 def test_two_processes_on_one_folder(world, tmp_path, capsys):
     cfg = train.parse(command(world, tmp_path / "r"))
-    with runs.Run(cfg.out, {}).opened():
+    with run_folder.Run(cfg.out, {}).opened():
         assert train.main(command(world, tmp_path / "r")) == 2
     assert "in use by another process" in capsys.readouterr().err
 
@@ -490,7 +493,7 @@ def test_a_file_where_the_folder_should_be(world, tmp_path, capsys):
 def test_a_terminal_without_our_letters_shows_question_marks(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
-    runs.say("caf\u00e9")
+    run_folder.say("caf\u00e9")
     assert stdout.buffer.getvalue() == b"caf?\n"
 
 
@@ -753,7 +756,7 @@ def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
 
 
 def test_a_talk_that_is_interrupted_claims_no_save(world, monkeypatch, capsys):
-    monkeypatch.setattr("builtins.input", lambda _: runs.guard.handler(signal.SIGINT, None))
+    monkeypatch.setattr("builtins.input", lambda _: run_folder.guard.handler(signal.SIGINT, None))
     assert train.main(["--task", "chat", "--init", str(world / "base")]) == 130
     assert "saved" not in capsys.readouterr().err
 
@@ -865,8 +868,8 @@ def test_recorded_failures_do_not_count_as_done(world, tmp_path, monkeypatch):
 
 
 def test_no_error_is_a_base_class_in_disguise():
-    assert not issubclass(runs.Interrupted, Exception)
-    assert runs.RunError("x").code == 1 and UserError("x").code == 2
+    assert not issubclass(run_folder.Interrupted, Exception)
+    assert run_folder.RunError("x").code == 1 and UserError("x").code == 2
 
 
 def test_forgetting_is_measured_behind_virtual_tokens_too(world, tmp_path):

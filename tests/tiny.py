@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from data import evaluate
-from data.tokenizer import Tokenizer
+from data.results import evaluate
+from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

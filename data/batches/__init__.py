@@ -1,0 +1,1 @@
+"""data.batches: token ids -> examples -> tensors. See README.md in this folder."""
