@@ -1,107 +1,158 @@
-"""model.py: one decoder for two families, GPT-2 and Llama (Llama, SmolLM2, Qwen2, Qwen3).
+"""model.py: one decoder-only transformer for the GPT-2 and Llama families (Llama, SmolLM2, Qwen2, Qwen3).
 
-    h_0     = wte[x] (+ wpe[p])                                tokens in; learned positions for GPT-2
-    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v = heads of ln_1(h); rotated for Llama
+    h_0     = wte[x] (+ wpe[p])                                token embeddings; learned positions in GPT-2
+    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v: heads of ln_1(h); rotary in Llama
     h       = h + down(gelu(up(z)))                            z = ln_2(h)   (GPT-2)
     h       = h + down(silu(gate(z)) * up(z))                                (Llama)
     logits  = head(ln_f(h))
 
-GPT-2: Radford et al. 2019. Llama: Touvron et al. 2023 (arXiv 2302.13971). Rotary positions: Su et al. 2021
-(2104.09864). Grouped key/value heads: Ainslie et al. 2023 (2305.13245). The family is a handful of GPTConfig
-fields, not a class.
+GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023 (arXiv 2302.13971), section 2.2. Rotary
+positions: Su et al. 2021 (2104.09864), section 3.2. Grouped-query attention: Ainslie et al. 2023
+(2305.13245). A family is a record in data/checkpoints/hf.py; here it is a handful of GPTConfig fields.
 
-One hook: `past`, a list with one entry per layer, goes in and comes out. An entry is
-    (k, v)         keys and values of P earlier positions, each (B or 1, nkv, P, hs), keys already rotated.
-                   It is a KV cache when we decode and a soft prompt when we tune one: the model cannot tell.
-                   Real tokens sit at positions P, P+1, ...
-    (k, v, gate)   side memory: out = (1 - gate) attn + gate attn(q, k, v). It takes no positions, and with
-                   gate 0 it is exactly no prompt.
-Rows are right-padded. Under causal attention a pad behind a row cannot be seen from inside it, so training,
-scoring and decoding need no mask; decoding keeps one length per row and writes where that row ends.
+`past`: a list with one entry per layer, each None or Past(k, v, gate); None for the list means no past.
+    Past(k, v)        keys and values of P earlier positions, k and v (B or 1, nkv, P, hs), keys already
+                      rotated. It can be a KV cache or a soft prompt; attention treats both the same way.
+    Past(k, v, gate)  side memory: out = (1 - gate) attn + gate softmax(q k^T / sqrt(hs)) v. It takes no
+                      positions; with gate 0 the output is exactly that of no past.
+    None              this layer has no past: its attention is over the T tokens only.
+All entries without a gate have the same P (`past_length`), and the tokens stand at positions P, P + 1, ...
+in every layer, also in those whose entry is None.
 
-Who sees whom is decided in `trunk`: causal, unless `sees` (B,) says how many tokens of a row, from its first,
-see each other both ways (a whole row: an encoder; a question: prefix-LM). The rest of the row stays causal.
+Attention is causal, except that the first `bidirectional_len[b]` tokens of row b attend to each other (all
+tokens: an encoder; those of a prompt: a prefix-LM). Rows are right-padded: under a causal mask no token
+attends to a pad behind it, so training and scoring need no padding mask. Decoding keeps a KVCache with one
+length per row, and writes each row's new keys and values behind that row's last.
 
-Deviations: q, k, v are always three Linears (a fused GPT-2 `c_attn` is split at load and joined at save); no
-dropout; the trunk never computes logits, so a caller pays for the vocabulary only where it asks.
+Deviations: q, k and v are always three Linears (a fused GPT-2 `c_attn` is split at load and joined at save);
+no dropout; `hidden_states` stops before the head, so that a caller computes logits only at the positions it
+needs. Every reader goes through `embed` and `logits`; nothing else calls wte or head.
 
-B batch  T tokens  P past positions  S cache columns  C width  V vocabulary
-nh heads  nkv key/value heads  hs head size
-Public: GPTConfig, GPT, generate, sample, allowed, logprob
+B batch  T tokens  C width  V vocabulary  nh heads  nkv kv heads  hs head size  P virtual tokens  r rank
+S columns of a KV cache  N selected positions
+Public: GPTConfig, GPT, Past, past_length, KVCache, generate, sample, filter_logits, token_logprobs,
+glm_position_ids
 """
 import functools
 import math
 import os
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as rematerialise
+from torch.utils.checkpoint import checkpoint
 
-from data.batches.batching import micro
+from data.batches.batching import split_by_token_budget
+from data.checkpoints.hf import find_family, hf_config, hf_names, parse_config, read_config, read_state
+from data.checkpoints.hf import stored_tensors
 from data.checkpoints.safetensors import write_tensors
 from data.runtime.files import DataError, UserError, write_json
-from data.checkpoints.hf import hf_config, hf_names, parse_config, read_config, read_weights
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape and dialect of a model. The defaults are GPT-2's; `llama()` turns the dialect fields over."""
+    """Shape and dialect of a model. A dialect field that is None takes the value of its family's record."""
     vocab_size: int
-    block_size: int                     # context: the largest P + T
+    block_size: int                     # context length: the largest P + T
     n_layer: int
     n_head: int
     n_embd: int
     n_kv_head: int = None               # fewer than n_head: grouped-query attention. None: n_head
     head_size: int = None               # None: n_embd / n_head
     n_inner: int = None                 # hidden width of the MLP. None: 4 n_embd
-    position: str = "learned"           # "learned" | "rope"
-    norm: str = "layernorm"             # "layernorm" | "rmsnorm"
-    mlp: str = "gelu"                   # "gelu" (tanh form) | "swiglu"
+    family: str = "gpt2"                # a model_type of data/checkpoints/hf.py: gpt2, llama, qwen2, qwen3
+    position: str = None                # "learned" | "rope"
+    norm: str = None                    # "layernorm" | "rmsnorm"
+    mlp: str = None                     # "gelu" (tanh form) | "swiglu"
+    qkv_bias: bool = None
+    o_bias: bool = None
+    mlp_bias: bool = None
+    qk_norm: bool = None                # RMSNorm on every query and key head (Qwen3)
     norm_eps: float = 1e-5
-    qkv_bias: bool = True
-    o_bias: bool = True
-    mlp_bias: bool = True
-    qk_norm: bool = False               # RMSNorm on every query and key head (Qwen3)
     tied: bool = True                   # head.weight is wte.weight
     rope_theta: float = 10000.0
     rope_scaling: dict = None           # None | {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    bos: int = None                     # token ids, kept for config.json; nothing in here reads them
+    bos: int = None                     # token ids, kept for config.json; nothing in this file reads them
     eos: object = None                  # int, or a list of ints
 
     def __post_init__(self):
-        for name, words in (("position", ("learned", "rope")), ("norm", ("layernorm", "rmsnorm")),
-                            ("mlp", ("gelu", "swiglu"))):
-            if getattr(self, name) not in words:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(words)}")
-        for name, value in (("n_kv_head", self.n_head), ("head_size", self.n_embd // self.n_head),
-                            ("n_inner", 4 * self.n_embd)):
+        defaults = dict(n_kv_head=self.n_head, head_size=self.n_embd // self.n_head, n_inner=4 * self.n_embd)
+        defaults.update(find_family(self.family).dialect)
+        for name, default in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)           # the dataclass is frozen from here on
+                object.__setattr__(self, name, default)         # the dataclass is frozen from here on
+        choices = dict(position=("learned", "rope"), norm=("layernorm", "rmsnorm"), mlp=("gelu", "swiglu"))
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
         if self.position == "learned" and self.n_embd != self.n_head * self.head_size:
             raise UserError(f"width {self.n_embd} is not {self.n_head} heads times {self.head_size}")
         if self.position == "rope" and self.head_size % 2:
-            raise UserError(f"rotary positions turn pairs, so head_size must be even; it is {self.head_size}")
+            raise UserError(f"rotary positions need pairs, so head_size must be even; it is {self.head_size}")
 
-    @property
-    def family(self):
-        if self.position == "learned":
-            return "gpt2"
-        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias and not self.o_bias else "llama"
+    def as_family(self, name, **changes):
+        """The same shape in the dialect of family `name`, with `changes`. UserError if it is unknown."""
+        return replace(self, **{"family": name, **find_family(name).dialect, **changes})
 
-    def llama(self, **changes):
-        """The same shape in the Llama dialect."""
-        plain = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), False)
-        return replace(self, **{"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", **plain, **changes})
+
+class Past(NamedTuple):
+    """One layer's keys and values in front of the tokens; with a gate, side memory beside them."""
+    k: torch.Tensor                     # (B or 1, nkv, P, hs), already rotated
+    v: torch.Tensor                     # (B or 1, nkv, P, hs)
+    gate: torch.Tensor = None           # broadcasts to (B, nh, T, hs), as (nh, 1, 1) does
+
+
+def past_length(past):
+    """The number of positions that a past takes: P, or 0 for None and for side memory.
+
+    UserError if an entry is neither None nor a Past, or if two entries without a gate differ in length.
+    """
+    lengths = set()
+    for entry in past or ():
+        if entry is not None and not isinstance(entry, Past):
+            raise UserError(f"an entry of a past is None or Past(k, v, gate), not a {type(entry).__name__}")
+        if entry is not None and entry.gate is None:
+            lengths.add(entry.k.size(2))
+    if len(lengths) > 1:
+        raise UserError(f"the entries of a past differ in length: {sorted(lengths)}; each must be None or as "
+                        "long as the others (decode with a KVCache where only some layers have a past)")
+    return max(lengths, default=0)
+
+
+class KVCache(NamedTuple):
+    """Preallocated keys and values for decoding. Row b uses its first lengths[b] columns, the past's P first.
+
+    A layer without an entry in the past has S - P columns.
+    """
+    layers: list                        # one Past(k, v) per layer, each (B, nkv, S, hs)
+    lengths: torch.Tensor               # (B,)
+
+    @classmethod
+    def extend(cls, filled, lengths, free):
+        """A cache of the past that hidden_states returned for B rows, with `free` empty columns behind it."""
+        space = (0, 0, 0, free)
+        return cls([Past(F.pad(entry.k, space), F.pad(entry.v, space)) for entry in filled], lengths)
+
+    def rows(self, index):
+        """The cache of some rows only; index (b,)."""
+        return KVCache([Past(entry.k[index], entry.v[index]) for entry in self.layers], self.lengths[index])
+
+    def narrow(self, columns):
+        """A view of the first `columns` columns: what the longest row uses."""
+        unused = max(entry.k.size(2) for entry in self.layers) - columns
+        view = [Past(entry.k[:, :, :entry.k.size(2) - unused], entry.v[:, :, :entry.v.size(2) - unused])
+                for entry in self.layers]
+        return KVCache(view, self.lengths)
 
 
 # ---------------------------------------------------------------------------------------------- the network
 
-class NormByHand(torch.autograd.Function):
-    """x w / rms(x). Left to autograd it keeps three copies of x and takes three times as long on a CPU."""
+class RMSNormFunction(torch.autograd.Function):
+    """x w / rms(x). Autograd's own version keeps three copies of x and takes three times as long on a CPU."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -122,27 +173,32 @@ class NormByHand(torch.autograd.Function):
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16:
-            return NormByHand.apply(x, self.weight, self.eps)
+            return RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+def make_norm(c):
+    return RMSNorm(c.n_embd, c.norm_eps) if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, eps=c.norm_eps)
+
+
 def rope_table(config, positions):
-    """cos and sin of position * frequency, each (..., T, hs), in fp32: bf16 cannot count past 256."""
+    """positions (...) -> cos and sin of position * frequency, each (..., hs), fp32: bf16 rounds above 256."""
     half = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
     freq = config.rope_theta ** (-half / config.head_size)              # (hs/2,)
     s = config.rope_scaling
     if s and s["rope_type"] == "linear":
         freq = freq / s["factor"]
-    elif s:                             # llama3: long waves are stretched, short ones kept, a ramp between
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
+    elif s:             # llama3: long wavelengths are stretched, short ones kept, with a ramp between
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # within the old context
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         freq = torch.lerp(freq / s["factor"], freq, ramp.clamp(0, 1))
     angle = positions[..., None].float() * freq
-    angle = torch.cat((-angle, angle), -1)          # halves turn: (a, b) -> (a cos - b sin, b cos + a sin)
+    angle = torch.cat((-angle, angle), -1)          # pairs are (j, j + hs/2): (a cos - b sin, b cos + a sin)
     return angle.cos(), angle.sin()
 
 
@@ -150,17 +206,31 @@ def rotate(x, cos, sin):                                                # (B, n,
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, -1), sin.to(x.dtype))
 
 
-def attend(q, k, v, mask):
-    """softmax(mask + q k^T / sqrt(hs)) v, causal if no mask: (B, nh, T, hs), (B, nkv, S, hs) twice -> q's.
+def attention_mask(T, P, bidirectional_len, device):
+    """Which of P + T columns each of T queries attends to: None (plain causal), or bool (T, P + T) or
+    (B, 1, T, P + T)."""
+    columns = torch.arange(P + T, device=device)
+    if bidirectional_len is not None:
+        end = torch.maximum(columns[P:] + 1, P + bidirectional_len[:, None])    # (B, T)
+        return (columns < end[:, :, None])[:, None]
+    if P and T > 1:                         # SDPA's causal flag aligns the first query with the first column
+        return columns <= columns[P:, None]
+    return None
 
-    Written out where it learns in bf16 on a CPU: there the fused backward is ten times slower (T = 72).
+
+def attend(q, k, v, mask):
+    """softmax(mask + q k^T / sqrt(hs)) v, causal if mask is None. q (B, nh, T, hs), k and v (B, nkv, S, hs).
+
+    Written out for bf16 with gradients on a CPU: there the fused backward takes ten times as long (T = 72).
     """
-    (B, nh, T, hs), nkv, S = q.shape, k.size(1), k.size(2)
-    learns = q.requires_grad or k.requires_grad or v.requires_grad
-    if not (learns and q.dtype == torch.bfloat16 and q.device.type == "cpu" and S <= 512):
+    B, nh, T, hs = q.shape
+    _, nkv, S, _ = k.shape
+    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    if not (needs_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and S <= 512):
         causal = True if mask is None and T > 1 else False      # torch.compile has no bool for a bare T > 1
         if q.is_cuda and nh != nkv and (mask is not None or q.dtype == torch.float32):
-            k, v = (t.repeat_interleave(nh // nkv, 1) for t in (k, v))      # else CUDA keeps all T x S scores
+            k = k.repeat_interleave(nh // nkv, 1)               # else CUDA keeps all T x S scores
+            v = v.repeat_interleave(nh // nkv, 1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=nh != k.size(1))
     score = (q.reshape(B, nkv, -1, hs) @ k.mT).view(B, nh, T, S) / math.sqrt(hs)
     hidden = ~torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else ~mask
@@ -177,31 +247,43 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
+            self.q_norm = RMSNorm(c.head_size, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_size, c.norm_eps)
 
-    def forward(self, x, past, rope, mask, slots, at=None):
+    def forward(self, x, rope, mask, past, cache, columns, select):
+        """x (B, T, C) -> (B, T, C), or (N, C) at `select`; and the keys and values used, as Past(k, v).
+
+        mask     None (causal), or bool, (T, S) or (B, 1, T, S): true where a query attends to a column
+        past     None or a Past; with a cache only its gated side memory is used here
+        cache    None, or Past(k, v) of S columns: new keys and values are written at `columns` (B, 1, T, 1)
+        """
         B, T, _ = x.shape
         nh, nkv, hs = self.heads
         q = self.q(x).view(B, T, nh, hs)
         k = self.k(x).view(B, T, nkv, hs)
         v = self.v(x).view(B, T, nkv, hs).transpose(1, 2)               # (B, nkv, T, hs)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)                     # (B, nh or nkv, T, hs)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = q.transpose(1, 2)                                           # (B, nh, T, hs)
+        k = k.transpose(1, 2)                                           # (B, nkv, T, hs)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        past, side = (past[:-3], past[-3:]) if past and len(past) in (3, 5) else (past, ())
-        if slots is not None:                                           # decoding: write where each row ends
-            k, v = (cache.scatter_(2, slots.expand_as(t), t) for cache, t in zip(past, (k, v)))
-        elif past:                                                      # a batch-1 past serves every row
-            k, v = (torch.cat((p.to(t.dtype).expand(B, -1, -1, -1), t), 2) for p, t in zip(past, (k, v)))
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        if cache is not None:
+            k = cache.k.scatter_(2, columns.expand_as(k), k)            # (B, nkv, S, hs)
+            v = cache.v.scatter_(2, columns.expand_as(v), v)
+        elif past is not None and past.gate is None:                    # a past of batch 1 serves every row
+            k = torch.cat((past.k.to(k.dtype).expand(B, -1, -1, -1), k), 2)     # (B, nkv, P + T, hs)
+            v = torch.cat((past.v.to(v.dtype).expand(B, -1, -1, -1), v), 2)
         y = attend(q, k, v, mask)                                       # (B, nh, T, hs)
-        if side:
-            kp, vp = (t.to(q.dtype).expand(B, -1, -1, -1) for t in side[:2])
-            memory = F.scaled_dot_product_attention(q, kp, vp, enable_gqa=nh != nkv)
-            y = torch.lerp(y, memory, side[2].to(y.dtype))
+        if past is not None and past.gate is not None:
+            side_k = past.k.to(q.dtype).expand(B, -1, -1, -1)
+            side_v = past.v.to(q.dtype).expand(B, -1, -1, -1)
+            memory = F.scaled_dot_product_attention(q, side_k, side_v, enable_gqa=nh != nkv)
+            y = torch.lerp(y, memory, past.gate.to(y.dtype))
         y = y.transpose(1, 2).reshape(B, T, nh * hs)
-        return self.o(y if at is None else y[at]), (k, v, *side)
+        return self.o(y if select is None else y[select]), Past(k, v)
 
 
 class MLP(nn.Module):
@@ -221,226 +303,289 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        norm = RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm
-        self.ln_1, self.attn = norm(c.n_embd, eps=c.norm_eps), Attention(c)
-        self.ln_2, self.mlp = norm(c.n_embd, eps=c.norm_eps), MLP(c)
+        self.ln_1 = make_norm(c)
+        self.attn = Attention(c)
+        self.ln_2 = make_norm(c)
+        self.mlp = MLP(c)
 
-    def forward(self, h, past, rope, mask, slots, at=None):
-        y, past = self.attn(self.ln_1(h), past, rope, mask, slots, at)
-        h = (h if at is None else h[at]) + y
-        return h + self.mlp(self.ln_2(h)), past
+    def forward(self, h, rope, mask, past, cache, columns, select):
+        y, kv = self.attn(self.ln_1(h), rope, mask, past, cache, columns, select)
+        h = (h if select is None else h[select]) + y
+        return h + self.mlp(self.ln_2(h)), kv
 
 
 @functools.cache
-def compiled():
-    """A block's forward through torch.compile: one for all blocks, whose names and weights stay theirs."""
+def compiled_block():
+    """Block's forward through torch.compile: one graph for all blocks, and parameter names do not change."""
     return torch.compile(Block.__call__, dynamic=True)
 
 
 class GPT(nn.Module):
-    """A decoder. A new one draws its weights as GPT-2 did: N(0, 0.02), less where they feed the residual."""
+    """The model. New weights are drawn as in GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) for o and down."""
+
+    Past = Past                         # for code that is given a model and builds a past without this file
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, c.n_embd), freeze=False)
-        self.wte = table(c.vocab_size)
-        self.wpe = table(c.block_size) if c.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.ln_f = (RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm)(c.n_embd, eps=c.norm_eps)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if p.is_meta:               # from_pretrained fills it; drawing on meta imports a compiler first
-                continue
-            if p.dim() == 2:
-                shrink = math.sqrt(2 * c.n_layer) if name.endswith((".o.weight", ".down.weight")) else 1.0
-                nn.init.normal_(p, std=0.02 / shrink)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-        if c.tied:
+        self.config = config
+        self.wte = self.new_embedding(config.vocab_size)
+        self.wpe = self.new_embedding(config.block_size) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tied:
             self.head.weight = self.wte.weight
 
-    def trunk(self, x, past=None, lengths=None, checkpoint=False, compile=False, sees=None, places=None,
-              at=None):
+    def new_embedding(self, rows):      # unlike nn.Embedding(rows, C), this draws no random numbers
+        return nn.Embedding.from_pretrained(torch.empty(rows, self.config.n_embd), freeze=False)
+
+    def init_weights(self):
+        for name, p in self.named_parameters():
+            if p.is_meta:               # from_pretrained fills it; drawing on meta would import a compiler
+                continue
+            if p.dim() == 2:
+                residual = name.endswith((".o.weight", ".down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def embed(self, tokens):
+        """ids (B, T) -> embeddings (B, T, C), without positions. The only reader of the embedding."""
+        return self.wte(tokens)
+
+    def logits(self, hidden):
+        """hidden (..., C) after ln_f -> logits (..., V) in the compute dtype. The only caller of the head."""
+        return self.head(hidden)
+
+    def forward(self, tokens, targets=None, past=None):
+        """Logits (B, T, V) in the compute dtype, and the loss, or None without targets.
+
+        tokens   ids (B, T), or embeddings (B, T, C)
+        targets  ids (B, T), -1 where a position is ignored. The loss is the mean cross-entropy of the others,
+                 in fp32 (NaN if there are none)
+        past     see the top of this file
+        UserError if targets do not match tokens, or if P + T is more than the context.
+        """
+        if targets is not None and (not torch.is_tensor(targets) or targets.shape != tokens.shape[:2]):
+            found = list(targets.shape) if torch.is_tensor(targets) else type(targets).__name__
+            raise UserError(f"targets are {found}, but these tokens need ids {list(tokens.shape[:2])} (give "
+                            "a past by name)")
+        hidden, _ = self.hidden_states(tokens, past)
+        logits = self.logits(hidden)                                    # (B, T, V)
+        if targets is None:
+            return logits, None
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    # Many parameters, but a caller names the few that it uses.
+    def hidden_states(self, tokens, past=None, cache=None, select=None, bidirectional_len=None,
+                      glm_positions=None, gradient_checkpointing=False, compile=False):
         """Everything below the head.
 
-        x           ids (B, T), or embeddings (B, T, C) in their place (positions are added here either way)
-        past        None, or one entry per layer, see the top of this file
-        lengths     None, or (B,): `past` holds preallocated caches (B, nkv, S, hs), row b has used lengths[b]
-                    of the S columns, and the T new keys and values are written in place behind those
-        checkpoint  recompute each block in backward instead of keeping its activations
-        compile     run each block as torch.compile makes it; both where gradients are asked for, only
-        sees        None: causal; or (B,), the tokens at the start of each row that see each other both ways
-        places      None, or (2, B, T): position in the text, and in the span that fills it (0: is no span)
-        at          None, or (b, t), two (N,): only what stands there is asked for, and the last block spends
-                    its o and MLP there alone
-        Returns hidden (B, T, C), or (N, C), after ln_f, and the past of all P+T positions (the caches, given
-        `lengths`).
+        tokens      ids (B, T), or embeddings (B, T, C); positions are added here in both cases
+        past        None, or one entry per layer, see the top of this file. It is the same in every call that
+                    continues a row
+        cache       None, or a KVCache, which holds the past's keys and values too: row b's tokens stand at
+                    positions lengths[b], lengths[b] + 1, ..., and the new keys and values are written there
+        select      None, or (b, t), two (N,): positions at which the result is needed. The last block
+                    computes its o and MLP there only
+        bidirectional_len   None (causal), or (B,): the first tokens of each row, which attend to each other
+        glm_positions       None, or (2, B, T): position in the text (P not included), and in the span (0:
+                            in none); Du et al. 2022 (2103.10360), section 2.1
+        gradient_checkpointing  recompute each block in backward instead of keeping its activations
+        compile     run each block through torch.compile; as gradient_checkpointing, only with gradients
+        Returns hidden (B, T, C), or (N, C), after ln_f; and the past of all P + T positions: Past(k, v) per
+        layer, or the layers of the cache. Side memory is not part of it.
+        UserError if the past does not fit the model, or P + T (or a cache) is more than the context.
         """
-        T, device = x.size(1), x.device
-        P = past[0][0].size(2) if past and len(past[0]) != 3 else 0     # side memory takes no positions
-        S = P + T if lengths is None else P
-        if S > self.config.block_size:
-            raise UserError(f"{P} past positions and {T} tokens do not fit the context of "
-                            f"{self.config.block_size}; use shorter texts or fewer virtual tokens")
-        positions = torch.arange(T, device=device) + (P if lengths is None else lengths[:, None])
-        mask = slots = rope = None                                      # positions: (T,) or (B, T)
-        if lengths is not None:
-            slots = positions[:, None, :, None]                         # (B, 1, T, 1)
-            mask = torch.arange(S, device=device) <= slots              # (B, 1, T, S)
-        elif sees is not None:                                          # a query sees columns 0 .. reach - 1
-            reach = torch.maximum(positions + 1, P + sees[:, None])     # (B, T)
-            mask = (torch.arange(S, device=device) < reach[:, :, None])[:, None]        # (B, 1, T, S)
-        elif P and T > 1:           # SDPA's own causal flag counts from the top left: wrong behind a past
-            mask = torch.arange(S, device=device) <= positions[:, None]         # (T, S)
-        h = self.wte(x) if x.dim() == 2 else x.to(self.wte.weight.dtype)        # (B, T, C)
-        if places is not None:      # rotary: one angle for both channels. Learned: one table, whose end no
-            front, within = P * (lengths is None), places[1]                                    # text reaches
-            positions = front + places[0] + within * (self.wpe is None)
-            if self.wpe is not None:
-                h = h + self.wpe(-within % self.config.block_size) * (within > 0)[..., None]
-        if self.wpe is not None:
-            h = h + self.wpe(positions)
-        else:
-            rope = rope_table(self.config, positions)
-            rope = rope if positions.dim() == 1 else [t[:, None] for t in rope]         # for all heads
-        out, learns = [], torch.is_grad_enabled()
-        run = compiled() if compile and learns else Block.__call__
-        for block, entry in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            given = block, h, entry, rope, mask, slots, at if block is self.blocks[-1] else None
-            if checkpoint and learns:
-                h, kv = rematerialise(run, *given, use_reentrant=False)
-            else:
-                h, kv = run(*given)
-            out.append(kv)
-        return self.ln_f(h), out
+        if past is not None:
+            self.check_past(past, len(tokens))
+        P = past_length(past)
+        positions = torch.arange(tokens.size(1), device=tokens.device)      # (T,) or (B, T)
+        positions = positions + (P if cache is None else cache.lengths[:, None])
+        self.check_context(P, tokens.size(1), cache, bidirectional_len)
+        h, rope = self.input_states(tokens, P, positions, glm_positions)
+        past = past or [None] * self.config.n_layer
+        views = layer_views(past, cache, positions, bidirectional_len)
 
-    def forward(self, x, past=None):
-        """ids (B, T) or embeddings (B, T, C) -> logits (B, T, V), past. Logits come in the compute dtype."""
-        hidden, past = self.trunk(x, past)
-        return self.head(hidden), past
+        with_grad = torch.is_grad_enabled()
+        run = compiled_block() if compile and with_grad else Block.__call__
+        made = []
+        for i, (block, (mask, layer_cache, columns)) in enumerate(zip(self.blocks, views)):
+            last = i == len(self.blocks) - 1
+            args = (block, h, rope, mask, past[i], layer_cache, columns, select if last else None)
+            if gradient_checkpointing and with_grad:
+                h, kv = checkpoint(run, *args, use_reentrant=False)
+            else:
+                h, kv = run(*args)
+            made.append(kv)
+        return self.ln_f(h), made
+
+    def check_past(self, past, B):
+        """UserError unless every entry is None or fits the layer and a batch of B rows."""
+        if len(past) != self.config.n_layer:
+            raise UserError(f"the past has {len(past)} entries and the model {self.config.n_layer} layers; "
+                            "give one per layer, None where a layer has no past")
+        past_length(past)
+        _, nkv, hs = self.blocks[0].attn.heads
+        for i, entry in enumerate(past):
+            for t in entry[:2] if entry is not None else ():
+                if t.dim() != 4 or t.size(0) not in (1, B) or t.size(1) != nkv or t.size(3) != hs:
+                    raise UserError(f"past[{i}] holds {list(t.shape)}; k and v must be (1 or {B}, {nkv}, P, "
+                                    f"{hs})")
+
+    def check_context(self, P, T, cache, bidirectional_len):
+        context = self.config.block_size
+        if cache is None and P + T > context:
+            raise UserError(f"{P} past positions and {T} tokens do not fit the context of {context}; use "
+                            "shorter texts or fewer virtual tokens")
+        if cache is None:
+            return
+        columns = max(entry.k.size(2) for entry in cache.layers)
+        if columns > context:
+            raise UserError(f"a cache of {columns} columns does not fit the context of {context}")
+        if bidirectional_len is not None:
+            raise UserError("bidirectional_len belongs to the call that reads a prompt; behind a cache, "
+                            "attention is causal")
+
+    def input_states(self, tokens, P, positions, glm_positions):
+        """The embeddings (B, T, C), learned positions added; and rotary (cos, sin), or None where learned."""
+        h = self.embed(tokens) if tokens.dim() == 2 else tokens.to(self.wte.weight.dtype)
+        if glm_positions is not None:
+            in_text, in_span = glm_positions                            # (B, T) each
+            positions = P + in_text
+            if self.wpe is None:            # rotary: one angle for the sum of both
+                positions = positions + in_span
+            else:       # learned: one table for both, positions in spans from its end, which no text reaches
+                h = h + self.wpe(-in_span % self.config.block_size) * (in_span > 0)[..., None]
+        if self.wpe is not None:
+            return h + self.wpe(positions), None
+        cos, sin = rope_table(self.config, positions)                   # (T, hs) or (B, T, hs)
+        if positions.dim() == 2:
+            cos = cos[:, None]                                          # (B, 1, T, hs), for all heads
+            sin = sin[:, None]
+        return h, (cos, sin)
 
     # ---------------------------------------------------------------------------------- Hugging Face folders
 
     def hf_names(self):
-        """Our module path -> (Hugging Face module path, part); part: q, k or v of a fused c_attn, or None."""
+        """{our module path: (stored module path, part)}; part: "q", "k" or "v" of a fused module, or None."""
         return hf_names(self)
-
-    def conv1d(self, name, t):
-        """GPT-2's blocks store their matrices (in, out); this turns them over, in either direction."""
-        return t.t() if self.config.family == "gpt2" and t.dim() == 2 and name.startswith("blocks.") else t
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
         """Read a Hugging Face folder (config.json; model.safetensors, or shards with an index), strictly.
 
-        Every tensor must be there, in shape, and nothing foreign beside it; DataError names the first fault.
-        Weights that need neither reshaping nor a cast stay memory-mapped: a sweep's processes share them.
+        Every tensor must be there, in shape, and no other beside it; DataError names the first that is not.
+        Weights that need neither reshaping nor a cast stay memory-mapped: processes share them.
         """
         try:
             config = GPTConfig(**read_config(folder))
-        except UserError as e:                      # a shape that cannot be; or already a DataError
-            raise e if isinstance(e, DataError) else DataError(f"{folder}/config.json: {e}") from None
+        except DataError:
+            raise
+        except UserError as e:                          # GPTConfig refuses the shape
+            raise DataError(f"{folder}/config.json: {e}") from None
         with torch.device("meta"):
             model = cls(config)
-        found = read_weights(folder)
-        if config.family == "gpt2" and "transformer.wte.weight" not in found:   # the hub's own: no prefix
-            found = {k if k.startswith("lm_head.") else "transformer." + k: t for k, t in found.items()}
-        constants = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")      # buffers of old writers
-        found = {k: t for k, t in found.items() if not k.endswith(constants)}
-        state, used = {}, set()
-        for ours, (theirs, part) in model.hf_names().items():
-            if ours == "head" and config.tied:
-                continue
-            for leaf, p in model.get_submodule(ours).named_parameters():
-                key = f"{theirs}.{leaf}"
-                if key not in found:
-                    raise DataError(f"{folder}: the weights lack {key}, which a {config.family} model needs")
-                t = model.conv1d(ours, found[key])
-                whole = (p.size(0) * (3 if part else 1), *p.shape[1:])
-                if tuple(t.shape) != whole or not t.is_floating_point():
-                    raise DataError(f"{folder}: {key} is {t.dtype} {list(t.shape)}, but config.json asks for "
-                                    f"floats of {list(whole)} (out, in)")
-                if part:
-                    t = t.chunk(3)["qkv".index(part)]
-                state[f"{ours}.{leaf}"] = t.to(dtype).contiguous()
-                used.add(key)
-        if config.tied:
-            state["head.weight"] = state["wte.weight"]
-            copy = found.get("lm_head.weight")
-            if copy is not None and not torch.equal(copy.to(dtype), state["wte.weight"]):
-                raise DataError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight "
-                                "differs from it; set tie_word_embeddings to false")
-            used.add("lm_head.weight")
-        if foreign := sorted(set(found) - used):
-            raise DataError(f"{folder}: the weights hold {foreign[0]}, which a {config.family} model does "
-                            f"not have ({len(foreign)} such tensors)")
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(read_state(model, folder, dtype), assign=True)
         if config.tied:
             model.head.weight = model.wte.weight
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, each atomically, as `transformers` reads them."""
-        out = {}
-        for ours, (theirs, part) in self.hf_names().items():
-            if ours == "head" and self.config.tied:
-                continue
-            module = self.get_submodule(ours)
-            for leaf in ("weight", "bias"):         # by name: adapter parameters beside them stay out
-                if getattr(module, leaf, None) is not None:
-                    t, key = self.conv1d(ours, getattr(module, leaf).detach()), f"{theirs}.{leaf}"
-                    out[key] = torch.cat((out[key], t), -1) if key in out else t    # q, then k, then v
-        widest = max((t.dtype for t in out.values()), key=lambda d: d.itemsize)     # loaders round to this
-        config = hf_config(self.config, widest)
-        back = GPTConfig(**parse_config(config, folder))
-        if odd := [f.name for f in fields(back) if getattr(back, f.name) != getattr(self.config, f.name)]:
+        """Write config.json and model.safetensors, each atomically, as `transformers` reads them.
+
+        UserError if no family of transformers has this mix of GPTConfig fields; nothing is written then.
+        """
+        tensors = stored_tensors(self)
+        widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
+        config = hf_config(self.config, widest)         # loaders cast to this dtype
+        reread = GPTConfig(**parse_config(config, folder))
+        odd = [f.name for f in fields(reread) if getattr(reread, f.name) != getattr(self.config, f.name)]
+        if odd:
             raise UserError(f"{folder}: transformers knows no {self.config.family} with this "
                             f"{' '.join(odd)}, so this hybrid has no Hugging Face form")
-        write_tensors(os.path.join(folder, "model.safetensors"), {k: t.contiguous() for k, t in out.items()})
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        write_tensors(os.path.join(folder, "model.safetensors"), tensors)
         write_json(os.path.join(folder, "config.json"), config)
+
+
+def layer_views(past, cache, positions, bidirectional_len):
+    """For every layer: attention mask or None; its part of the cache or None, and where to write in it.
+
+    A layer without an entry in the past lacks the P columns in front of the tokens, in its mask and cache.
+    """
+    P = past_length(past)
+    T = positions.size(-1)
+    masks = {}                                          # two at most: with the P columns and without
+    views = []
+    for i, entry in enumerate(past):
+        front = P if entry is not None and entry.gate is None else 0
+        layer_cache = None if cache is None else cache.layers[i]
+        if front not in masks and cache is None:
+            masks[front] = attention_mask(T, front, bidirectional_len, positions.device), None
+        elif front not in masks:
+            columns = (positions - (P - front))[:, None, :, None]                   # (B, 1, T, 1)
+            S = layer_cache.k.size(2)
+            masks[front] = torch.arange(S, device=columns.device) <= columns, columns       # (B, 1, T, S)
+        mask, columns = masks[front]
+        views.append((mask, layer_cache, columns))
+    return views
 
 
 # ----------------------------------------------------------------------------------- scoring and generation
 
-class LogProb(torch.autograd.Function):
+class TokenLogprobs(torch.autograd.Function):
+    """token_logprobs under a frozen head: keeps d(-log p) / d hidden (N, C) in place of the logits (N, V)."""
+
     @staticmethod
-    def forward(ctx, hidden, tokens, head):
-        out, slopes = [], []                            # a slope: d(-log p) / d hidden, of its own row alone
+    def forward(ctx, hidden, tokens, logits_fn):
+        out = []
+        gradients = []
         for h, t in zip(hidden.split(128), tokens.split(128)):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
-                logits = head(h)                        # (n, V)
+                logits = logits_fn(h)                                   # (n, V)
             z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-            p, top = z.softmax(-1), z.amax(-1)
-            out.append(z.gather(-1, t[:, None])[:, 0] - (top - p.amax(-1).log()))       # z - logsumexp
-            p.scatter_add_(-1, t[:, None], p.new_full((len(t), 1), -1.0))
-            slopes += torch.autograd.grad(logits, h, p.to(logits.dtype))
-        ctx.save_for_backward(torch.cat(slopes))
+            p = z.softmax(-1)
+            logsumexp = z.amax(-1) - p.amax(-1).log()
+            out.append(z.gather(-1, t[:, None])[:, 0] - logsumexp)
+            p.scatter_add_(-1, t[:, None], p.new_full((len(t), 1), -1.0))           # softmax - one-hot
+            gradients += torch.autograd.grad(logits, h, p.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(out)
 
     @staticmethod
     def backward(ctx, g):
-        slopes, = ctx.saved_tensors
-        return slopes * -g[:, None].to(slopes.dtype), None, None
+        gradients, = ctx.saved_tensors
+        return gradients * -g[:, None].to(gradients.dtype), None, None
 
 
-def logprob(head, hidden, tokens):
-    """log p of one token per row, (N, C), (N,) -> (N,), at least fp32. head: hidden -> logits.
+def token_logprobs(logits_fn, hidden, tokens):
+    """log p of one token per row: hidden (N, C), ids (N,) -> (N,), fp32 or wider.
 
-    Logits outweigh the model, so there are never N of them: slices, and under a frozen head a slice leaves
-    behind its gradient, made at once, in place of (n, V) numbers that wait for backward.
+    logits_fn: hidden (n, C) -> logits (n, V), as `model.logits`.
+    Logits (N, V) can be larger than the model, so they are computed in slices. If the head is frozen, a slice
+    keeps its gradient (n, C) for backward instead of its logits.
     """
-    if torch.is_grad_enabled() and not head(hidden[:0].detach()).requires_grad:
-        return LogProb.apply(hidden, tokens, head)
-    some = max(1, len(hidden)) if torch.is_grad_enabled() else 256
-    pairs = ((head(h), t) for h, t in zip(hidden.split(some), tokens.split(some)))
-    return torch.cat([-F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), t, reduction="none")
-                      for z, t in pairs])
+    with_grad = torch.is_grad_enabled()
+    if with_grad and not logits_fn(hidden[:0].detach()).requires_grad:
+        return TokenLogprobs.apply(hidden, tokens, logits_fn)
+    out = []
+    size = max(1, len(hidden)) if with_grad else 256
+    for h, t in zip(hidden.split(size), tokens.split(size)):
+        z = logits_fn(h)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        out.append(-F.cross_entropy(z, t, reduction="none"))
+    return torch.cat(out)
 
 
-def allowed(logits, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V) / temperature (0: the likeliest alone), -inf where top_k, and then top_p, cut."""
+def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) / temperature, -inf where top_k, and then top_p, exclude a token.
+
+    Temperature 0 leaves the likeliest token only.
+    """
     if temperature == 0:
         return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
     logits = logits.float() / temperature
@@ -448,87 +593,140 @@ def allowed(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         ranked, order = logits.sort(-1, descending=True)
-        before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)     # mass of the likelier tokens
+        before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)     # probability of the likelier tokens
         cut = (before >= top_p).index_fill(-1, order.new_zeros(1), False)   # the likeliest always stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
     return logits
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token per row of logits (B, V): temperature (0 is greedy), then top_k, then top_p. Returns (B,).
-    Instead of a generator: a number in [0, 1) per row, (B,), at which its cumulative distribution is read."""
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, uniforms=None):
+    """One token (B,) per row of logits (B, V), by temperature (0: greedy), then top_k, then top_p.
+
+    uniforms  None, or (B,) in [0, 1): row b takes the token at which its cumulative distribution passes
+              uniforms[b], and no random number is drawn
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    p = allowed(logits, temperature, top_k, top_p).softmax(-1)
-    if isinstance(generator, torch.Tensor):         # below the total, or rounding could pick a banned last id
-        rises, u = p.cumsum(-1), generator[:, None] * (1 - 2 ** -20)                # (B, V), (B, 1)
-        return torch.searchsorted(rises, u * rises[:, -1:], right=True)[:, 0]
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    p = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
+    if uniforms is None:
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+    cumulative = p.cumsum(-1)                                           # (B, V)
+    u = uniforms[:, None] * (1 - 2 ** -20)      # below the total: rounding must not take a filtered token
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
 
 
-def span(columns, ends):
-    """The places (2, B, T) of columns (T,) or (B, T) in rows whose prompts, `ends` (B,) long, end in a mask
-    and a start token: from there on a token stands where the mask does, and counts what fills it."""
-    mask = ends[:, None] - 2
+def glm_position_ids(columns, prompt_lengths):
+    """GLM positions (2, B, T) of the tokens at columns (T,) or (B, T), counted from a row's first token.
+
+    The prompts, `prompt_lengths` (B,) long, end in a mask and a start token. From the start token on, a token
+    has the mask's position in the text, and counts 1, 2, ... in the span that replaces the mask.
+    """
+    mask = prompt_lengths[:, None] - 2
     return torch.stack((torch.minimum(columns, mask), (columns - mask).clamp(min=0)))
 
 
+# The parameters of sampling stay flat, under the names that `transformers` gives them.
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, past=None,
-             generator=None, embed=None, both_ways=False, blank=False):
-    """Continue prompts of any lengths, as one batch with a KV cache.
+             generator=None, uniforms=None, embed=None, bidirectional_prompt=False, infill_suffix=False):
+    """Continue prompts of any lengths, as one batch with a KV cache. Returns the new ids, a list per prompt.
 
-    prompts  list of non-empty lists of token ids
-    eos      an id, or a collection of ids, that ends a row (and stays in its output); so does a full context
-    past     a soft prompt: one entry per layer at batch 1, see the top of this file
-    generator    or the dice themselves, (B, max_new_tokens) in [0, 1): then drawn rows are their own, too
-    embed    ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
-    both_ways    a prompt's tokens see each other both ways, as a prefix-LM has learnt it
-    blank    a prompt ends in a mask and a start token: the answer fills the mask, as a GLM has learnt it
-    Returns the new tokens only, a list of lists. Greedy rows do not depend on their neighbours; finished rows
-    leave the batch, so late steps cost only what still runs. The caller decides .eval() and autocast.
+    prompts     list of non-empty lists of token ids
+    eos         an id, or a collection of ids, that ends a row, and stays in it; a full context ends it too
+    past        a soft prompt: one entry per layer, of batch 1, see the top of this file
+    generator   a torch.Generator; or in its place
+    uniforms    (B, max_new_tokens) in [0, 1), so that a sampled row does not depend on its neighbours
+    embed       ids (B, T) -> embeddings (B, T, C), where virtual tokens stand inside the prompts
+    bidirectional_prompt    the tokens of a prompt attend to each other, as in a prefix-LM
+    infill_suffix           a prompt ends in a mask and a start token, and the answer replaces the mask (GLM)
+    Greedy rows do not depend on their neighbours. Finished rows leave the batch, so that late steps compute
+    only what still runs. The caller decides .eval() and autocast.
+    UserError if a prompt is empty or too long, or an argument is out of range.
     """
-    if not all(prompts):
-        raise UserError("generate: a prompt is empty; give it at least one token (end-of-text will do)")
+    check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms)
     new = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return new
+    stop = {eos} if isinstance(eos, int) else set(eos or ())
+    sizes = [len(prompt) for prompt in prompts]
+    free = [model.config.block_size - past_length(past) - size for size in sizes]
+    limits = [min(max_new_tokens, columns + 1) for columns in free]     # the last token needs no column
+    cache, hidden = read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infill_suffix)
+    alive = list(range(len(prompts)))                                   # rows that are not finished
+    while True:
+        u = None if uniforms is None else uniforms[alive, len(new[alive[0]])]
+        tokens = sample(model.logits(hidden), temperature, top_k, top_p, generator, u)      # (rows alive,)
+        for row, token in zip(alive, tokens.tolist()):
+            new[row].append(token)
+        kept = [i for i, row in enumerate(alive) if new[row][-1] not in stop and len(new[row]) < limits[row]]
+        if not kept:
+            return new
+        if len(kept) < len(alive):
+            index = torch.tensor(kept, device=tokens.device)
+            alive = [alive[i] for i in kept]
+            tokens = tokens[index]
+            cache = cache.rows(index)
+        longest = past_length(past) + max(sizes[row] + len(new[row]) for row in alive)
+        glm_positions = None
+        if infill_suffix:
+            prompt_lengths = tokens.new_tensor([sizes[row] for row in alive])
+            glm_positions = glm_position_ids(cache.lengths[:, None] - past_length(past), prompt_lengths)
+        hidden, _ = model.hidden_states(tokens[:, None], past, cache=cache.narrow(longest),
+                                        glm_positions=glm_positions)
+        hidden = hidden[:, 0]                                           # (rows alive, C)
+        cache = cache._replace(lengths=cache.lengths + 1)
+
+
+def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms):
+    if not all(prompts):
+        raise UserError("generate: a prompt is empty; give it at least one token (end-of-text will do)")
     if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 <= top_p <= 1)):
         raise UserError(f"generate: temperature {temperature}, top_k {top_k}, top_p {top_p} cannot be; they "
                         "are 0 (greedy) or more, 1 or more, and 0 to 1")
-    stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    device, sizes = model.wte.weight.device, list(map(len, prompts))
-    P = past[0][0].size(2) if past and len(past[0]) != 3 else 0         # virtual tokens in front
-    starts = [P + n for n in sizes]                                     # columns used, row by row
-    room = [min(max_new_tokens, model.config.block_size - n + 1) for n in starts]   # the last needs no column
-    S, caches, last = max(n + max(r, 1) - 1 for n, r in zip(starts, room)), None, [None] * len(prompts)
-    for part in micro(range(len(prompts)), sizes, 512 if device.type == "cpu" else 16384):
-        n, T = torch.tensor([sizes[i] for i in part], device=device), max(sizes[i] for i in part)
-        x = torch.tensor([prompts[i] + [0] * (T - sizes[i]) for i in part], device=device)      # hardly a pad
-        hidden, made = model.trunk(embed(x) if embed else x, past, sees=n - int(blank) if both_ways else None,
-                                   places=span(torch.arange(T, device=device), n) if blank else None,
-                                   at=(torch.arange(len(part), device=device), n - 1))      # (b, C), the last
-        caches = caches or [[t.new_zeros(len(prompts), t.size(1), S, t.size(3)) for t in entry[:2]]
-                            + list(entry[2:]) for entry in made]
-        for t, cache in ((t, c) for entry in zip(made, caches) for t, c in list(zip(*entry))[:2]):
-            cache[part, :, :t.size(2)] = t
+    past_length(past)
+    if any(entry is not None and entry.k.size(0) != 1 for entry in past or ()):
+        raise UserError("generate: past must have batch 1; it serves every row")
+    if uniforms is not None and (len(uniforms) != len(prompts) or uniforms.size(1) < max_new_tokens):
+        raise UserError(f"generate: uniforms are {list(uniforms.shape)}; {len(prompts)} prompts and "
+                        f"{max_new_tokens} new tokens need {[len(prompts), max_new_tokens]}")
+
+
+def read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infill_suffix):
+    """A KVCache filled with the prompts, with room for limits[b] new tokens; and hidden (B, C) at their ends.
+
+    Prompts are read in parts of similar length, so that hardly a pad is computed.
+    """
+    device = model.wte.weight.device
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    P = past_length(past)
+    columns = P + max(len(prompt) + max(limit, 1) - 1 for prompt, limit in zip(prompts, limits))
+    budget = 512 if device.type == "cpu" else 16384
+    layers = None
+    last = [None] * len(prompts)
+    for part in split_by_token_budget(range(len(prompts)), sizes.tolist(), budget):
+        n = sizes[part]                                                 # (b,)
+        T = max(len(prompts[i]) for i in part)
+        padded = [prompts[i] + [0] * (T - len(prompts[i])) for i in part]
+        x = torch.tensor(padded, device=device)                         # (b, T)
+        view = {"select": (torch.arange(len(part), device=device), n - 1)}
+        if bidirectional_prompt:
+            view["bidirectional_len"] = n - 1 if infill_suffix else n   # the start token is causal
+        if infill_suffix:
+            view["glm_positions"] = glm_position_ids(torch.arange(T, device=device), n)
+        hidden, made = model.hidden_states(embed(x) if embed else x, past, **view)      # (b, C)
+        if layers is None:
+            free = columns - max(entry.k.size(2) for entry in made)
+            layers = [empty_cache(entry, len(prompts), free) for entry in made]
+        for entry, layer in zip(made, layers):
+            layer.k[part, :, :entry.k.size(2)] = entry.k
+            layer.v[part, :, :entry.v.size(2)] = entry.v
         for i, h in zip(part, hidden):
             last[i] = h
-    alive, lengths, last = list(range(len(prompts))), torch.tensor(starts, device=device), torch.stack(last)
-    while True:
-        drawn = generator[alive, len(new[alive[0]])] if isinstance(generator, torch.Tensor) else generator
-        tokens = sample(model.head(last), temperature, top_k, top_p, drawn)         # (rows alive,)
-        for row, token in zip(alive, tokens.tolist()):
-            new[row].append(token)
-        keep = [i for i, row in enumerate(alive) if new[row][-1] not in stop and len(new[row]) < room[row]]
-        if not keep:
-            return new
-        if len(keep) < len(alive):
-            at = torch.tensor(keep, device=device)
-            alive, tokens, lengths = [alive[i] for i in keep], tokens[at], lengths[at]
-            caches = [[k[at], v[at], *side] for k, v, *side in caches]
-        used = max(starts[row] + len(new[row]) for row in alive)        # look no further than the longest row
-        view = [(k[:, :, :used], v[:, :, :used], *side) for k, v, *side in caches]
-        places = span(lengths[:, None], lengths.new_tensor([starts[row] for row in alive])) if blank else None
-        hidden, _ = model.trunk(tokens[:, None], view, lengths, places=places)
-        last, lengths = hidden[:, 0], lengths + 1
+    return KVCache(layers, P + sizes), torch.stack(last)
+
+
+def empty_cache(entry, rows, free):
+    """Zeros in the dtype and shape of `entry`, for `rows` rows and with `free` more columns."""
+    _, nkv, columns, hs = entry.k.shape
+    shape = (rows, nkv, columns + free, hs)
+    return Past(entry.k.new_zeros(shape), entry.v.new_zeros(shape))

@@ -1,6 +1,7 @@
-"""ppo.py: learn from preferences. Reward model, PPO with a KL penalty to a reference, and its relatives.
+"""ppo.py: learn from preferences. Reward models, PPO with a KL penalty to a reference, and its relatives.
 
-The objective of all of them, over answers y to prompts x, and its one solution (the tests hold us to it):
+All of them maximise one objective over answers y to prompts x. Its solution is known in closed form, and the
+tests compare the trained policies with it:
 
     J(pi) = E[score(x, y)] - beta KL(pi || ref)      pi*(y|x) = ref(y|x) exp(score(x, y) / beta) / Z(x)
     J(pi*) - J(pi) = beta KL(pi || pi*)              exactly, for every pi
@@ -14,7 +15,10 @@ One iteration of PPO:
  5. epochs x minibatches (x micro-batches, which only accumulate),       ratio = exp(logp_new - logp)
     policy  mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))   + ptx_coef cross-entropy on plain text
     value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)
- 6. beta drifts towards the KL target; the average of the weights (EMA) follows
+ 6. beta moves towards the KL target; the average of the weights (EMA) is updated
+
+The other algorithms change the advantage, the policy loss, the place of the KL term and the mean over tokens.
+Each is one record in ALGORITHMS; each loss on pairs of answers is one record in PREFERENCE_LOSSES.
 
 The index convention, everywhere. Rows are right-padded; column t of a response tensor is the *action* "emit
 response token t", taken knowing all before it: position start - 1 + t. Here start = 3 and n = 4:
@@ -29,25 +33,32 @@ response token t", taken knowing all before it: position start - 1 + t. Here sta
     the score is read *at* the last real token, position start + n - 1: the EOS, when there is one
 
 Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
-2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; DPO 2305.18290; IPO 2310.12036; all roles on one base
-2309.00754; KL estimators k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
+2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; sequence-level ratio (GSPO) 2507.18071; DPO 2305.18290; IPO
+2310.12036; all roles on one base 2309.00754; KL estimators k1, k2, k3: Schulman 2020
+(joschu.net/blog/kl-approx.html).
 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
-estimator and place whose gradient is that of J (k3 in the reward ends 0.8 away from pi*, in the loss 0.3).
+estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
+the loss at 0.3).
 
-A *role* is a callable returning a context manager that yields (model, past): adapters of one frozen base,
-copies or soft prompts can play policy, reference, critic and reward model; this file imports none of them.
-Dropout is off in every role: model.eval(), gradients on.
+An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen
+base, copies or soft prompts can be policy, reference, critic and reward model; this file imports none of
+them. Dropout is off in every role: model.eval(), gradients on.
 
-B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k samples a prompt
-Public: PPOConfig, DPOConfig, Batch, pack, Actor, logprobs, values, scores, ScalarHead, calibrate,
-model_reward, reward_step, pair_logprobs, dpo_step, rollout, Roles, PPOState, train_ppo, and the equations
+B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k answers per prompt
+Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, PreferenceLoss, PREFERENCE_LOSSES,
+masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
+log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, entropy, best_of_n,
+feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution, logprobs, values, scores, ScalarHead,
+calibrate, model_reward, reward_step, pair_logprobs, dpo_step, Roles, Environment, PPOState, rollout,
+compute_advantages, update, train_ppo
 """
 import math
+import numbers
 import random
 import time
-from collections import defaultdict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,108 +66,248 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.batches.batching import split_by_token_budget
+from data.results.ppo_metrics import average_minibatches, describe, merge_parts
 from data.runtime import distributed
-from data.batches.batching import micro
-from data.runtime.files import UserError
-from data.results.ppo_metrics import describe
 from data.runtime.device import MICRO
-from model import generate, logprob
+from data.runtime.files import UserError
+from data.runtime.flags import check_ranges, fields_of, flag
+from data.runtime.records import RecordConfig, find_record
+from model import generate, past_length, token_logprobs
 
 
-def opt(default, help, type=None, choices=None):
-    return field(default=default, metadata=dict(help=help, type=type or default.__class__, choices=choices))
+# ------------------------------------------------------------------------------------ records and their flags
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An RL algorithm: what the loop, the flags and the tables need to know about it. A new one is one more
+    entry in ALGORITHMS. Raises UserError for an unknown ratio, kl or mean.
+
+    advantage    (cfg, batch, scores (B,)) -> advantages, returns, both (B, R). batch.rewards is there; row
+                 i * k + j is answer j to prompt i
+    policy_loss  (cfg, logp (B, R), batch) -> loss per token (B, R), 0 outside the mask. logp: of the policy
+                 now; batch: the rollout's logp, ref_logp, advantages, mask, lengths
+    ratio        "token", or "sequence": one ratio for the answer, see log_ratio
+    kl           "reward": -beta k1 per token; "loss": + beta k3 per token; "none"
+    mean         how a minibatch's token losses are averaged, see token_weights
+    defaults, own_flags, unused: see data/runtime/records.py; without critic or KL their flags are unused
+    """
+    name: str
+    help: str
+    advantage: Callable
+    policy_loss: Callable
+    needs_critic: bool = False
+    compares_groups: bool = False
+    ratio: str = "token"
+    kl: str = "reward"
+    mean: str = "token"
+    defaults: dict = field(default_factory=dict)
+    own_flags: tuple = ()
+    unused: tuple = ()
+    selected_by = "algo"
+
+    def __post_init__(self):
+        known = {"ratio": ("token", "sequence"), "kl": ("reward", "loss", "none"), "mean": tuple(TOKEN_MEANS)}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"algorithm {self.name}: {name} {getattr(self, name)} is none of "
+                                f"{' '.join(choices)}")
+        unused = self.unused
+        if not self.needs_critic:
+            unused += ("lam", "value_lr", "value_warmup", "cliprange_value")
+        if self.kl == "none":
+            unused += ("kl_coef", "adaptive_kl_target", "kl_horizon")
+        object.__setattr__(self, "unused", unused)
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Flag = field. The first eight every training task has; here are the values PPO wants for them."""
-    lr: float = opt(1e-3, "learning rate of the policy")
-    batch: int = opt(64, "answers per iteration")
-    steps: int = opt(100, "iterations: a rollout and its updates")
-    seed: int = opt(1, "seed of prompts, samples and minibatches")
-    max_new: int = opt(48, "longest answer in tokens, its end token included")
-    temperature: float = opt(1.0, "of the policy, wherever it is sampled or scored")
-    micro: int = opt(MICRO // 2, "padded tokens per forward: memory and time, not mathematics")
-    clip: float = opt(1.0, "largest gradient norm, of policy and critic each")
+class PreferenceLoss:
+    """A loss on pairs of answers. loss: (cfg, PairLogprobs) -> loss (B,), margin (B,), above 0 where the pair
+    is ranked right. The other fields: see data/runtime/records.py."""
+    name: str
+    help: str
+    loss: Callable
+    needs_reference: bool = True
+    defaults: dict = field(default_factory=dict)
+    own_flags: tuple = ()
+    unused: tuple = ()
+    selected_by = "preference_loss"
 
-    algo: str = opt("ppo", "only ppo has a critic", choices=("ppo", "rloo", "reinforce", "grpo", "drgrpo"))
-    samples: int = opt(0, "answers per prompt; 0: 4 where they are compared (rloo, grpo, drgrpo), else 1")
-    kl_coef: float = opt(0.05, "beta: score paid per nat of KL; where it starts, with --kl_target")
-    kl_target: float = opt(0.0, "nats per answer that beta is steered to; 0: beta stays")
-    kl_horizon: int = opt(1000, "answers over which beta may change by a fifth; Ziegler et al.: 10,000")
-    missing_eos: float = opt(-1.0, "score of an answer that does not end; none: whatever it scored",
-                             type=lambda word: None if word == "none" else float(word))
-    gamma: float = opt(1.0, "discount; below 1 the optimum is no longer pi*")
-    lam: float = opt(0.95, "GAE's lambda")
-    ppo_epochs: int = opt(4, "passes over one rollout")
-    minibatches: int = opt(4, "optimiser steps per pass")
-    cliprange: float = opt(0.2, "how far a ratio may usefully move from 1")
-    cliprange_value: float = opt(0.2, "how far a value may usefully move from its old self; 0: no limit")
-    target_kl: float = opt(0.0, "end the passes when a minibatch is this far from the rollout; 0: never")
-    value_lr: float = opt(0.0, "learning rate of the critic; 0: that of the policy")
-    value_warmup: int = opt(0, "first iterations, which train the critic alone")
-    ptx_coef: float = opt(0.0, "PPO-ptx: weight of the pre-training loss per token; 0: none")
-    ema: float = opt(0.0, "decay per iteration of an average of the policy (InstructGPT: 0.992); 0: none")
 
-    def __post_init__(self):
-        grouped = self.algo in ("rloo", "grpo", "drgrpo")
-        object.__setattr__(self, "samples", self.samples or (4 if grouped else 1))
-        if grouped and self.samples < 2:
-            raise UserError(f"--algo {self.algo} compares answers to one prompt: --samples must be 2 or more")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature} explores nothing; it must be above 0")
-        if self.batch % self.samples or self.batch < self.minibatches:
-            raise UserError(f"--batch {self.batch} must be a multiple of --samples {self.samples}, at least "
-                            f"--minibatches {self.minibatches}")
+class PairLogprobs(NamedTuple):
+    """A better and a worse answer to each prompt, all (B,); log-probabilities are summed over the answer."""
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    ref_chosen: torch.Tensor                    # of the reference; None if the loss has none
+    ref_rejected: torch.Tensor
+    chosen_length: torch.Tensor                 # tokens of the answer, its end token included
+    rejected_length: torch.Tensor
+
+
+def score_or_none(word):
+    """A finite number, or None for the word none."""
+    if word == "none":
+        return None
+    if not math.isfinite(float(word)):
+        raise ValueError(word)
+    return float(word)
 
 
 @dataclass(frozen=True)
-class DPOConfig:
-    dpo_beta: float = opt(0.1, "beta: the price of a nat away from the reference")
-    dpo_loss: str = opt("dpo", "log-sigmoid of the margin, or squared error of it", choices=("dpo", "ipo"))
-    label_smoothing: float = opt(0.0, "the chance that a label is wrong (cDPO)")
+class SamplingConfig:
+    """sampling
+
+    What `rollout` reads. Raises UserError for a value out of range.
+    """
+    max_new_tokens: int = flag(40, "longest answer in tokens, its end token included", low=1)
+    temperature: float = flag(1.0, "divides the logits, wherever the policy is sampled or scored", low=0)
+    num_generations: int = flag(4, "answers per prompt", low=1)
+    micro_batch_tokens: int = flag(MICRO // 2, "padded tokens per forward: memory and time, no result", low=1)
 
     def __post_init__(self):
-        if self.dpo_beta == 0 or self.label_smoothing >= 0.5:
-            raise UserError(f"--dpo_beta {self.dpo_beta} with --label_smoothing {self.label_smoothing} "
+        check_ranges(vars(self), fields_of([type(self)]))
+        self.check(self)
+
+    @classmethod
+    def check(cls, cfg):
+        """Raises UserError for a temperature of 0, at which every answer to a prompt would be the same."""
+        if cfg.temperature <= 0:
+            raise UserError(f"--temperature {cfg.temperature} explores nothing; it must be above 0")
+
+
+@dataclass(frozen=True, init=False)
+class PPOConfig(RecordConfig, SamplingConfig):
+    """RL
+
+    PPOConfig(algo="grpo", steps=100); see RecordConfig for defaults and errors.
+    """
+    lr: float = flag(2e-3, "learning rate of the policy", low=0)
+    batch: int = flag(64, "answers per iteration", low=1)
+    steps: int = flag(60, "iterations: a rollout and its updates", low=0)
+    seed: int = flag(1, "seed of prompts, samples and minibatches", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm, of policy and critic each; 0: no clipping", low=0)
+
+    algo: str = flag("ppo", "the RL algorithm", choices=lambda: tuple(one.name for one in ALGORITHMS))
+    num_generations: int = flag(0, "answers per prompt; 0: the algorithm's own number", low=0)
+    kl_coef: float = flag(0.1, "beta, the weight of the KL; its start, if it is adapted", low=0)
+    adaptive_kl_target: float = flag(6.0, "nats per answer that beta is adapted to; 0: beta is fixed", low=0)
+    kl_horizon: int = flag(1000, "answers in which beta may change by a fifth (Ziegler: 10,000)", low=1)
+    missing_eos_score: float = flag(-1.0, "score of an answer that does not end; none: its own score",
+                                    type=score_or_none)
+    gamma: float = flag(1.0, "discount; below 1 the optimum is no longer pi*", low=0, high=1)
+    lam: float = flag(0.95, "GAE's lambda", low=0, high=1)
+    ppo_epochs: int = flag(2, "passes over one rollout", low=1)
+    minibatches: int = flag(4, "optimiser steps per pass", low=1)
+    cliprange: float = flag(0.2, "ratios outside 1 - cliprange .. 1 + cliprange are clipped", low=0)
+    cliprange_high: float = flag(0.0, "another clip range above 1; 0: as --cliprange", low=0)
+    cliprange_value: float = flag(0.2, "clip range of the change of a value; 0: no clipping", low=0)
+    early_stop_kl: float = flag(0.0, "end the passes when a minibatch's KL exceeds this; 0: never", low=0)
+    value_lr: float = flag(0.0, "learning rate of the critic; 0: that of the policy", low=0)
+    value_warmup: int = flag(0, "first iterations, in which only the critic is trained", low=0)
+    ptx_coef: float = flag(0.0, "PPO-ptx: weight of the pre-training loss per token; 0: none", low=0)
+    ema: float = flag(0.0, "decay of an average of the policy (InstructGPT: 0.992); 0: none", low=0, below=1)
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        object.__setattr__(self, "num_generations", group_size(self))
+
+    @staticmethod
+    def records():
+        return ALGORITHMS
+
+    @staticmethod
+    def check_values(cfg, algorithm):
+        SamplingConfig.check(cfg)
+        k = group_size(cfg)
+        if algorithm.compares_groups and k < 2:
+            raise UserError(f"--algo {cfg.algo} compares answers to one prompt: --num_generations must be "
+                            "2 or more")
+        if cfg.batch % k or cfg.batch < cfg.minibatches:
+            raise UserError(f"--batch {cfg.batch} must be a multiple of --num_generations {k}, at least "
+                            f"--minibatches {cfg.minibatches}")
+        if cfg.missing_eos_score is not None and not math.isfinite(cfg.missing_eos_score):
+            raise UserError(f"--missing_eos_score {cfg.missing_eos_score} must be a finite number or none")
+
+
+def group_size(cfg):
+    """Answers per prompt: --num_generations, or the algorithm's own number."""
+    return cfg.num_generations or find_record(ALGORITHMS, cfg.algo).defaults.get("num_generations", 1)
+
+
+@dataclass(frozen=True, init=False)
+class PreferenceConfig(RecordConfig):
+    """preferences
+
+    See RecordConfig for defaults and errors.
+    """
+    preference_loss: str = flag("dpo", "the loss on pairs of answers",
+                                choices=lambda: tuple(one.name for one in PREFERENCE_LOSSES))
+    dpo_beta: float = flag(0.1, "beta: how strongly the policy is held to the reference", low=0)
+    label_smoothing: float = flag(0.0, "the probability that a label is wrong (cDPO)", low=0, high=1)
+
+    @staticmethod
+    def records():
+        return PREFERENCE_LOSSES
+
+    @staticmethod
+    def check_values(cfg, loss):
+        if cfg.dpo_beta == 0 or cfg.label_smoothing >= 0.5:
+            raise UserError(f"--dpo_beta {cfg.dpo_beta} with --label_smoothing {cfg.label_smoothing} "
                             "teaches nothing; beta is above 0, smoothing below 0.5")
-        if self.dpo_loss == "ipo" and self.label_smoothing:
-            raise UserError("--dpo_loss ipo has no --label_smoothing; leave one of them out")
 
 
-# ------------------------------------------------------------------------------------------------- equations
+# -------------------------------------------------------------------------------------------------- equations
 # (B, R) tensors and a bool mask. What lies outside the mask may be anything, NaN included: it is overwritten
 # before the first operation, because 0 * NaN is NaN, in the loss and in the gradient.
 
 def masked_mean(x, mask):
+    """The mean of x (B, R) on the mask: a scalar; 0 if the mask is empty."""
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x, mask):
-    """Mean 0, biased variance 1 on the mask, 0 outside. A constant has no scale: it only loses its mean."""
+    """x (B, R) with mean 0 and biased variance 1 on the mask, 0 outside. A constant becomes 0, unscaled."""
     x = (x - masked_mean(x, mask)).masked_fill(~mask, 0)
     var = masked_mean(x ** 2, mask)
     return x * torch.where(var > 1e-12, (var + 1e-8).rsqrt(), 1.0)
 
 
+TOKEN_MEANS = {
+    "token": lambda mask, n, limit: mask / n.sum(),
+    "sequence": lambda mask, n, limit: mask / (len(mask) * n),
+    "constant": lambda mask, n, limit: mask / (len(mask) * limit),
+}
+
+
 def token_weights(mask, mean="token", limit=None):
     """(B, R) weights w: a minibatch's loss is sum(w * loss); micro-batches take rows of w and add up to it.
 
-    token     1 / N          every token alike (PPO, RLOO)
+    token     1 / N          every token the same (PPO, RLOO)
     sequence  1 / (B n_b)    GRPO as published: the longer an answer, the less each of its tokens counts
     constant  1 / (B limit)  Dr. GRPO, unbiased; limit = the longest answer allowed
+    Raises UserError for another mean.
     """
-    B, n = mask.size(0), mask.sum(1, keepdim=True)                              # n (B, 1)
-    if mean == "token":
-        return mask / n.sum()
-    return mask / (B * n if mean == "sequence" else B * limit)
+    if mean not in TOKEN_MEANS:
+        raise UserError(f"mean {mean!r} is none of {' '.join(TOKEN_MEANS)}")
+    return TOKEN_MEANS[mean](mask, mask.sum(1, keepdim=True), limit)            # n (B, 1)
+
+
+KL_ESTIMATES = {
+    "k1": lambda log_ratio: -log_ratio,
+    "k2": lambda log_ratio: log_ratio ** 2 / 2,
+    "k3": lambda log_ratio: log_ratio.exp() - 1 - log_ratio,
+}
 
 
 def kl_estimate(logp, ref_logp, kind="k1"):
-    """KL(pi || ref) per token, on tokens drawn from pi. k1 and k3 are unbiased values, k3 is never negative.
-    That says nothing about gradients: only k1, and only in the reward, optimises J."""
-    log_ratio = ref_logp - logp
-    return {"k1": -log_ratio, "k2": log_ratio ** 2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}[kind]
+    """KL(pi || ref) per token, on tokens drawn from pi; shapes equal (Schulman 2020).
+
+    k1 and k3 are unbiased values, k3 is never negative. That says nothing about gradients: only k1, and only
+    in the reward, optimises J. Raises UserError for another kind.
+    """
+    if kind not in KL_ESTIMATES:
+        raise UserError(f"KL estimate {kind!r} is none of {' '.join(KL_ESTIMATES)}")
+    return KL_ESTIMATES[kind](ref_logp - logp)
 
 
 def token_rewards(scores, logp, ref_logp, mask, beta):
@@ -169,8 +320,10 @@ def token_rewards(scores, logp, ref_logp, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). Past the last real token reward and
     value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R)."""
-    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    adv, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    rewards = rewards.masked_fill(~mask, 0)
+    values = values.masked_fill(~mask, 0)
+    adv = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
         next_value = values[:, t + 1] if t + 1 < rewards.size(1) else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -180,7 +333,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def rloo_advantage(returns):
-    """returns (B, k) -> each minus the mean of the other k - 1 answers to its prompt."""
+    """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt."""
     k = returns.size(1)
     return (returns - returns.mean(1, keepdim=True)) * k / (k - 1)
 
@@ -191,16 +344,35 @@ def grpo_advantage(scores, std=True):
     return centred / (scores.std(1, keepdim=True) + 1e-4) if std else centred
 
 
-def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    """The clipped surrogate (PPO, eq. 7, negated) per token: (B, R), 0 outside the mask. No gradient where
-    the ratio has already left the clip range in the direction its advantage asks for."""
-    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
+def log_ratio(logp, old_logp, mask, level="token"):
+    """log pi / pi_old: (B, R), 0 outside the mask. Raises UserError for another level.
+
+    token     of each token alone
+    sequence  the mean over the answer's tokens, in each of its columns (GSPO, eq. 7): its exp is the
+              geometric mean of the token ratios
+    """
+    difference = (logp - old_logp).masked_fill(~mask, 0)
+    if level == "token":
+        return difference
+    if level == "sequence":
+        return difference.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
+    raise UserError(f"ratio level {level!r} is none of token sequence")
+
+
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, level="token"):
+    """The clipped surrogate (PPO, eq. 7, negated) per token: (B, R), 0 outside the mask.
+
+    The ratio is clipped to 1 - clip, 1 + clip_high (None: clip). No gradient where it has already left that
+    range in the direction its advantage points to.
+    """
+    high = clip if clip_high is None else clip_high
+    ratio = log_ratio(logp, old_logp, mask, level).exp()
     advantages = advantages.masked_fill(~mask, 0)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + high))
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
-    """Half the squared error of the value or of its clipped move, whichever is worse: (B, R), 0 outside."""
+    """Half the squared error of the value or of its clipped change, the larger: (B, R), 0 outside."""
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     loss = (values - returns) ** 2
     if clip:
@@ -210,30 +382,35 @@ def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def pairwise_loss(chosen, rejected):
-    """-log P(chosen beats rejected), Bradley-Terry."""
+    """-log P(chosen beats rejected), Bradley-Terry. Scores of one shape in, losses of that shape out."""
     return -F.logsigmoid(chosen - rejected)
 
 
 def rank_loss(scores, rank, mask=None):
-    """All pairs among a prompt's K answers, averaged per prompt: a 9-way ranking must not outvote a pair
-    (InstructGPT, eq. 1). scores, rank (B, K), smaller rank = better; equal ranks are no pair; mask says which
-    answers exist. Returns the loss (B,) and the number of pairs (B,)."""
+    """All pairs among a prompt's K answers, averaged per prompt, so that a 9-way ranking counts as much as a
+    pair (InstructGPT, eq. 1). scores, rank (B, K), smaller rank = better; equal ranks are no pair; mask says
+    which answers exist. Returns the loss (B,) and the number of pairs (B,)."""
     mask = torch.ones_like(rank, dtype=torch.bool) if mask is None else mask
     pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]             # (B, K, K)
-    s, n = scores.masked_fill(~mask, 0), pair.sum((1, 2))
+    pairs = pair.sum((1, 2))
+    s = scores.masked_fill(~mask, 0)
     loss = pairwise_loss(s[:, :, None], s[:, None, :]).masked_fill(~pair, 0)
-    return loss.sum((1, 2)) / n.clamp(min=1), n
+    return loss.sum((1, 2)) / pairs.clamp(min=1), pairs
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind="dpo"):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0):
     """Log-probabilities (B,), *summed* over the answer -> loss (B,), margin (B,): the difference of the
-    implicit rewards beta log(pi / ref). With all pairs DPO's optimum is pi* again (DPO, eq. 7); IPO stops at
-    a log-ratio of 1 / (2 beta), which keeps it from trusting certain labels too far (IPO, eq. 17)."""
+    implicit rewards beta log(pi / ref). With all pairs its optimum is pi* again (DPO, eq. 7)."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
-    if kind == "ipo":
-        return (h - 1 / (2 * beta)) ** 2, beta * h
     loss = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     return loss, beta * h
+
+
+def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+    """As dpo_loss, with the squared distance of the log-ratio to 1 / (2 beta) (IPO, eq. 17): a pair that is
+    ranked with certainty does not push it further."""
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (h - 1 / (2 * beta)) ** 2, beta * h
 
 
 def entropy(logits):
@@ -242,7 +419,7 @@ def entropy(logits):
 
 
 def best_of_n(scores):
-    """scores (B, n) -> (B,) the best sample of each prompt: the baseline that RL has to meet."""
+    """scores (B, n) -> (B,) index of the best sample of each prompt: the baseline to compare RL with."""
     return scores.argmax(1)
 
 
@@ -254,15 +431,18 @@ def feedme(scores, keep=1, at_least=-math.inf):
 
 
 class KLController:
-    """beta, nudged so that KL nears `target` nats (Ziegler et al. 2019, section 2.2); target 0: fixed."""
+    """beta, adapted so that KL nears `target` nats (Ziegler et al. 2019, section 2.2); target 0: fixed."""
 
     def __init__(self, beta, target=0.0, horizon=10_000):
-        self.beta, self.target, self.horizon = beta, target, horizon
+        self.beta = beta
+        self.target = target
+        self.horizon = horizon
 
-    def update(self, kl, answers):
-        if self.target:                                 # an error counts as a fifth at most: a batch is noise
+    def update(self, kl, num_answers):
+        """After a rollout of num_answers answers with this mean KL, in nats per answer."""
+        if self.target:                                 # the error is limited to a fifth: one batch is noisy
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * answers / self.horizon
+            self.beta *= 1 + error * num_answers / self.horizon
 
     def state_dict(self):
         return {"beta": self.beta}
@@ -272,15 +452,93 @@ class KLController:
 
 
 class EMA:
-    """A running average of named parameters; of an adapter's only, when only the adapter learns."""
+    """A running average of named parameters; of the adapter's alone, when only an adapter is trained."""
 
     def __init__(self, params, decay):
-        self.decay, self.shadow = decay, {name: p.detach().clone() for name, p in params.items()}
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in params.items()}
 
     @torch.no_grad()
     def update(self, params):
         for name, p in params.items():
             self.shadow[name].lerp_(p, 1 - self.decay)
+
+
+# ------------------------------------------------------------------------------------------------- algorithms
+
+def advantage_ppo(cfg, batch, scores):
+    """GAE with the critic's values, whitened over the batch."""
+    adv, returns = gae(batch.rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
+    return whiten(adv, batch.mask), returns
+
+
+def advantage_reinforce(cfg, batch, scores):
+    """The reward to go, whitened over the batch: its mean is the baseline."""
+    adv, returns = gae(batch.rewards, torch.zeros_like(batch.rewards), batch.mask, cfg.gamma, 1.0)
+    return whiten(adv, batch.mask), returns
+
+
+def per_answer(advantage, batch):
+    """(B / k, k), one advantage for each whole answer -> advantages, returns, both (B, R)."""
+    returns = batch.rewards.sum(1, keepdim=True)
+    return advantage.view(-1, 1) * batch.mask, returns * batch.mask
+
+
+def advantage_rloo(cfg, batch, scores):
+    return per_answer(rloo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations)), batch)
+
+
+def advantage_grpo(cfg, batch, scores):
+    return per_answer(grpo_advantage(scores.view(-1, cfg.num_generations)), batch)
+
+
+def advantage_drgrpo(cfg, batch, scores):
+    return per_answer(grpo_advantage(scores.view(-1, cfg.num_generations), std=False), batch)
+
+
+def clip_range(cfg):
+    """(low, high): a ratio is clipped to 1 - low, 1 + high."""
+    return cfg.cliprange, cfg.cliprange_high or cfg.cliprange
+
+
+def clipped_policy_loss(cfg, logp, batch):
+    """PPO's clipped surrogate, with the algorithm's level of the ratio: (B, R)."""
+    low, high = clip_range(cfg)
+    level = find_record(ALGORITHMS, cfg.algo).ratio
+    return ppo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, low, high, level)
+
+
+ALGORITHMS = (
+    Algorithm("ppo", "GAE with a critic, KL in the reward (1707.06347, 2203.02155)",
+              advantage_ppo, clipped_policy_loss, needs_critic=True),
+    Algorithm("rloo", "score minus KL against the mean of the other answers (2402.14740)",
+              advantage_rloo, clipped_policy_loss, compares_groups=True, defaults={"num_generations": 4},
+              unused=("gamma",)),
+    Algorithm("reinforce", "reward to go, whitened over the batch (REINFORCE++, 2501.03262)",
+              advantage_reinforce, clipped_policy_loss),
+    Algorithm("grpo", "score against its group, in standard deviations; KL in the loss (2402.03300)",
+              advantage_grpo, clipped_policy_loss, compares_groups=True, kl="loss", mean="sequence",
+              defaults={"num_generations": 4}, unused=("gamma",)),
+    Algorithm("drgrpo", "GRPO without its bias to low variance and short answers (2503.20783)",
+              advantage_drgrpo, clipped_policy_loss, compares_groups=True, kl="loss", mean="constant",
+              defaults={"num_generations": 4}, unused=("gamma",)),
+)
+
+
+def dpo_pair_loss(cfg, pair):
+    return dpo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.dpo_beta,
+                    cfg.label_smoothing)
+
+
+def ipo_pair_loss(cfg, pair):
+    return ipo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.dpo_beta)
+
+
+PREFERENCE_LOSSES = (
+    PreferenceLoss("dpo", "log-sigmoid of the margin (2305.18290)", dpo_pair_loss,
+                   own_flags=("label_smoothing",)),
+    PreferenceLoss("ipo", "squared error of the margin (2310.12036)", ipo_pair_loss),
+)
 
 
 # ------------------------------------------------------------------------------------ from models to numbers
@@ -297,77 +555,102 @@ class Batch(NamedTuple):
     rewards: torch.Tensor = None
     advantages: torch.Tensor = None
     returns: torch.Tensor = None
+    weights: torch.Tensor = None                #           of each token's loss in its minibatch
 
     @property
     def lengths(self):                          # (B,)      real tokens of each row
         return self.start + self.mask.sum(1)
 
     def take(self, rows):
-        """These rows alone, trimmed to the longest of them: padding costs time, never a number."""
-        start, mask = self.start[rows], self.mask[rows]
+        """These rows alone, trimmed to the longest of them: padding costs time and changes no number."""
+        start = self.start[rows]
+        mask = self.mask[rows]
         n = mask.sum(1)
-        T, R = int((start + n).max()), int(n.max())
-        columns = (x if x is None else x[rows, :R] for x in self[3:])
+        T = int((start + n).max())
+        R = int(n.max())
+        columns = [x if x is None else x[rows, :R] for x in self[3:]]
         return Batch(self.tokens[rows, :T], start, mask[:, :R], *columns)
 
 
-def pack(prompts, answers, device="cpu", pad=0):
-    """Lists of token ids -> Batch. Lengths, never the pad id, say what is real."""
-    rows = [[*p, *y] for p, y in zip(prompts, answers)]
-    T, R = max(map(len, rows)), max(map(len, answers))
+def collate_rollout(prompts, answers, device="cpu", pad=0):
+    """Lists of token ids -> Batch. Lengths, never the pad id, mark the real tokens.
+
+    Raises UserError for a prompt that is empty or text.
+    """
+    check_prompts(prompts)
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    T = max(map(len, rows))
+    R = max(map(len, answers))
     tokens = torch.tensor([row + [pad] * (T - len(row)) for row in rows], device=device)
-    start, n = (torch.tensor([len(x) for x in lists], device=device) for lists in (prompts, answers))
+    start = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    n = torch.tensor([len(answer) for answer in answers], device=device)
     return Batch(tokens, start, torch.arange(R, device=device) < n[:, None])
 
 
-class Actor:
+def check_prompts(prompts):
+    """Raises UserError unless prompts are non-empty lists of token ids."""
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise UserError("prompts must be a list with at least one list of token ids in it")
+    for i, prompt in enumerate(prompts):
+        is_list = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+        if not is_list or not all(isinstance(token, (int, numbers.Integral)) for token in prompt):
+            raise UserError(f"prompt {i} is {prompt!r:.60}; a prompt is a list of at least one token id")
+
+
+class PolicyDistribution:
     """A model as a distribution over actions: softmax(logits / temperature), `banned` ids impossible.
-    Sampling, old, new and reference log-probabilities read this one head, so they cannot disagree."""
+    Sampling, old, new and reference log-probabilities all use this one head, so they cannot disagree."""
 
     def __init__(self, model, temperature=1.0, banned=()):
-        self.model, self.temperature, self.banned = model, temperature, list(banned)
+        self.model = model
+        self.temperature = temperature
+        self.banned = list(banned)
 
-    def __getattr__(self, name):                            # trunk, config, wte: the model's own
+    def __getattr__(self, name):                            # hidden_states, config, wte: the model's own
         return getattr(self.model, name)
 
-    def head(self, hidden):                                 # (..., C) -> (..., V), at least fp32
-        logits = self.model.head(hidden)
+    def logits(self, hidden):                               # (..., C) -> (..., V), at least fp32
+        logits = self.model.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        ban = torch.tensor(self.banned, device=logits.device, dtype=torch.long)
-        return logits.index_fill(-1, ban, -torch.inf)
+        banned = torch.tensor(self.banned, device=logits.device, dtype=torch.long)
+        return logits.index_fill(-1, banned, -torch.inf)
 
 
-def states(model, batch, past):
+def action_hidden_states(model, batch, past):
     """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
     b, t = batch.mask.nonzero(as_tuple=True)
-    return model.trunk(batch.tokens[:, :-1], past, at=(b, batch.start[b] - 1 + t))[0]
+    return model.hidden_states(batch.tokens[:, :-1], past, select=(b, batch.start[b] - 1 + t))[0]
 
 
-def spread(x, mask):
+def scatter_to_mask(x, mask):
     """(N, ...), one entry per action -> (B, R, ...), 0 where there was none."""
     return x.new_zeros(*mask.shape, *x.shape[1:]).index_put(mask.nonzero(as_tuple=True), x)
 
 
-def logprobs(actor, batch, past=None, entropies=False):
-    """log pi of every response token, (B, R), 0 outside the mask; `entropies`: both, (B, R, 2). The
-    vocabulary is paid for where there is an action, and nowhere else."""
-    hidden, (b, t) = states(actor, batch, past), batch.mask.nonzero(as_tuple=True)
+def logprobs(policy, batch, past=None, entropies=False):
+    """log pi of every response token, (B, R), 0 outside the mask; `entropies`: both, (B, R, 2).
+
+    policy: a PolicyDistribution. Logits are computed at the actions only.
+    """
+    b, t = batch.mask.nonzero(as_tuple=True)
+    hidden = action_hidden_states(policy, batch, past)                          # (N, C)
     emitted = batch.tokens[b, batch.start[b] + t]                               # (N,)
     if not entropies:
-        return spread(logprob(actor.head, hidden, emitted), batch.mask)
-    logp = (logits := actor.head(hidden)).log_softmax(-1)                       # (N, V)
-    return spread(torch.stack((logp.gather(-1, emitted[:, None])[:, 0], entropy(logits)), -1), batch.mask)
+        return scatter_to_mask(token_logprobs(policy.logits, hidden, emitted), batch.mask)
+    logits = policy.logits(hidden)                                              # (N, V)
+    logp = logits.log_softmax(-1).gather(-1, emitted[:, None])[:, 0]
+    return scatter_to_mask(torch.stack((logp, entropy(logits)), -1), batch.mask)
 
 
 def values(model, head, batch, past=None):
-    """The critic's forecast before every action, (B, R): the positions that `logprobs` reads."""
-    return spread(head(states(model, batch, past)), batch.mask)
+    """The critic's prediction before every action, (B, R): at the positions that `logprobs` reads."""
+    return scatter_to_mask(head(action_hidden_states(model, batch, past)), batch.mask)
 
 
 def scores(model, head, batch, past=None):
-    """The reward model's verdict on whole rows, (B,), at the last real token (by length, not by pad id)."""
-    at = torch.arange(len(batch.tokens), device=batch.tokens.device), batch.lengths - 1
-    return head(model.trunk(batch.tokens, past, at=at)[0])
+    """The reward model's score of whole rows, (B,), at the last real token (by length, not by pad id)."""
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    return head(model.hidden_states(batch.tokens, past, select=(rows, batch.lengths - 1))[0])
 
 
 class ScalarHead(nn.Module):
@@ -388,8 +671,9 @@ class ScalarHead(nn.Module):
 
 @torch.no_grad()
 def calibrate(head, scores, scale=True):
-    """Ranking cannot see a shift and hardly a scale, so fix both: what scored `scores` now has mean 0 and
-    standard deviation 1, and beta means the same under every reward model. scale=False: the zero only."""
+    """Ranking determines neither the shift nor the scale of a score, so fix both: what scored `scores` now
+    has mean 0 and standard deviation 1, and beta means the same under every reward model. scale=False: the
+    mean only. Raises UserError if all scores are equal."""
     std = scores.std(unbiased=False).item() if scale else 1.0
     if not std > 1e-8:
         raise UserError("the reward model gives every reference sample the same score; train it longer")
@@ -397,158 +681,235 @@ def calibrate(head, scores, scale=True):
     head.shift.copy_((head.shift - scores.mean()) / std)
 
 
+def micro_batches(batch, tokens):
+    """This process's rows of a batch, as lists of row indices of at most so many padded tokens."""
+    lengths = batch.lengths.tolist()
+    rows = distributed.local_rows(range(len(lengths)), lengths)
+    return split_by_token_budget(rows, lengths, tokens)
+
+
 @torch.no_grad()
-def inference(f, batch, budget):
+def inference(f, batch, tokens):
     """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
-    out, n = None, batch.lengths.tolist()
-    done = [(rows, f(batch.take(rows))) for rows in micro(distributed.share(range(len(n)), n), n, budget)]
-    for rows, y in sum(distributed.gather(done), []):
-        y = y.to(batch.mask.device)
-        out = y.new_zeros(*batch.mask.shape, *y.shape[2:]) if out is None else out
-        out[rows, :y.size(1)] = y
+    mine = [(rows, f(batch.take(rows))) for rows in micro_batches(batch, tokens)]
+    out = None
+    for done in distributed.gather(mine):
+        for rows, y in done:
+            y = y.to(batch.mask.device)
+            if out is None:
+                out = y.new_zeros(*batch.mask.shape, *y.shape[2:])
+            out[rows, :y.size(1)] = y
     return out
 
 
-def model_reward(role, head, budget=MICRO):
-    """A reward model in the shape `train_ppo` wants: (prompts, answers), lists of ids -> scores (B,)."""
+def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
+    """A reward model as the reward of an Environment: (prompts, answers), lists of ids -> scores (B,)."""
     def reward(prompts, answers):
-        with role() as (model, past):
-            batch = pack(prompts, answers, model.wte.weight.device)
-            return inference(lambda part: scores(model, head, part, past)[:, None], batch, budget)[:, 0]
+        with adapter_context() as (model, past):
+            batch = collate_rollout(prompts, answers, model.wte.weight.device)
+            s = inference(lambda part: scores(model, head, part, past)[:, None], batch, micro_batch_tokens)
+            return s[:, 0]                                                 # (B, 1) -> (B,)
     return reward
 
 
-# --------------------------------------------------------------------- supervised steps: reward model and DPO
+# -------------------------------------------------------------------- supervised steps: reward models, pairs
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
+# examples: [(prompt, [answer, ...], [rank, ...], ...), ...], ids; smaller rank = better. A comparison has the
+# ranks 0 and 1, or 0 and the margin of votes.
 
-def reward_step(role, head, examples):
-    """examples: [(prompt, [answer, ...], [rank, ...]), ...], what follows is not read; a comparison has ranks
-    0 and 1, or 0 and the margin of votes. One forward scores all answers; the pairs of a prompt stay
-    together: dealt out over batches they overfit in an epoch. Returns the loss summed over prompts, how many
-    of them hold a pair, and (scores, rank, mask, answer length), each (B, K), for health.reward_report."""
-    prompts, answers, ranks = zip(*((p, y, r) for p, ys, rs, *_ in examples for y, r in zip(ys, rs)))
-    with role() as (model, past):
-        flat = pack(prompts, answers, model.wte.weight.device)
+def reward_step(adapter_context, head, examples):
+    """One forward scores all answers; the pairs of a prompt stay together: spread over batches they overfit
+    in an epoch (InstructGPT, section 3.5). Returns the loss summed over prompts, how many of them hold a
+    pair, and (scores, rank, mask, answer length), each (B, K), for ppo_metrics.reward_report. Raises
+    UserError for an example without as many ranks as answers.
+    """
+    prompts = []
+    answers = []
+    ranks = []
+    for i, (prompt, some, their_ranks, *_) in enumerate(examples):
+        check_ranks(i, some, their_ranks)
+        prompts += [prompt] * len(some)
+        answers += some
+        ranks += their_ranks
+    with adapter_context() as (model, past):
+        flat = collate_rollout(prompts, answers, model.wte.weight.device)
         s = scores(model, head, flat, past)                                     # (all answers,)
-    n = torch.tensor([len(ys) for _, ys, *_ in examples], device=s.device)
+    n = torch.tensor([len(example[1]) for example in examples], device=s.device)
     mask = torch.arange(int(n.max()), device=s.device) < n[:, None]             # (B, K)
-    columns = (s, torch.tensor(ranks, dtype=s.dtype, device=s.device), flat.mask.sum(1))
-    s, rank, length = (spread(x, mask) for x in columns)                        # (B, K)
+    rank = torch.tensor(ranks, dtype=s.dtype, device=s.device)
+    s, rank, length = (scatter_to_mask(x, mask) for x in (s, rank, flat.mask.sum(1)))       # (B, K)
     loss, pairs = rank_loss(s, rank, mask)
     return loss.sum(), (pairs > 0).sum(), (s.detach(), rank, mask, length)
 
 
-def pair_logprobs(role, examples):
-    """Log-probabilities, summed over the answer, of the best and the worst one to each prompt: two (B,)."""
-    with role() as (model, past):
-        best, worst = ([ys[i] for _, ys, *_ in examples] for i in (0, -1))
-        batch = pack([e[0] for e in examples] * 2, best + worst, model.wte.weight.device)
-        return logprobs(Actor(model), batch, past).sum(1).chunk(2)
+def check_ranks(i, answers, ranks):
+    """Raises UserError unless example i has a rank for each answer."""
+    if not len(answers) or len(answers) != len(ranks):
+        raise UserError(f"example {i} has {len(answers)} answers and {len(ranks)} ranks; it needs one "
+                        "answer or more, and a rank for each")
 
 
-def dpo_step(role, examples, cfg):
-    """examples: [(prompt, answers, ranks, (log-probabilities of the best and the worst before training))];
-    these never change, so `pair_logprobs` finds them once, and no second model runs beside the first. Returns
-    the loss summed over pairs, their number, and sums to log. That both answers grow less likely is normal:
-    only their margin is trained."""
-    chosen, rejected = pair_logprobs(role, examples)
-    ref_chosen, ref_rejected = torch.tensor([e[3] for e in examples], device=chosen.device).unbind(1)
-    loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.dpo_beta, cfg.label_smoothing,
-                            cfg.dpo_loss)
-    seen = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=chosen, rejected_logp=rejected)
-    return loss.sum(), len(examples), {name: x.detach().sum().item() for name, x in seen.items()}
+def best_and_worst(i, example):
+    """The answers of the smallest and the largest rank of example i; of equal ranks the first one in its
+    list. Raises UserError if all ranks are equal: that is no pair."""
+    _, answers, ranks, *_ = example
+    check_ranks(i, answers, ranks)
+    if min(ranks) == max(ranks):
+        raise UserError(f"example {i} ranks all its answers {ranks[0]}; a pair is a better and a worse one")
+    return answers[ranks.index(min(ranks))], answers[ranks.index(max(ranks))]
 
 
-# ------------------------------------------------------------------------------------------------------- PPO
-
-# The reference is the policy as it began. algo ppo has a critic, with its head: hidden -> value.
-Roles = namedtuple("Roles", "policy reference critic value_head", defaults=(None, None))
-
-
-@torch.no_grad()
-def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
-    """Answer every prompt, score every action: Batch with logp, entropy, ref_logp, values; and the answers.
-    The old logp is not the sampler's but that of the forward which `update` will run, so that ratios start at
-    1 to rounding. Policy and reference see equal micro-batches: equal weights, KL exactly 0."""
-    def act(part):
-        return logprobs(Actor(model, cfg.temperature, banned), part, past, entropies=True)
-    answers, v, n = {}, None, [len(p) + cfg.max_new for p in prompts]
-    with roles.policy() as (model, past):
-        if generator is not None:                   # a row's own dice: --micro and processes change no answer
-            generator = torch.rand(len(n), cfg.max_new, generator=generator, device=generator.device)
-            generator = generator.to(model.wte.weight.device)
-        for rows in micro(distributed.share(range(len(n)), n), n, 8 * cfg.micro):
-            new = generate(Actor(model, cfg.temperature, banned), [prompts[i] for i in rows], cfg.max_new,
-                           eos=eos, past=past, generator=None if generator is None else generator[rows])
-            answers.update(zip(rows, new))
-        answers = distributed.merged(answers)
-        batch = pack(prompts, answers, model.wte.weight.device)
-        logp, h = inference(act, batch, cfg.micro).unbind(-1)
-    with roles.reference() as (model, past):
-        ref_logp = inference(act, batch, cfg.micro)[..., 0]
-    if roles.critic:
-        with roles.critic() as (model, past):
-            v = inference(lambda part: values(model, roles.value_head, part, past), batch, cfg.micro)
-    return batch._replace(logp=logp, entropy=h, ref_logp=ref_logp, values=v), answers
+def pair_logprobs(adapter_context, examples):
+    """Log-probabilities, summed over the answer, of the best and the worst answer to each prompt, by rank:
+    two (B,). Raises UserError for an example whose ranks are all equal."""
+    pairs = [best_and_worst(i, example) for i, example in enumerate(examples)]
+    answers = [best for best, _ in pairs] + [worst for _, worst in pairs]
+    with adapter_context() as (model, past):
+        batch = collate_rollout([example[0] for example in examples] * 2, answers, model.wte.weight.device)
+        return logprobs(PolicyDistribution(model), batch, past).sum(1).chunk(2)
 
 
-def advantages(cfg, batch, scores):
-    """Where the algorithms differ: a batch with rewards, scores (B,) -> advantages, returns, both (B, R)."""
-    mask, group = batch.mask, (-1, cfg.samples)
-    if cfg.algo in ("ppo", "reinforce"):
-        v, lam = (batch.values, cfg.lam) if cfg.algo == "ppo" else (torch.zeros_like(batch.rewards), 1.0)
-        adv, returns = gae(batch.rewards, v, mask, cfg.gamma, lam)
-        return whiten(adv, mask), returns                   # REINFORCE: reward to go, its mean the baseline
-    total = batch.rewards.sum(1)                            # the others: one advantage for the whole answer
-    each = (rloo_advantage(total.view(group)) if cfg.algo == "rloo"
-            else grpo_advantage(scores.view(group), std=cfg.algo == "grpo"))
-    return each.view(-1, 1) * mask, total[:, None] * mask
+def dpo_step(adapter_context, examples, cfg):
+    """The preference loss that cfg names, on the best and the worst answer of each example.
+
+    examples  [(prompt, answers, ranks, (log-probability of the best, of the worst) under the reference),
+              ...]. The last never changes, so `pair_logprobs` finds it once, before training; a loss without
+              a reference ignores it
+    cfg       a PreferenceConfig
+    Returns the loss summed over pairs, their number, and sums to log. That both answers become less likely is
+    normal: only their margin is trained. Raises UserError as pair_logprobs, and for a missing reference.
+    """
+    record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
+    chosen, rejected = pair_logprobs(adapter_context, examples)
+    ref_chosen = ref_rejected = None
+    if record.needs_reference:
+        if any(len(example) < 4 or len(example[3]) != 2 for example in examples):
+            raise UserError(f"--preference_loss {record.name} needs a reference: each example must have the "
+                            "log-probabilities of its best and worst answer as a fourth entry")
+        reference = torch.tensor([example[3] for example in examples], device=chosen.device)
+        ref_chosen, ref_rejected = reference.unbind(1)
+    lengths = [[len(answer) for answer in best_and_worst(i, example)] for i, example in enumerate(examples)]
+    lengths = torch.tensor(lengths, device=chosen.device)                       # (B, 2)
+    pair = PairLogprobs(chosen, rejected, ref_chosen, ref_rejected, *lengths.unbind(1))
+    loss, margin = record.loss(cfg, pair)
+    metrics = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=chosen, rejected_logp=rejected)
+    return loss.sum(), len(examples), {name: x.detach().sum().item() for name, x in metrics.items()}
+
+
+# ----------------------------------------------------------------------------------- PPO: what the loop takes
+
+class Roles(NamedTuple):
+    """Callables that return a context manager which yields (model, past). The reference is the policy as it
+    began; the critic, where the algorithm has one, comes with its head: hidden (..., C) -> values (...)."""
+    policy: Callable
+    reference: Callable
+    critic: Callable = None
+    value_head: Callable = None
+
+
+class Environment(NamedTuple):
+    """What the policy is trained in.
+
+    prompts      non-empty lists of token ids
+    reward       (prompts, answers), lists of ids -> a score per answer, (B,)
+    eos          an id, or ids, that end an answer
+    banned       ids never sampled and given no probability (pads)
+    gold_reward  None, or another reward, which is only logged
+    """
+    prompts: list
+    reward: Callable
+    eos: int
+    banned: tuple = ()
+    gold_reward: Callable = None
+
+
+class Experience(NamedTuple):
+    """One rollout with its scores."""
+    prompts: list                               # B lists of ids: each prompt num_generations times
+    answers: list                               # B lists of ids
+    batch: Batch
+    scores: torch.Tensor                        # (B,)
+    ended: torch.Tensor                         # (B,)      bool: the answer ends with an end token
+    metrics: dict
 
 
 class PPOState:
-    """Everything that evolves: parameters by name, their Adam states, beta, the average, the iteration count.
-    Randomness is a function of (seed, iteration): this, saved between iterations, is an exact resume."""
+    """Everything that changes in training: parameters by name, their Adam states, beta, the average, the
+    iteration count. Randomness is a function of (seed, iteration), so this, saved between iterations, is an
+    exact resume.
+
+    policy, value: {name: parameter}, value None without a critic. Raises UserError for no parameters, or for
+    one that takes no gradient.
+    """
 
     def __init__(self, cfg, policy, value=None):
-        self.params = {"policy": dict(policy)} | ({"value": dict(value)} if value else {})
-        self.lr, self.clip = {"policy": cfg.lr, "value": cfg.value_lr or cfg.lr}, cfg.clip or math.inf
-        self.optim = {who: torch.optim.Adam(params.values(), self.lr[who], betas=(0.9, 0.95), eps=1e-5)
-                      for who, params in self.params.items()}
-        self.kl = KLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+        self.params = {"policy": dict(policy)}
+        if value:
+            self.params["value"] = dict(value)
+        for role, params in self.params.items():
+            if not params:
+                raise UserError(f"PPOState needs the parameters of the {role} that are trained; it got none")
+            for name, p in params.items():
+                if not p.requires_grad:
+                    raise UserError(f"parameter {name} of the {role} does not require a gradient")
+        self.lr = {"policy": cfg.lr, "value": cfg.value_lr or cfg.lr}
+        self.grad_clip = cfg.grad_clip or math.inf
+        self.optim = {role: torch.optim.Adam(params.values(), self.lr[role], betas=(0.9, 0.95), eps=1e-5)
+                      for role, params in self.params.items()}
+        uses_kl = find_record(ALGORITHMS, cfg.algo).kl != "none"
+        self.kl = KLController(cfg.kl_coef if uses_kl else 0.0, cfg.adaptive_kl_target, cfg.kl_horizon)
         self.ema = EMA(self.params["policy"], cfg.ema) if cfg.ema else None
         self.step = 0                                       # iterations done
         self.bad = dict.fromkeys(self.params, 0)            # gradients in a row that were not finite
+        self.checked = set()                                # roles whose gradients have been seen once
 
-    def apply(self, who, share):
-        """Clip, and step at this share of the learning rate; share 0 only forgets the gradient. What is not
-        finite steps nowhere, and ten in a row end the run. Returns the norm before clipping."""
-        optim, grads = self.optim[who], {k: p.grad for k, p in self.params[who].items() if p.grad is not None}
+    def apply(self, role, lr_scale):
+        """Clip, and step at this share of the learning rate; 0 only clears the gradient. Returns the norm
+        before clipping. A gradient that is not finite changes nothing.
+
+        Raises UserError after ten of those in a row, and the first time for a parameter without a gradient.
+        """
+        params = self.params[role]
+        if role not in self.checked:
+            self.require_gradients(role)
+        grads = {name: p.grad for name, p in params.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(grads.values())
-        self.bad[who] = 0 if norm.isfinite() else self.bad[who] + 1
-        if self.bad[who] == 10:
+        self.bad[role] = 0 if norm.isfinite() else self.bad[role] + 1
+        if self.bad[role] == 10:
             name = next(name for name, g in grads.items() if not g.isfinite().all())
-            raise UserError(f"ten gradients of the {who} in a row were not finite, first {name}; lower --lr")
-        if share and not self.bad[who]:
-            nn.utils.clip_grads_with_norm_(self.params[who].values(), self.clip, norm)
-            optim.param_groups[0]["lr"] = self.lr[who] * share
+            raise UserError(f"ten gradients of the {role} in a row were not finite, first {name}; lower --lr")
+        optim = self.optim[role]
+        if lr_scale and not self.bad[role]:
+            nn.utils.clip_grads_with_norm_(params.values(), self.grad_clip, norm)
+            optim.param_groups[0]["lr"] = self.lr[role] * lr_scale
             optim.step()
         optim.zero_grad()
         return norm.item()
+
+    def require_gradients(self, role):
+        """Raises UserError for a parameter that the first backward pass did not reach."""
+        missing = [name for name, p in self.params[role].items() if p.grad is None]
+        if missing:
+            raise UserError(f"parameter {missing[0]} of the {role} got no gradient ({len(missing)} of "
+                            f"{len(self.params[role])} did not): no loss depends on it; leave it out")
+        self.checked.add(role)
 
     def state_dict(self):
         """Live tensors: write them out, or copy them, before the next iteration."""
         return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
                 "ema": self.ema and self.ema.shadow,
-                "optim": {who: optim.state_dict() for who, optim in self.optim.items()},
-                "params": {who: {k: p.data for k, p in ps.items()} for who, ps in self.params.items()}}
+                "optim": {role: optim.state_dict() for role, optim in self.optim.items()},
+                "params": {role: {name: p.data for name, p in params.items()}
+                           for role, params in self.params.items()}}
 
     def load_state_dict(self, state):
-        self.step, self.bad = state["step"], dict(state["bad"])
+        self.step = state["step"]
+        self.bad = dict(state["bad"])
         self.kl.load_state_dict(state["kl"])
-        for who, params in self.params.items():
+        for role, params in self.params.items():
             for name, p in params.items():
-                p.data.copy_(state["params"][who][name])
-            self.optim[who].load_state_dict(state["optim"][who])
+                p.data.copy_(state["params"][role][name])
+            self.optim[role].load_state_dict(state["optim"][role])
         if self.ema:
             for name, t in state["ema"].items():            # read from a file they are on the CPU
                 self.ema.shadow[name].copy_(t)
@@ -559,142 +920,312 @@ def rng(*key, device="cpu"):
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
-def draw(n, count, seed, step):
-    """Which of n prompts iteration `step` asks: each once per turn, every turn in an order of its own."""
-    at = range(step * count, (step + 1) * count)
-    turns = range(at[0] // n, at[-1] // n + 1)
-    orders = {turn: torch.randperm(n, generator=rng(seed, "prompts", turn)).tolist() for turn in turns}
-    return [orders[i // n][i % n] for i in at]
+def prompt_indices(n, count, seed, step):
+    """Which of n prompts iteration `step` answers: each once per pass over the prompts, every pass in its own
+    order. Returns `count` indices."""
+    positions = range(step * count, (step + 1) * count)
+    orders = {}
+    for i in positions:
+        if i // n not in orders:
+            orders[i // n] = torch.randperm(n, generator=rng(seed, "prompts", i // n)).tolist()
+    return [orders[i // n][i % n] for i in positions]
+
+
+def linear_decay(step, steps):
+    """The share of the learning rate in an iteration: to zero, because whitened advantages do not shrink near
+    the optimum, so a constant rate never settles."""
+    return 1 - step / steps
+
+
+def check_training(cfg, roles, state, environment):
+    """Switches dropout off; returns the policy's device. Raises UserError for arguments that do not fit."""
+    algorithm = find_record(ALGORITHMS, cfg.algo)
+    for name, role in zip(("policy", "reference", "critic"), roles):
+        optional = role is None and name == "critic"
+        if not optional and (not callable(role) or isinstance(role, nn.Module)):
+            raise UserError(f"the role {name} is a {type(role).__name__}; it must be a callable that returns "
+                            "a context of (model, past)")
+    needs = "needs" if algorithm.needs_critic else "has no critic and takes no"
+    for name, part in (("roles.critic", roles.critic), ("roles.value_head", roles.value_head),
+                       ("value parameters in the state", state.params.get("value"))):
+        if algorithm.needs_critic != (part is not None):
+            raise UserError(f"--algo {cfg.algo} {needs} {name}")
+    for name in ("reward", "gold_reward"):
+        function = getattr(environment, name)
+        if not callable(function) and (name == "reward" or function is not None):
+            raise UserError(f"{name} is a {type(function).__name__}, not a function of (prompts, answers)")
+    check_prompts(environment.prompts)
+    longest = max(map(len, environment.prompts))
+    largest = max(map(max, environment.prompts))
+    for adapter_context in roles[:3]:
+        if adapter_context is None:
+            continue
+        with adapter_context() as (model, past):
+            model.eval()
+            room = model.config.block_size - past_length(past)
+            vocab_size = model.wte.weight.size(0)
+        if longest + cfg.max_new_tokens > room:
+            raise UserError(f"{longest} tokens of prompt and --max_new_tokens {cfg.max_new_tokens} of answer "
+                            f"do not fit the {room} tokens of the context; shorten either")
+        if largest >= vocab_size or min(map(min, environment.prompts)) < 0:
+            raise UserError(f"a prompt has a token id outside 0 .. {vocab_size - 1}, the model's vocabulary")
+    with roles.policy() as (model, _):
+        return model.wte.weight.device
+
+
+# -------------------------------------------------------------------------------- PPO: rollout and advantages
+
+@torch.no_grad()
+def sample_answers(policy, prompts, eos, cfg, past=None, generator=None):
+    """One answer to each prompt, by all processes together. Every answer is drawn from uniforms of its own
+    row, so neither --micro_batch_tokens nor the number of processes changes it. Returns B lists of ids."""
+    lengths = [len(prompt) + cfg.max_new_tokens for prompt in prompts]
+    uniforms = None
+    if generator is not None:
+        uniforms = torch.rand(len(prompts), cfg.max_new_tokens, generator=generator, device=generator.device)
+        uniforms = uniforms.to(policy.wte.weight.device)
+    answers = {}
+    mine = distributed.local_rows(range(len(prompts)), lengths)
+    for rows in split_by_token_budget(mine, lengths, 8 * cfg.micro_batch_tokens):
+        new = generate(policy, [prompts[i] for i in rows], cfg.max_new_tokens, eos=eos, past=past,
+                       uniforms=None if uniforms is None else uniforms[rows])
+        answers.update(zip(rows, new))
+    return distributed.gather_rows(answers)
+
+
+@torch.no_grad()
+def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
+    """Answer every prompt, evaluate every action: a Batch with logp, entropy, ref_logp, values; the answers.
+
+    cfg: a SamplingConfig, or a PPOConfig. The old logp is not the sampler's but that of the forward which
+    `update` will run, so that ratios start at 1 to rounding. Policy and reference see equal micro-batches:
+    equal weights, KL exactly 0. Without roles.critic values stay None.
+    """
+    def logprobs_and_entropies(part):
+        policy = PolicyDistribution(model, cfg.temperature, banned)
+        return logprobs(policy, part, past, entropies=True)
+
+    def critic_values(part):
+        return values(model, roles.value_head, part, past)
+
+    with roles.policy() as (model, past):
+        policy = PolicyDistribution(model, cfg.temperature, banned)
+        answers = sample_answers(policy, prompts, eos, cfg, past, generator)
+        batch = collate_rollout(prompts, answers, model.wte.weight.device)
+        logp, entropies = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens).unbind(-1)
+    with roles.reference() as (model, past):
+        ref_logp = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens)[..., 0]
+    v = None
+    if roles.critic:
+        with roles.critic() as (model, past):
+            v = inference(critic_values, batch, cfg.micro_batch_tokens)
+    return batch._replace(logp=logp, entropy=entropies, ref_logp=ref_logp, values=v), answers
+
+
+def checked_scores(values, count, device):
+    """What a reward returned, as (count,) fp32. Raises UserError unless it is a finite number per answer."""
+    try:
+        s = torch.as_tensor(values, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"the reward must be a finite number for each of {count} answers; it gave "
+                        f"a {type(values).__name__} that is no list of numbers ({e})") from None
+    if s.shape != (count,) or not s.isfinite().all():
+        raise UserError(f"the reward must be a finite number for each of {count} answers; it gave "
+                        f"{list(s.shape)}, {int((~s.isfinite()).sum())} of them not finite")
+    return s
+
+
+def collect(cfg, roles, environment, step, device):
+    """Rollout and scores of one iteration: an Experience, with the gold reward and seconds as metrics."""
+    started = time.perf_counter()
+    eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
+    count = cfg.batch // cfg.num_generations
+    chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
+    prompts = [environment.prompts[i] for i in chosen for _ in range(cfg.num_generations)]
+    generator = rng(cfg.seed, "sample", step, device=device)
+    batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
+    rolled_out = time.perf_counter()
+
+    s = checked_scores(environment.reward(prompts, answers), len(answers), device)
+    ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
+    if cfg.missing_eos_score is not None:                   # replaced, not reduced: no score can outweigh it
+        s = s.where(ended, cfg.missing_eos_score)
+    metrics = {}
+    if environment.gold_reward:
+        gold = checked_scores(environment.gold_reward(prompts, answers), len(answers), device)
+        metrics["gold"] = gold.mean().item()
+    metrics["seconds_rollout"] = rolled_out - started
+    metrics["seconds_score"] = time.perf_counter() - rolled_out
+    return Experience(prompts, answers, batch, s, ended, metrics)
+
+
+def compute_advantages(cfg, batch, scores, beta):
+    """A rollout and its scores (B,) -> the Batch with rewards, advantages and returns."""
+    algorithm = find_record(ALGORITHMS, cfg.algo)
+    reward_beta = beta if algorithm.kl == "reward" else 0.0
+    batch = batch._replace(rewards=token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, reward_beta))
+    adv, returns = algorithm.advantage(cfg, batch, scores)
+    return batch._replace(advantages=adv, returns=returns)
+
+
+# ----------------------------------------------------------------------------------------------- PPO: updates
+
+def make_minibatches(cfg, count, generator=None):
+    """Row indices of each optimiser step: every pass is a permutation of `count` rows, cut into pieces."""
+    minibatches = []
+    for _ in range(cfg.ppo_epochs):
+        minibatches += torch.randperm(count, generator=generator).tensor_split(cfg.minibatches)
+    return minibatches
+
+
+def policy_step(cfg, roles, part, beta, count, banned=()):
+    """The policy's loss on a micro-batch, backward. part: a Batch with weights; count: tokens of the
+    minibatch. Returns what it adds to the minibatch's metrics, as scalar tensors."""
+    algorithm = find_record(ALGORITHMS, cfg.algo)
+    with roles.policy() as (model, past):           # backward inside: recomputation needs this adapter
+        logp = logprobs(PolicyDistribution(model, cfg.temperature, banned), part, past)
+        loss = algorithm.policy_loss(cfg, logp, part)                           # (B, R)
+        if algorithm.kl == "loss":                  # its optimum is not pi*
+            k3 = kl_estimate(logp, part.ref_logp, "k3")
+            loss = loss + beta * k3.masked_fill(~part.mask, 0)
+        (part.weights * loss).sum().backward()
+    with torch.no_grad():
+        low, high = clip_range(cfg)
+        even = part.mask / count
+        ratio = log_ratio(logp, part.logp, part.mask, algorithm.ratio).exp()
+        clipped = (ratio - 1 > high) | (1 - ratio > low)
+        k3 = kl_estimate(0.0, log_ratio(logp, part.logp, part.mask), "k3")
+        # outside the mask `even` is 0 and every factor finite
+        return {"policy_loss": (part.weights * loss).sum(), "ratio": (even * ratio).sum(),
+                "clipfrac": (even * clipped).sum(), "approx_kl": (even * k3).sum(),
+                "ratio_off": ((ratio - 1).abs() * part.mask).max()}
+
+
+def value_step(cfg, roles, part, count):
+    """The critic's loss on a micro-batch, backward; arguments and result as in policy_step."""
+    even = part.mask / count
+    with roles.critic() as (model, past):
+        v = values(model, roles.value_head, part, past)
+        loss = ppo_value_loss(v, part.values, part.returns, part.mask, cfg.cliprange_value)
+        (even * loss).sum().backward()
+    clipped = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
+    return {"value_loss": (even * loss.detach()).sum(), "clipfrac_value": (even * clipped).sum()}
+
+
+def accumulate_gradients(cfg, roles, state, minibatch, banned=()):
+    """Forward and backward over the micro-batches of a minibatch, by all processes. Returns {name:
+    number}."""
+    mean = find_record(ALGORITHMS, cfg.algo).mean
+    count = minibatch.mask.sum()
+    minibatch = minibatch._replace(weights=token_weights(minibatch.mask, mean, cfg.max_new_tokens))
+    parts = []
+    for rows in micro_batches(minibatch, cfg.micro_batch_tokens):
+        part = minibatch.take(rows)
+        metrics = policy_step(cfg, roles, part, state.kl.beta, count, banned)
+        if roles.critic:
+            metrics.update(value_step(cfg, roles, part, count))
+        parts.append(metrics)
+    mine = merge_parts(parts)
+    if mine:                                                # one wait for a GPU per minibatch
+        mine = dict(zip(mine, torch.stack(list(mine.values())).tolist()))
+    distributed.all_reduce(p for params in state.params.values() for p in params.values())
+    return merge_parts(distributed.gather(mine))
 
 
 def add_ptx(coef, policy, params, parts):
-    """Add coef x (cross-entropy per token) to the gradients. parts: [(x, y), ...], y = -1 where no target is.
-    Returns the cross-entropy, and the norm of what was added over the norm of what was there. Processes share
-    the rows; what was there, alike in all, is rank 0's part of the sum."""
+    """PPO-ptx (InstructGPT, section 3.5): add coef x (cross-entropy per token) to the gradients.
+
+    parts: [(x, y), ...], both (B, T), y = -1 where no target is. Returns the cross-entropy, and the norm of
+    what was added over the norm of what was there. Processes share the rows; the gradients that were there,
+    equal on all of them, are counted on rank 0 alone.
+    """
     before = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
-    count, total = sum(int((y >= 0).sum()) for _, y in parts), 0.0
-    for p in params.values() if distributed.world.rank else ():
-        p.grad = None
-    parts = [(x[rows], y[rows]) for x, y in parts if (rows := distributed.share(range(len(x)), [1] * len(x)))]
+    count = sum(int((y >= 0).sum()) for _, y in parts)
+    total = 0.0
+    if distributed.dist_state.rank > 0:
+        for p in params.values():
+            p.grad = None
     for x, y in parts:
+        rows = distributed.local_rows(range(len(x)), [1] * len(x))
+        if not rows:
+            continue
+        targets = y[rows]
         with policy() as (model, past):
-            hidden, _ = model.trunk(x, past)
-            logits = model.head(hidden[y >= 0]).float()
-            loss = F.cross_entropy(logits, y[y >= 0], reduction="sum") / count
+            hidden, _ = model.hidden_states(x[rows], past)
+            logits = model.logits(hidden[targets >= 0]).float()
+            loss = F.cross_entropy(logits, targets[targets >= 0], reduction="sum") / count
             (coef * loss).backward()
             total += loss.item()
-    total, = distributed.add_up(params.values(), [total])
+    total, = distributed.all_reduce(params.values(), [total])
     added = nn.utils.get_total_norm([params[name].grad - g for name, g in before.items()])
     return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
 
-def update(cfg, roles, state, batch, share=1.0, generator=None, banned=(), ptx=None):
-    """Step 5. A pass is a permutation cut into minibatches, a minibatch one optimiser step. Returns what was
-    seen, averaged over minibatches; within one, over real tokens."""
-    log, mean = defaultdict(list), {"grpo": "sequence", "drgrpo": "constant"}.get(cfg.algo, "token")
-    passes = (torch.randperm(len(batch.mask), generator=generator) for _ in range(cfg.ppo_epochs))
-    for minibatch in (m for order in passes for m in order.tensor_split(cfg.minibatches)):
-        mini, seen = batch.mask[minibatch], defaultdict(float)
-        even, weight = token_weights(mini), token_weights(mini, mean, cfg.max_new)
-        n = batch.lengths[minibatch].tolist()
-        for rows in micro(distributed.share(range(len(n)), n), n, cfg.micro):
-            part = batch.take(minibatch[rows])
-            mask, e, w = part.mask, *(x[rows, :part.mask.size(1)] for x in (even, weight))
-            with roles.policy() as (model, past):       # backward inside: recomputation must meet this role
-                logp = logprobs(Actor(model, cfg.temperature, banned), part, past)
-                loss = ppo_policy_loss(logp, part.logp, part.advantages, mask, cfg.cliprange)
-                if mean != "token":                     # GRPO's own penalty; its optimum is not pi*
-                    k3 = kl_estimate(logp, part.ref_logp, "k3")
-                    loss = loss + state.kl.beta * k3.masked_fill(~mask, 0)
-                (w * loss).sum().backward()
-            log_ratio = (logp.detach() - part.logp).masked_fill(~mask, 0)
-            ratio = log_ratio.exp()
-            off = (ratio - 1).abs()
-            sums = {"policy_loss": w * loss, "ratio": e * ratio, "clipfrac": e * (off > cfg.cliprange),
-                    "approx_kl": e * kl_estimate(0.0, log_ratio, "k3")}
-            if roles.critic:
-                with roles.critic() as (model, past):
-                    v = values(model, roles.value_head, part, past)
-                    loss = ppo_value_loss(v, part.values, part.returns, mask, cfg.cliprange_value)
-                    (e * loss).sum().backward()
-                far = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
-                sums |= {"value_loss": e * loss, "clipfrac_value": e * far}
-            for name, x in sums.items():
-                seen[name] = seen[name] + x.detach().sum()
-            seen["ratio_off"] = off.max().clamp(min=seen["ratio_off"])
-        if seen:                                            # a GPU is waited for once a minibatch
-            seen.update(zip([*seen], torch.stack([*seen.values()]).tolist()))
-        distributed.add_up(p for params in state.params.values() for p in params.values())
-        hands = [hand for hand in distributed.gather(dict(seen)) if hand]
-        seen = defaultdict(float, {name: (max if name == "ratio_off" else sum)(hand[name] for hand in hands)
-                                   for name in hands[0]})
-        stop = 0 < cfg.target_kl < seen["approx_kl"]
+def optimizer_step(cfg, state, lr_scale, stop):
+    """Let policy and critic step, each with its own clipping; nobody steps after an early stop, and the
+    policy not in the critic's warm-up. Returns {name: number}."""
+    warmup = "value" in state.params and state.step < cfg.value_warmup
+    metrics = {}
+    for role in state.params:
+        idle = stop or (warmup and role == "policy")
+        metrics[f"grad_norm_{role}"] = state.apply(role, 0.0 if idle else lr_scale)
+    metrics["skipped"] = sum(bad > 0 for bad in state.bad.values())
+    return metrics
+
+
+def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), ptx=None):
+    """Step 5 of the header: passes over a rollout with advantages, an optimiser step per minibatch.
+
+    ptx: None, or (iteration, minibatch) -> [(x, y), ...] of pre-training text. Returns metrics: means over
+    minibatches of means over real tokens; ratio_off is the largest, ratio_first that of the first minibatch,
+    skipped the number of gradients that were not finite.
+    """
+    history = []
+    for rows in make_minibatches(cfg, len(batch.mask), generator):
+        metrics = accumulate_gradients(cfg, roles, state, batch.take(rows), banned)
+        stop = 0 < cfg.early_stop_kl < metrics["approx_kl"]
         if ptx and not stop:
-            seen["ptx_loss"], seen["ptx_ratio"] = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"],
-                                                          ptx(state.step, len(log["ratio"])))
-        for who in state.params:
-            idle = stop or (who == "policy" and "value" in state.params and state.step < cfg.value_warmup)
-            seen[f"grad_norm_{who}"] = state.apply(who, 0.0 if idle else share)
-        seen["skipped"] = sum(bad > 0 for bad in state.bad.values())
-        for name, x in seen.items():
-            log[name].append(x)
+            texts = ptx(state.step, len(history))
+            loss, ratio = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"], texts)
+            metrics["ptx_loss"] = loss
+            metrics["ptx_ratio"] = ratio
+        metrics.update(optimizer_step(cfg, state, lr_scale, stop))
+        history.append(metrics)
         if stop:
             break
-    return {name: sum(xs) / len(xs) for name, xs in log.items()} | {
-        "ratio_first": log["ratio_off"][0], "ratio_off": max(log["ratio_off"]),
-        "skipped": sum(log["skipped"]), "minibatches": len(log["ratio"])}
+    return average_minibatches(history)
 
 
-def train_ppo(cfg, roles, state, prompts, reward, eos, banned=(), gold=None, ptx=None,
-              rate=lambda step, steps: 1 - step / steps):
-    """Iterate until `state.step` is cfg.steps; yield (metrics, Batch) after each: the moment to save.
+def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
+    """Iterate until `state.step` is cfg.steps; yield (metrics, Batch) after each iteration: the time to save.
 
-    roles    Roles; `state` holds the parameters that learn in them
-    prompts  lists of token ids; reward, gold: (prompts, answers) -> a score per answer; gold is only logged
-    eos      id, or ids, that end an answer; banned: ids never sampled and given no probability (pads)
-    ptx      None, or (iteration, minibatch) -> [(x, y), ...] of pre-training text
-    rate     share of the learning rate. To zero: whitened advantages never shrink, so only it lets us settle
-    A stopped iteration leaves no trace in the last state saved; it runs again, with the same random numbers.
+    cfg          PPOConfig
+    roles        Roles; state: PPOState of the parameters that are trained in them
+    environment  Environment: prompts, reward, end tokens
+    ptx          see update
+    lr_scale     (iteration, iterations) -> share of the learning rate
+    An interrupted iteration changes nothing in the last state saved; it runs again, with the same random
+    numbers. Raises UserError for arguments that do not fit each other, and for scores that are not finite.
     """
-    eos, longest = {eos} if isinstance(eos, int) else set(eos), max(map(len, prompts))
-    for role in filter(None, roles[:3]):
-        with role() as (model, past):
-            model.eval()
-            room = model.config.block_size - (past[0][0].size(2) if past and len(past[0]) == 2 else 0)
-            if longest + cfg.max_new > room:
-                raise UserError(f"{longest} tokens of prompt and --max_new {cfg.max_new} of answer do not "
-                                f"fit the {room} tokens of the context; shorten either")
-    device = model.wte.weight.device
+    device = check_training(cfg, roles, state, environment)
     while state.step < cfg.steps:
-        clock, beta = [time.perf_counter()], state.kl.beta
-        chosen = draw(len(prompts), cfg.batch // cfg.samples, cfg.seed, state.step)
-        asked = [prompts[i] for i in chosen for _ in range(cfg.samples)]
-        dice = rng(cfg.seed, "sample", state.step, device=device)
-        batch, answers = rollout(roles, asked, eos, cfg, banned, dice)
-        clock.append(time.perf_counter())
-
-        s = torch.as_tensor(reward(asked, answers), dtype=torch.float32, device=device)
-        if s.shape != (cfg.batch,) or not s.isfinite().all():
-            raise UserError(f"the reward must be a finite number for each of {cfg.batch} answers; it gave "
-                            f"{list(s.shape)}, {int((~s.isfinite()).sum())} of them not finite")
-        ended = torch.tensor([y[-1] in eos for y in answers], device=device)
-        if cfg.missing_eos is not None:                     # replaced, not reduced: no score can outbid it
-            s = s.where(ended, cfg.missing_eos)
-        in_reward = 0.0 if cfg.algo in ("grpo", "drgrpo") else beta
-        batch = batch._replace(rewards=token_rewards(s, batch.logp, batch.ref_logp, batch.mask, in_reward))
-        adv, returns = advantages(cfg, batch, s)
-        batch = batch._replace(advantages=adv, returns=returns)
-        metrics = {"step": state.step + 1, "beta": beta, **describe(batch, answers, s, ended, cfg.samples)}
+        beta = state.kl.beta
+        experience = collect(cfg, roles, environment, state.step, device)
+        batch = compute_advantages(cfg, experience.batch, experience.scores, beta)
+        metrics = {"step": state.step + 1, "beta": beta}
+        metrics.update(describe(batch, experience.answers, experience.scores, experience.ended,
+                                cfg.num_generations))
         metrics["objective"] = metrics["score"] - beta * metrics["kl"]
-        if gold:
-            metrics["gold"] = torch.as_tensor(gold(asked, answers), dtype=torch.float32).mean().item()
-        clock.append(time.perf_counter())
+        metrics.update(experience.metrics)
 
-        share = rate(state.step, cfg.steps)
-        metrics |= update(cfg, roles, state, batch, share, rng(cfg.seed, "order", state.step), banned, ptx)
+        started = time.perf_counter()
+        scale = lr_scale(state.step, cfg.steps)
+        order = rng(cfg.seed, "order", state.step)
+        metrics.update(update(cfg, roles, state, batch, scale, order, environment.banned, ptx))
         state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:
             state.ema.update(state.params["policy"])
         state.step += 1
-        spans = zip(("rollout", "score", "update"), clock, [*clock[1:], time.perf_counter()])
-        yield metrics | {"lr": cfg.lr * share} | {f"seconds_{name}": b - a for name, a, b in spans}, batch
+        metrics["lr"] = cfg.lr * scale
+        metrics["seconds_update"] = time.perf_counter() - started
+        yield metrics, batch

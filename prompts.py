@@ -1,38 +1,45 @@
-"""prompts.py: leave the model alone and learn what stands in front of it.
+"""prompts.py: train virtual tokens in front of (or inside) the text; the model is frozen.
 
-A prompt is a module whose forward(model) returns a `past`: per-layer (k, v), each (1, nkv, P, hs), what a KV
-cache would hold after P real tokens. Training, scoring and sampling take a past anyway, whoever made it.
+A soft prompt is a module whose forward(model) returns a `past`: one entry per layer, None or Past(k, v,
+gate), k and v (1, nkv, P, hs): what a KV cache would hold after P real tokens. Training, scoring and sampling
+take a past anyway, so they need no code for prompts.
 
               prompt tuning        P-tuning             prefix tuning        P-tuning v2
 paper         Lester et al. 2021   Liu et al. 2021      Li & Liang 2021      Liu et al. 2022
 arXiv         2104.08691           2103.10385           2101.00190           2110.07602
-learned       E (P, C)             E, MLP or bi-LSTM    E, MLP               E (P, 2 L nkv hs)
+trainable     E (P, C)             E, MLP or bi-LSTM    E, MLP               E (P, 2 L nkv hs)
 table         E                    encoder(E)           MLP(E)               E
-which holds   input embeddings     input embeddings     k, v of all layers   k, v of all layers
-it stands     before the text      or in a template     before the text      before the text
-it predicts   the first token      the next token       nothing              nothing
+it holds      input embeddings     input embeddings     k, v of all layers   k, v of all layers
+position      before the text      or in a template     before the text      before the text
 starts as     words, labels        words, labels        k, v of a text       k, v of a text
 dropout       none                 none                 none                 on k, v, one draw a call
 
-    prompt, P-tuning      past = trunk(table)             through all frozen layers, at positions 0 .. P-1
-    prefix, P-tuning v2   past[l] = table[:, l, 0 | 1]    past the projections: no W_k, norm or rotation
-    all four              text token t sits at P + t, sees P + t + 1 columns; P + T must fit the context
+    prompt, P-tuning      past = hidden_states(table)     through all frozen layers, at positions 0 .. P-1
+    prefix, P-tuning v2   past[l] = table[:, l, 0 | 1]    behind the projections: no W_k, norm or rotation
+    all four              text token t has position P + t and attends to P + t + 1 columns; P + T <= context
 
-The table is what is stored; fold() drops what made it. The past is made once per step, at batch 1, and the
-model expands it: P tokens instead of B P. A virtual token never sees the text, so logits and gradients are
-those of writing the prompt before every row. Modules keep nothing between calls; parameters are always fp32.
+The table is stored; drop_encoder() removes what made it. The past is computed once per step at batch 1, and
+attention expands it: P tokens instead of B P. A virtual token does not attend to the text, so logits and
+gradients are those of writing the prompt before every row. Modules keep nothing between calls; parameters are
+always fp32.
+
+A soft prompt is one class here and one PromptMethod in METHODS at the end: flags, training, saving, loading
+and the tables follow from the record.
 
 Deviations. Encoders reach their start by least squares on the last, linear layer; the papers start anywhere,
-or regress 500 steps. Prefix dropout is shared by the rows of a batch. Random soft tokens have the spread of
-the vocabulary, not N(0, 1). A zero prefix is not a no-op, for a zero key takes its share of the softmax;
-init="gated" is one: (1 - g) attn + g attn(prefix), g = 0 per head, no positions (cf. 2303.16199).
+or train 500 steps towards it. Prefix dropout is shared by the rows of a batch. Random soft tokens have the
+standard deviation of the vocabulary, not 1. A zero prefix changes the output, because a zero key takes its
+share of the softmax; init="gated" does not: (1 - g) attn + g attn(prefix), g = 0 per head, no positions
+(cf. Zhang et al. 2023, 2303.16199).
 
-B batch  T tokens  C width  V vocabulary  L layers  nkv key/value heads  hs head size  P virtual tokens
-Public: PromptTuning, PTuning, PrefixTuning, PTuningV2, place, cut, nearest_tokens, save_prompt, load_prompt
+B batch  T tokens  C width  V vocabulary  L layers  nkv kv heads  hs head size  P virtual tokens
+Public: PromptTuning, PTuning, PrefixTuning, PTuningV2, parse_template, detach_for_accumulation,
+nearest_tokens, save_prompt, load_prompt, METHODS
 """
 import pathlib
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -40,6 +47,7 @@ import torch.nn.functional as F
 
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
+from data.runtime.flags import flag
 
 COMMON = 5000       # byte-pair ids grow with rarity: below this are words that were seen often (Lester, 3.2)
 
@@ -47,48 +55,81 @@ COMMON = 5000       # byte-pair ids grow with rarity: below this are words that 
 # ------------------------------------------------------------------------------------------ the four methods
 
 class PromptTuning(nn.Module):
-    """P embeddings. init: vocab (sampled from `ids` or common ids), text (`ids`), labels (lists), random."""
+    """P embeddings in front of the text, or inside it by a template.
 
-    def __init__(self, model, n_virtual=20, init="vocab", ids=None, template=None, seed=0):
+    init: vocab (sampled from `ids`, or from common ids), text (`ids`), labels (a list of ids each), random.
+    Its class attributes are the record that every soft prompt has.
+    """
+    holds = "embeddings"                                # or "keys_values"
+    peft_type = "PROMPT_TUNING"                         # None: a file of its own, see save_prompt
+    options = None                                      # a group of flags, which are keywords of __init__
+
+    def __init__(self, model, num_virtual_tokens=20, init="vocab", ids=None, template=None, seed=0):
         super().__init__()
-        self.config, self.template = model.config, template
-        self.n_virtual, self.front = n_virtual, room(model, n_virtual, init, template)
+        self.config = model.config
+        self.template = template
+        self.num_virtual_tokens = num_virtual_tokens
+        self.prefix_len = check_prefix_len(model, num_virtual_tokens, init, template)
         with seeded(seed):
-            self.embedding = nn.Parameter(soft_start(model, n_virtual, init, ids))
+            self.embedding = nn.Parameter(soft_start(model, num_virtual_tokens, init, ids))
 
-    def table(self):                                                        # (P, C)
+    def prompt_embeddings(self):                                            # (P, C)
         return self.embedding
 
     def run(self, model):
-        """hidden (1, P, C), past. head(hidden[:, -1]) is what a prompt predicts: every row's first token."""
-        return model.trunk(self.table()[None])
+        """hidden (1, P, C), past.
+
+        logits(hidden[:, -1]) is what a prompt predicts: every row's first token.
+        """
+        return model.hidden_states(self.prompt_embeddings()[None])
 
     def forward(self, model):           # with a template nothing stands in front, and None is a past too
         return None if self.template else self.run(model)[1]
 
     def embed(self, model, ids):
-        """ids (B, T), -1 - j meaning virtual token j -> embeddings (B, T, C), which trunk takes instead."""
-        soft = self.table()[(-1 - ids).clamp(min=0)]                        # (B, T, C)
-        return torch.where((ids < 0)[..., None], soft, model.wte(ids.clamp(min=0)))
+        """ids (B, T), -1 - j meaning virtual token j -> embeddings (B, T, C) for hidden_states."""
+        soft = self.prompt_embeddings()[(-1 - ids).clamp(min=0)]            # (B, T, C)
+        return torch.where((ids < 0)[..., None], soft, model.embed(ids.clamp(min=0)))
 
-    def fold(self):
-        return self                                                         # nothing to drop
+    def template_ids(self, encode):
+        """ids before and ids after a prompt, by the template; see parse_template."""
+        return parse_template(self.template, encode)
+
+    def drop_encoder(self):
+        """Keep the numbers that the prompt amounts to, drop what made them. Returns the prompt."""
+        return self
+
+
+@dataclass(frozen=True)
+class PTuningFlags:
+    """virtual tokens"""
+    encoder: str = flag("mlp", "what the embeddings go through", choices=("mlp", "lstm"))
+    encoder_hidden: int = flag(None, "the encoder's width; default: the model's", type=int, low=1)
 
 
 class PTuning(nn.Module):
     """Embeddings out of an encoder, which ties the virtual tokens to each other. init: as for PromptTuning.
 
-    encoder: mlp (C -> h -> h -> C, relu) or lstm (two layers, h each way, then 2h -> 2h -> C), h = `hidden`.
+    encoder: mlp (C -> h -> h -> C, relu) or lstm (two layers, h each way, then 2h -> 2h -> C), h =
+    encoder_hidden, None: C.
     """
+    holds = "embeddings"
+    peft_type = "P_TUNING"
+    options = PTuningFlags
 
-    def __init__(self, model, n_virtual=20, init="vocab", ids=None, template=None, seed=0, encoder="mlp",
-                 hidden=None):
+    def __init__(self, model, num_virtual_tokens=20, init="vocab", ids=None, template=None, seed=0,
+                 encoder="mlp",
+                 encoder_hidden=None):
         super().__init__()
-        self.config, self.template = model.config, template
-        self.n_virtual, self.front = n_virtual, room(model, n_virtual, init, template)
-        C, h = model.config.n_embd, hidden or model.config.n_embd
+        self.config = model.config
+        self.template = template
+        self.num_virtual_tokens = num_virtual_tokens
+        self.prefix_len = check_prefix_len(model, num_virtual_tokens, init, template)
+        C = model.config.n_embd
+        h = encoder_hidden or C
         with seeded(seed):
-            self.embedding, self.lstm_head = nn.Parameter(torch.randn(n_virtual, C)), None
+            self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, C))
+            self.lstm_head = None
             if encoder == "mlp":
                 layers = nn.Linear(C, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, C)
             elif encoder == "lstm":
@@ -98,114 +139,164 @@ class PTuning(nn.Module):
                 raise UserError(f"encoder {encoder!r} is unknown; it is mlp or lstm")
             self.mlp_head = nn.Sequential(*layers)
             self.to(model.wte.weight.device)
-            start = soft_start(model, n_virtual, init, ids)
+            start = soft_start(model, num_virtual_tokens, init, ids)
         if init != "random":
-            start_at(self.mlp_head, self.states(), start)
+            start_at(self.mlp_head, self.encoder_states(), start)
 
-    def states(self):                                                       # (P, C), or (P, 2h) after an LSTM
+    def encoder_states(self):                                               # (P, C), or (P, 2h) after an LSTM
         return self.embedding if self.lstm_head is None else self.lstm_head(self.embedding[None])[0][0]
 
-    def table(self):                                                        # (P, C)
+    def prompt_embeddings(self):                                            # (P, C)
+        if self.mlp_head is None:
+            return self.embedding
         with torch.autocast(self.embedding.device.type, enabled=False):     # an encoder is never rounded
-            return self.embedding if self.mlp_head is None else self.mlp_head(self.states())
+            return self.mlp_head(self.encoder_states())
 
-    run, forward, embed = PromptTuning.run, PromptTuning.forward, PromptTuning.embed
+    run = PromptTuning.run
+    forward = PromptTuning.forward
+    embed = PromptTuning.embed
+    template_ids = PromptTuning.template_ids
 
-    def fold(self):
-        self.embedding = nn.Parameter(self.table().detach())
-        self.lstm_head = self.mlp_head = None
+    def drop_encoder(self):
+        self.embedding = nn.Parameter(self.prompt_embeddings().detach())
+        self.lstm_head = None
+        self.mlp_head = None
         return self
+
+
+@dataclass(frozen=True)
+class PrefixFlags:
+    """virtual tokens"""
+    encoder_hidden: int = flag(512, "the encoder's width", low=1)
 
 
 class PrefixTuning(nn.Module):
-    """Keys and values of every layer out of one MLP: C -> hidden -> 2 L nkv hs, tanh.
+    """Keys and values of every layer out of one MLP: C -> encoder_hidden -> 2 L nkv hs, tanh.
 
     init: text (the k, v of `ids`, or of sampled common tokens), zero, random (the MLP as it is), gated.
     """
+    holds = "keys_values"
+    peft_type = "PREFIX_TUNING"
+    options = PrefixFlags
 
-    def __init__(self, model, n_virtual=20, init="text", ids=None, seed=0, hidden=512):
+    def __init__(self, model, num_virtual_tokens=20, init="text", ids=None, seed=0, encoder_hidden=512):
         super().__init__()
-        self.config, self.template = model.config, None
-        self.n_virtual, self.front = n_virtual, room(model, n_virtual, init)
-        C, width = model.config.n_embd, kv_width(model.config)
+        self.config = model.config
+        self.template = None
+        self.num_virtual_tokens = num_virtual_tokens
+        self.prefix_len = check_prefix_len(model, num_virtual_tokens, init)
+        C = model.config.n_embd
         with seeded(seed):
-            self.embedding = nn.Parameter(torch.randn(n_virtual, C))
-            self.transform = nn.Sequential(nn.Linear(C, hidden), nn.Tanh(), nn.Linear(hidden, width))
+            self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, C))
+            self.transform = nn.Sequential(nn.Linear(C, encoder_hidden), nn.Tanh(),
+                                           nn.Linear(encoder_hidden, kv_width(model.config)))
             self.to(model.wte.weight.device)
-            start, self.gate = kv_start(model, n_virtual, init, ids)
+            start, self.gate = kv_start(model, num_virtual_tokens, init, ids)
         if init != "random":
             start_at(self.transform, self.embedding, start)
 
-    def table(self):                                                        # (P, 2 L nkv hs)
+    def prompt_embeddings(self):                                            # (P, 2 L nkv hs)
+        if self.transform is None:
+            return self.embedding
         with torch.autocast(self.embedding.device.type, enabled=False):
-            return self.embedding if self.transform is None else self.transform(self.embedding)
+            return self.transform(self.embedding)
 
     def forward(self, model):
-        return as_past(self.table(), self.config, self.gate)
+        return as_past(self.prompt_embeddings(), model, self.gate)
 
-    def fold(self):
-        self.embedding, self.transform = nn.Parameter(self.table().detach()), None
+    def drop_encoder(self):
+        self.embedding = nn.Parameter(self.prompt_embeddings().detach())
+        self.transform = None
         return self
+
+
+@dataclass(frozen=True)
+class PTuningV2Flags:
+    """virtual tokens"""
+    prefix_dropout: float = flag(0.0, "on keys and values", low=0, below=1)
 
 
 class PTuningV2(nn.Module):
     """Keys and values of every layer, each number its own parameter. init: as above, random being N(0, 1)."""
+    holds = "keys_values"
+    peft_type = "PREFIX_TUNING"
+    options = PTuningV2Flags
 
-    def __init__(self, model, n_virtual=20, init="text", ids=None, seed=0, dropout=0.1):
+    def __init__(self, model, num_virtual_tokens=20, init="text", ids=None, seed=0, prefix_dropout=0.1):
         super().__init__()
-        self.config, self.template, self.dropout = model.config, None, dropout
-        self.n_virtual, self.front = n_virtual, room(model, n_virtual, init)
+        self.config = model.config
+        self.template = None
+        self.dropout = prefix_dropout
+        self.num_virtual_tokens = num_virtual_tokens
+        self.prefix_len = check_prefix_len(model, num_virtual_tokens, init)
         with seeded(seed):
-            start, self.gate = kv_start(model, n_virtual, init, ids)
+            start, self.gate = kv_start(model, num_virtual_tokens, init, ids)
         self.embedding = nn.Parameter(start)
 
-    table, fold = PromptTuning.table, PromptTuning.fold                     # (P, 2 L nkv hs); nothing to drop
+    def prompt_embeddings(self):                                            # (P, 2 L nkv hs)
+        return self.embedding
 
     def forward(self, model):
-        return as_past(F.dropout(self.embedding, self.dropout, self.training), self.config, self.gate)
+        return as_past(F.dropout(self.embedding, self.dropout, self.training), model, self.gate)
+
+    def drop_encoder(self):
+        return self
 
 
 # ------------------------------------------------------------------------------------------ where they stand
 
-def as_past(table, config, gate=None):
-    """(P, 2 L nkv hs) -> past. A virtual token's row reads k of layer 0, v of layer 0, k of layer 1, ..."""
-    kv = table.view(-1, config.n_layer, 2, config.n_kv_head, config.head_size)      # (P, L, 2, nkv, hs)
+def as_past(table, model, gate=None):
+    """(P, 2 L nkv hs) -> past. A virtual token's row holds k of layer 0, v of layer 0, k of layer 1, ..."""
+    c = model.config
+    kv = table.view(-1, c.n_layer, 2, c.n_kv_head, c.head_size)                     # (P, L, 2, nkv, hs)
     kv = kv.permute(1, 2, 3, 0, 4)[:, :, None]                                      # (L, 2, 1, nkv, P, hs)
-    return [(k, v) if gate is None else (k, v, gate[i]) for i, (k, v) in enumerate(kv)]
+    return [model.Past(k, v, None if gate is None else gate[i]) for i, (k, v) in enumerate(kv)]
 
 
-def place(template, encode):
+def parse_template(template, encode):
     """A template like "{p:3} {prompt} {p:3}" -> ids before, ids after the prompt; virtual token j is -1 - j.
 
-    A row is before + prompt + after + answer, read through prompt.embed. Words between the slots are encoded
-    as they stand, blanks alone only separate. Virtual tokens are text here: they count in T, not in P.
+    A row is before + prompt + after + answer, embedded by prompt.embed. Words between the slots are encoded
+    as they stand; white space alone only separates. Virtual tokens are text here: they count in T, not in P.
+    Raises UserError for a template without {prompt} or without a slot.
     """
-    sides, j = [[]], 0
+    sides = [[]]
+    count = 0
     for piece in re.split(r"(\{p:\d+\}|\{prompt\})", template):
         if piece == "{prompt}":
             sides.append([])
         elif piece.startswith("{p:"):
-            first, j = j, j + int(piece[3:-1])
-            sides[-1] += [-1 - i for i in range(first, j)]
+            n = int(piece[3:-1])
+            sides[-1] += [-1 - j for j in range(count, count + n)]
+            count += n
         elif piece.strip():
             sides[-1] += encode(piece)
-    if len(sides) != 2 or not j:
+    if len(sides) != 2 or not count:
         raise UserError(f"template {template!r} must hold {{prompt}} once and a slot for virtual tokens, "
                         'as in "{p:3} {prompt} {p:3}"')
     return sides
 
 
-def cut(past):
+def detach_for_accumulation(past):
     """For several backward passes in one step (micro-batches): leaves to use as the past, and finish().
 
-    Gradients meet on the leaves; finish(), called last, sends their sum through the prompt. So a step still
+    Gradients add up on the leaves; finish(), called last, sends their sum through the prompt. So a step still
     runs the P tokens once, and draws its dropout once.
     """
-    leaves = [tuple(t.detach().requires_grad_() for t in entry) for entry in past]
+    def leaf(t):
+        return None if t is None else t.detach().requires_grad_()
+
+    leaves = [entry and entry._make(map(leaf, entry)) for entry in past]
 
     def finish():
-        pairs = [(t, leaf.grad) for made, used in zip(past, leaves) for t, leaf in zip(made, used)]
-        torch.autograd.backward(*zip(*(pair for pair in pairs if pair[1] is not None)))
+        tensors = []
+        gradients = []
+        for made, used in zip(past, leaves):
+            for t, copy in zip(made or (), used or ()):
+                if t is not None and copy.grad is not None:
+                    tensors.append(t)
+                    gradients.append(copy.grad)
+        torch.autograd.backward(tensors, gradients)
 
     return leaves, finish
 
@@ -220,14 +311,20 @@ def seeded(seed):
         yield
 
 
-def room(model, n, init, template=None):
-    """The positions that a prompt takes in front of the text; the rest of the context is the text's."""
-    slots, context = sum(map(int, re.findall(r"\{p:(\d+)\}", template or ""))), model.config.block_size
+def check_prefix_len(model, n, init, template=None):
+    """The positions that a prompt takes in front of the text.
+
+    Raises UserError if the context is too short.
+    """
+    slots = sum(map(int, re.findall(r"\{p:(\d+)\}", template or "")))
+    context = model.config.block_size
     if template and slots != n:
-        raise UserError(f"template {template!r} has {slots} virtual tokens and n_virtual is {n}; "
-                        + (f"say {slots}" if slots else "add {p}, where they stand"))
+        remedy = f"say {slots}" if slots else "add {p}, where they stand"
+        raise UserError(f"template {template!r} has {slots} virtual tokens and num_virtual_tokens is {n}; "
+                        f"{remedy}")
     if not 1 <= n < context:
-        raise UserError(f"n_virtual is {n}; text shares the context of {context}: say 1 to {context - 1}")
+        raise UserError(f"num_virtual_tokens is {n}; text shares the context of {context}: say 1 to "
+                        f"{context - 1}")
     return 0 if template or init == "gated" else n
 
 
@@ -241,8 +338,9 @@ def sampled(n, pool):                                               # all differ
 
 @torch.no_grad()
 def soft_start(model, n, init, ids):
-    """The embeddings (P, C), fp32, that virtual tokens start from."""
-    wte, common = model.wte.weight.float(), range(min(COMMON, model.config.vocab_size))
+    """The embeddings (P, C), fp32, that virtual tokens start from. Raises UserError for an unknown init."""
+    wte = model.wte.weight.float()
+    common = range(min(COMMON, model.config.vocab_size))
     if init == "random":
         return torch.randn(n, wte.size(1)).to(wte.device) * wte.std()
     if init == "vocab":
@@ -253,22 +351,28 @@ def soft_start(model, n, init, ids):
     if init == "text":
         return wte[repeated(ids, n)]
     if len(ids) > n:
-        raise UserError(f"n_virtual is {n}, but each of the {len(ids)} labels needs one; raise n_virtual")
+        raise UserError(f"num_virtual_tokens is {n}, but each of the {len(ids)} labels needs one; raise it")
     labels = torch.stack([wte[label].mean(0) for label in ids])             # a label may be several tokens
     return torch.cat((labels, wte[sampled(n - len(ids), common)]))
 
 
 @torch.no_grad()
 def kv_start(model, n, init, ids):
-    """The keys and values (P, 2 L nkv hs), fp32, that a prefix starts from, and its gate or None."""
-    device, c = model.wte.weight.device, model.config
-    if init in ("zero", "random"):
-        return (torch.zeros if init == "zero" else torch.randn)(n, kv_width(c)).to(device), None
+    """The keys and values (P, 2 L nkv hs), fp32, that a prefix starts from, and its gate or None.
+
+    Raises UserError for an unknown init.
+    """
+    device = model.wte.weight.device
+    c = model.config
+    if init == "zero":
+        return torch.zeros(n, kv_width(c)).to(device), None
+    if init == "random":
+        return torch.randn(n, kv_width(c)).to(device), None
     if init not in ("text", "gated"):
         raise UserError(f"init {init!r} is unknown; a prefix starts from text, zero, random or gated")
     ids = repeated(ids, n) if ids else sampled(n, range(min(COMMON, c.vocab_size)))
-    _, past = model.trunk(torch.tensor([ids], device=device))
-    kv = torch.stack([torch.stack(entry) for entry in past])                # (L, 2, 1, nkv, P, hs)
+    _, past = model.hidden_states(torch.tensor([ids], device=device))
+    kv = torch.stack([torch.stack((entry.k, entry.v)) for entry in past])   # (L, 2, 1, nkv, P, hs)
     gate = nn.Parameter(torch.zeros(c.n_layer, c.n_head, 1, 1, device=device)) if init == "gated" else None
     return kv[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1).float(), gate
 
@@ -289,63 +393,263 @@ def start_at(stack, x, target):
 def nearest_tokens(prompt, model, k=5, start=None):
     """Virtual tokens in words: for each, the k nearest tokens by cosine and by dot product, as (id, value).
 
-    A prefix has no embeddings: its values in layer 0 are held against those that each token would have there.
-    `start`: the table before training (the constructor makes it again); "moved" is a row's distance from it.
+    A prefix has no embeddings: its values in layer 0 are compared with those that each token would have
+    there. `start`: the numbers before training (the constructor makes them again); "moved" is a row's
+    distance.
     """
-    table, wte, block = prompt.table().float(), model.wte.weight, model.blocks[0]
-    soft, out = isinstance(prompt, (PromptTuning, PTuning)), []
-    rows = table if soft else as_past(table, prompt.config)[0][1][0].transpose(0, 1).flatten(1)
+    table = prompt.prompt_embeddings().float()
+    block = model.blocks[0]
+    vocabulary = model.embed(torch.arange(model.config.vocab_size, device=table.device))    # (V, C)
+    soft = prompt.holds == "embeddings"
+    rows = table if soft else as_past(table, model)[0].v[0].transpose(0, 1).flatten(1)
+    nearest = []
     for j, row in enumerate(rows):
-        at = wte if soft or model.wpe is None else wte + model.wpe.weight[j]
-        words = (wte if soft else block.attn.v(block.ln_1(at))).float()             # (V, C) or (V, nkv hs)
+        words = vocabulary
+        if not soft:
+            placed = vocabulary if model.wpe is None else vocabulary + model.wpe.weight[j]
+            words = block.attn.v(block.ln_1(placed))                                        # (V, nkv hs)
+        words = words.float()
         scores = {"cosine": F.cosine_similarity(words, row[None]), "dot": words @ row}
         near = {name: [(int(i), float(s[i])) for i in s.topk(k).indices] for name, s in scores.items()}
-        out.append({**near, "moved": None if start is None else float((table[j] - start[j]).norm())})
-    return out
+        moved = None if start is None else float((table[j] - start[j]).norm())
+        nearest.append({**near, "moved": moved})
+    return nearest
+
+
+def prompt_type_of(prompt_class):
+    """The peft_type of a soft prompt's folder; one that peft does not have gets a name that peft refuses."""
+    return prompt_class.peft_type or "PLAINTUNE_" + prompt_class.__name__.upper()
 
 
 def save_prompt(prompt, folder, base="", task_type="CAUSAL_LM"):
-    """Write the table as peft does, in fp32; an encoder is not in the file (to train on, keep state_dict()).
+    """Write the virtual tokens as peft does, in fp32; an encoder is not in the file (to train on, keep
+    state_dict()).
 
     peft ignores a prompt without task_type, so it is always there. Templates and gates it does not know: they
-    get a peft_type of their own, which it refuses, not one that it would run as something else.
+    get a peft_type of their own, which it refuses, not one that it would run as something else. A soft prompt
+    with peft_type None is written as its state dict and the arguments that it was built with.
     """
-    c, soft = prompt.config, isinstance(prompt, (PromptTuning, PTuning))
-    kind = "P_TUNING" if isinstance(prompt, PTuning) else "PROMPT_TUNING" if soft else "PREFIX_TUNING"
-    heads, width = (c.n_head, c.n_embd) if soft else (c.n_kv_head, c.n_kv_head * c.head_size)
-    config = dict(peft_type=kind, task_type=task_type, base_model_name_or_path=str(base), inference_mode=True,
-                  num_virtual_tokens=prompt.n_virtual, num_transformer_submodules=1,
-                  num_layers=c.n_layer, num_attention_heads=heads, token_dim=width)
-    tensors = {"prompt_embeddings": prompt.table()}
-    if kind == "P_TUNING":
-        config["encoder_hidden_size"] = c.n_embd                    # peft builds an encoder and never uses it
-    if prompt.template:
-        config.update(peft_type="TEMPLATE_PROMPT", template=prompt.template)
-    if not soft and prompt.gate is not None:
-        config["peft_type"], tensors["gate"] = "GATED_PREFIX", prompt.gate
+    config = dict(peft_type=prompt_type_of(type(prompt)), task_type=task_type,
+                  base_model_name_or_path=str(base),
+                  inference_mode=True, num_virtual_tokens=prompt.num_virtual_tokens)
+    if prompt.peft_type is None:
+        config["settings"] = prompt.settings
+        tensors = prompt.state_dict()
+    else:
+        tensors = {"prompt_embeddings": prompt.prompt_embeddings()}
+        c = prompt.config
+        soft = prompt.holds == "embeddings"
+        config.update(num_transformer_submodules=1, num_layers=c.n_layer,
+                      num_attention_heads=c.n_head if soft else c.n_kv_head,
+                      token_dim=c.n_embd if soft else c.n_kv_head * c.head_size)
+        if prompt.peft_type == "P_TUNING":
+            config["encoder_hidden_size"] = c.n_embd                # peft builds an encoder and never uses it
+        if prompt.template:
+            config.update(peft_type="TEMPLATE_PROMPT", template=prompt.template)
+        if not soft and prompt.gate is not None:
+            config["peft_type"] = "GATED_PREFIX"
+            tensors["gate"] = prompt.gate
     folder = pathlib.Path(folder)
     write_tensors(folder / "adapter_model.safetensors", {n: t.detach().float() for n, t in tensors.items()})
     write_json(folder / "adapter_config.json", config)
 
 
 def load_prompt(model, folder):
-    """A folder that save_prompt or peft wrote -> PromptTuning or PTuningV2 (no dropout), in eval mode."""
-    path, file = (pathlib.Path(folder) / f for f in ("adapter_config.json", "adapter_model.safetensors"))
-    config, tensors, c = read_json(path), read_tensors(file), model.config
-    known = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TEMPLATE_PROMPT", "GATED_PREFIX")
-    kind, n, template = (config.get(key) for key in ("peft_type", "num_virtual_tokens", "template"))
-    if kind not in known or (template is not None) != (kind == "TEMPLATE_PROMPT"):
-        raise DataError(f"{path}: peft_type is {kind!r} and template {template!r}; a prompt is one of "
-                        f"{', '.join(known)}, and only TEMPLATE_PROMPT has a template")
-    soft, gate = "PREFIX" not in kind, {"gate": [c.n_layer, c.n_head, 1, 1]} if kind == "GATED_PREFIX" else {}
-    want = {"prompt_embeddings": [n, c.n_embd if soft else kv_width(c)], **gate}
-    have = {name: list(t.shape) for name, t in tensors.items()}
-    if have != want:
-        raise DataError(f"{file}: the tensors are {have}; {kind} over this model has {want}")
+    """A folder that save_prompt or peft wrote -> a soft prompt without encoder and dropout, in eval mode.
+
+    Embeddings come back as PromptTuning, keys and values as PTuningV2, a class that peft does not have as
+    itself. Raises DataError.
+    """
+    path = pathlib.Path(folder) / "adapter_config.json"
+    file = pathlib.Path(folder) / "adapter_model.safetensors"
+    config = read_json(path)
+    tensors = read_tensors(file)
     if not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
         raise DataError(f"{file}: some numbers are not finite floats; train this prompt again")
-    prompt = (PromptTuning(model, n, "random", template=template) if soft else
-              PTuningV2(model, n, "gated" if gate else "zero", dropout=0.0))
+    for method in METHODS:
+        if method.prompt_class.peft_type is None and config.get("peft_type") in method.peft_types:
+            return load_own_prompt(model, method.prompt_class, config, tensors, file)
+    return load_peft_prompt(model, config, tensors, path, file)
+
+
+def load_own_prompt(model, prompt_class, config, tensors, file):
+    try:
+        prompt = prompt_class(model, **config["settings"])
+        prompt.settings = config["settings"]
+        prompt.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise DataError(f"{file} does not fit {prompt_class.__name__}: {' '.join(str(e).split())}") from None
+    return prompt.eval()
+
+
+def load_peft_prompt(model, config, tensors, path, file):
+    c = model.config
+    known = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TEMPLATE_PROMPT", "GATED_PREFIX")
+    peft_type = config.get("peft_type")
+    n = config.get("num_virtual_tokens")
+    template = config.get("template")
+    if peft_type not in known or (template is not None) != (peft_type == "TEMPLATE_PROMPT"):
+        raise DataError(f"{path}: peft_type is {peft_type!r} and template {template!r}; a prompt is one of "
+                        f"{', '.join(known)}, and only TEMPLATE_PROMPT has a template")
+    soft = "PREFIX" not in peft_type
+    want = {"prompt_embeddings": [n, c.n_embd if soft else kv_width(c)]}
+    if peft_type == "GATED_PREFIX":
+        want["gate"] = [c.n_layer, c.n_head, 1, 1]
+    have = {name: list(t.shape) for name, t in tensors.items()}
+    if have != want:
+        raise DataError(f"{file}: the tensors are {have}; {peft_type} over this model has {want}")
+    if soft:
+        prompt = PromptTuning(model, n, "random", template=template)
+    else:
+        prompt = PTuningV2(model, n, "gated" if "gate" in want else "zero", prefix_dropout=0.0)
     tensors["embedding"] = tensors.pop("prompt_embeddings")
     prompt.load_state_dict(tensors)
     return prompt.eval()
+
+
+# ---------------------------------------------------------------------------------------- flags and records
+
+def check_init_text(cfg):
+    if cfg.prompt_init_text and cfg.prompt_init in ("random", "zero", "labels"):
+        raise UserError(f"--prompt_init_text is not read by --prompt_init {cfg.prompt_init}")
+
+
+@dataclass(frozen=True)
+class EmbeddingFlags:
+    """virtual tokens"""
+    num_virtual_tokens: int = flag(20, "how many", low=1)
+    prompt_init: str = flag("vocab", "what the embeddings start from",
+                            choices=("vocab", "text", "labels", "random"))
+    prompt_init_text: str = flag(None, "the words for --prompt_init text or vocab; default: common tokens",
+                                 type=str)
+    check = staticmethod(check_init_text)
+
+
+@dataclass(frozen=True)
+class KeyValueFlags:
+    """virtual tokens"""
+    num_virtual_tokens: int = flag(20, "how many", low=1)
+    prompt_init: str = flag("text", "what keys and values start from",
+                            choices=("text", "zero", "random", "gated"))
+    prompt_init_text: str = flag(None, "the words for --prompt_init text; default: common tokens", type=str)
+    check = staticmethod(check_init_text)
+
+
+@dataclass(frozen=True)
+class TemplateFlags:
+    """virtual tokens"""
+    prompt_template: str = flag(None, 'front, or a template: "{prompt} {p}", "{p:3} {prompt} {p:3}"',
+                                type=str)
+
+
+def method_name(prompt):
+    """The --method that trains a soft prompt of this class."""
+    return next(method.name for method in METHODS if method.prompt_class is type(prompt))
+
+
+@dataclass(frozen=True)
+class PromptMethod:
+    """A --method that trains a soft prompt over a frozen model."""
+    name: str
+    help: str
+    prompt_class: type
+    flags: tuple                                    # groups of flags that every task reads
+    defaults: dict  # of flags, where this method's first run needs another value
+    loop_flags: tuple = ()                          # groups that only the supervised loop reads
+    template_flags: tuple = ()                      # groups that only tasks with a text to stand in read
+    refuses: dict = field(default_factory=dict)     # {task: why this method does not do it}
+    critic_lr: float = 5e-3                         # of PPO's critic, a LoRA: --lr suits virtual tokens
+    allocator = None
+    selected_by = "method"
+    trains = True
+    trains_base = False
+    mergeable = False
+
+    @property
+    def peft_types(self):
+        extra = {"PROMPT_TUNING": ("TEMPLATE_PROMPT",), "PREFIX_TUNING": ("GATED_PREFIX",)}
+        peft_type = prompt_type_of(self.prompt_class)
+        return (peft_type, *extra.get(peft_type, ()))
+
+    def apply(self, ctx, cfg, log):
+        """Freeze the model, make (or go on with) the soft prompt. Returns {name: trainable parameter}.
+
+        Raises UserError if ctx.prompt is a prompt of another class.
+        """
+        ctx.model.requires_grad_(False)
+        if ctx.prompt is None:
+            ctx.prompt = self.make_prompt(ctx, cfg).to(ctx.device)
+        else:
+            self.check_continued(ctx.prompt, cfg)
+        for p in ctx.prompt.parameters():
+            p.requires_grad_()
+        return {f"prompt.{name}": p for name, p in ctx.prompt.named_parameters()}
+
+    def check_continued(self, prompt, cfg):
+        if type(prompt) is not self.prompt_class:
+            raise UserError(f"--init {cfg.init} is a soft prompt, which only --method {method_name(prompt)} "
+                            "can continue")
+        other_size = "num_virtual_tokens" in cfg.given and cfg.num_virtual_tokens != prompt.num_virtual_tokens
+        if other_size or "prompt_init" in cfg.given:
+            raise UserError("--num_virtual_tokens and --prompt_init shape a new soft prompt; --init "
+                            f"{cfg.init} brings its own, of {prompt.num_virtual_tokens} virtual tokens")
+
+    def make_prompt(self, ctx, cfg):
+        settings = dict(num_virtual_tokens=cfg.num_virtual_tokens, seed=cfg.seed)
+        if "prompt_init" in cfg:                        # a soft prompt may have one start only
+            settings["init"] = cfg.prompt_init
+        if self.prompt_class.options:
+            settings.update({f.name: cfg.get(f.name, f.default) for f in fields(self.prompt_class.options)})
+        template = cfg.get("prompt_template")
+        if template not in (None, "front"):
+            settings["template"] = template.replace("{p}", f"{{p:{cfg.num_virtual_tokens}}}")
+        ids = None
+        if cfg.get("prompt_init") == "labels":
+            ids = [ctx.text.tokenizer.encode(label) for label in ctx.text.labels]
+        elif cfg.get("prompt_init_text"):
+            ids = ctx.text.tokenizer.encode(cfg.prompt_init_text)
+        prompt = self.prompt_class(ctx.model, ids=ids, **settings)
+        prompt.settings = settings
+        if prompt.template:
+            ctx.text.soft_prompt_ids = prompt.template_ids(ctx.text.tokenizer.encode)
+        return prompt
+
+    def param_groups(self, ctx, cfg, trainable):
+        """One group: virtual tokens do not decay."""
+        own = [p for name, p in trainable.items() if name.startswith("prompt.")]
+        return [dict(params=own, lr=cfg.lr, weight_decay=0.0)]
+
+    def detach_past(self, past):
+        return detach_for_accumulation(past)
+
+    def save(self, ctx, folder, base):
+        save_prompt(ctx.prompt, folder, base=base)
+
+    def load(self, model, folder, settings):
+        """The soft prompt of an adapter folder."""
+        return load_prompt(model, folder)
+
+    def run_settings(self, cfg):
+        return {}
+
+    def cost(self, cfg, model):
+        """What data/results/cost_model.py needs to know."""
+        return dict(kind="prompt", targets=(), rank=0, keeps_output=False, quant="none", first_layer=0)
+
+
+METHODS = (
+    PromptMethod("prompt_tuning", "input embeddings", PromptTuning, flags=(EmbeddingFlags,),
+                 template_flags=(TemplateFlags,),
+                 defaults=dict(lr=0.2, beta2=0.95, epochs=9.0, batch=8, num_virtual_tokens=40,
+                               prompt_template="{prompt} {p}")),
+    PromptMethod("p_tuning", "input embeddings through an encoder", PTuning,
+                 flags=(EmbeddingFlags, PTuningFlags), template_flags=(TemplateFlags,),
+                 defaults=dict(lr=6e-3, beta2=0.95, epochs=12.0, num_virtual_tokens=40,
+                               prompt_template="{prompt} {p}")),
+    PromptMethod("prefix_tuning", "per-layer keys and values through an MLP", PrefixTuning,
+                 flags=(KeyValueFlags, PrefixFlags),
+                 defaults=dict(lr=1e-3, beta2=0.95, epochs=10.0)),
+    PromptMethod("p_tuning_v2", "per-layer keys and values, direct", PTuningV2, flags=(KeyValueFlags,),
+                 loop_flags=(PTuningV2Flags,),
+                 defaults=dict(lr=3e-2, beta2=0.95, epochs=10.0)),
+)

@@ -1,4 +1,4 @@
-"""train.py: the command. One objective (--task) times one choice of what learns (--method), a folder per run.
+"""train.py: the command. An objective (--task) times what is trained (--method), a folder per run.
 
     python train.py --method lora                                LoRA, the toy world, the shipped base model
     python train.py --task classify --data FILE --init FOLDER    your data, a real model
@@ -6,33 +6,40 @@
 
     loss of a step = sum over supervised tokens of -log p(token | before) / their number in the whole step
 
-A step is `--batch` examples, cut into micro-batches of at most `--micro` padded tokens; as the division is by
-the count of the whole step, the cut does not change the gradient. What is random in step t is a function of
-(seed, t), the order of data one of (seed, epoch): a run that is killed and continued ends in the same bits.
-Processes of torchrun share its steps and end in the same weights (data/runtime/distributed.py).
+A step is `--batch` examples, cut into micro-batches of at most `--micro_batch_tokens` padded tokens; the loss
+is divided by the count of the whole step, so the cut does not change the gradient. The random numbers of step
+t are a function of (seed, t), the order of data of (seed, epoch): a run that is killed and continued ends in
+the same bits. Processes of torchrun share its steps and end in the same weights
+(data/runtime/distributed.py).
+
+Read `train_loop` first. A task, an optimiser and a schedule is one record at the end of this file, beside its
+functions; a method is one in lora.py or prompts.py (`full` and `none` here), an RL algorithm or a preference
+loss one in ppo.py. Flags, --help, saving, loading and tables read the records.
 
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
 the weights as adapter/ (peft's format) or model/ (transformers'), and, last of all, result.json. The same
-command again prints a finished run's result, continues an interrupted one, refuses another one's folder.
-stdout: results; stderr: progress. Exit: 0 done, 1 unexpected, 2 usage, 65 bad data, 75 interrupted.
+command again prints a finished run's result and continues an interrupted one; if the code, data, base or
+reward of a run have changed, it is moved aside and starts anew (data/runtime/run_folder.py).
+stdout: results; stderr: progress. Exit codes: 0 done, 1 unexpected, 2 usage, 65 bad data, 74 cannot write,
+75 interrupted and saved.
 
-Public: main, Config, load
+Public: main, load, parse, TASKS, METHODS, OPTIMIZERS, SCHEDULES
 """
 import signal
 
-if __name__ == "__main__":                          # until `guard` takes over, Ctrl-C ends us, and no more
+if __name__ == "__main__":  # until `defer_signals` takes over, Ctrl-C ends the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
 import copy
-import dataclasses
-import hashlib
 import importlib
 import json
 import math
 import os
 import sys
 import time
+from dataclasses import dataclass, field, replace
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -41,129 +48,1194 @@ from tqdm import tqdm
 import lora
 import ppo
 import prompts
-from data.batches import batching, objectives, few_shot
-from data.text import chat, formats
-from data.runtime import distributed, flags
-from data.results import evaluate, cost_model, tables
-from data.results.inspect_data import examine
-from data.runtime.distributed import world
-from data.batches.examples import Feed, Ranking, Text, size, targets
+from data.batches import batching, few_shot, objectives
+from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, TooLongFlags,
+                                   size, targets)
+from data.batches.few_shot import ShotFlags
+from data.batches.objectives import AttentionFlags, ObjectiveFlags
+from data.checkpoints.hf import FAMILIES, read_config
+from data.checkpoints.model_folders import (base_of, find, hash_folder, portable, root_model, settings,
+                                            weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.runtime.files import DataError, UserError, atomic, read_json, write_json
-from data.runtime.flags import LORA, NOT_IDENTITY, SOFT, Config, told
-from data.checkpoints.model_folders import base_of, beneath, bottom_of, find, portable, settings, weights_folder
+from data.results import cost_model, evaluate, inspect_data, next_token, tables
+from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
+from data.results.inspect_data import CheckFlags
+from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
-from data.checkpoints.hf import read_config
-from data.runtime.device import compiles, peak_memory_mb, pick_device, pick_dtype
-from data.results.report import describe, report, virtual
-from data.runtime.run_folder import Interrupted, Run, RunError, guard, note, say
-from data.results.next_token import show
+from data.results.report import describe, describe_virtual_tokens, report
+from data.runtime import command, distributed
+from data.runtime.code_hash import code_hashes, function_hashes
+from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype
+from data.runtime.distributed import dist_state
+from data.runtime.files import DataError, UserError, atomic, read_json, write_json
+from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
+from data.runtime.identity import hash_json
+from data.runtime.records import find_record
+from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
+                                     print_result)
+from data.text import chat, formats
 from data.text.tokenizer import Tokenizer
-from data.runtime.flags import numbers, ranges
 from model import GPT, GPTConfig
 
-HEADS = {"classify": ("label",), "tag": ("tags",), "reward": ("pairs", "ranked")}      # the rows they judge
-CONCERNS = {"ppo": ppo.PPOConfig, "sample": ppo.PPOConfig, "dpo": ppo.DPOConfig}     # flags of ppo.py's own
+
+# ------------------------------------------------------------------------------------------------------ flags
+# Each group is read by the functions of this file; the records of tasks below say which groups a task has.
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def dtype_name(word):
+    """torch's names of dtypes are accepted, too."""
+    return DTYPES.get(word, word)
+
+
+@dataclass(frozen=True)
+class CommonFlags:
+    """the run"""
+    task: str = flag("sft", "the objective", choices=lambda: tuple(t.name for t in TASKS))
+    method: str = flag("lora", "which parameters are trained", choices=lambda: tuple(m.name for m in METHODS))
+    init: str = flag("data/base", "a model, adapter or run folder, a fetched model, or new")
+    seed: int = flag(1, "of initialisation, data order, dropout and sampling", low=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "precision of the arithmetic; trainable parameters are stored in fp32",
+                      type=dtype_name, choices=("auto", "fp32", "tf32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """the run"""
+    data: str = flag("toy", "a file, a folder of train/valid/test files, a fetched data set, or toy/NAME")
+
+
+@dataclass(frozen=True)
+class DryRunFlags:
+    """the run"""
+    dry_run: bool = flag(False, "print sizes and two rendered examples, then stop", identity=False)
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """training"""
+    steps: int = flag(None, "optimiser steps; overrides --epochs", type=int, low=0)
+    epochs: float = flag(6.0, "passes over the training data", low=0)
+    batch: int = flag(16, "examples per optimiser step", low=1)
+    optimizer: str = flag("adamw", "what updates the parameters", choices=lambda: names(OPTIMIZERS))
+    lr: float = flag(1e-3, "peak learning rate; the wider the model, the lower", low=0)
+    warmup: float = flag(0.05, "share of the steps in which the rate rises", low=0, high=1)
+    schedule: str = flag("cosine", "the rate after warm-up", choices=lambda: names(SCHEDULES))
+    min_lr_ratio: float = flag(0.0, "where the schedule ends, as a share of --lr", low=0, high=1)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", low=0)
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
+    compile: bool = flag(False, "training forward and backward through torch.compile")
+    eval_every: int = flag(0, "steps between evaluations on valid; 0: three in the run", low=0)
+
+
+@dataclass(frozen=True)
+class SaveFlags:
+    """training"""
+    save_every: int = flag(100, "steps between saves of state.pt", low=1)
+    forgetting_data: str = flag("toy/corpus", "held-out text to measure forgetting on, or none")
+
+
+@dataclass(frozen=True)
+class AdamWFlags:
+    """training"""
+    beta2: float = flag(0.999, "AdamW's second moment", low=0, below=1)
+
+
+@dataclass(frozen=True)
+class FullFlags:
+    """training"""
+    weight_decay: float = flag(0.0, "decay of matrices", low=0)
+    shard: bool = flag(False, "split weights, gradients and moments over torchrun's processes",
+                       identity=False)
+
+    @staticmethod
+    def check(cfg):
+        if cfg.compile and cfg.shard:
+            raise UserError("--compile and --shard have not been tried together; leave one of them out")
+
+
+@dataclass(frozen=True)
+class NewModelFlags:
+    """a new model, --init new"""
+    n_layer: int = flag(4, "layers", low=1)
+    n_head: int = flag(4, "heads", low=1)
+    n_embd: int = flag(128, "width", low=1)
+    family: str = flag("gpt2", "dialect", choices=lambda: tuple(f.model_type for f in FAMILIES))
+    vocab_size: int = flag(1024, "size of the tokenizer it gets; 0: bytes", low=0)
+
+    @staticmethod
+    def check(cfg):
+        if cfg.init == "new":
+            if cfg.method != "full":
+                raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use "
+                                "--method full, or --init data/base")
+            return
+        for name in ("n_layer", "n_head", "n_embd", "family", "vocab_size"):
+            if name in cfg.given:
+                raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
+
+
+@dataclass(frozen=True)
+class RewardFlags:
+    """reward"""
+    reward: str = flag(None, "what scores an answer: a run of --task reward, or module:function, a function "
+                       "of the texts of prompt and answer", type=str)
+    gold_reward: str = flag(None, "module:function that is only measured; default: the toy world's own",
+                            type=str)
+
+
+@dataclass(frozen=True)
+class PtxFlags:
+    """reward"""
+    ptx_data: str = flag("toy/corpus", "raw text for --ptx_coef")
+
+
+@dataclass(frozen=True)
+class KeepBestFlags:
+    """sampling"""
+    keep_best: int = flag(1, "best answers to each prompt that are written out", low=1)
+
+    @staticmethod
+    def check(cfg):
+        if cfg.keep_best > cfg.num_generations:
+            raise UserError(f"--keep_best {cfg.keep_best} is more than --num_generations "
+                            f"{cfg.num_generations}, "
+                            "the answers there are")
+
+
+@dataclass(frozen=True)
+class MergeFlags:
+    """the run"""
+    out: str = flag(None, "the new folder", type=str)
+
+
+def names(records):
+    return tuple(record.name for record in records)
+
+
+def find_task(name):
+    return find_record(TASKS, name)
+
+
+def find_method(name):
+    return find_record(METHODS, name)
 
 
 def parse(argv):
-    return flags.parse(argv, CONCERNS)
+    """argv -> Config. Raises UserError."""
+    return command.parse(argv, PROGRAM)
 
 
-def default_out(cfg):
-    standard = ["--task", cfg.task, "--method", cfg.method]
-    return flags.default_out(cfg, flags.parse(standard, CONCERNS, checked=False))
-
-
-# ---------------------------------------------------------------------------------------- models and machines
+# ----------------------------------------------------------------------------------------- models and methods
 
 def load(folder, dtype=torch.float32):
-    """(model, prompt or None, tokenizer) of any folder that a run, `transformers` or `peft` wrote.
+    """(model, prompt or None, tokenizer) of any folder that a run, `transformers` or `peft` wrote, in eval
+    mode.
 
-    An adapter names its base, which may be an adapter again: what that one learned is merged in here.
+    An adapter names its base, which may be an adapter again: that one is merged in here. Raises DataError.
     """
     folder = weights_folder(folder)
     base = base_of(folder)
     if base is None:
-        return GPT.from_pretrained(folder, dtype), None, Tokenizer.from_pretrained(folder)
+        return GPT.from_pretrained(folder, dtype).eval(), None, Tokenizer.from_pretrained(folder)
     model, prompt, tokenizer = load(base)
     if prompt is not None:
         raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
-    model = (lora.merge(model) if lora.adapters(model) else model).to(dtype)
-    if low_rank(folder):
-        said = settings(folder)
-        if said.get("quant", "none") != "none":         # the base it was trained against, rounding and all
-            lora.quantise(model, said["quant"], said["double_quant"])
-        lora.load_adapter(model, folder)
-    else:
-        prompt = prompts.load_prompt(model, folder)
+    model = merged(model).to(dtype)
+    method = method_of(folder)
+    loaded = method.load(model, folder, settings(folder))
+    return model.eval(), None if method.mergeable else loaded.eval(), tokenizer
+
+
+def merged(model):
+    """The model with its adapter, if it has one, folded into the weights."""
+    return lora.merge(model) if lora.adapters(model) else model
+
+
+def method_of(folder):
+    """The method that reads an adapter folder. Raises DataError for a peft_type that none reads."""
+    peft_type = read_json(folder / "adapter_config.json").get("peft_type")
+    for method in METHODS:
+        if peft_type in method.peft_types:
+            return method
+    known = dict.fromkeys(name for method in METHODS for name in method.peft_types)
+    raise DataError(f"{folder}/adapter_config.json: peft_type {peft_type!r} is not read here; "
+                    f"{', '.join(known)} are")
+
+
+def prompt_base(name):
+    """The base for training a soft prompt on `name`: the model below if `name` is a soft prompt itself."""
+    below = base_of(weights_folder(name))
+    if below is None or method_of(weights_folder(name)).mergeable:
+        return name
+    return below
+
+
+def open_context(cfg):
+    """Model, tokenizer, template and device of a command, as training and evaluation take them."""
+    task = find_task(cfg.task)
+    device, why = pick_device(cfg.device)
+    device = distributed.local_device(device)
+    stored = settings(cfg.init) if cfg.init != "new" else {}
+    made_by = find_task(stored["task"]) if "task" in stored else None
+    if made_by and task.generates and (made_by.judges or stored.get("classifier") == "head"):
+        raise UserError(f"--init {cfg.init} is a run of --task {made_by.name}, which scores and does not "
+                        "generate; --task eval measures it, and the model below it can generate")
+    width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
+    dtype, because = pick_dtype(cfg.dtype, device, width)
+    if cfg.get("compile"):
+        compiles(device)
+    model, prompt, tokenizer = open_model(cfg, dtype)
+    template = cfg.get("template", "auto")
+    if template == "auto":                          # a new model is trained on plain text only
+        guess = "plain" if cfg.init == "new" else chat.guess_template(tokenizer)
+        template = stored.get("template") or guess
+    several = f", {dist_state.size} processes" if dist_state.size > 1 else ""
+    log_progress(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}{several}")
+    model = place_model(model, cfg, device, dtype)
+    text = open_text(cfg, task, tokenizer, template, stored)
+    ctx = evaluate.ModelContext(model.eval(), text, device, dtype, prompt=prompt,
+                                micro_batch_tokens=cfg.get("micro_batch_tokens", MICRO),
+                                max_new_tokens=cfg.get("max_new_tokens", 64),
+                                gradient_checkpointing=cfg.get("gradient_checkpointing", False),
+                                compile=cfg.get("compile", False))
+    if prompt is not None:
+        prompt.to(device)
+        if prompt.template:
+            if not task.reads_templates:            # ppo.py takes ids, and these tokens have none
+                raise UserError(f"--init {cfg.init} is a soft prompt inside a template, which --task "
+                                f"{cfg.task} "
+                                "cannot use; train it with --prompt_template front")
+            text.soft_prompt_ids = prompt.template_ids(tokenizer.encode)
+    if made_by and made_by.load_head:
+        labels_by_head = stored.get("classifier") == "head" and text.classifier == "head"
+        scores_by_head = made_by.judges and (task.judges or task.measures)
+        if labels_by_head or scores_by_head:
+            ctx.head = made_by.load_head(cfg.init).to(device)
+    return ctx
+
+
+def open_model(cfg, dtype):
+    """(model, prompt or None, tokenizer) of --init; frozen weights are stored as they compute."""
+    if cfg.init == "new":
+        model, tokenizer = new_model(cfg)
+        return model, None, tokenizer
+    method = find_method(cfg.method)
+    stored_dtype = torch.float32 if method.trains_base else dtype
+    # a reward model belongs to the merged model, so --task sample merges
+    as_base = method.trains or "reward" in cfg
+    tuned_before = as_base and base_of(weights_folder(cfg.init)) is not None
+    model, prompt, tokenizer = load(cfg.init, torch.float32 if tuned_before else stored_dtype)
+    if tuned_before:  # an adapter under the new one is part of the base, as in `load`
+        model = merged(model).to(stored_dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(f"{cfg.init}: its tokenizer has {tokenizer.vocab_size} ids, its model "
+                        f"{model.config.vocab_size}; they do not belong together")
     return model, prompt, tokenizer
 
 
-def low_rank(folder):
-    """Is it an adapter of Linears (lora.py), rather than a soft prompt (prompts.py)?"""
-    return read_json(folder / "adapter_config.json").get("peft_type") in ("LORA", "ADALORA", "IA3")
-
-
-def open_kit(cfg):
-    """Model, text and machine for a command, as evaluation and training want them."""
-    device, why = pick_device(cfg.device)
-    device = distributed.own(device)
-    said = settings(cfg.init) if cfg.init != "new" else {}
-    judges = said.get("task") == "reward" or said.get("by") == "head"
-    if judges and cfg.task in ("chat", "sample", "dpo", "ppo"):
-        raise UserError(f"--init {cfg.init} is a run of --task {said['task']}: it judges, and was not taught "
-                        "to speak; --task eval measures it, and the model below it can speak")
-    if cfg.init == "new":
-        model, tokenizer = new_model(cfg)
-        prompt, width = None, cfg.n_embd
-    else:
-        width = read_config(bottom_of(cfg.init))["n_embd"]
-    dtype, because = pick_dtype(cfg.dtype, device, width)
-    if cfg.compile:
-        compiles(device)
-    if cfg.init != "new":                           # what is frozen is stored in the dtype it computes in
-        stored = torch.float32 if cfg.method == "full" else dtype
-        chain = cfg.method != "none" and base_of(weights_folder(cfg.init)) is not None
-        model, prompt, tokenizer = load(cfg.init, torch.float32 if chain else stored)
-        if chain:                                   # tuned before: that is part of the base now, as in `load`
-            model = (lora.merge(model) if lora.adapters(model) else model).to(stored)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"its tokenizer has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}"
-        raise DataError(f"{cfg.init}: {sizes}; they do not belong together")
-    template = cfg.template
-    if template == "auto":                          # a new model has seen plain text only
-        template = said.get("template") or ("plain" if cfg.init == "new" else chat.guess(tokenizer))
-    note(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}"
-         + (f", {world.size} processes" if world.size > 1 else ""))
-    if cfg.shard and (world.size == 1 or dtype == torch.float16):
+def place_model(model, cfg, device, dtype):
+    """The model on its device, or split over the processes."""
+    if not cfg.get("shard"):
+        return model.to(device)
+    if dist_state.size == 1 or dtype == torch.float16:
+        remedy = "start several" if dist_state.size == 1 else "leave --dtype fp16 out"
         raise UserError("--shard splits a model over the processes of torchrun --nproc_per_node N, in fp32 "
-                        "or bf16; " + ("start several" if world.size == 1 else "leave --dtype fp16 out"))
-    model = distributed.shard(model, device) if cfg.shard else model.to(device)
-    by = "head" if cfg.task == "tag" else said.get("by", "words") if cfg.task == "eval" else cfg.by
-    system, ask = (said.get(name) if text is None else text     # "" is an answer
-                   for name, text in (("system", cfg.system), ("ask", cfg.ask)))
-    text = Text(tokenizer, template, system, tuple(said.get("labels", ())), ask, by,
-                *objectives.of(cfg.task, cfg.attention, cfg.objective, said))
-    kit = evaluate.Kit(model.eval(), text, device, dtype, prompt=prompt, micro=cfg.micro,
-                       max_new=cfg.max_new, checkpoint=cfg.checkpoint, compile=cfg.compile)
-    if prompt is not None and prompt.template:
-        if cfg.task in ("reward", "dpo", "ppo", "sample"):      # ppo.py reads ids, and these tokens have none
-            raise UserError(f"--init {cfg.init} is a soft prompt inside a template, which --task {cfg.task} "
-                            "cannot read; train it with --place front")
-        text.frame = prompts.place(prompt.template, tokenizer.encode)
-    if said.get("by") == "head" and by == "head":
-        weight = read_tensors(weights_folder(cfg.init) / "head.safetensors")["score.weight"]
-        kit.head = nn.Linear(*reversed(weight.shape), bias=False, device=device)
-        kit.head.weight.data.copy_(weight)
-    if said.get("task") == "reward" and cfg.task in ("reward", "eval"):
-        kit.head = scalar_head(cfg.init).to(device)
-    return kit
+                        f"or bf16; {remedy}")
+    return distributed.shard(model, device)
 
 
-def scalar_head(folder):
-    """The head of a reward model, from the folder of its run."""
+def open_text(cfg, task, tokenizer, template, stored):
+    """How rows become token ids, from the flags and from what the run of --init was trained with."""
+    if task.measures:
+        classifier = stored.get("classifier", "lm")
+    else:
+        classifier = task.classifier or cfg.get("classifier", "lm")
+    system = stored.get("system") if cfg.get("system") is None else cfg.system          # "" is an answer
+    question = stored.get("question") if cfg.get("question") is None else cfg.question
+    attention, objective = objectives.resolve_objective(task, cfg.get("attention"), cfg.get("objective"),
+                                                        stored)
+    return Text(tokenizer, template, system, tuple(stored.get("labels", ())), question, classifier, attention,
+                objective)
+
+
+def new_model(cfg):
+    """A tokenizer trained on the data (--vocab_size 0: bytes), a model of the flagged shape."""
+    special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
+    texts = [row["text"] for row in formats.load_text(cfg.data, "train")]
+    tokenizer = Tokenizer.train(texts, cfg.vocab_size or 256 + len(special), special)
+    shape = GPTConfig(tokenizer.vocab_size, cfg.block_size or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                      eos=tokenizer.eos).as_family(cfg.family)
+    if shape.mlp == "swiglu":                       # three matrices at 8/3 of the width: GPT-2's size
+        shape = replace(shape, n_inner=-(-8 * cfg.n_embd // 96) * 32)
+    torch.manual_seed(cfg.seed)
+    return GPT(shape), tokenizer
+
+
+def apply_method(ctx, cfg):
+    """Freeze, add adapters or a soft prompt, add the task's head. Returns {name: trainable parameter}."""
+    method = find_method(cfg.method)
+    if ctx.prompt is not None and (method.mergeable or method.trains_base):
+        raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or "
+                        f"continue it by --method {prompts.method_name(ctx.prompt)}")
+    trainable = method.apply(ctx, cfg, log_progress)
+    task = find_task(cfg.task)
+    if ctx.head is None and task.make_head and (task.judges or ctx.text.classifier == "head"):
+        ctx.head = task.make_head(ctx, cfg)
+    if ctx.head is not None:
+        for name, p in ctx.head.named_parameters():
+            trainable[f"head.score.{name}"] = p.requires_grad_()
+    return trainable
+
+
+def param_groups(ctx, cfg, trainable):
+    """Optimiser groups: the method's, and one for a head. Raises UserError if a parameter is in none."""
+    groups = find_method(cfg.method).param_groups(ctx, cfg, trainable)
+    head = [p for name, p in trainable.items() if name.startswith("head.score.")]
+    if head:                                        # rates that suit virtual tokens would destroy a head
+        groups.append(dict(params=head, lr=min(cfg.lr, 0.03), weight_decay=0.0))
+    grouped = {id(p) for group in groups for p in group["params"]}
+    for name, p in trainable.items():
+        if id(p) not in grouped:
+            raise UserError(f"{name} is trainable, but --method {cfg.method} puts it in no optimiser group")
+    names_of = {id(p): name for name, p in trainable.items()}
+    for group in groups:                            # for optimisers that treat some parameters in another way
+        group["names"] = [names_of[id(p)] for p in group["params"]]
+    return groups
+
+
+def save_weights(ctx, cfg, folder):
+    """The trained weights in standard formats, what only we have a name for in run.json.
+
+    Returns their bytes.
+    """
+    method = find_method(cfg.method)
+    inner = folder / ("model" if method.trains_base else "adapter")
+    base = cfg.init if method.mergeable or method.trains_base else prompt_base(cfg.init)
+    method.save(ctx, inner, None if method.trains_base else portable(base))
+    if dist_state.rank:
+        return 0
+    if ctx.head is not None:
+        write_tensors(inner / "head.safetensors",
+                      {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
+    written = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
+    text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
+    write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
+                                    **method.run_settings(cfg)})
+    return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
+
+
+TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
+
+
+class FullMethod:
+    """--method full: every weight is trained."""
+    name = "full"
+    selected_by = "method"
+    help = "everything"
+    flags = ()
+    loop_flags = (FullFlags,)
+    defaults = dict(lr=1e-3)
+    refuses = {}
+    peft_types = ()
+    trains = True
+    trains_base = True
+    mergeable = False
+    allocator = None
+
+    def apply(self, ctx, cfg, log):
+        distributed.reshard(ctx.model)
+        return dict(ctx.model.named_parameters())
+
+    def param_groups(self, ctx, cfg, trainable):
+        """Matrices decay; norms, biases and a head do not."""
+        own = {name: p for name, p in trainable.items() if not name.startswith("head.score.")}
+        matrices = [p for p in own.values() if p.dim() > 1]
+        others = [p for p in own.values() if p.dim() <= 1]
+        groups = [dict(params=matrices, lr=cfg.lr, weight_decay=cfg.weight_decay),
+                  dict(params=others, lr=cfg.lr, weight_decay=0.0)]
+        return [group for group in groups if group["params"]]
+
+    def save(self, ctx, folder, base):
+        model = ctx.model
+        distributed.reshard(model)  # a gathered root looks like a model that is not sharded
+        if distributed.is_sharded(model.wte.weight):
+            weights = distributed.collect({name: p.detach() for name, p in model.named_parameters()})
+            if dist_state.rank:
+                return
+            with torch.device("meta"):
+                model = GPT(model.config)
+            model.load_state_dict({"head.weight": weights["wte.weight"], **weights}, assign=True)
+        if not dist_state.rank:
+            model.save_pretrained(folder)
+            ctx.text.tokenizer.save_pretrained(folder)
+
+    def run_settings(self, cfg):
+        return {}
+
+    def cost(self, cfg, model):
+        return dict(kind="full", targets=(), rank=0, keeps_output=False, quant="none", first_layer=0)
+
+
+class NoneMethod:
+    """--method none: nothing is trained, the baseline is measured."""
+    name = "none"
+    selected_by = "method"
+    help = "nothing: a zero-shot or few-shot baseline"
+    flags = ()
+    loop_flags = ()
+    defaults = {}
+    refuses = {}
+    peft_types = ()
+    trains = False
+    trains_base = False
+    mergeable = False
+    allocator = None
+
+
+FULL = FullMethod()
+NONE = NoneMethod()
+METHODS = (*lora.METHODS, *prompts.METHODS, FULL, NONE)
+
+
+# --------------------------------------------------------------------------------- optimisers and schedules
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What --optimizer names. make(groups, cfg, device) -> a torch optimizer with a state_dict.
+
+    groups: dicts of params, their names, lr and weight_decay; the loop sets group["lr"] at each step.
+    """
+    name: str
+    help: str
+    make: Callable
+    flags: tuple = ()
+    defaults: dict = field(default_factory=dict)
+    selected_by = "optimizer"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What --schedule names. factor(t, cfg), t from 0 to 1 after warm-up -> share of the way down, 1 to 0."""
+    name: str
+    help: str
+    factor: Callable
+    flags: tuple = ()
+    defaults: dict = field(default_factory=dict)
+    selected_by = "schedule"
+
+
+def make_adamw(groups, cfg, device):
+    return torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=device.type != "mps")
+
+
+def cosine(t, cfg):
+    return 0.5 + 0.5 * math.cos(math.pi * t)
+
+
+def linear(t, cfg):
+    return 1 - t
+
+
+def constant(t, cfg):
+    return 1.0
+
+
+OPTIMIZERS = (
+    Optimizer("adamw", "AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)", make_adamw, flags=(AdamWFlags,)),
+)
+SCHEDULES = (
+    Schedule("cosine", "half a cosine", cosine),
+    Schedule("linear", "a straight line", linear),
+    Schedule("constant", "no decay", constant),
+)
+
+
+def lr_at(step, total, cfg):
+    """Linear warm-up, then the schedule down to min_lr_ratio x --lr."""
+    warmup = round(cfg.warmup * total)
+    if step < warmup:
+        return cfg.lr * (step + 1) / (warmup + 1)
+    t = (step - warmup) / max(1, total - warmup)
+    factor = find_record(SCHEDULES, cfg.schedule).factor(t, cfg)
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * factor)
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+@dataclass
+class LoopState:
+    """What changes from step to step, besides the parameters."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    allocator: object               # AdaLoRA's, None for other methods
+    lr_scales: list                 # of each optimiser group, relative to --lr
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0                # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+
+    def clock(self):
+        return dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3))
+
+
+def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
+    """The supervised loop. trainable {name: parameter}; state: what state.pt held; returns the LoopState.
+
+    evaluate_now() gives the metrics on valid. Raises RunError after ten steps in a row that are not finite.
+    """
+    compute_loss = find_task(cfg.task).loss
+    loop = start_loop(ctx, cfg, trainable, total)
+    resume(ctx, cfg, run, loop, trainable, state)
+    progress = Progress(total, loop.step)
+    ctx.train()
+    try:
+        while loop.step < total:
+            step = loop.step
+            if step and step % (cfg.eval_every or math.ceil(total / 4)) == 0:  # first: a resume repeats it
+                log_validation(ctx, run, loop, total, evaluate_now)
+            began = time.monotonic()
+            seed_step(cfg.seed, step)
+            batch = feed.step_examples(step)
+            micro_batches, idle_batches = local_micro_batches(feed, batch, cfg)
+            count = max(sum(map(targets, batch)), 1)                        # of the whole step, all processes
+            past, finish_prompt = prompt_past(ctx, cfg, micro_batches)      # None without a soft prompt
+            seed_rank(cfg.seed, step)
+            loss = 0.0
+            for micro_batch in micro_batches:
+                with ctx.autocast():
+                    part = compute_loss(ctx, cfg, micro_batch, past) / count
+                loop.scaler.scale(part).backward()
+                loss = loss + part.detach()
+            for micro_batch in idle_batches:  # sharded: equal numbers of forwards
+                with ctx.autocast():
+                    (0 * compute_loss(ctx, cfg, micro_batch, past)).backward()
+            finish_prompt()
+            loss, = distributed.all_reduce(trainable.values(), [float(loss)])   # gradients in place, too
+            penalty = add_penalty(loop)
+            if step == 0:
+                require_gradients(cfg, trainable)
+            loop.scaler.unscale_(loop.optimizer)
+            grad_norm = float(distributed.clip_grad_norm(trainable.values(), cfg.grad_clip or math.inf))
+            lr = lr_at(step, total, cfg)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            with defer_signals:                                             # no signal between these lines
+                if finite:
+                    for group, scale in zip(loop.optimizer.param_groups, loop.lr_scales):
+                        group["lr"] = lr * scale
+                    loop.scaler.step(loop.optimizer)
+                    if loop.allocator:
+                        loop.allocator.update(step)  # new weights, this step's gradient
+                else:
+                    stop_after_ten_skipped(ctx, run, loop, trainable)
+                loop.scaler.update()
+                loop.optimizer.zero_grad(set_to_none=True)
+                advance(loop, batch, finite, time.monotonic() - began)
+                if loop.step % max(1, total // 100) == 0 or loop.step == total or not finite:
+                    run.log(event="train", **loop.clock(), loss=loss, lr=lr, grad_norm=grad_norm,
+                            skipped=loop.skipped, **penalty)
+            progress.show(loop, loss)
+            if loop.step % cfg.save_every == 0 or loop.step == total:
+                save_state(run, loop, trainable, state)
+        return loop
+    except Interrupted:
+        save_state(run, loop, trainable, state)
+        raise
+    finally:
+        progress.close()
+        ctx.train(False)
+
+
+def start_loop(ctx, cfg, trainable, total):
+    """Optimiser, loss scaler and allocator of a run, before its first step."""
+    groups = param_groups(ctx, cfg, trainable)
+    lr_scales = [group["lr"] / (cfg.lr or 1) for group in groups]
+    optimizer = find_record(OPTIMIZERS, cfg.optimizer).make(groups, cfg, ctx.device)
+    scaler = torch.amp.GradScaler(ctx.device.type, enabled=ctx.dtype == torch.float16)
+    make_allocator = find_method(cfg.method).allocator
+    allocator = make_allocator(ctx.model, cfg, total) if make_allocator else None
+    distributed.reshard(ctx.model)
+    return LoopState(optimizer, scaler, allocator, lr_scales)
+
+
+def resume(ctx, cfg, run, loop, trainable, state):
+    """Go on from state.pt, if it holds steps.
+
+    Raises UserError for other processes than the run began with.
+    """
+    if "trainable" in state:
+        began_with = state["processes"]
+        if cfg.get("dropout") and began_with != dist_state.size:
+            raise UserError(f"{run.folder} was begun by {began_with} processes, each with its own --dropout: "
+                            "continue with as many, or use --fresh to start over")
+        for name, value in state["trainable"].items():
+            trainable[name].data.copy_(distributed.scatter(trainable[name], value))
+        loop.optimizer.load_state_dict(distributed.scatter_state(loop.optimizer, state["optimizer"]))
+        loop.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counters"].items():
+            setattr(loop, name, value)
+        if loop.allocator:
+            loop.allocator.load_state_dict(state["allocator"])
+    run.rewind(loop.step)
+
+
+def save_state(run, loop, trainable, state):
+    """state.pt: all that `resume` needs, beside what the run found before its first step."""
+    names = ("step", "tokens", "seconds", "skipped", "skipped_in_a_row")
+    counters = {name: getattr(loop, name) for name in names}
+    with defer_signals:
+        whole = distributed.collect({"trainable": {name: p.detach() for name, p in trainable.items()},
+                                     "optimizer": loop.optimizer.state_dict()})
+        run.save({**state, **whole, "scaler": loop.scaler.state_dict(), "counters": counters,
+                  "processes": dist_state.size,
+                  "allocator": loop.allocator.state_dict() if loop.allocator else {}})
+
+
+def step_seed(seed, step):
+    return (seed * 1_000_003 + step) % 2 ** 63
+
+
+def seed_step(seed, step):
+    """Dropout of a soft prompt: a function of (seed, step), the same in every process."""
+    torch.manual_seed(step_seed(seed, step))
+
+
+def seed_rank(seed, step):
+    """Dropout of adapters: a function of (seed, step, process)."""
+    if dist_state.rank:
+        torch.manual_seed((step_seed(seed, step) + (dist_state.rank << 40)) % 2 ** 63)
+
+
+def local_micro_batches(feed, batch, cfg):
+    """(this process's micro-batches, those it runs at weight 0 so that sharded forwards agree in number)."""
+    shards = distributed.partition(batch, list(map(size, batch)), dist_state.size)
+    parts = [feed.micro_batches(shard) for shard in shards]
+    own = parts[dist_state.rank]
+    missing = max(map(len, parts)) - len(own)
+    return own, [batch[:1]] * missing if cfg.get("shard") else []
+
+
+def prompt_past(ctx, cfg, micro_batches):
+    """(the soft prompt's past, what to call after the last backward): P tokens run once a step, not once a
+    batch."""
+    with ctx.autocast():
+        past = ctx.past()
+    if past is None or len(micro_batches) < 2:
+        return past, lambda: None
+    return find_method(cfg.method).detach_past(past)
+
+
+def add_penalty(loop):
+    """AdaLoRA's orthogonality term: its gradient, and what the log says of it. The loss stays comparable."""
+    if not loop.allocator:
+        return {}
+    penalty = loop.allocator.penalty()
+    loop.scaler.scale(penalty).backward()
+    return dict(orthogonality=penalty.item(), **loop.allocator.report())
+
+
+def require_gradients(cfg, trainable):
+    """After the first backward. Raises UserError for a trainable parameter that the loss does not reach."""
+    if find_method(cfg.method).trains_base:         # a model may have weights that a task does not use
+        return
+    for name, p in trainable.items():
+        if p.grad is None:
+            raise UserError(f"{name} is trainable, but the loss of --task {cfg.task} gives it no gradient; "
+                            "freeze it, or use it in the forward pass")
+
+
+def stop_after_ten_skipped(ctx, run, loop, trainable):
+    """Before a step is skipped. Raises RunError at the tenth in a row."""
+    if loop.skipped_in_a_row == 9:
+        raise RunError(f"{run.folder}: 10 steps in a row were not finite, first of all "
+                       f"{first_nonfinite(ctx, trainable)}; lower --lr, or use --dtype fp32")
+
+
+def first_nonfinite(ctx, trainable):
+    """The first tensor that is not finite, in words: weights before gradients."""
+    named = [("the weight " + name, p) for name, p in [*ctx.model.named_parameters(), *trainable.items()]]
+    named += [("the gradient of " + name, p.grad) for name, p in trainable.items() if p.grad is not None]
+    for what, t in named:
+        if not distributed.full(t).isfinite().all():
+            return what
+    return "the loss itself"
+
+
+def advance(loop, batch, finite, seconds):
+    """Count a step that is done."""
+    loop.step += 1
+    loop.tokens += sum(map(size, batch))
+    loop.seconds += seconds
+    loop.skipped += not finite
+    loop.skipped_in_a_row = 0 if finite else loop.skipped_in_a_row + 1
+
+
+def log_validation(ctx, run, loop, total, evaluate_now):
+    ctx.train(False)
+    metrics = evaluate_now()
+    ctx.train()
+    run.log(event="valid", **loop.clock(), **metrics)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    log_progress(f"step {loop.step}/{total}  valid  {shown}")
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every five seconds."""
+
+    def __init__(self, total, step):
+        self.total = total
+        self.spoke = time.monotonic()
+        self.bar = tqdm(total=total, initial=step, disable=dist_state.rank > 0 or None, unit="step",
+                        mininterval=0.5)
+
+    def show(self, loop, loss):
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.spoke > 5:
+            speed = loop.tokens / loop.seconds
+            log_progress(f"step {loop.step}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
+            self.spoke = time.monotonic()
+
+    def close(self):
+        self.bar.close()
+
+
+# ----------------------------------------------------------------------------------------- the supervised run
+
+def run_supervised(cfg):
+    """The tasks that share `train_loop`; with --method none (and --task eval) the same without training."""
+    if cfg.get("dry_run"):
+        return dry_run(cfg, *open_data(cfg))
+    rows, row_type, run, identity = open_run(cfg)
+    result = run.finished(identity)
+    if result is None:
+        with run.opened(identity) as result:
+            if result is None:
+                result = train_and_measure(cfg, run, rows, row_type)
+    return report(result, run.folder, result["next_command"])
+
+
+def train_and_measure(cfg, run, rows, row_type):
+    """Measure, train, measure again, save. Returns the result."""
+    task = find_task(cfg.task)
+    ctx = open_context(cfg)
+    check_rows(ctx, cfg, rows, row_type)
+    params_total = sum(p.numel() for p in ctx.model.parameters())
+    state = run.start(facts_of(ctx)) or {}
+    shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
+    if "baseline" not in state:
+        state = measure_baseline(ctx, cfg, run, rows, shots[0])
+    outcome = Outcome(dict(state["baseline"]), state["before"], state["item_correct"])
+    loop = None
+    trainable = {}
+    if find_method(cfg.method).trains:
+        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
+    elif len(shots) > 1:
+        outcome = measure_shots(ctx, rows, shots, outcome)
+    with defer_signals:
+        weights = save_weights(ctx, cfg, run.folder) if trainable else 0
+        samples = [dict(prompt="".join(turn["content"] for turn in ctx.text.turns(row)[-2:-1]),
+                        reference=ctx.text.references(row)[0], before=before, after=after)
+                   for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
+        counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
+                      adapter_bytes=weights)
+        return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
+
+
+@dataclass
+class Outcome:
+    """What was measured on test: metrics, the first answers as text, "1" or "0" for each item."""
+    metrics: dict
+    answers: list
+    item_correct: str = ""
+
+
+def clock_of(loop):
+    if loop is None:
+        return dict(steps=0, tokens=0, seconds=0.0, skipped=0)
+    return dict(steps=loop.step, tokens=loop.tokens, seconds=round(loop.seconds, 3), skipped=loop.skipped)
+
+
+def check_rows(ctx, cfg, rows, row_type):
+    """Labels and heads fit the data. Sets the labels of ctx.text. Raises DataError, UserError."""
+    if ctx.head is not None:
+        made_by = find_task(settings(cfg.init)["task"])
+        if row_type not in made_by.reads:
+            raise DataError(f"{cfg.data} holds {row_type} rows; {cfg.init}, a run of --task {made_by.name}, "
+                            f"reads {' or '.join(made_by.reads)} rows")
+    if row_type not in ("label", "tags"):
+        return
+    labels = formats.label_names(sum(rows.values(), []))
+    if not set(labels) <= set(ctx.text.labels):         # a tuned model keeps its order and unused labels
+        if ctx.head is not None:
+            raise DataError(f"{cfg.data} has the labels {sorted(labels)}, but the head of {cfg.init} "
+                            f"knows {list(ctx.text.labels)}")
+        ctx.text.labels = labels
+    unseen = set(labels) - set(formats.label_names(rows["train"]))
+    if unseen and find_method(cfg.method).trains:
+        log_progress(f"no training row has the label {', '.join(sorted(unseen))}, which valid or test have")
+    if row_type != "label":
+        return
+    if len(ctx.text.labels) < 2:
+        raise DataError(f"{cfg.data} has only the label {labels[0]!r}; classification needs two")
+    if len(ctx.text.prompt_ids({"text": "", "label": labels[0]})) >= ctx.max_text_len():
+        raise UserError(f"the question that names the {len(labels)} labels of {cfg.data} leaves no "
+                        "room for a text; give a shorter --question")
+
+
+def measure_baseline(ctx, cfg, run, rows, shots):
+    """What the model does before training, as the first state of a run."""
+    task = find_task(cfg.task)
+    test = rows["test"]
+    if task.baseline_metrics:
+        examples = ctx.text.encode_splits({"test": test}, ctx.block_size(cfg.block_size),
+                                          cfg.get("too_long", "truncate"))
+        metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
+    else:                                               # nothing to measure yet, but answers to compare with
+        metrics = {}
+        answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in test[:3]])
+    state = {"baseline": metrics, "before": answers[:3],
+             "item_correct": evaluate.item_correct(ctx, test, answers)}
+    if task.begin:
+        state.update(task.begin(ctx, cfg, rows))
+    run.rewind(-1)
+    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
+    return state
+
+
+def train(ctx, cfg, run, rows, row_type, state):
+    """Apply the method, run the loop, measure. Returns (LoopState, {name: parameter}, Outcome)."""
+    task = find_task(cfg.task)
+    forgetting = forgetting_examples(cfg, ctx)
+    state.setdefault("forgetting_before", evaluate.mean_loss(ctx, forgetting)[0])
+    total_params = sum(p.numel() for p in ctx.model.parameters())
+    trainable = apply_method(ctx, cfg)
+    block = ctx.block_size(cfg.block_size)
+    examples = ctx.text.encode_splits(rows, block, cfg.get("too_long", "truncate"))
+    if task.prepare:
+        examples = {split: task.prepare(ctx, cfg, some) for split, some in examples.items()}
+    feed = Feed(examples["train"], cfg.batch, cfg.micro_batch_tokens, cfg.seed,
+                block if row_type == "text" else None, ctx.text)
+    total = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
+    count = sum(p.numel() for p in trainable.values())
+    log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
+    run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
+    loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
+                      lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
+    if ctx.prompt is not None:
+        ctx.prompt.drop_encoder()                       # an encoder is for training only
+    if task.end:
+        task.end(ctx, cfg, rows, state)
+    metrics, answers = task.evaluate(ctx, cfg, rows["test"], examples["test"])
+    if forgetting:
+        metrics["forgetting"] = evaluate.mean_loss(ctx, forgetting)[0] - state["forgetting_before"]
+    return loop, trainable, Outcome(metrics, answers[:3], evaluate.item_correct(ctx, rows["test"], answers))
+
+
+def measure_shots(ctx, rows, shots, first):
+    """The same measurement with more and more solved examples in front. Returns an Outcome."""
+    test = rows["test"]
+    rungs, answers = few_shot.shot_ladder(
+        shots, lambda n: evaluate.evaluate_rows(ctx, test, [], rows["train"][:n]), first.metrics)
+    metrics = {**rungs[-1][1], **few_shot.print_ladder(rungs)}
+    return Outcome(metrics, answers, evaluate.item_correct(ctx, test, answers))
+
+
+def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
+    """The last event, then result.json, which is returned."""
+    task = find_task(cfg.task)
+    run.log(event="test", step=clock["steps"], tokens=clock["tokens"], seconds=clock["seconds"],
+            **outcome.metrics)
+    named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
+    result = dict(status="done", **named,
+                  metrics=outcome.metrics, baseline_metrics=baseline, **counts, **clock,
+                  tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
+                  item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
+                  next_command=task.next_command(ctx, cfg, run.folder))
+    if task.describe and ctx.prompt is not None:
+        result["virtual_tokens"] = task.describe(ctx, cfg)
+    return run.finish(result)
+
+
+def use_it(ctx, cfg, folder):
+    """The command that uses what a supervised run has trained; None if nothing was."""
+    if not find_method(cfg.method).trains:
+        return None
+    if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
+        return f"python train.py --task eval --init {folder} --data {cfg.data}"
+    return f"python train.py --task chat --init {folder}"
+
+
+def describe_prompt(ctx, cfg):
+    """What a soft prompt has become, as lines: the nearest words of its virtual tokens, and how far they
+    moved."""
+    return describe_virtual_tokens(ctx, initial_prompt(cfg.init, str(ctx.device)), prompts.nearest_tokens)
+
+
+def initial_prompt(folder, device="auto"):
+    """The soft prompt that a run began with, made again from its flags and seed; None if those are lost."""
+    # no config.json, no base, other flags
+    with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
+        stored = read_json(find(folder) / "config.json")["config"]
+        cfg = Config({**stored, "device": device, "compile": False})
+        ctx = open_context(cfg)
+        ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
+        apply_method(ctx, cfg)
+        return ctx.prompt
+
+
+def dry_run(cfg, rows, row_type):
+    """--dry_run: sizes, costs on paper, two rendered examples."""
+    ctx = open_context(cfg)
+    check_rows(ctx, cfg, rows, row_type)
+    params_total = sum(p.numel() for p in ctx.model.parameters())
+    trainable = apply_method(ctx, cfg)
+    block = ctx.block_size(cfg.block_size)
+    few = {"train": [] if row_type == "text" else rows["train"][:200]}
+    examples = ctx.text.encode_splits(few, block, cfg.get("too_long", "truncate"))["train"]
+    return describe(ctx, plan_of(ctx, cfg, trainable, examples, block), params_total, examples[:2])
+
+
+def plan_of(ctx, cfg, trainable, examples, block):
+    """The numbers from which data/results/cost_model.py estimates memory and arithmetic."""
+    costs = find_method(cfg.method).cost(cfg, ctx.model)
+    logits_on_answers = find_task(cfg.task).logits_on_answers
+    return cost_model.planned(ctx, cfg, trainable, examples, block, costs, logits_on_answers)
+
+
+# ------------------------------------------------------------------------------------------ data and identity
+
+def open_data(cfg):
+    """({split: rows}, row type) of --data, fit for the task.
+
+    Raises DataError for rows the task does not read.
+    """
+    data = formats.load_splits(cfg.data)
+    rows = {split: d.rows for split, d in data.items()}
+    train = data["train"]
+    counts = [f"{len(r)} {split}" for split, r in rows.items()]
+    counts += [f"{n} dropped {why}" for why, n in train.dropped.items()]
+    log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
+    task = find_task(cfg.task)
+    if train.row_type not in task.reads:
+        raise DataError(f"{cfg.data} holds {train.row_type} rows; --task {cfg.task} reads "
+                        f"{' or '.join(task.reads)} rows")
+    leaks = formats.leaks(rows["train"], rows["test"])
+    if leaks:
+        log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
+    rows["test"] = rows["test"][:cfg.eval_items or None]
+    if task.all_valid:
+        return rows, train.row_type
+    rows["valid"] = rows["valid"][:100]             # for progress; results come from test
+    return rows, train.row_type
+
+
+def open_run(cfg):
+    """(rows, row type, Run, identity): what a command reads, where its run lives, what it is the run of.
+
+    Raises as `open_data`; failed.json then says why.
+    """
+    run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
+    try:
+        rows, row_type = open_data(cfg)
+        return rows, row_type, run, identity_of(cfg, rows)
+    except UserError as e:
+        run.record_failure(e)
+        raise
+
+
+def identity_of(cfg, rows):
+    """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
+    identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
+                "base": "new" if cfg.init == "new" else hash_folder(cfg.init)}
+    for name in find_task(cfg.task).input_flags:
+        word = cfg.get(name)
+        if word:
+            identity[name] = function_hashes(word) if ":" in word else hash_folder(word)
+    return identity
+
+
+def methods_used(cfg):
+    """The method of a run, and those that made the adapters it loads: their code computes, too."""
+    used = [find_method(cfg.method)]
+    if find_task(cfg.task).config:                  # PPO's critic is a LoRA
+        used.append(lora.METHODS[0])
+    for name in (cfg.init, cfg.get("reward")):
+        folder = None if name in (None, "new") or ":" in name else weights_folder(name)
+        while folder is not None and base_of(folder) is not None:
+            used.append(method_of(folder))
+            folder = base_of(folder)
+    return used
+
+
+def code_roots(cfg):
+    """The definitions from which everything that this run computes is reached."""
+    task = find_task(cfg.task)
+    used = methods_used(cfg)
+    roots = [f"train.py: {task.run.__name__}", f'train.py: TASKS["{task.name}"]']
+    variants = []
+    for method in used:
+        chosen = hasattr(method, "variant") and method is used[0]
+        variants += [method.variant(cfg)] if chosen else getattr(method, "variants", ())
+        if method in (FULL, NONE):
+            roots.append(f"train.py: {type(method).__name__}")
+    for file, methods in (("lora.py", lora.METHODS), ("prompts.py", prompts.METHODS)):
+        own = [f'{file}: METHODS["{method.name}"]' for method in used if method in methods]
+        roots += own or [f"{file}: METHODS[]"]
+    roots += [f"lora.py: {variant.__name__}" for variant in variants]
+    listed = [f'lora.py: LORA_VARIANTS["{v.name}"]' for v in variants if v in lora.LORA_VARIANTS]
+    roots += listed or ["lora.py: LORA_VARIANTS[]"]
+    files = {"optimizer": "train.py: OPTIMIZERS", "schedule": "train.py: SCHEDULES",
+             "algo": "ppo.py: ALGORITHMS", "preference_loss": "ppo.py: PREFERENCE_LOSSES"}
+    for name, collection in files.items():
+        roots.append(f'{collection}["{cfg.get(name)}"]' if name in cfg else f"{collection}[]")
+    return roots
+
+
+def other_texts(cfg):
+    """Rows that a run reads beside --data."""
+    texts = []
+    if cfg.get("forgetting_data", "none") != "none":
+        texts.append(formats.load_text(cfg.forgetting_data, "valid", ("text", "chat"))[:100])
+    if cfg.get("ptx_coef"):
+        texts.append(formats.load_text(cfg.ptx_data, "train"))
+    return texts
+
+
+def facts_of(ctx):
+    """What config.json keeps beside flags and identity."""
+    return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template)
+
+
+def forgetting_examples(cfg, ctx):
+    """Plain text that no task trains on, as examples: the rise of its loss is the forgetting."""
+    if cfg.forgetting_data == "none":
+        return []
+    rows = formats.load_text(cfg.forgetting_data, "valid", ("text", "chat"))[:100]
+    # the same before and after
+    virtual_tokens = cfg.get("num_virtual_tokens", 0) if ctx.prompt is None else 0
+    block = ctx.max_text_len() - virtual_tokens
+    if block < 2:
+        raise UserError(f"--num_virtual_tokens {virtual_tokens} leaves no room in a context of "
+                        f"{ctx.model.config.block_size}")
+    return ctx.text.encode_splits({"valid": rows}, min(256, block))["valid"]
+
+
+# -------------------------------------------------------------------------------- losses and metrics of tasks
+
+def answer_loss(ctx, cfg, batch, past):
+    """-log p of the supervised tokens, or of the labels at a head, summed over these examples."""
+    return evaluate.summed_loss(ctx, batch, past)
+
+
+def reward_loss(ctx, cfg, batch, past):
+    """The ranking loss of a reward model, summed over prompts."""
+    return ppo.reward_step(adapter_context(ctx, past), ctx.head, batch)[0]
+
+
+def preference_loss(ctx, cfg, batch, past):
+    """--preference_loss, summed over pairs."""
+    return ppo.dpo_step(adapter_context(ctx, past), batch, preference_config(cfg))[0]
+
+
+def preference_config(cfg):
+    return ppo.PreferenceConfig.from_flags(cfg)
+
+
+def adapter_context(ctx, past):
+    """The model as ppo.py takes it: a function that gives a context manager, which gives (model, past)."""
+    return lambda: contextlib.nullcontext((ctx.as_model(), past))
+
+
+def evaluate_answers(ctx, cfg, rows, examples, shots=()):
+    """(metrics, answers as text) of a model that answers, or that labels by a head."""
+    if isinstance(examples[0] if examples else None, Ranking):
+        raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can score")
+    return evaluate.evaluate_rows(ctx, rows, examples, shots)
+
+
+@torch.no_grad()
+def evaluate_reward(ctx, cfg, rows, examples, shots=()):
+    """(loss and pairwise accuracy, the scores of each row as text) of a reward model."""
+    if ctx.head is None or not isinstance(examples[0], Ranking):
+        return evaluate_answers(ctx, cfg, rows, examples, shots)
+    total = 0.0
+    steps = []
+    lines = {}
+    past = ctx.past()
+    with ctx.autocast():
+        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+            loss, _, scored = ppo.reward_step(adapter_context(ctx, past), ctx.head,
+                                              [examples[i] for i in part])
+            total += loss.item()
+            steps.append(scored)
+            for i, scores in zip(part, scored[0].tolist()):
+                lines[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
+    total = sum(distributed.gather(total))
+    steps = sum(distributed.gather(steps), [])
+    return {"loss": total / len(rows), **reward_report(steps)}, distributed.gather_rows(lines)
+
+
+@torch.no_grad()
+def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
+    """(loss, accuracy and margin of the implicit reward, answers to three prompts)."""
+    total = 0.0
+    steps = []
+    past = ctx.past()
+    with ctx.autocast():
+        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+            loss, _, sums = ppo.dpo_step(adapter_context(ctx, past), [examples[i] for i in part],
+                                         preference_config(cfg))
+            total += loss.item()
+            steps.append(sums)
+    total = sum(distributed.gather(total))
+    steps = sum(distributed.gather(steps), [])
+    means = {name: sum(sums[name] for sums in steps) / len(rows) for name in steps[0]}
+    answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows[:3]])
+    return {"loss": total / len(rows), **means}, answers
+
+
+@torch.no_grad()
+def add_reference_logprobs(ctx, cfg, examples):
+    """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
+    record = find_record(ppo.PREFERENCE_LOSSES, cfg.preference_loss)
+    if not record.needs_reference:
+        return examples
+    found = {}
+    past = ctx.past()
+    with ctx.autocast():
+        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+            both = ppo.pair_logprobs(adapter_context(ctx, past), [examples[i] for i in part])[:2]
+            for i, pair in zip(part, torch.stack(both, 1).tolist()):
+                found[i] = pair
+    return [e._replace(reference=tuple(pair)) for e, pair in zip(examples, distributed.gather_rows(found))]
+
+
+def label_head(ctx, cfg):
+    """A linear classifier that starts at zero: every label is equally likely."""
+    head = nn.Linear(ctx.model.config.n_embd, len(ctx.text.labels), bias=False, device=ctx.device)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def load_label_head(folder):
+    weight = read_tensors(weights_folder(folder) / "head.safetensors")["score.weight"]
+    head = nn.Linear(*reversed(weight.shape), bias=False)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def reward_head(ctx, cfg):
+    torch.manual_seed(cfg.seed)
+    return ppo.ScalarHead(ctx.model.config.n_embd).to(ctx.device)
+
+
+def load_reward_head(folder):
+    """The head of a reward model, from the folder of its run. Raises DataError."""
     path = weights_folder(folder) / "head.safetensors"
     if settings(folder).get("task") != "reward" or not path.exists():
         raise DataError(f"{folder} is no reward model; --task reward makes one")
@@ -173,823 +1245,683 @@ def scalar_head(folder):
     return head
 
 
-def new_model(cfg):
-    """A tokenizer trained on the data (--vocab 0: bytes), a model of the flagged shape, seeded weights."""
-    special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
-    texts = [row["text"] for row in formats.plain(cfg.data, "train")]
-    tokenizer = Tokenizer.train(texts, cfg.vocab or 256 + len(special), special)
-    shape = GPTConfig(tokenizer.vocab_size, cfg.block or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                      eos=tokenizer.eos)
-    if cfg.family == "llama":                       # three matrices at 8/3 of the width: GPT-2's size
-        shape = shape.llama(n_inner=-(-8 * cfg.n_embd // 96) * 32)
-    torch.manual_seed(cfg.seed)
-    return GPT(shape), tokenizer
+def calibration_prompts(ctx, rows):
+    return [ctx.prompt_ids(row) for row in rows["valid"] * 2]
 
 
-# ------------------------------------------------------------------------------------------------ the methods
-
-def build(kit, cfg):
-    """The one place that knows the methods. Freezes, injects, and returns what learns: {name: parameter}."""
-    model, first = kit.model, {}
-    if kit.prompt is not None and cfg.method not in SOFT:
-        raise UserError(f"--init {cfg.init} is a soft prompt and cannot be merged; start from its base, or "
-                        "go on with it by --method prompt (embeddings) or ptuning2 (keys and values)")
-    if cfg.method == "full":
-        distributed.reshard(model)
-        learn = dict(model.named_parameters())
-    elif cfg.method in LORA:
-        if cfg.quant != "none":
-            bits = lora.quantise(model, cfg.quant, cfg.double_quant)
-            note(f"base in {cfg.quant}: {bits:.2f} bits per weight of the blocks")
-        if cfg.method != "ia3":
-            first = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, rank_map=numbers(cfg.rank_map))
-        if cfg.method == "lora":
-            first.update(rslora=cfg.rslora, dora=cfg.dora, pissa=cfg.pissa)
-        lora.inject(model, cfg.targets, kind=cfg.method, layers=ranges(cfg.layers), seed=cfg.seed, **first)
-        learn = {name: p for name, p in lora.adapter_parameters(model).items() if p.requires_grad}
-    elif kit.prompt is not None:                    # a prompt that was tuned before: go on with its numbers
-        same = "prompt" if isinstance(kit.prompt, prompts.PromptTuning) else "ptuning2"
-        if cfg.method != same:
-            raise UserError(f"--init {cfg.init} is a soft prompt, which only --method {same} can go on with")
-        if cfg.start or cfg.n_virtual not in (Config.n_virtual, kit.prompt.n_virtual):
-            raise UserError(f"--n_virtual and --start shape a new soft prompt; --init {cfg.init} brings its "
-                            f"own, of {kit.prompt.n_virtual} virtual tokens")
-        model.requires_grad_(False)
-        learn = {f"prompt.{name}": p.requires_grad_() for name, p in kit.prompt.named_parameters()}
-    else:
-        model.requires_grad_(False)
-        first = dict(n_virtual=cfg.n_virtual, seed=cfg.seed, **({"init": cfg.start} if cfg.start else {}))
-        if cfg.start == "labels":
-            first["ids"] = [kit.text.tokenizer.encode(label) for label in kit.text.labels]
-        elif cfg.start_text:
-            first["ids"] = kit.text.tokenizer.encode(cfg.start_text)
-        place = None if cfg.place in (None, "front") else cfg.place.replace("{p}", f"{{p:{cfg.n_virtual}}}")
-        if cfg.method == "prompt":
-            kit.prompt = prompts.PromptTuning(model, template=place, **first)
-        elif cfg.method == "ptuning":
-            kit.prompt = prompts.PTuning(model, template=place, encoder=cfg.encoder, hidden=cfg.hidden,
-                                         **first)
-        elif cfg.method == "prefix":
-            kit.prompt = prompts.PrefixTuning(model, hidden=cfg.hidden or 512, **first)
-        elif cfg.method == "ptuning2":
-            kit.prompt = prompts.PTuningV2(model, dropout=cfg.prefix_dropout, **first)
-        if place:
-            kit.text.frame = prompts.place(place, kit.text.tokenizer.encode)
-        learn = {f"prompt.{name}": p for name, p in kit.prompt.to(kit.device).named_parameters()}
-    if kit.text.by == "head":
-        if kit.head is None:                        # from zero: every label equally likely, nothing to seed
-            kit.head = nn.Linear(model.config.n_embd, len(kit.text.labels), bias=False, device=kit.device)
-            nn.init.zeros_(kit.head.weight)
-    if cfg.task == "reward" and kit.head is None:
-        torch.manual_seed(cfg.seed)
-        kit.head = ppo.ScalarHead(model.config.n_embd).to(kit.device)
-    if kit.head is not None:
-        learn.update({f"head.score.{name}": p.requires_grad_() for name, p in kit.head.named_parameters()})
-    return learn
-
-
-def began_as(folder, device="auto"):
-    """The soft prompt that a run began with, made again from its flags and seed; None if those are lost."""
-    with contextlib.suppress(UserError, TypeError, KeyError):       # no config.json, no base, other flags
-        said = read_json(find(folder) / "config.json")["config"] | {"device": device, "compile": False}
-        cfg = Config(**{name: said[name] for name in Config.__dataclass_fields__ if name in said})
-        kit = open_kit(cfg)
-        kit.text.labels = tuple(settings(folder).get("labels", ()))     # --start labels starts from them
-        build(kit, cfg)
-        return kit.prompt
-
-
-def param_groups(kit, cfg, learn):
-    """Optimiser groups. Decay pulls matrices of the model and of LoRA, never virtual tokens or a head."""
-    if cfg.method in LORA:
-        groups = lora.param_groups(kit.model, cfg.lr, cfg.lora_plus, cfg.weight_decay)
-        learn = {name: p for name, p in learn.items() if name.startswith("head.score.")}
-    else:
-        groups = []
-    heads = {name for name in learn if name.startswith("head.score.")}
-    pulled = {name for name, p in learn.items() if p.dim() > 1 and cfg.method == "full"} - heads
-    for decay in (True, False):
-        if ps := [p for name, p in learn.items() if name not in heads and (name in pulled) == decay]:
-            groups.append(dict(params=ps, lr=cfg.lr, weight_decay=cfg.weight_decay * decay))
-    if heads:                                       # virtual tokens bear rates that would shatter a head
-        groups.append(dict(params=[learn[name] for name in learn if name in heads], lr=min(cfg.lr, 0.03),
-                           weight_decay=0.0))
-    return groups
-
-
-def save_weights(kit, cfg, folder):
-    """The trained weights in other people's formats, what only we know in run.json. Returns their bytes."""
-    inner, model = folder / ("model" if cfg.method == "full" else "adapter"), kit.model
-    if cfg.shard:
-        distributed.reshard(model)
-        weights = distributed.collect({name: p.detach() for name, p in model.named_parameters()})
-    if world.rank:
-        return 0
-    if cfg.shard:
-        with torch.device("meta"):
-            model = GPT(model.config)
-        model.load_state_dict({"head.weight": weights["wte.weight"], **weights}, assign=True)
-    if cfg.method == "full":
-        model.save_pretrained(inner)
-        kit.text.tokenizer.save_pretrained(inner)
-    else:
-        if kit.prompt is not None:
-            prompts.save_prompt(kit.prompt, inner, base=portable(beneath(cfg.init)))
-        else:
-            lora.save_adapter(kit.model, inner, base=portable(cfg.init))
-    if kit.head is not None:
-        write_tensors(inner / "head.safetensors", {f"score.{name}": t.cpu()
-                                                   for name, t in kit.head.state_dict().items()})
-    beside = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    said = {name: getattr(kit.text, name) for name in ("template", "system", "labels", "ask", "by",
-                                                       "attention", "objective")}
-    if cfg.method in LORA and cfg.quant != "none":
-        said |= dict(quant=cfg.quant, double_quant=cfg.double_quant)
-    write_json(inner / "run.json", {**beside, "task": cfg.task, "method": cfg.method, **said})
-    return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
-
-
-# --------------------------------------------------------------------------------------------------- the loop
-
-def lr_at(step, total, cfg):
-    """Linear warm-up, then the schedule down to min_lr (a share of --lr)."""
-    warm = round(cfg.warmup * total)
-    if step < warm:
-        return cfg.lr * (step + 1) / (warm + 1)
-    t = (step - warm) / max(1, total - warm)
-    down = {"cosine": 0.5 + 0.5 * math.cos(math.pi * t), "linear": 1 - t, "constant": 1.0}[cfg.schedule]
-    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * down)
-
-
-def culprit(kit, learn):
-    """The first tensor that is not finite, for the sentence that ends a run: weights before gradients."""
-    named = [("the weight " + name, p) for name, p in [*kit.model.named_parameters(), *learn.items()]]
-    named += [("the gradient of " + name, p.grad) for name, p in learn.items() if p.grad is not None]
-    return next((what for what, t in named if not distributed.full(t).isfinite().all()), "the loss itself")
-
-
-def objective(kit, cfg, part, past):
-    """What --task minimises, summed over these examples, fp32: all that the loop knows about tasks."""
-    if cfg.task == "reward":
-        return ppo.reward_step(kit.role(past), kit.head, part)[0]
-    if cfg.task == "dpo":
-        return ppo.dpo_step(kit.role(past), part, cfg.rl)[0]
-    return evaluate.summed_loss(kit, part, past)
+def sample_for_calibration(ctx, cfg, rows):
+    """Answers of the untrained model: a reward model's scores are made relative to them."""
+    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
+    with distributed.replicated():                      # one stream of random numbers
+        samples = evaluate.sample(ctx, calibration_prompts(ctx, rows), temperature=1.0, generator=generator)
+    return {"samples": samples}
 
 
 @torch.no_grad()
-def measure(kit, cfg, rows, examples, shots=()):
-    """(metrics, what it says about the first rows): evaluate.measure, and the same for preferences."""
-    if not isinstance(examples[0], Ranking):
-        return evaluate.measure(kit, rows, examples, shots)
-    if cfg.task == "eval" and kit.head is None:
-        raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can judge")
-    total, seen, said, past = 0.0, [], {}, kit.past()
-    with kit.cast():
-        for part in evaluate.by_length(kit, list(map(size, examples))):
-            some = [examples[i] for i in part]
-            if cfg.task == "dpo":
-                loss, _, found = ppo.dpo_step(kit.role(past), some, cfg.rl)
-            else:
-                loss, _, found = ppo.reward_step(kit.role(past), kit.head, some)
-                for i, scores in zip(part, found[0].tolist()):
-                    said[i] = "scores, best first: " + " ".join(f"{s:.2f}" for s in scores)
-            total, seen = total + loss.item(), [*seen, found]
-    total, seen = sum(distributed.gather(total)), sum(distributed.gather(seen), [])
-    if cfg.task != "dpo":
-        return {"loss": total / len(rows), **reward_report(seen)}, distributed.merged(said)
-    means = {name: sum(found[name] for found in seen) / len(rows) for name in seen[0]}
-    return {"loss": total / len(rows), **means}, evaluate.answer(kit, list(map(kit.asked, rows[:3])))
+def calibrate_reward(ctx, cfg, rows, state):
+    with ctx.autocast():
+        reward = ppo.model_reward(adapter_context(ctx, ctx.past()), ctx.head, cfg.micro_batch_tokens)
+        ppo.calibrate(ctx.head, reward(calibration_prompts(ctx, rows), state["samples"]))
 
 
-def fit(kit, cfg, run, learn, feed, total, state, evaluate_now):
-    """The supervised loop, the only one. learn: {name: parameter}; state: what state.pt held.
+# ------------------------------------------------------------------------------------------------------- RLHF
 
-    `evaluate_now` is called a few times on the way. Returns the counters: step, tokens, seconds, skipped.
-    """
-    optimiser = torch.optim.AdamW(param_groups(kit, cfg, learn), betas=(0.9, cfg.beta2),
-                                  fused=kit.device.type != "mps")
-    shares = [g["lr"] / (cfg.lr or 1) for g in optimiser.param_groups]      # LoRA+: a group's own rate
-    scaler = torch.amp.GradScaler(kit.device.type, enabled=kit.dtype == torch.float16)
-    ranks = None
-    if cfg.method == "adalora":                     # its schedule counts optimiser steps, all of the run's
-        ranks = lora.RankAllocator(kit.model, total, cfg.target_rank, round(cfg.prune_start * total),
-                                   round(cfg.prune_end * total), cfg.prune_every)
-    now = dict(step=0, tokens=0, seconds=0.0, skipped=0, bad=0, processes=world.size)
-    distributed.reshard(kit.model)
-    if "learn" in state:
-        if cfg.dropout and state["now"].get("processes", 1) != world.size:
-            raise UserError(f"{run.folder} was begun by {state['now'].get('processes', 1)} processes, each "
-                            "with its own --dropout: go on with as many, or use --fresh to start over")
-        for name, value in state["learn"].items():
-            learn[name].data.copy_(distributed.scatter(learn[name], value))
-        optimiser.load_state_dict(distributed.scatter_state(optimiser, state["optimiser"]))
-        scaler.load_state_dict(state["scaler"])
-        now.update(state["now"], processes=world.size)
-        if ranks:
-            ranks.load_state_dict(state["ranks"])
-
-    def save():
-        with guard:
-            whole = distributed.collect({"learn": {name: p.detach() for name, p in learn.items()},
-                                         "optimiser": optimiser.state_dict()})
-            run.save({**state, **whole, "scaler": scaler.state_dict(), "now": dict(now),
-                      "ranks": ranks.state_dict() if ranks else {}})
-
-    def clock():
-        return dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
-
-    run.rewind(now["step"])
-    spoke = time.monotonic()
-    every = cfg.eval_every or -(-total // 4)
-    bar = tqdm(total=total, initial=now["step"], disable=world.rank > 0 or None, unit="step", mininterval=0.5)
-    kit.train()
-    try:
-        while now["step"] < total:
-            step = now["step"]
-            if step and step % every == 0:          # first of all: what was interrupted here comes again
-                kit.train(False)
-                found = evaluate_now()
-                kit.train()
-                run.log(event="valid", **clock(), **found)
-                note(f"step {step}/{total}  valid  "
-                     + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-            began = time.monotonic()
-            dice = (cfg.seed * 1_000_003 + step) % 2 ** 63
-            torch.manual_seed(dice)                 # dropout: a function of (seed, step)
-            whole = feed.rows(step)                 # every rank plans the whole step ...
-            hands = [feed.cut(some) for some in distributed.deal(whole, list(map(size, whole)), world.size)]
-            parts, most = hands[world.rank], max(map(len, hands))       # ... and takes its hand
-            count, loss, extra = sum(map(targets, whole)), 0.0, {}
-            with kit.cast():
-                past, finish = kit.past(), None
-            if world.rank:
-                torch.manual_seed((dice + (world.rank << 40)) % 2 ** 63)
-            if past is not None and len(parts) > 1:                     # one pass through the prompt per step
-                past, finish = prompts.cut(past)
-            for part in parts:
-                with kit.cast():
-                    share = objective(kit, cfg, part, past) / max(count, 1)
-                scaler.scale(share).backward()
-                loss = loss + share.detach()
-            for _ in range(most - len(parts)) if cfg.shard else ():     # all ranks must run the same forwards
-                with kit.cast():
-                    (0 * objective(kit, cfg, whole[:1], past)).backward()
-            if finish and parts:
-                finish()
-            loss, = distributed.add_up(learn.values(), [float(loss)])       # a GPU is waited for
-            if ranks:                               # reported apart: the loss stays comparable
-                extra["orthogonality"] = cfg.orth * lora.orthogonality(kit.model)
-                scaler.scale(extra["orthogonality"]).backward()
-            scaler.unscale_(optimiser)
-            norm = float(distributed.clip(learn.values(), cfg.clip or math.inf))
-            rate, sound = lr_at(step, total, cfg), math.isfinite(loss) and math.isfinite(norm)
-            with guard:                             # all that changes, changes in here
-                if sound:
-                    for group, own in zip(optimiser.param_groups, shares):
-                        group["lr"] = rate * own
-                    scaler.step(optimiser)
-                    if ranks:                       # new weights with this step's gradient, as its authors do
-                        ranks.update(step)
-                elif now["bad"] == 9:
-                    raise RunError(f"{run.folder}: 10 steps in a row were not finite, first of all "
-                                   f"{culprit(kit, learn)}; lower --lr, or use --dtype fp32")
-                scaler.update()
-                optimiser.zero_grad(set_to_none=True)
-                now["step"], now["seconds"] = step + 1, now["seconds"] + time.monotonic() - began
-                now["tokens"] += sum(map(size, whole))
-                now["skipped"], now["bad"] = now["skipped"] + (not sound), 0 if sound else now["bad"] + 1
-                last = step + 1 == total
-                if (step + 1) % max(1, total // 100) == 0 or last or not sound:
-                    if ranks:
-                        extra = {"orthogonality": extra["orthogonality"].item(), **ranks.report()}
-                    run.log(event="train", **clock(), loss=loss, lr=rate, grad_norm=norm,
-                            skipped=now["skipped"], **extra)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-            if bar.disable and time.monotonic() - spoke > 5:
-                speed = now["tokens"] / now["seconds"]
-                note(f"step {step + 1}/{total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
-                spoke = time.monotonic()
-            if (step + 1) % cfg.save_every == 0 and not last:
-                save()
-        save()
-    except Interrupted:
-        save()
-        raise
-    finally:
-        bar.close()
-        kit.train(False)
-    return now
-
-
-# -------------------------------------------------------------------------------------------------- the tasks
-
-def supervised(cfg):
-    """The tasks that share a loop; with --method none (and --task eval) the same without learning."""
-    run = open_run(cfg)
-    if not cfg.dry_run and (done := run.finished()):
-        return report(done, run.folder)
-    with contextlib.nullcontext() if cfg.dry_run else run.opened():
-        kit, rows, kind = open_kit(cfg), *open_data(cfg)
-        if kit.head is not None:
-            task = settings(cfg.init)["task"]
-            if kind not in (judged := HEADS[task]):
-                raise DataError(f"{cfg.data} holds {kind} rows; {cfg.init}, a run of --task {task}, judges "
-                                f"{' or '.join(judged)} rows")
-        if kind in ("label", "tags"):
-            found = formats.names(sum(rows.values(), []))
-            if not set(found) <= set(kit.text.labels):      # a tuned model keeps its order and unused labels
-                if kit.head is not None:
-                    raise DataError(f"{cfg.data} has the labels {sorted(found)}, but the head of {cfg.init} "
-                                    f"knows {list(kit.text.labels)}")
-                kit.text.labels = found
-            if kind == "label" and len(kit.text.labels) < 2:
-                raise DataError(f"{cfg.data} has the one label {found[0]!r}, and nothing to tell it from")
-            unseen = set(found) - set(formats.names(rows["train"]))
-            if unseen and cfg.method != "none":
-                note(f"no training row has the label {', '.join(sorted(unseen))}, which valid or test have")
-            if kind == "label" and len(kit.text.asked({"text": "", "label": found[0]})) >= kit.room():
-                raise UserError(f"the question that names the {len(found)} labels of {cfg.data} leaves no "
-                                "room for a text; give a shorter --ask")
-        base = sum(p.numel() for p in kit.model.parameters())
-        if cfg.dry_run:
-            learn = build(kit, cfg)
-            few, block = {"train": [] if kind == "text" else rows["train"][:200]}, kit.block(cfg.block)
-            some = kit.text.split(few, block, cfg.too_long)["train"]
-            return describe(kit, cost_model.planned(kit, cfg, learn, some, block), base, some[:2])
-        state = run.start(facts(kit, rows)) or {}
-        test, steps = rows["test"], few_shot.counts(cfg.shots, kind, kit.text.by)
-        asked = [*map(kit.asked, rows["valid"] * 2)] if cfg.task == "reward" else []
-        if "baseline" not in state:
-            examples = kit.text.split({"test": test}, kit.block(cfg.block), cfg.too_long)["test"]
-            if cfg.task in ("reward", "dpo"):       # nothing to measure yet; what would the model say?
-                found, said = {}, evaluate.answer(kit, list(map(kit.asked, test[:3])))
-            else:
-                found, said = measure(kit, cfg, test, examples, rows["train"][:steps[0]])
-            state = {"baseline": found, "before": said[:3], "right": evaluate.right(kit, test, said)}
-            if cfg.task == "reward":                # scores will be relative to what this model says
-                dice = torch.Generator(kit.device).manual_seed(cfg.seed)
-                with distributed.alike():           # one stream of random numbers
-                    state["samples"] = evaluate.sample(kit, asked, temperature=1.0, generator=dice)
-            run.rewind(-1)
-            run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
-        now, learn, weights = dict(step=0, tokens=0, seconds=0.0, skipped=0), {}, 0
-        after, found, right = state["before"], dict(state["baseline"]), state["right"]
-        if cfg.method != "none":
-            plain = general(cfg, kit)
-            state.setdefault("general", evaluate.mean_loss(kit, plain)[0])
-            learn = build(kit, cfg)
-            block = kit.block(cfg.block)
-            examples = kit.text.split(rows, block, cfg.too_long)
-            if cfg.task == "dpo":                   # the reference is the policy as it begins
-                examples = {split: referred(kit, some) for split, some in examples.items()}
-            feed = Feed(examples["train"], cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None,
-                        kit.text)
-            total = math.ceil(cfg.epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
-            note(f"{sum(p.numel() for p in learn.values()):,} of {base:,} parameters learn; {total} steps")
-            now = fit(kit, cfg, run, learn, feed, total, state,
-                      lambda: measure(kit, cfg, rows["valid"], examples["valid"])[0])
-            if kit.prompt is not None:
-                kit.prompt.fold()                   # what an encoder was for ends with the training
-            if cfg.task == "reward":
-                with kit.cast(), torch.no_grad():
-                    judge = ppo.model_reward(kit.role(kit.past()), kit.head, cfg.micro)
-                    ppo.calibrate(kit.head, judge(asked, state["samples"]))
-            found, said = measure(kit, cfg, test, examples["test"])
-            after, right = said[:3], evaluate.right(kit, test, said)
-            if plain:
-                found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
-        elif steps[1:]:
-            rungs, after = few_shot.ladder(
-                steps, lambda n: evaluate.measure(kit, test, [], rows["train"][:n]), found)
-            found, right = {**rungs[-1][1], **few_shot.table(rungs)}, evaluate.right(kit, test, after)
-        with guard:
-            if learn:
-                weights = save_weights(kit, cfg, run.folder)
-            samples = [dict(prompt="".join(turn["content"] for turn in kit.text.turns(row)[-2:-1]),
-                            wanted=kit.text.wanted(row)[0], before=b, after=a)
-                       for row, b, a in zip(test, state["before"], after)]
-            result = finish(run, kit, found, state["baseline"], samples, learn, base, weights, now, right)
-    return report(result, run.folder)
-
-
-def finish(run, kit, found, before, samples, learn, total, weights, now, right=""):
-    """The last event, then result.json, which is returned."""
-    clock = dict(step=now["step"], tokens=now["tokens"], seconds=round(now["seconds"], 3))
-    run.log(event="test", **clock, **found)
-    result = dict(
-        status="done", **{name: run.told[name] for name in ("task", "method", "init", "data", "seed")},
-        metrics=found, baseline_metrics=before, params_total=total,
-        params_trainable=sum(p.numel() for p in learn.values()), adapter_bytes=weights,
-        steps=now["step"], skipped=now["skipped"], tokens=now["tokens"], seconds=clock["seconds"],
-        tokens_per_second=round(now["tokens"] / max(now["seconds"], 1e-9)), samples=samples,
-        right=right, peak_memory_mb=peak_memory_mb(kit.device),
-        speaks=kit.text.by == "words" and kit.text.attention != "bidirectional")
-    if run.told["task"] == "eval" and kit.prompt is not None:
-        result["virtual"] = virtual(kit, began_as(run.told["init"], str(kit.device)), prompts.nearest_tokens)
-    run.finish(result)
-    return result
-
-
-def facts(kit, rows):
-    """What config.json keeps beside the flags, and what a continued run must find again."""
-    return dict(device=str(kit.device), dtype=str(kit.dtype)[6:], template=kit.text.template,
-                data_sha256=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
-                base_sha256=evaluate.fingerprint(kit.model))
-
-
-def general(cfg, kit):
-    """Plain text that no task asks for, as examples: the rise of its loss is the forgetting."""
-    rows = [] if cfg.forget == "none" else formats.plain(cfg.forget, "valid", ("text", "chat"))[:100]
-    virtual = cfg.n_virtual if cfg.method in SOFT and kit.prompt is None else 0     # before and after alike
-    if kit.room() - virtual < 2:
-        raise UserError(f"--n_virtual {virtual} leaves no room in a context of {kit.model.config.block_size}")
-    return kit.text.split({"valid": rows}, min(256, kit.room() - virtual))["valid"]
-
-
-def open_run(cfg):
-    return Run(cfg.out or default_out(cfg),
-               {name: value for name, value in told(cfg).items() if name not in NOT_IDENTITY}, cfg.fresh)
-
-
-@torch.no_grad()
-def referred(kit, examples):
-    """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
-    out, past = {}, kit.past()
-    with kit.cast():
-        for part in evaluate.by_length(kit, list(map(size, examples))):
-            both = ppo.pair_logprobs(kit.role(past), [examples[i] for i in part])
-            for i, pair in zip(part, torch.stack(both, 1).tolist()):
-                out[i] = pair
-    return [e._replace(reference=tuple(pair)) for e, pair in zip(examples, distributed.merged(out))]
-
-
-def open_data(cfg):
-    """({split: rows}, kind) of --data, fit for the task."""
-    data = formats.splits(cfg.data)
-    rows, kind = {split: d.rows for split, d in data.items()}, data["train"].kind
-    said = [f"{len(r)} {split}" for split, r in rows.items()]
-    said += [f"{n} dropped {why}" for why, n in data["train"].dropped.items()]
-    note(f"{data['train'].source}, {data['train'].form or kind}: {', '.join(said)}")
-    asks = ("prompt", "chat", "pairs", "ranked")
-    reads = {"pretrain": ("text",), "classify": ("label",), "tag": ("tags",), "ppo": asks, "sample": asks,
-             "sft": ("chat", "label", "tags"), "reward": ("pairs", "ranked"), "dpo": ("pairs", "ranked"),
-             "eval": ("chat", "label", "tags", "text", "pairs", "ranked")}[cfg.task]
-    if kind not in reads:
-        raise DataError(f"{cfg.data} holds {kind} rows; --task {cfg.task} reads {' or '.join(reads)} rows")
-    if shared := formats.leaks(rows["train"], rows["test"]):
-        note(f"{shared} test rows are in the training split, too: the test flatters")
-    rows["test"] = rows["test"][:cfg.items or None]
-    if cfg.task != "sample":                        # which answers them all
-        rows["valid"] = rows["valid"][:100]         # a look at progress; results come from test
-    return rows, kind
-
-
-# ------------------------------------------------------------------------------------------- from preferences
-
-def role(kit, model, name=None, prompt=None):
-    """A part that a model plays in ppo.py: inside, its adapter is live, and it computes as the run does."""
+def enter_model(ctx, model, name=None, prompt=None):
+    """A role that a model plays in ppo.py: inside, the adapter `name` is active, and it computes as the run
+    does."""
     @contextlib.contextmanager
     def enter():
-        with kit.cast(), lora.use(model, name):
+        with ctx.autocast(), lora.use_adapter(model, name):
             yield model, prompt(model) if prompt is not None else None
     return enter
 
 
-def tuned(kit, model, prompt):
-    """The part of a model as it has been tuned: with its adapter, if it has one, and its soft prompt."""
-    return role(kit, model, "default" if lora.adapters(model) else None, prompt)
+def tuned_role(ctx, model, prompt):
+    """The role of a model as it was tuned: with its adapter, if it has one, and its soft prompt."""
+    return enter_model(ctx, model, "default" if lora.adapters(model) else None, prompt)
 
 
-def scorer(word, kit, texts):
-    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
+def reward_function(word, ctx, texts):
+    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}.
+
+    Raises UserError if it cannot be imported.
+    """
     module, _, name = word.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        judge = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"{word} cannot be imported ({e}); it must be module:function, a function of the "
                         "texts of a prompt and an answer that returns a number") from None
-    return lambda asked, said: distributed.lead(lambda: torch.tensor(      # which may draw, or ask somebody
-        [float(judge(texts[tuple(p)], kit.text.said(y))) for p, y in zip(asked, said)]))
+    if not callable(function):
+        raise UserError(f"{word} is a {type(function).__name__}; it must be a function of the texts of a "
+                        "prompt and an answer that returns a number")
+
+    def score_one(prompt, answer):
+        try:
+            return float(function(prompt, answer))
+        except Exception as e:
+            raise UserError(f"{word} failed on the answer {answer[:40]!r} ({type(e).__name__}: {e}); it "
+                            "must be a "
+                            "function of the texts of a prompt and an answer that returns a number") from e
+
+    def score(prompt_ids, answers):
+        def call():                                     # it may draw random numbers, or ask another program
+            return torch.tensor([score_one(texts[tuple(p)], ctx.text.decode_answer(y))
+                                 for p, y in zip(prompt_ids, answers)])
+        return distributed.broadcast(call)
+    return score
 
 
-def reward_model(cfg, kit, base):
-    """(what scores answers, its head, its adapter's folder or None). A reward model that was trained on the
-    model which --init names is one more adapter of `base`, and a critic can begin with it."""
-    folder, head = weights_folder(cfg.reward), scalar_head(cfg.reward).to(kit.device)
+def open_reward_model(cfg, ctx, base):
+    """(what scores answers, its head, its adapter's folder or None). Raises DataError.
+
+    A reward model that was trained on the model of --init is one more adapter of `base`, and a critic can
+    begin with it.
+    """
+    folder = weights_folder(cfg.reward)
+    head = load_reward_head(cfg.reward).to(ctx.device)
     below = base_of(folder)
-    shared = below is not None and below.resolve() == weights_folder(cfg.init).resolve() and low_rank(folder)
-    if shared and settings(folder).get("quant", "none") in ("none", cfg.quant):
+    same_base = below is not None and below.resolve() == weights_folder(cfg.init).resolve()
+    if same_base and method_of(folder).mergeable and settings(folder).get("quant", "none") in (
+            "none", cfg.get("quant", "none")):
         lora.load_adapter(base, folder, "reward", trainable=False)
-        return ppo.model_reward(role(kit, base, "reward"), head, cfg.rl.micro), head, folder
-    model, prompt, tokenizer = load(cfg.reward, kit.model.wte.weight.dtype)
-    if tokenizer.encode("A reward, of 10!") != kit.text.tokenizer.encode("A reward, of 10!"):
+        return ppo.model_reward(enter_model(ctx, base, "reward"), head, cfg.micro_batch_tokens), head, folder
+    model, prompt, tokenizer = load(cfg.reward, ctx.model.wte.weight.dtype)
+    if tokenizer.encode("A reward, of 10!") != ctx.text.tokenizer.encode("A reward, of 10!"):
         raise DataError(f"--reward {cfg.reward} and --init {cfg.init} do not share a tokenizer")
-    model = model.to(kit.device).requires_grad_(False).eval()
-    return ppo.model_reward(tuned(kit, model, prompt), head, cfg.rl.micro), head, None
+    model = model.to(ctx.device).requires_grad_(False).eval()
+    return ppo.model_reward(tuned_role(ctx, model, prompt), head, cfg.micro_batch_tokens), head, None
 
 
-class Table:
-    """What --task ppo and --task sample sit at: prompts as ids, judges of answers, ids that no answer has."""
-
-    def __init__(self, cfg, kit, rows, base):
-        self.kit, self.rl, self.seed, self.texts, self.prompts = kit, cfg.rl, cfg.seed, {}, {}
-        room = kit.room() - cfg.rl.max_new
-        if room < kit.room() // 8:
-            raise UserError(f"--max_new {cfg.rl.max_new} leaves {room} tokens of the context for prompts; "
-                            "lower it")
-        for split, some in rows.items():
-            whole = [kit.text.asked(row) for row in some]
-            self.prompts[split] = [chat.shorter(ids, room) for ids in whole]
-            if long := sum(len(ids) > room for ids in whole):
-                note(f"{split}: {long} prompts lost their beginning, because longer than {room} tokens")
-            last = [kit.text.turns(row)[-2]["content"] for row in some]
-            self.texts.update(zip(map(tuple, self.prompts[split]), last))
-        if not cfg.reward:
-            raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
-        if ":" in cfg.reward:
-            self.reward, self.head, self.folder = scorer(cfg.reward, kit, self.texts), None, None
-        else:
-            self.reward, self.head, self.folder = reward_model(cfg, kit, base)
-        word = cfg.gold or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
-        self.gold = scorer(word, kit, self.texts) if word else None
-        rest = range(kit.text.tokenizer.vocab_size, kit.model.config.vocab_size)
-        self.banned = sorted({*kit.text.tokenizer.special.values(), *rest} - {kit.text.end})
-
-    @torch.no_grad()
-    def look(self, roles, prompts, n=1):
-        """n answers of the policy to each prompt: ({metric: value}, answers, scores (prompts, n))."""
-        asked, end = [p for p in prompts for _ in range(n)], self.kit.text.end
-        batch, answers = ppo.rollout(roles._replace(critic=None), asked, {end}, self.rl, self.banned,
-                                     ppo.rng(self.seed, "look", device=self.kit.device))
-        judged = {"score": torch.as_tensor(self.reward(asked, answers)).float().cpu()}
-        if self.gold:
-            judged["gold"] = self.gold(asked, answers)
-        ended = torch.tensor([y[-1] == end for y in answers])
-        found = rollout_report(batch, answers, judged["score"], ended, n)
-        found = {name: found[name] for name in ("kl", "eos_rate", "length", "unique", "repeat4")}
-        best = ppo.best_of_n(judged["score"].view(-1, n))[:, None]      # the baseline that RL has to meet
-        for name, x in judged.items():
-            found |= {name: x.mean().item(), name + "_std": x.std(unbiased=False).item()}
-            if n > 1:
-                found[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
-        return found, answers, judged["score"].view(-1, n)
+@dataclass
+class RolloutSetup:
+    """What --task ppo and --task sample need: prompts as ids, rewards, banned ids."""
+    ctx: evaluate.ModelContext
+    seed: int
+    config: object                                      # ppo.PPOConfig, or ppo.SamplingConfig to sample only
+    prompts: dict                                       # {split: lists of ids}
+    texts: dict                                         # {prompt ids: text}
+    reward: Callable
+    head: nn.Module                                     # of a reward model, else None
+    reward_folder: object                               # of one that is an adapter of the base, else None
+    gold_reward: Callable
+    banned: list
 
 
-def cast_roles(cfg, kit, base, table):
-    """(Roles, what the critic learns). The critic begins as the reward model, or with values of zero."""
-    policy = tuned(kit, kit.model, kit.prompt)
-    reference = role(kit, base, None, copy.deepcopy(kit.prompt))    # of a soft prompt: the prompt as it began
-    if cfg.rl.algo != "ppo":
-        return ppo.Roles(policy, reference), None
-    if table.folder:
-        head = copy.deepcopy(table.head)
-        lora.load_adapter(base, table.folder, "value")
+def set_up_rollouts(cfg, ctx, rows, base, config):
+    """Raises UserError without a reward, or where prompts have no room."""
+    room = ctx.max_text_len() - config.max_new_tokens
+    if room < ctx.max_text_len() // 8:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves {room} tokens of the context for "
+                        "prompts; lower it")
+    prompt_ids = {}
+    texts = {}
+    for split, some in rows.items():
+        whole = [ctx.text.prompt_ids(row) for row in some]
+        prompt_ids[split] = [chat.truncate_left(ids, room) for ids in whole]
+        cut = sum(len(ids) > room for ids in whole)
+        if cut:
+            log_progress(f"{split}: {cut} prompts lost their beginning, because they are longer than {room} "
+                         "tokens")
+        last = [ctx.text.turns(row)[-2]["content"] for row in some]
+        texts.update(zip(map(tuple, prompt_ids[split]), last))
+    if not cfg.reward:
+        raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
+    head = None
+    folder = None
+    if ":" in cfg.reward:
+        reward = reward_function(cfg.reward, ctx, texts)
     else:
-        head = ppo.ScalarHead(base.config.n_embd, zero=True).to(kit.device)
-        lora.inject(base, cfg.targets, cfg.rank, cfg.alpha, layers=ranges(cfg.layers), name="value",
-                    seed=cfg.seed)
-        base.to(kit.device)
-    learn = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
-    return ppo.Roles(policy, reference, role(kit, base, "value"), head), \
-        learn | lora.adapter_parameters(base, "value")
+        reward, head, folder = open_reward_model(cfg, ctx, base)
+    gold = gold_reward_of(cfg)
+    unnamed = range(ctx.text.tokenizer.vocab_size, ctx.model.config.vocab_size)
+    banned = sorted({*ctx.text.tokenizer.special.values(), *unnamed} - {ctx.text.end_token})
+    return RolloutSetup(ctx, cfg.seed, config, prompt_ids, texts, reward, head, folder,
+                        gold and reward_function(gold, ctx, texts), banned)
 
 
-def reinforce(cfg):
+def gold_reward_of(cfg):
+    return cfg.gold_reward or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
+
+
+@torch.no_grad()
+def evaluate_policy(setup, roles, prompt_ids, n=1):
+    """n answers of the policy to each prompt: ({metric: value}, answers, scores (prompts, n))."""
+    repeated = [p for p in prompt_ids for _ in range(n)]
+    end = setup.ctx.text.end_token
+    generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
+    batch, answers = ppo.rollout(roles._replace(critic=None), repeated, {end}, setup.config, setup.banned,
+                                 generator)
+    scored = {"score": torch.as_tensor(setup.reward(repeated, answers)).float().cpu()}
+    if setup.gold_reward:
+        scored["gold"] = setup.gold_reward(repeated, answers)
+    ended = torch.tensor([y[-1] == end for y in answers])
+    metrics = rollout_report(batch, answers, scored["score"], ended, n)
+    metrics = {name: metrics[name] for name in ("kl", "eos_rate", "length", "unique", "repeat4")}
+    best = ppo.best_of_n(scored["score"].view(-1, n))[:, None]          # the baseline that RL has to reach
+    for name, x in scored.items():
+        metrics[name] = x.mean().item()
+        metrics[name + "_std"] = x.std(unbiased=False).item()
+        if n > 1:
+            metrics[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
+    return metrics, answers, scored["score"].view(-1, n)
+
+
+def make_roles(cfg, ctx, base, setup):
+    """(Roles, the critic's parameters or None).
+
+    The critic begins as the reward model, or with values of zero.
+    """
+    policy = tuned_role(ctx, ctx.model, ctx.prompt)
+    reference = enter_model(ctx, base, None, copy.deepcopy(ctx.prompt))     # of a soft prompt: as it began
+    if not find_record(ppo.ALGORITHMS, cfg.algo).needs_critic:
+        return ppo.Roles(policy, reference), None
+    if setup.reward_folder:
+        head = copy.deepcopy(setup.head)
+        lora.load_adapter(base, setup.reward_folder, "value")
+    else:
+        head = ppo.ScalarHead(base.config.n_embd, zero=True).to(ctx.device)
+        lora.inject(base, cfg.get("targets", "q,v"), rank=cfg.get("rank", 8), alpha=cfg.get("alpha", 16.0),
+                    layers=parse_layers(cfg.get("layers")), name="value", seed=cfg.seed)
+        base.to(ctx.device)
+    parameters = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
+    parameters.update(lora.adapter_parameters(base, "value"))
+    return ppo.Roles(policy, reference, enter_model(ctx, base, "value"), head), parameters
+
+
+def run_ppo(cfg):
     """--task ppo. Policy, critic and reward model are adapters of one frozen base, which is the reference;
-    with --method full the policy leaves it, so a copy stays behind."""
-    run = open_run(cfg)
-    if done := run.finished():
-        return report(done, run.folder)
-    with run.opened():
-        kit, (rows, _), rl = open_kit(cfg), open_data(cfg), cfg.rl
-        base = kit.model if cfg.method != "full" else copy.deepcopy(kit.model).requires_grad_(False)
-        total = sum(p.numel() for p in base.parameters())
-        state = run.start(facts(kit, rows)) or {}
-        learn = build(kit, cfg)
-        table = Table(cfg, kit, rows, base)
-        roles, value = cast_roles(cfg, kit, base, table)
-        note(f"{sum(p.numel() for p in learn.values()):,} of {total:,} parameters learn")
-        trained, plain = ppo.PPOState(rl, learn, value), general(cfg, kit)
-        if "baseline" not in state:
-            found, answers, _ = table.look(roles._replace(policy=roles.reference), table.prompts["test"], 4)
-            before = [kit.text.said(y) for y in answers[:12:4]]
-            state = dict(baseline=found, before=before, seconds=0.0, tokens=0)
-            with roles.reference():
-                state["general"] = evaluate.mean_loss(kit, plain)[0]
-            run.rewind(-1)
-            run.log(event="baseline", step=0, tokens=0, seconds=0.0, **found)
-        else:
-            trained.load_state_dict(state["trained"])
-        run.rewind(trained.step)
-        ptx = None
-        if rl.ptx_coef:
-            feed = Feed(kit.text.stream(formats.plain(cfg.ptx_data, "train")), 8, rl.micro, cfg.seed,
-                        min(256, kit.room()), kit.text)
-
-            def ptx(step, minibatch):
-                parts = feed(step * rl.ppo_epochs * rl.minibatches + minibatch)
-                return [tuple(t.to(kit.device) for t in batching.collate(part)) for part in parts]
-        bar = tqdm(total=rl.steps, initial=trained.step, disable=world.rank > 0 or None, unit="iteration",
-                   mininterval=0.5)
-        began, spoke = time.monotonic(), -math.inf
-        for metrics, batch in ppo.train_ppo(rl, roles, trained, table.prompts["train"], table.reward,
-                                            kit.text.end, table.banned, table.gold, ptx):
-            with guard:
-                now = time.monotonic()
-                state["seconds"], began = state["seconds"] + now - began, now
-                state["tokens"] += int(batch.lengths.sum())
-                run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
-                if trained.step % cfg.save_every == 0 or trained.step == rl.steps:
-                    run.save({**state, "trained": trained.state_dict()})
-            bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
-            bar.update()
-            wrong = health(metrics, 1e-4 if kit.dtype == torch.float32 else 0.5)
-            if now - spoke > 5 or wrong or trained.step == rl.steps:
-                shown = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
-                shown = [f"{name} {metrics[name]:.3g}" for name in shown if name in metrics]
-                note(f"iteration {trained.step}/{rl.steps}  " + "  ".join(shown)
-                     + "".join(f"\n  {line}" for line in wrong))
-                spoke = now
-        bar.close()
-        if trained.ema:                             # what is measured and kept is the average
-            for name, p in learn.items():
-                p.data.copy_(trained.ema.shadow[name])
-        found, answers, _ = table.look(roles, table.prompts["test"])
-        if table.gold and state["baseline"]["gold_std"]:
-            found["gold_gain"] = (found["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
-        with roles.policy():
-            if plain:
-                found["forgetting"] = evaluate.mean_loss(kit, plain)[0] - state["general"]
-            with guard:
-                weights = save_weights(kit, cfg, run.folder)
-                samples = [dict(prompt=table.texts[tuple(p)], before=b, after=kit.text.said(y))
-                           for p, b, y in zip(table.prompts["test"], state["before"], answers)]
-                result = finish(run, kit, found, state["baseline"], samples, learn, total, weights,
-                                dict(step=trained.step, skipped=0, **state))
-    return report(result, run.folder)
+    with --method full the policy changes it, so a copy stays behind."""
+    if (cfg.init, cfg.reward) == ("data/base", None):
+        return run_three_stages(cfg)
+    rows, _, run, identity = open_run(cfg)
+    result = run.finished(identity)
+    if result is None:
+        with run.opened(identity) as result:
+            if result is None:
+                result = train_policy(cfg, run, rows)
+    return report(result, run.folder, result["next_command"])
 
 
-def draw(cfg):
-    """--task sample: n answers to each prompt, scored, and the best of them as rows to imitate, so that
-    `--task sft --data FOLDER` on them is FeedME."""
-    run = open_run(cfg)
-    if done := run.finished():
-        return report(done, run.folder)
-    with run.opened():
-        kit, (rows, _), began = open_kit(cfg), open_data(cfg), time.monotonic()
-        run.start(facts(kit, rows))
-        rows = {split: some[:cfg.items or None] for split, some in rows.items()}
-        table, n = Table(cfg, kit, rows, kit.model), cfg.rl.samples
-        policy = tuned(kit, kit.model, kit.prompt)
-        for split, asked in table.prompts.items():
-            found, answers, scores = table.look(ppo.Roles(policy, policy), asked, n)
-            cut = torch.tensor([y[-1] != kit.text.end for y in answers]).view(-1, n)
-            best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.keep, torch.finfo().min)
-            kept = [dict(prompt=table.texts[tuple(asked[b])], completion=kit.text.said(answers[b * n + i]),
-                         score=scores[b, i].item()) for b, i in best]   # a text cut short is none to imitate
-            if bare := len(asked) - len({row["prompt"] for row in kept}):
-                note(f"{split}: {bare} prompts have no answer that ended, and no row")
-            with atomic(run.folder / f"{split}.jsonl") if not world.rank else open(os.devnull, "wb") as f:
-                f.writelines((json.dumps(row) + "\n").encode() for row in kept)
-        del found["kl"]                             # policy and reference are one here
-        result = finish(run, kit, found, {}, [], {}, sum(p.numel() for p in kit.model.parameters()), 0,
-                        dict(step=0, tokens=0, seconds=time.monotonic() - began, skipped=0))
-    return report(result, run.folder)
+def train_policy(cfg, run, rows):
+    """Set up the roles, iterate, measure, save. Returns the result."""
+    ctx = open_context(cfg)
+    config = ppo.PPOConfig.from_flags(cfg)
+    trains_base = find_method(cfg.method).trains_base
+    base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
+    params_total = sum(p.numel() for p in base.parameters())
+    state = run.start(facts_of(ctx)) or {}
+    trainable = apply_method(ctx, cfg)
+    setup = set_up_rollouts(cfg, ctx, rows, base, config)
+    roles, critic = make_roles(cfg, ctx, base, setup)
+    count = sum(p.numel() for p in trainable.values())
+    log_progress(f"{count:,} of {params_total:,} parameters are trainable")
+    run.add_facts(params_trainable=count, params_total=params_total)
+    trained = ppo.PPOState(config, trainable, critic)
+    forgetting = forgetting_examples(cfg, ctx)
+    if "baseline" in state:
+        trained.load_state_dict(state["trained"])
+    else:
+        state = measure_reference(run, setup, roles, forgetting)
+    run.rewind(trained.step)
+    iterate(cfg, run, setup, roles, trained, state)
+    if trained.ema:                                     # what is measured and kept is the average
+        for name, p in trainable.items():
+            p.data.copy_(trained.ema.shadow[name])
+    metrics, answers, _ = evaluate_policy(setup, roles, setup.prompts["test"])
+    if setup.gold_reward and state["baseline"]["gold_std"]:
+        metrics["gold_gain"] = (metrics["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
+    with roles.policy():
+        if forgetting:
+            metrics["forgetting"] = evaluate.mean_loss(ctx, forgetting)[0] - state["forgetting_before"]
+        with defer_signals:
+            weights = save_weights(ctx, cfg, run.folder)
+            samples = [dict(prompt=setup.texts[tuple(p)], before=before, after=ctx.text.decode_answer(y))
+                       for p, before, y in zip(setup.prompts["test"], state["before"], answers)]
+            counts = dict(params_total=params_total, params_trainable=count, adapter_bytes=weights)
+            clock = dict(steps=trained.step, tokens=state["tokens"], seconds=round(state["seconds"], 3),
+                         skipped=0)
+            return finish(run, ctx, cfg, Outcome(metrics, answers), state["baseline"], samples, counts, clock)
 
 
-def stages(cfg):
-    """--task ppo from the base model: letters to imitate, a reward model of ranked letters, PPO on both."""
+def measure_reference(run, setup, roles, forgetting):
+    """What the reference does, before the first iteration: the first state of a run."""
+    reference = roles._replace(policy=roles.reference)
+    metrics, answers, _ = evaluate_policy(setup, reference, setup.prompts["test"], 4)
+    before = [setup.ctx.text.decode_answer(y) for y in answers[:12:4]]
+    with roles.reference():
+        loss = evaluate.mean_loss(setup.ctx, forgetting)[0]
+    run.rewind(-1)
+    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
+    return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, forgetting_before=loss)
+
+
+def ptx_batches(cfg, setup):
+    """PPO-ptx: (iteration, minibatch) -> micro-batches of plain text; None without --ptx_coef."""
+    config = setup.config
+    if not config.ptx_coef:
+        return None
+    ctx = setup.ctx
+    stream = ctx.text.stream(formats.load_text(cfg.ptx_data, "train"))
+    feed = Feed(stream, 8, config.micro_batch_tokens, cfg.seed, min(256, ctx.max_text_len()), ctx.text)
+
+    def batches(step, minibatch):
+        parts = feed(step * config.ppo_epochs * config.minibatches + minibatch)
+        return [tuple(t.to(ctx.device) for t in batching.collate(part)) for part in parts]
+    return batches
+
+
+def iterate(cfg, run, setup, roles, trained, state):
+    """ppo.train_ppo to its end: log, save, show."""
+    config = setup.config
+    bar = tqdm(total=config.steps, initial=trained.step, disable=dist_state.rank > 0 or None,
+               unit="iteration",
+               mininterval=0.5)
+    began = time.monotonic()
+    spoke = -math.inf
+    tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
+    environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
+                                  setup.banned,
+                                  setup.gold_reward)
+    for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
+        with defer_signals:
+            now = time.monotonic()
+            state["seconds"] += now - began
+            state["tokens"] += int(batch.lengths.sum())
+            began = now
+            run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
+            if trained.step % cfg.save_every == 0 or trained.step == config.steps:
+                run.save({**state, "trained": trained.state_dict()})
+        bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
+        bar.update()
+        warnings = health(metrics, tolerance)
+        if now - spoke > 5 or warnings or trained.step == config.steps:
+            shown = [f"{name} {metrics[name]:.3g}" for name in PPO_SHOWN if name in metrics]
+            log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
+                                      *warnings]))
+            spoke = now
+    bar.close()
+
+
+PPO_SHOWN = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
+
+
+def sample_answers(cfg):
+    """--task sample: n answers to each prompt, scored, and the best of them as rows.
+
+    `--task sft --data FOLDER` on them is FeedME (Ouyang et al. 2022).
+    """
+    rows, _, run, identity = open_run(cfg)
+    result = run.finished(identity)
+    if result is None:
+        with run.opened(identity) as result:
+            if result is None:
+                result = write_samples(cfg, run, rows)
+    return report(result, run.folder, result["next_command"])
+
+
+def write_samples(cfg, run, rows):
+    """Roll out, keep the best, write rows. Returns the result."""
+    began = time.monotonic()
+    ctx = open_context(cfg)
+    run.start(facts_of(ctx))
+    rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
+    config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})
+    setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
+    policy = tuned_role(ctx, ctx.model, ctx.prompt)
+    for split, prompt_ids in setup.prompts.items():
+        metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
+                                                   cfg.num_generations)
+        kept = best_rows(setup, prompt_ids, answers, scores, cfg)
+        without = len(prompt_ids) - len({row["prompt"] for row in kept})
+        if without:
+            log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
+        with atomic(run.folder / f"{split}.jsonl") if not dist_state.rank else open(os.devnull, "wb") as f:
+            f.writelines((json.dumps(row) + "\n").encode() for row in kept)
+    del metrics["kl"]                                   # policy and reference are one here
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0,
+                  adapter_bytes=0)
+    clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
+    return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
+
+
+def best_rows(setup, prompt_ids, answers, scores, cfg):
+    """The best answers that ended, as rows to train on."""
+    n = cfg.num_generations
+    text = setup.ctx.text
+    cut = torch.tensor([y[-1] != text.end_token for y in answers]).view(-1, n)
+    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.keep_best, torch.finfo().min)
+    return [dict(prompt=setup.texts[tuple(prompt_ids[b])], completion=text.decode_answer(answers[b * n + i]),
+                 score=scores[b, i].item()) for b, i in best]
+
+
+def run_three_stages(cfg):
+    """--task ppo from the base model: SFT on letters, a reward model of ranked letters, PPO on both."""
     folders = []
     for words in (["sft", "--data", "toy/letters", "--epochs", "1"], ["reward", "--init"]):
-        words = ["--task", *words, *folders, "--seed", str(cfg.seed), "--device", cfg.device]
-        stage = parse([*words, "--dtype", cfg.dtype])
-        note("\npython train.py " + " ".join(words))
-        supervised(stage)
+        words = ["--task", *words, *folders, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype",
+                 cfg.dtype]
+        stage = parse(words)
+        log_progress("\npython train.py " + " ".join(words))
+        run_supervised(stage)
         folders.append(default_out(stage))
-    note(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
+    log_progress(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
     out = cfg.out or default_out(cfg)
-    return reinforce(dataclasses.replace(cfg, init=folders[0], reward=folders[1], out=out))
+    return run_ppo(cfg.replace(init=folders[0], reward=folders[1], out=out))
 
 
-def talk(cfg):
+# -------------------------------------------------------------------------------------------- the other tasks
+
+def run_chat(cfg):
     """--task chat: one answer to --prompt, or a conversation until the input ends."""
-    kit, turns = open_kit(cfg), []
-    generator = torch.Generator(kit.device).manual_seed(cfg.seed)
+    ctx = open_context(cfg)
+    turns = []
+    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
+    sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
     while True:
-        asked = cfg.prompt
-        if asked is None:
+        question = cfg.prompt
+        if question is None:
             try:
-                asked = input("> " if sys.stdin.isatty() else "")
+                question = input("> " if sys.stdin.isatty() else "")
             except EOFError:
                 return 0
-        turns.append({"role": "user", "content": asked})
-        row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
-        while len(kit.text.asked(row)) > kit.asking() and len(turns) > 2:
-            turns = turns[2:]                       # an overfull context forgets its oldest exchange
-            row = {"messages": row["messages"][2:]}
-        said = evaluate.answer(kit, [kit.asked(row)], temperature=cfg.temperature, top_k=cfg.top_k,
-                               top_p=cfg.top_p, generator=generator)[0]
-        say(said)
+        turns.append({"role": "user", "content": question})
+        while len(ctx.text.prompt_ids(open_row(turns))) > ctx.max_prompt_len() and len(turns) > 2:
+            turns = turns[2:]                           # a full context loses its oldest exchange
+        answer = evaluate.answer(ctx, [ctx.prompt_ids(open_row(turns))], **sampling)[0]
+        print_result(answer)
         if cfg.prompt is not None:
             return 0
-        turns.append({"role": "assistant", "content": said})
+        turns.append({"role": "assistant", "content": answer})
 
 
-def probe(kit, cfg, feed, steps=4):
-    """For --task check: (what would learn, seconds, tokens) of a few real steps after the first."""
-    learn, seconds, tokens = build(kit, cfg), 0.0, 0
-    optimiser = torch.optim.AdamW(param_groups(kit, cfg, learn))
-    kit.train()
-    for step in range(steps):
-        began, parts = time.monotonic(), feed(step)
-        for part in parts:
-            with kit.cast():
-                objective(kit, cfg, part, kit.past()).backward()
-        optimiser.step()
-        next(iter(learn.values())).sum().item()             # a GPU computes behind our back: wait for it
-        optimiser.zero_grad(set_to_none=True)
-        if step:
-            seconds, tokens = seconds + time.monotonic() - began, tokens + sum(map(size, sum(parts, [])))
-    return learn, seconds, tokens
+def open_row(turns):
+    """A conversation whose last answer is still to be given."""
+    return {"messages": [*turns, {"role": "assistant", "content": ""}]}
 
 
-def both_sides(cfg):
-    """A kit, and the parts that its model plays in --task show: as it was before, as it is tuned now."""
-    kit = open_kit(cfg)
-    sides = {"base": role(kit, kit.model)}
-    if lora.adapters(kit.model) or kit.prompt is not None:
-        sides["tuned"] = tuned(kit, kit.model, kit.prompt)
-    return kit, sides
+def run_show(cfg):
+    """--task show: the next-token distribution, of the base and of the tuned model."""
+    ctx = open_context(cfg)
+    sides = {"base": enter_model(ctx, ctx.model)}
+    if lora.adapters(ctx.model) or ctx.prompt is not None:
+        sides["tuned"] = tuned_role(ctx, ctx.model, ctx.prompt)
+    return next_token.show(ctx, sides, cfg)
 
 
-def merge(cfg):
-    """--task merge: an adapter run as a plain Hugging Face folder, fp32; says the largest logit change."""
-    if not cfg.out or os.path.exists(cfg.out) and os.listdir(cfg.out):
-        raise UserError("--task merge needs --out FOLDER, one that is new or empty"
-                        + f"; {cfg.out} is not" * bool(cfg.out))
+def run_merge(cfg):
+    """--task merge: an adapter run as a plain Hugging Face folder, fp32.
+
+    Exit code 1, and nothing is written, if the merged logits are not those of the adapted model.
+    """
+    if not cfg.out:
+        raise UserError("--task merge needs --out FOLDER, one that is new or empty")
+    if os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or os.listdir(cfg.out)):
+        raise UserError(f"--task merge needs --out FOLDER, one that is new or empty; {cfg.out} is not")
     model, prompt, tokenizer = load(cfg.init)
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
     if not lora.adapters(model):
         raise UserError(f"--init {cfg.init} has no adapter that could be merged")
-    merged = lora.merge(model)
-    x = torch.arange(min(64, model.config.vocab_size, model.config.block_size))[None]
+    plain = lora.merge(model)
+    tokens = torch.arange(min(64, model.config.vocab_size, model.config.block_size))[None]
     with torch.no_grad():
-        gap = (model(x)[0] - merged(x)[0]).abs().max().item()
-    merged.save_pretrained(cfg.out)
+        adapted = model(tokens)[0]
+        difference = (adapted - plain(tokens)[0]).abs().max().item()
+        largest = adapted.abs().max().item()
+    if not difference <= 1e-3 * max(1.0, largest):      # fp32 rounding is about 1e-5
+        raise RunError(f"--init {cfg.init}: merged logits differ from the adapted model's by "
+                       f"{difference:.2g}, so the "
+                       "variant's merged() is not its forward(); nothing was written")
+    plain.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    write_json(os.path.join(cfg.out, "run.json"), {k: v for k, v in settings(cfg.init).items()
-        if k in ("task", "template", "system", "labels", "ask", "by", "attention", "objective")})
-    if (head := weights_folder(cfg.init) / "head.safetensors").exists():
+    stored = settings(cfg.init)
+    write_json(os.path.join(cfg.out, "run.json"),
+               {name: stored[name] for name in ("task", *TEXT_SETTINGS) if name in stored})
+    head = weights_folder(cfg.init) / "head.safetensors"
+    if head.exists():
         write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
-    say(f"largest logit difference after merging: {gap:.2g}")
-    say(f"python train.py --task {'eval' if head.exists() else 'chat'} --init {cfg.out}")
+    print_result(f"largest logit difference after merging: {difference:.2g}")
+    print_result(f"python train.py --task {'eval' if head.exists() else 'chat'} --init {cfg.out}")
     return 0
 
 
+def run_table(cfg):
+    return tables.show(cfg)
+
+
+def run_check(argv):
+    """--task check: what a data file holds, what training on it would take, what to change first.
+
+    The rows decide the task; the command line is then parsed with that task in place of check.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--data", default="toy")
+    parser.add_argument("--write", action="store_true")
+    own, others = parser.parse_known_args(argv)
+    data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write)
+    reading = [task for task in TASKS if row_type in task.reads]
+    task = next((task for task in reading if task.reads[0] == row_type), reading[0])
+    cfg = parse(["--task", task.name, "--data", own.data, *others])
+    of_a_run = sorted(cfg.given & cfg.transient)
+    if of_a_run:
+        raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
+    ctx = open_context(cfg)
+    method = find_method(cfg.method)
+    costs = method.cost(cfg, ctx.model) if method.trains else None
+    return inspect_data.examine(ctx, cfg, data, probe if method.trains else None, costs, clean_copy)
+
+
+def probe(ctx, cfg, feed, steps=4):
+    """({name: trainable parameter}, seconds, tokens) of a few real steps after the first."""
+    trainable = apply_method(ctx, cfg)
+    optimizer = find_record(OPTIMIZERS, cfg.optimizer).make(param_groups(ctx, cfg, trainable), cfg,
+                                                            ctx.device)
+    compute_loss = find_task(cfg.task).loss
+    seconds = 0.0
+    tokens = 0
+    ctx.train()
+    for step in range(steps):
+        began = time.monotonic()
+        batch = feed.step_examples(step)
+        for micro_batch in feed.micro_batches(batch):
+            with ctx.autocast():
+                compute_loss(ctx, cfg, micro_batch, ctx.past()).backward()
+        optimizer.step()
+        next(iter(trainable.values())).sum().item()         # waits for a GPU
+        optimizer.zero_grad(set_to_none=True)
+        if step:
+            seconds += time.monotonic() - began
+            tokens += sum(map(size, batch))
+    return trainable, seconds, tokens
+
+
+# ------------------------------------------------------------------------------------------- records of tasks
+
+@dataclass(frozen=True)
+class Task:
+    """What --task names. Everything that another part of the program needs to know about it stands here."""
+    selected_by = "task"
+    name: str
+    help: str
+    run: Callable                                   # (cfg) -> exit code
+    reads: tuple = ()                               # row types of its data
+    flags: tuple = ()                               # groups of flags, whatever the method
+    training_flags: tuple = ()                      # groups that it has with a method that trains
+    baseline_flags: tuple = ()                      # groups that it has with --method none
+    defaults: dict = field(default_factory=dict)    # of flags, where this task needs another value
+    config: type = None  # the group that replaces TrainingFlags, with its own defaults
+    lr_scale: float = 1.0                           # of the method's rate
+    trains: bool = True
+    baseline: bool = False                          # --method none measures without training
+    baseline_hint: str = ""
+    generates: bool = False                         # it needs a model that generates, not one that scores
+    reads_templates: bool = True                    # it can use a soft prompt inside a template
+    templates: bool = False                         # it can train one
+    new_model: bool = False                         # --init new
+    raw_text: bool = False                          # it trains on text without prompt and answer
+    next_tokens: bool = False                       # it teaches a model to generate answers
+    needs_causal: bool = False                      # it needs a model that was trained with causal attention
+    measures: bool = False                          # it measures --init as it was trained, head included
+    all_valid: bool = False                         # it reads all of valid, not 100 rows
+    one_process: bool = False
+    input_flags: tuple = ("reward", "gold_reward")  # folders or module:function, whose content is hashed
+    parses_itself: bool = False                     # run takes the words of the command line
+    resumes: bool = True                            # an interrupted command goes on from what it saved
+    scales_loss: bool = True                        # its loop has the loss scaler that --dtype fp16 needs
+    # the supervised loop
+    loss: Callable = None                           # (ctx, cfg, batch, past) -> summed loss
+    evaluate: Callable = evaluate_answers           # (ctx, cfg, rows, examples, shots) -> (metrics, answers)
+    metric: str = "loss"                            # what it is about
+    baseline_metrics: bool = True                   # there is something to measure before training
+    prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
+    begin: Callable = None                          # (ctx, cfg, rows) -> more state, before training
+    end: Callable = None                            # (ctx, cfg, rows, state), after training
+    logits_on_answers: bool = True                  # of a Ranking: its loss needs the answers' logits
+    classifier: str = None  # "head": labels are read off a head, whatever the flags say
+    judges: bool = False                            # its runs score texts by a head of their own
+    make_head: Callable = None                      # (ctx, cfg) -> nn.Module
+    load_head: Callable = None                      # (folder) -> nn.Module
+    describe: Callable = None                       # (ctx, cfg) -> lines about a soft prompt, for result.json
+    next_command: Callable = use_it                 # (ctx, cfg, folder) -> the command that uses the result
+
+
+def then_ppo(ctx, cfg, folder):
+    return f"python train.py --task ppo --init {cfg.init} --reward {folder}"
+
+
+def then_sft(ctx, cfg, folder):
+    return f"python train.py --init {cfg.init} --data {folder}"
+
+
+def no_command(ctx, cfg, folder):
+    return None
+
+
+RUN = (DataFlags, RunFolderFlags)
+LOOP = (TrainingFlags, SaveFlags, DryRunFlags)
+PREFERENCES = ("pairs", "ranked")
+PROMPTS = ("prompt", "chat", "pairs", "ranked")
+
+TASKS = (
+    Task("sft", "next token on the answers only", run_supervised, reads=("chat", "label", "tags"),
+         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags),
+         training_flags=LOOP, baseline_flags=(ShotFlags,), baseline=True, templates=True, loss=answer_loss,
+         next_tokens=True, metric="exact_match"),
+    Task("pretrain", "next token on raw text, masked text, blank infilling", run_supervised, reads=("text",),
+         flags=(*RUN, MicroBatchFlags, BlockFlags, EvalFlags, ObjectiveFlags, NewModelFlags),
+         training_flags=LOOP,
+         defaults=dict(method="full", data="toy/corpus", init="new", forgetting_data="none", epochs=1.0,
+                       min_lr_ratio=0.1, beta2=0.99, weight_decay=0.1),
+         baseline=True, new_model=True, raw_text=True, loss=answer_loss, metric="loss"),
+    Task("classify", "a label, by a head or by label words", run_supervised, reads=("label",),
+         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, ClassifyFlags,
+                AttentionFlags),
+         training_flags=LOOP, baseline_flags=(ShotFlags,), defaults=dict(data="toy/sentiment"), baseline=True,
+         templates=True, loss=answer_loss, metric="accuracy", make_head=label_head,
+         load_head=load_label_head),
+    Task("tag", "a label per token", run_supervised, reads=("tags",),
+         flags=(*RUN, MicroBatchFlags, BlockFlags, EvalFlags, AttentionFlags), training_flags=LOOP,
+         defaults=dict(data="toy/entities", prompt_template=None), templates=True, loss=answer_loss,
+         metric="f1",
+         classifier="head", make_head=label_head, load_head=load_label_head,
+         baseline_hint="--task tag has no head before it is trained: use --task eval for a trained one, or "
+                       "--task sft --method none for names as words"),
+    Task("reward", "pairwise or K-ranked comparisons", run_supervised, reads=PREFERENCES,
+         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, EvalFlags, AnswerFlags), training_flags=LOOP,
+         defaults=dict(data="toy/preferences", forgetting_data="none", epochs=1.0, beta2=0.95),
+         reads_templates=False, needs_causal=True, logits_on_answers=False,
+         loss=reward_loss, evaluate=evaluate_reward, metric="accuracy",
+         baseline_metrics=False, begin=sample_for_calibration, end=calibrate_reward, judges=True,
+         make_head=reward_head, load_head=load_reward_head, next_command=then_ppo),
+    Task("dpo", "preferences without RL", run_supervised, reads=PREFERENCES,
+         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, EvalFlags, ppo.PreferenceConfig),
+         training_flags=LOOP,
+         defaults=dict(data="toy/preferences", epochs=0.25), lr_scale=0.1, generates=True,
+         reads_templates=False, needs_causal=True,
+         loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", baseline_metrics=False,
+         prepare=add_reference_logprobs),
+    Task("ppo", "RL: PPO with a KL penalty to the reference, and relatives (--algo)", run_ppo, reads=PROMPTS,
+         flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags),
+         config=ppo.PPOConfig,
+         defaults=dict(data="toy/prompts", save_every=1), lr_scale=0.4, generates=True, reads_templates=False,
+         needs_causal=True,
+         metric="gold", scales_loss=False),
+    Task("sample", "answers to prompts, scored, the best as rows", sample_answers, reads=PROMPTS,
+         trains=False,
+         flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, KeepBestFlags),
+         defaults=dict(data="toy/prompts"),
+         generates=True, reads_templates=False, needs_causal=True, all_valid=True, metric="score",
+         next_command=then_sft),
+    Task("eval", "measure a trained model", run_supervised, trains=False,
+         reads=("chat", "label", "tags", "text", "pairs", "ranked"),
+         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags,
+                ShotFlags),
+         evaluate=evaluate_reward, measures=True, describe=describe_prompt, next_command=no_command),
+    Task("chat", "talk to a model", run_chat, trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
+         generates=True, one_process=True, resumes=False),
+    Task("show", "the next-token distribution", run_show, trains=False,
+         flags=(TextFlags, AnswerFlags, GenerationFlags),
+         defaults=dict(template="plain", temperature=1.0, max_new_tokens=12), one_process=True,
+         resumes=False),
+    Task("merge", "an adapter run as a plain model folder", run_merge, trains=False, flags=(MergeFlags,),
+         one_process=True, resumes=False),
+    Task("check", "look at a data file", run_check, trains=False, flags=(DataFlags, CheckFlags),
+         one_process=True,
+         parses_itself=True, resumes=False),
+    Task("table", "look at runs", run_table, trains=False, flags=(tables.TableFlags,), one_process=True,
+         resumes=False),
+)
+
+
+PROGRAM = command.Program(CommonFlags, TASKS, METHODS, {
+    "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "algo": ppo.ALGORITHMS,
+    "preference_loss": ppo.PREFERENCE_LOSSES})
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
 def main(argv=None):
     """The command. Returns the exit code; a mistake of the user is one sentence on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    task = None
     cfg = None
     try:
         distributed.start()
-        with guard.installed():
-            cfg = parse(sys.argv[1:] if argv is None else argv)
-            if world.size > 1 and cfg.task in ("chat", "show", "merge", "check", "table"):
-                raise UserError(f"--task {cfg.task} is work for one process: leave torchrun out")
-            if cfg.task == "show":
-                return show(*both_sides(cfg), cfg)
-            if cfg.task == "check":
-                return examine(cfg, open_kit, probe)
-            if cfg.task == "ppo" and (cfg.init, cfg.reward) == ("data/base", None):
-                return stages(cfg)
-            others = {"chat": talk, "merge": merge, "sample": draw, "ppo": reinforce, "table": tables.show}
-            return others.get(cfg.task, supervised)(cfg)
+        with defer_signals.installed():
+            task = command.choose(TASKS, command.word_after(argv, "task", "sft"), "task")
+            if dist_state.size > 1 and task.one_process:
+                raise UserError(f"--task {task.name} is work for one process: leave torchrun out")
+            if task.parses_itself and not {"-h", "--help"} & set(argv):
+                return task.run(argv)
+            cfg = parse(argv)
+            return task.run(cfg)
     except UserError as e:
-        if distributed.first(str(e)):
-            note(f"train.py: {e}", world.rank)
+        if distributed.first_to_fail(str(e)):
+            log_progress(f"train.py: {e}", dist_state.rank)
         return e.code
     except Interrupted:
-        if cfg is None or cfg.task not in flags.TRAIN + ("sample", "eval") or cfg.dry_run:
-            return 128 + guard.pending              # there was nothing to save
-        note("train.py: interrupted; the same command goes on from where it last saved")
-        with contextlib.suppress(distributed.Lost):
-            distributed.meet()                      # whoever leaves early has the others killed
+        if cfg is None or not task.resumes or cfg.get("dry_run"):
+            return 128 + defer_signals.pending          # there was nothing to save
+        log_progress("train.py: interrupted; the same command continues from where it last saved")
+        with contextlib.suppress(distributed.LostProcess):
+            distributed.barrier()                       # a process that leaves first has the others killed
         return 75
     except Exception as e:
-        if not distributed.first(f"{type(e).__name__}: {e}".split("\n")[0]):
-            return 1                                # what fails here is that another process has ended
+        if not distributed.first_to_fail(f"{type(e).__name__}: {e}".split("\n")[0]):
+            return 1                                    # what fails here is that another process has ended
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise                                   # torch.OutOfMemoryError says the one, a CPU the other
-        note(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower --micro or --block, and "
-             "--checkpoint, need less", world.rank)
+            raise  # torch.OutOfMemoryError says the first, a CPU the second
+        log_progress(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower "
+                     "--micro_batch_tokens or "
+                     "--block_size, and --gradient_checkpointing, need less", dist_state.rank)
         return 1
 
 
 if __name__ == "__main__":
     code = main()
-    if code in (0, 75):                             # nccl would wait for a process that is gone
+    if code in (0, 75):                                 # nccl would wait for a process that is gone
         distributed.end()
     sys.exit(code)

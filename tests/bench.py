@@ -1,16 +1,17 @@
 """Ours against transformers + peft, side by side: one model, one set of rows, one precision, pinned threads.
 
     PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
+    python tests/bench.py [--short] [--only WORD]                           ours alone, compared with nothing
 
 Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns;
-the first repetition warms up and is not counted. Seconds are a process's own CPU seconds, on one thread the
-wall clock's without the neighbours. Tokens are real ones, no pads. Memory is the peak of each side's own
-process. Without SMOLLM2 the model is a small random Llama.
+the first repetition warms up and is not counted. Seconds are a process's own CPU seconds; on one thread they
+are those of the wall clock, without the time of other processes. Tokens are real ones, no pads. Memory is the
+peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
 
     sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
-            order, padded to the longest row, as transformers' Trainer collates them. Ours: data/examples.Feed
+            order, padded to the longest row, as transformers' Trainer collates them. Ours: data/batches/examples.Feed
     full    the same on rows of one length, every token supervised: nothing to gain by order or by masks
-    prompt, ptuning, prefix     twenty virtual tokens, ragged rows
+    prompt_tuning, p_tuning, prefix_tuning     twenty virtual tokens, ragged rows
     answer  greedy generation of 48 tokens for 16 prompts of mixed lengths; theirs: generate, left-padded
 
     ppo     an iteration of PPO: 16 prompts of 16 tokens, answers of 32, 4 passes, LoRA r 8, a GPT-2 of 6
@@ -34,8 +35,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = dict(sft=3.0, full=1.3, prompt=1.5, ptuning=1.5, prefix=1.5, answer=3.0, ppo=3.0)     # tokens/s
-MEMORY = dict(sft=0.6, ppo=0.4)                                                                 # at most
+# tokens/s, at least
+TARGETS = dict(sft=3.0, full=1.3, prompt_tuning=1.5, p_tuning=1.5, prefix_tuning=1.5, answer=3.0, ppo=3.0)
+MEMORY = dict(sft=0.6, ppo=0.4)                         # at most
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 BATCH, LR, NEW = 8, 1e-3, 48
 
 
@@ -53,45 +56,48 @@ def ours(what, folder, data, steps):
     import torch
 
     import train
+    from data.batches.examples import Feed, size, targets
     from data.results import evaluate
-    from data.batches.examples import Feed, targets
     from model import generate
 
-    cfg = train.parse(["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr",
-                       str(LR), "--method", what if what in ("prompt", "ptuning", "prefix") else "lora"]
-                      + ["--targets", "q,v", "--rank", "8"] * (what in ("sft", "full", "answer"))
-                      + ["--hidden", "512"] * (what in ("ptuning", "prefix")))
-    kit = train.open_kit(cfg)
+    words = ["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr", str(LR)]
+    if what in SOFT:
+        words += ["--method", what, "--num_virtual_tokens", "20"]
+    else:
+        words += ["--method", "lora", "--targets", "q,v", "--rank", "8"]
+    if what in ("p_tuning", "prefix_tuning"):
+        words += ["--encoder_hidden", "512"]
+    if what in ("prompt_tuning", "p_tuning"):
+        words += ["--prompt_template", "front"]
+    cfg = train.parse(words)
+    ctx = train.open_context(cfg)
     if what == "answer":
         prompts = [ids for ids, _ in data[:16]]
 
         def repeat(i):
             with torch.no_grad():
-                return sum(map(len, generate(kit.model, prompts, NEW, temperature=0))), 0.0
+                return sum(map(len, generate(ctx.model, prompts, NEW, temperature=0))), 0.0
         return repeat
-    learn = train.build(kit, cfg)
-    feed = Feed(data, BATCH, cfg.micro, 1)
-    optimiser = torch.optim.AdamW(train.param_groups(kit, cfg, learn), fused=True)
-    kit.train()
+    trainable = train.apply_method(ctx, cfg)
+    feed = Feed(data, BATCH, cfg.micro_batch_tokens, 1)
+    optimizer = torch.optim.AdamW(train.param_groups(ctx, cfg, trainable), fused=True)
+    ctx.train()
 
     def repeat(i):
         tokens = total = 0
         for step in range(i * steps, (i + 1) * steps):
             parts = feed(step)
             count = sum(targets(e) for part in parts for e in part)
-            past, finish = kit.past(), None
-            if past is not None and len(parts) > 1:
-                past, finish = train.prompts.cut(past)
+            past, finish_prompt = train.prompt_past(ctx, cfg, parts)
             for part in parts:
-                loss = evaluate.summed_loss(kit, part, past) / count
+                loss = evaluate.summed_loss(ctx, part, past) / count
                 loss.backward()
                 total += loss.item()
-            if finish:
-                finish()
-            torch.nn.utils.clip_grad_norm_(learn.values(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            tokens += sum(len(ids) for part in parts for ids, _ in part)
+            finish_prompt()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += sum(size(e) for part in parts for e in part)
         return tokens, total / steps
     return repeat
 
@@ -112,16 +118,18 @@ def our_ppo(folder):
     def role(name):
         @contextlib.contextmanager
         def enter():
-            with lora.use(model, name):
+            with lora.use_adapter(model, name):
                 yield model, None
         return enter
-    width, cfg = model.config.n_embd, ppo.PPOConfig(batch=16, steps=100, max_new=32, minibatches=1, lr=1e-4)
+    width = model.config.n_embd
+    cfg = ppo.PPOConfig(batch=16, steps=100, max_new_tokens=32, minibatches=1, lr=1e-4, ppo_epochs=4,
+                        kl_coef=0.05, adaptive_kl_target=0.0)
     head = ppo.ScalarHead(width)
     value = lora.adapter_parameters(model, "value") | {f"head.{k}": p for k, p in head.named_parameters()}
     state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
     asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    loop = ppo.train_ppo(cfg, ppo.Roles(role("policy"), role(None), role("value"), head), state, asked,
-                         ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
+    environment = ppo.Environment(asked, ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
+    loop = ppo.train_ppo(cfg, ppo.Roles(role("policy"), role(None), role("value"), head), state, environment)
 
     def repeat(i):
         metrics, _ = next(loop)
@@ -161,14 +169,14 @@ def trl_ppo(folder):
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = 0
         return model
-    told = PPOConfig(output_dir=tempfile.mkdtemp(), learning_rate=1e-4, report_to="none", save_strategy="no",
+    settings = PPOConfig(output_dir=tempfile.mkdtemp(), learning_rate=1e-4, report_to="none", save_strategy="no",
                      disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
                      per_device_train_batch_size=16, gradient_accumulation_steps=1, num_mini_batches=1,
                      num_ppo_epochs=4, total_episodes=512, local_rollout_forward_batch_size=16,
                      response_length=32, stop_token="eos", missing_eos_penalty=1.0, temperature=1.0,
                      num_sample_generations=0, eval_strategy="no")
     trainer = PPOTrainer(
-        args=told, processing_class=tokenizer, ref_model=None, reward_model=judge(), value_model=judge(),
+        args=settings, processing_class=tokenizer, ref_model=None, reward_model=judge(), value_model=judge(),
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=rows,
         eval_dataset=rows.select(range(1)), callbacks=[Turns()],
         peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], task_type="CAUSAL_LM"))
@@ -199,9 +207,9 @@ def peers(what, folder, data, steps):
         return repeat
     soft = dict(task_type="CAUSAL_LM", num_virtual_tokens=20)
     model = peft.get_peft_model(model, {
-        "prompt": lambda: peft.PromptTuningConfig(**soft),
-        "ptuning": lambda: peft.PromptEncoderConfig(**soft, encoder_hidden_size=512),
-        "prefix": lambda: peft.PrefixTuningConfig(**soft, prefix_projection=True, encoder_hidden_size=512)
+        "prompt_tuning": lambda: peft.PromptTuningConfig(**soft),
+        "p_tuning": lambda: peft.PromptEncoderConfig(**soft, encoder_hidden_size=512),
+        "prefix_tuning": lambda: peft.PrefixTuningConfig(**soft, prefix_projection=True, encoder_hidden_size=512)
     }.get(what, lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16,
                                         target_modules=["q_proj", "v_proj"]))())
     learn = [p for p in model.parameters() if p.requires_grad]
@@ -259,21 +267,23 @@ def cell(job):
     import train
     from data.results import evaluate
     from data.runtime.device import peak_memory_mb
-    how = (["--method", "ptuning2", "--n_virtual", str(job["P"])] if "P" in job else
+    how = (["--method", "p_tuning_v2", "--num_virtual_tokens", str(job["P"])] if "P" in job else
            ["--method", "lora", "--targets", "q,v", "--rank", str(job["rank"])])
     cfg = train.parse(["--init", job["model"], "--dtype", "fp32", "--device", "cpu", *how])
-    kit = train.open_kit(cfg)
-    learn, T, c = train.build(kit, cfg), job["T"], kit.model.config
-    kit.train()
+    ctx = train.open_context(cfg)
+    trainable = train.apply_method(ctx, cfg)
+    T = job["T"]
+    c = ctx.model.config
+    ctx.train()
     r, times = random.Random(0), []
     rows = [([r.randrange(c.vocab_size) for _ in range(T)], [i >= 2 / 3 * T for i in range(T)])
             for _ in range(job["batch"])]
-    each = max(1, cfg.micro // T)
+    each = max(1, cfg.micro_batch_tokens // T)
     for _ in range(5):
         began = time.process_time()
         for i in range(0, len(rows), each):
-            evaluate.summed_loss(kit, rows[i:i + each], kit.past()).backward()
-        for p in learn.values():
+            evaluate.summed_loss(ctx, rows[i:i + each], ctx.past()).backward()
+        for p in trainable.values():
             p.grad = None
         times.append(time.process_time() - began)
     x, w, rate = torch.randn(1024, c.n_embd), torch.randn(c.n_embd, c.n_inner), []
@@ -282,11 +292,11 @@ def cell(job):
         x @ w
         rate.append(2 * x.numel() * c.n_inner / (time.process_time() - began))
     dense = sum(p.numel()
-                for n, p in kit.model.blocks.named_parameters() if n.endswith("weight") and p.dim() > 1)
+                for n, p in ctx.model.blocks.named_parameters() if n.endswith("weight") and p.dim() > 1)
     # forward and the gradient of the input, 2 flops a weight each; attention is causal, its backward twice it
     flops = 4 * dense + 4 * c.vocab_size * c.n_embd / 3 + 6 * c.n_layer * c.n_head * c.head_size * T
     seconds = statistics.median(times[1:])
-    print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(kit.device),
+    print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(ctx.device),
                           share=flops * T * len(rows) / seconds / max(rate))))
 
 
@@ -296,7 +306,10 @@ def duel(what, model, vocab, args, folder):
     job.write_text(json.dumps(dict(what=what, model=str(model), rows=rows(what, vocab, args.short),
                                    steps=2 if args.short else 8)))
     sides = {}
-    for side, python in (("ours", sys.executable), ("peers", os.environ["PEERS"])):
+    pythons = {"ours": sys.executable}
+    if "PEERS" in os.environ and (what != "ppo" or "TRL" in os.environ):
+        pythons["peers"] = os.environ["PEERS"]
+    for side, python in pythons.items():
         sides[side] = subprocess.Popen(
             [python, __file__, "--side", side, "--job", str(job), "--threads", str(args.threads)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -313,9 +326,16 @@ def duel(what, model, vocab, args, folder):
             found[side].append(json.loads(process.stdout.readline()))
     for process in sides.values():
         process.communicate()
-    a, b = ({k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides)
+    medians = [{k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides]
+    unit = "iterations" if what == "ppo" else "tokens"
+    learns = what not in ("answer", "ppo")
+    if len(medians) == 1:
+        a, = medians
+        print(f"{what:14} {a['speed']:8,.4g} {unit}/s, {a['memory']:7,.0f} MB" + f"; loss {a['loss']:.3f}" * learns,
+              flush=True)
+        return
+    a, b = medians
     ratios = [x["speed"] / y["speed"] for x, y in zip(found["ours"][1:], found["peers"][1:])]
-    unit, learns = "iterations" if what == "ppo" else "tokens", what not in ("answer", "ppo")
     verdict(what, statistics.median(ratios), TARGETS[what], True,
             f"{a['speed']:8,.4g} against {b['speed']:8,.4g} {unit}/s, ratios {min(ratios):.2f} to "
             f"{max(ratios):.2f}" + f"; loss {a['loss']:.3f} and {b['loss']:.3f}" * learns)
@@ -324,10 +344,10 @@ def duel(what, model, vocab, args, folder):
                 f"{a['memory']:7,.0f} against {b['memory']:7,.0f} MB")
 
 
-def verdict(what, value, target, least, said):
+def verdict(what, value, target, least, note):
     good = value >= target if least else value <= target
     sign, word = ">=" if least else "<=", "pass" if good else "MISS"
-    print(f"{what:12} {value:6.2f}  target {sign} {target:<4}  {word}  {said}", flush=True)
+    print(f"{what:14} {value:6.2f}  target {sign} {target:<4}  {word}  {note}", flush=True)
 
 
 def growth(args, folder, small):
@@ -370,7 +390,7 @@ def timed(*argv):
 
 def main():
     args = argparse.ArgumentParser(description="ours against transformers and peft")
-    args.add_argument("--short", action="store_true", help="a few steps: a look, not a result")
+    args.add_argument("--short", action="store_true", help="a few steps, indicative only")
     args.add_argument("--only", choices=[*TARGETS, "start", "growth"], help="one line of it")
     args.add_argument("--threads", type=int, default=1)
     args.add_argument("--side", choices=("ours", "peers", "cell"), help=argparse.SUPPRESS)
@@ -396,7 +416,7 @@ def main():
             model, tokenizer = folder / f"llama{layers}", Tokenizer.train(["a b"], 257, ["<|endoftext|>"])
             if not model.exists():
                 torch.manual_seed(0)
-                shape = GPTConfig(4096, 512, layers, 4, 256, eos=tokenizer.eos).llama(n_inner=704)
+                shape = GPTConfig(4096, 512, layers, 4, 256, eos=tokenizer.eos).as_family("llama", n_inner=704)
                 GPT(shape).save_pretrained(model)
                 tokenizer.save_pretrained(model)
             return str(model)
@@ -409,12 +429,11 @@ def main():
         if args.only in ("start", "growth"):
             return
         if "PEERS" not in os.environ:
-            return print("PEERS names no interpreter with transformers and peft, so nothing is compared")
+            print("PEERS names no interpreter with transformers and peft, so ours is compared with nothing")
         for what in TARGETS:
             if what == "ppo" and args.only in (None, what):
-                if "TRL" not in os.environ:
+                if "PEERS" in os.environ and "TRL" not in os.environ:
                     print("TRL names no folder with trl 1.12, so PPO is not compared")
-                    continue
                 torch.manual_seed(0)
                 GPT(GPTConfig(1024, 64, 6, 6, 384, eos=1)).save_pretrained(folder / "gpt2")
                 duel(what, folder / "gpt2", 1024, args, folder)

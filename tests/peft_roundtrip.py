@@ -18,8 +18,9 @@ from model import GPT
 
 OUT = pathlib.Path(sys.argv[1])
 IDS = torch.arange(30).view(3, 10) * 7 % 64
-KINDS = {"lora": dict(), "rslora": dict(rslora=True), "dora": dict(dora=True), "pissa": dict(pissa=True),
-         "adalora": dict(kind="adalora"), "folded": dict(kind="adalora"), "ia3": dict(kind="ia3")}
+KINDS = {"lora": dict(), "rslora": dict(rslora=True), "dora": dict(variant="dora"),
+         "pissa": dict(variant="pissa"), "adalora": dict(variant="adalora"), "folded": dict(variant="adalora"),
+         "ia3": dict(variant="ia3")}
 small = dict(vocab_size=64, max_position_embeddings=32, num_hidden_layers=2, hidden_size=32,
              num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, bos_token_id=None,
              eos_token_id=None)
@@ -57,7 +58,7 @@ for family, base in BASES.items():
                 targets = ["k", "v", "down"] if len(targets) == 2 else words
             model = GPT.from_pretrained(OUT / family)
             ranks = {"q": 3, "blocks.1.attn.o": 2} if len(targets) > 2 and kind != "ia3" else None
-            lora.inject(model, targets, **{"rank": 4, "rank_map": ranks, **kw} if kind != "ia3" else kw)
+            lora.inject(model, targets, **{"rank": 4, "rank_pattern": ranks, **kw} if kind != "ia3" else kw)
             randomise(lora.adapter_parameters(model).values())
             if kind in ("adalora", "folded"):                       # prune one module wholly, one in part
                 some = list(lora.adapters(model).values())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches.batching import blocks, collate, micro, padding_waste, plan
+from data.batches.batching import blocks, collate, padding_waste, plan, split_by_token_budget
 from data.text.formats import load
 
 SEEDS = [0, 1, -1, 2**31, 2**63, 2**64 + 1, -2**70]
@@ -89,23 +89,24 @@ def test_padding_waste_by_hand():
     assert padding_waste([[0], [1]], [4, 9]) == 0
 
 
-# ---- micro -------------------------------------------------------------------------------------------------
+# ---- split_by_token_budget -------------------------------------------------------------------------------------------------
 def test_micro_batches_keep_to_the_budget():
     lengths = ragged(64)
     for tokens in (1, 60, 512, 4096, 10**9):
-        parts = micro(range(64), lengths, tokens)
+        parts = split_by_token_budget(range(64), lengths, tokens)
         assert sorted(i for part in parts for i in part) == list(range(64))
         for part in parts:
             assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= tokens
-    assert len(micro(range(64), lengths, 10**9)) == 1 and len(micro(range(64), lengths, 1)) == 64
-    assert micro([7, 3, 5], {7: 4, 3: 2, 5: 3}, 6) == [[3, 5], [7]]
-    assert micro([], [], 100) == []
+    assert len(split_by_token_budget(range(64), lengths, 10**9)) == 1
+    assert len(split_by_token_budget(range(64), lengths, 1)) == 64
+    assert split_by_token_budget([7, 3, 5], {7: 4, 3: 2, 5: 3}, 6) == [[3, 5], [7]]
+    assert split_by_token_budget([], [], 100) == []
 
 
 def test_micro_batches_are_full():
     """Greedy over sorted lengths: no two neighbours could be one."""
     lengths = ragged(64)
-    parts = micro(range(64), lengths, 1000)
+    parts = split_by_token_budget(range(64), lengths, 1000)
     for a, b in zip(parts, parts[1:]):
         assert (len(a) + 1) * lengths[b[0]] > 1000
 
@@ -135,13 +136,13 @@ def test_collate_is_the_shift_by_one():
 
 
 def test_collate_by_hand():
-    """prompt 5 6, answer 7, end 0, and 0 is also the pad: the end token is learnt, padding is not."""
+    """prompt 5 6, answer 7, end 0, and 0 is also the pad: the end token is a target, padding is not."""
     x, y = collate([([5, 6, 7, 0], [False, False, True, True]), ([5, 7], [False, True])], pad=0)
     assert x.tolist() == [[5, 6, 7], [5, 0, 0]]
     assert y.tolist() == [[-1, 7, 0], [7, -1, -1]]
 
 
-def test_loss_falls_where_the_target_is_learnt():
+def test_the_loss_is_where_the_target_is_supervised():
     """A lone supervised token is predicted from the position before it, and nowhere else."""
     for at in range(1, 6):
         x, y = collate([(list(range(10, 16)), [i == at for i in range(6)])])

@@ -7,14 +7,14 @@ import types
 import pytest
 
 from data.text import chat
-from data.text.chat import TEMPLATES, answer, end_token, fit, guess, prompt, render
+from data.text.chat import TEMPLATES, answer, end_token, fit_to_length, guess_template, prompt, render
 from data.runtime.files import DataError, UserError
 from data.text.tokenizer import Tokenizer
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "chat"
 ANSWERS = json.loads((FIXTURES / "answers.json").read_text("utf-8"))
 TALKS = ANSWERS["conversations"]
-SPECIAL = ["<|endoftext|>", *(mark for marks in chat.MARKS.values() for mark in marks)]
+SPECIAL = ["<|endoftext|>", *(token for tokens in chat.SPECIAL_TOKENS.values() for token in tokens)]
 TOK = Tokenizer.train("Two and two is four.\n\n### Response:\nuser\nassistant\n" * 9, 320, special=SPECIAL)
 
 
@@ -27,7 +27,7 @@ def shown(ids, tokenizer=TOK):
     return tokenizer.decode(ids, special=True)
 
 
-def learnt(ids, mask, tokenizer=TOK):
+def targets_text(ids, mask, tokenizer=TOK):
     return tokenizer.decode([i for i, m in zip(ids, mask) if m], special=True)
 
 
@@ -38,7 +38,7 @@ def test_ids_equal_those_of_hugging_face(name):
     if not folder:
         pytest.skip("SMOLLM2 names no folder of SmolLM2-135M-Instruct")
     tokenizer = Tokenizer.from_pretrained(folder)
-    template = guess(tokenizer)
+    template = guess_template(tokenizer)
     assert template == ("llama3" if name == "llama3" else "chatml")
     for messages, (whole, asked) in zip(TALKS, ANSWERS[name], strict=True):
         assert render(messages, template, tokenizer)[0] == asked[:whole]
@@ -72,13 +72,13 @@ def test_templates_to_the_letter(template):
     ids, mask = render(TALK, template, TOK)
     end = shown([end_token(template, TOK)])
     assert shown(ids) == TEXTS[template]
-    assert learnt(ids, mask) == (f" 2{end} 4{end}" if template == "plain" else f"2{end}4{end}")
+    assert targets_text(ids, mask) == (f" 2{end} 4{end}" if template == "plain" else f"2{end}4{end}")
     assert len(ids) == len(mask) and all(type(m) is bool for m in mask)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_begins_its_conversation(template):
-    """The property that makes training and asking the same: for every answer of every talk."""
+    """Training and generation share their token ids: for every answer of every conversation."""
     odd = ["", " four", "\nfour", "\n\n", "  ", "### Response:\n", "four\n"]
     talks = TALKS + [turns(a, b, b, a) for a in odd for b in odd]
     for messages in talks:
@@ -86,17 +86,17 @@ def test_a_prompt_begins_its_conversation(template):
         for i, m in enumerate(messages):
             if m["role"] == "assistant" and i + 1 == len(messages):
                 asked = prompt(messages[:i], template, TOK)
-                said = answer(m["content"], template, TOK)
-                assert ids[:len(asked) + len(said)] == asked + said
-                assert mask[len(asked):] == [True] * len(said) + [False] * (len(ids) - len(asked) - len(said))
+                reply = answer(m["content"], template, TOK)
+                assert ids[:len(asked) + len(reply)] == asked + reply
+                assert mask[len(asked):] == [True] * len(reply) + [False] * (len(ids) - len(asked) - len(reply))
 
 
 def test_the_answer_keeps_its_first_token_whatever_precedes_it():
     """'Two' is one token here, and so is ' two': after 'and' the boundary must not be swallowed."""
-    for text, said in ((" two", " two"), ("two", " two"), ("\n\n", "\n\n")):
+    for text, reply in ((" two", " two"), ("two", " two"), ("\n\n", "\n\n")):
         ids, mask = render(turns("Two and", text), "plain", TOK)
-        assert [i for i, m in zip(ids, mask) if m] == TOK.encode(said) + [TOK.eos]
-        assert ids[1:][:-len(TOK.encode(said)) - 1] == TOK.encode("Two and")
+        assert [i for i, m in zip(ids, mask) if m] == TOK.encode(reply) + [TOK.eos]
+        assert ids[1:][:-len(TOK.encode(reply)) - 1] == TOK.encode("Two and")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -107,18 +107,18 @@ def test_23_32_marks_in_a_text_are_text_and_there_is_one_start(template):
     for mark in TOK.special.values():
         assert ids.count(mark) == plain.count(mark)
     assert plain.count(plain[0]) == {"llama3": 1, "chatml": 2}.get(template, 2)      # eos is also the start
-    assert learnt(ids, mask).lstrip(" ") == text + shown([end_token(template, TOK)])
+    assert targets_text(ids, mask).lstrip(" ") == text + shown([end_token(template, TOK)])
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_20_answers_of_weight_0_are_context(template):
-    heard = turns("1+1", "2", "2+2", "4")
-    heard[1]["weight"] = 0
-    ids, mask = render(heard, template, TOK)
+    messages = turns("1+1", "2", "2+2", "4")
+    messages[1]["weight"] = 0
+    ids, mask = render(messages, template, TOK)
     assert ids == render(turns("1+1", "2", "2+2", "4"), template, TOK)[0]
-    assert learnt(ids, mask).lstrip(" ") == "4" + shown([end_token(template, TOK)])
-    heard[1]["weight"] = 1
-    assert render(heard, template, TOK) == render(turns("1+1", "2", "2+2", "4"), template, TOK)
+    assert targets_text(ids, mask).lstrip(" ") == "4" + shown([end_token(template, TOK)])
+    messages[1]["weight"] = 1
+    assert render(messages, template, TOK) == render(turns("1+1", "2", "2+2", "4"), template, TOK)
 
 
 @pytest.mark.parametrize("weight", [0, 1])
@@ -127,16 +127,16 @@ def test_answers_are_encoded_alone_whatever_their_weight(template, weight):
     texts = []
     spy = types.SimpleNamespace(special=TOK.special, bos=None, eos=TOK.eos, chat_template="",
                                 encode=lambda text: texts.append(text) or [0] * len(text))
-    heard = turns("1+1", "2", "2+2", "4")
-    heard[1]["weight"] = weight
-    render(heard, template, spy)
+    messages = turns("1+1", "2", "2+2", "4")
+    messages[1]["weight"] = weight
+    render(messages, template, spy)
     assert [text.strip() for text in texts if text.strip() in ("2", "4")] == ["2", "4"]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_14_an_empty_prompt_leaves_something_to_predict_from(template):
     ids, mask = render(turns("", "four"), template, TOK)
-    assert not mask[0] and learnt(ids, mask).lstrip(" ") == "four" + shown([end_token(template, TOK)])
+    assert not mask[0] and targets_text(ids, mask).lstrip(" ") == "four" + shown([end_token(template, TOK)])
     assert prompt([], template, TOK) and prompt(turns(""), template, TOK)
 
 
@@ -145,7 +145,7 @@ def test_19_two_answers_and_two_questions_in_a_row(template):
     messages = [*turns("a"), *turns("b"), *turns("", "c")[1:], *turns("", "d")[1:]]
     ids, mask = render(messages, template, TOK)
     end = shown([end_token(template, TOK)])
-    assert learnt(ids, mask).replace(" ", "") == f"c{end}d{end}"
+    assert targets_text(ids, mask).replace(" ", "") == f"c{end}d{end}"
     if template == "plain":
         assert shown(ids) == "<|endoftext|>a\nb c<|endoftext|> d<|endoftext|>"
 
@@ -170,8 +170,8 @@ def test_system_texts():
 # ---- which template, which tokens --------------------------------------------------------------------------
 def test_guess_and_end_tokens():
     base = Tokenizer.train("a", 257)
-    assert guess(Tokenizer.train("a", 257, special=["<|im_start|>"])) == "plain"    # half a template is none
-    assert guess(base) == "plain" and end_token("plain", base) == end_token("alpaca", base) == base.eos == 256
+    assert guess_template(Tokenizer.train("a", 257, special=["<|im_start|>"])) == "plain"    # half a template is none
+    assert guess_template(base) == "plain" and end_token("plain", base) == end_token("alpaca", base) == base.eos == 256
     assert end_token("chatml", TOK) == TOK.special["<|im_end|>"]
     assert end_token("llama3", TOK) == TOK.special["<|eot_id|>"]
 
@@ -188,53 +188,53 @@ def test_the_start_of_plain_text():
 
 def test_templates_that_do_not_fit_the_tokenizer():
     base = Tokenizer.train("a", 256, special=())
-    with pytest.raises(UserError, match=r"chatml needs the token <\|im_start\|>, .*; say --template plain"):
+    with pytest.raises(UserError, match=r"chatml needs the token <\|im_start\|>, which .*; use --template plain"):
         render(turns("a", "b"), "chatml", base)
-    with pytest.raises(UserError, match="plain text ends with an end-of-text token, and this tokenizer"):
+    with pytest.raises(UserError, match="plain ends answers with the end-of-text token, and this tokenizer"):
         render(turns("a", "b"), "plain", base)
-    with pytest.raises(UserError, match="'gpt' is no chat template; there are chatml, llama3, alpaca, plain"):
+    with pytest.raises(UserError, match="unknown chat template 'gpt'; known are chatml, llama3, alpaca, plain"):
         end_token("gpt", TOK)
 
 
 # ---- too long ----------------------------------------------------------------------------------------------
-def example(asked, said, after=0):
+def example(asked, reply, after=0):
     """Distinct ids: 0.. the prompt, 100.. the answer, 200.. what follows it."""
-    ids = [*range(asked), *range(100, 100 + said), *range(200, 200 + after)]
-    return ids, [False] * asked + [True] * said + [False] * after
+    ids = [*range(asked), *range(100, 100 + reply), *range(200, 200 + after)]
+    return ids, [False] * asked + [True] * reply + [False] * after
 
 
 def test_what_fits_is_left_alone():
     for choice in ("truncate", "drop", "error"):
         ids, mask = example(5, 5)
-        assert fit(ids, mask, 10, choice) == (ids, mask)
+        assert fit_to_length(ids, mask, 10, choice) == (ids, mask)
 
 
 def test_21_drop_and_error():
-    assert fit(*example(5, 6), 10, "drop") is None
-    with pytest.raises(DataError, match="^data.jsonl:3 has 11 tokens, 10 fit; shorten it, or say --too_lo"):
-        fit(*example(5, 6), 10, "error", at="data.jsonl:3")
-    with pytest.raises(UserError, match="^1 tokens are no room for an example"):
-        fit(*example(5, 6), 1)
+    assert fit_to_length(*example(5, 6), 10, "drop") is None
+    with pytest.raises(DataError, match="^data.jsonl:3 has 11 tokens, and 10 fit; shorten it, or use --too_long truncate"):
+        fit_to_length(*example(5, 6), 10, "error", location="data.jsonl:3")
+    with pytest.raises(UserError, match="^only 1 tokens are left for an example, at least 2 are needed"):
+        fit_to_length(*example(5, 6), 1)
 
 
-@pytest.mark.parametrize("asked, said, kept", [
+@pytest.mark.parametrize("asked, reply, kept", [
     (4, 20, [0, 1, 2, 3, *range(100, 106)]),            # a short prompt stays whole
     (30, 3, [0, *range(24, 30), 100, 101, 102]),        # a short answer stays whole, with its end token
     (30, 30, [0, *range(26, 30), *range(100, 105)]),    # two long ones share
     (6, 5, [0, 2, 3, 4, 5, *range(100, 105)]),
     (1, 20, [0, *range(100, 109)]),
 ])
-def test_21_22_truncation(asked, said, kept):
-    ids, mask = fit(*example(asked, said), 10)
+def test_21_22_truncation(asked, reply, kept):
+    ids, mask = fit_to_length(*example(asked, reply), 10)
     assert ids == kept and mask == [i >= 100 for i in kept]
 
 
 def test_22_truncation_always_leaves_some_of_both():
     for limit in range(2, 12):
         for asked in range(1, 15):
-            for said in range(1, 15):
-                ids, mask = fit(*example(asked, said, after=2), limit)
-                assert len(ids) == min(limit, asked + said + 2)
+            for reply in range(1, 15):
+                ids, mask = fit_to_length(*example(asked, reply, after=2), limit)
+                assert len(ids) == min(limit, asked + reply + 2)
                 assert ids[0] == 0 and ids == sorted(ids)
                 assert mask == [100 <= i < 200 for i in ids] and 100 in ids     # the answer's first token
                 if asked > 1 and limit > 3:
@@ -242,18 +242,18 @@ def test_22_truncation_always_leaves_some_of_both():
 
 
 def test_truncation_of_a_prompt_alone_and_of_many_turns():
-    assert fit(list(range(20)), [False] * 20, 5) == ([0, 16, 17, 18, 19], [False] * 5)
+    assert fit_to_length(list(range(20)), [False] * 20, 5) == ([0, 16, 17, 18, 19], [False] * 5)
     ids, mask = render(turns("Two", "two", "Four", "four"), "chatml", TOK)
     for limit in range(8, len(ids)):
-        cut, kept = fit(ids, mask, limit)
+        cut, kept = fit_to_length(ids, mask, limit)
         assert len(cut) == limit and any(kept)
-        assert learnt(ids, mask).startswith(learnt(cut, kept))
+        assert targets_text(ids, mask).startswith(targets_text(cut, kept))
 
 
 def test_a_cut_answer_has_no_end_token():
     for template in TEMPLATES:
         ids, mask = render(turns("Two and two is", "four, " * 50), template, TOK)
-        cut, kept = fit(ids, mask, 60)
+        cut, kept = fit_to_length(ids, mask, 60)
         assert kept[-1] and cut[-1] != end_token(template, TOK)
         assert cut[0] == ids[0]
 
@@ -263,5 +263,5 @@ def test_real_instructions(assets):
     smol = Tokenizer.from_pretrained(FIXTURES / "smol")
     for row in load(assets / "instruct", "valid").rows:
         ids, mask = render(row["messages"], "chatml", smol)
-        assert learnt(ids, mask, smol) == row["messages"][-1]["content"] + "<|im_end|>"
+        assert targets_text(ids, mask, smol) == row["messages"][-1]["content"] + "<|im_end|>"
         assert ids[:mask.index(True)] == prompt(row["messages"][:-1], "chatml", smol)

@@ -1,4 +1,4 @@
-"""--task check: each count by hand, the clean copy, the costs of a real step, and what is refused."""
+"""--task check: each count by hand, the clean copy, the time of real steps, and what is refused."""
 import json
 
 import pytest
@@ -28,8 +28,8 @@ def lines(rows):
 def checked(base, data, capsys, *flags, code=0):
     capsys.readouterr()
     assert train.main(["--task", "check", "--init", str(base), "--data", str(data), *flags]) == code
-    said = capsys.readouterr()
-    return said.out if code == 0 else said.err
+    printed = capsys.readouterr()
+    return printed.out if code == 0 else printed.err
 
 
 def split_folder(folder, **splits):
@@ -50,17 +50,18 @@ def test_every_count_by_hand(base, tmp_path, capsys):
     assert "prompt/completion; chat rows, for --task sft" in out
     assert "train   from" in out and "; 1 dropped" in out
     table = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if words}
-    frame = len(TOKENIZER.encode("user\n" "\n" "assistant\n" "\n")) + 4     # what stands around them
-    short, asked = frame + 2, 13 - 4
-    whole = 2 * (frame + 3) + (frame + 3) + (frame + 301) + asked * short
-    want = [13, 1, 0, whole, short, short, frame + 3, frame + 301, frame + 301]
-    assert [int(word.replace(",", "")) for word in out.splitlines()[6].split()[1:]] == want
+    template = len(TOKENIZER.encode("user\n" "\n" "assistant\n" "\n")) + 4        # tokens around the texts
+    short = template + 2
+    whole = 2 * (template + 3) + (template + 3) + (template + 301) + 9 * short
+    expected = [13, 1, 0, whole, short, short, template + 3, template + 301, template + 301]
+    assert [int(word.replace(",", "")) for word in out.splitlines()[6].split()[1:]] == expected
     assert table["test"][:3] == ["2", "0", "1"] and table["valid"][:3] == ["1", "0", "0"]
-    total = whole + short * 2 + frame + 3
+    total = whole + short * 2 + template + 3
     assert f"supervised: {32 / total:.1%} of the tokens, 32 of {total}" in out     # 16 answers and ends
-    assert "8 steps of 4 examples" in out and "tokens a second on cpu" in out and "parameters learn" in out
-    for line in ("- 1 rows repeat another of their split; 1 of valid and test are asked in train",
-                 "- 1 of 13 training rows exceed 160 tokens", "- 1 questions have several answers",
+    for text in ("8 steps of 4 examples", "tokens a second on cpu", "parameters are trainable"):
+        assert text in out
+    for line in ("- 1 rows repeat another row of their split; 1 rows of valid and test have a prompt of",
+                 "- 1 of 13 training rows exceed 160 tokens", "- 1 prompts have several answers",
                  "- 13 training rows are few"):
         assert line in out
 
@@ -70,33 +71,36 @@ def test_labels_and_tags(base, tmp_path, capsys):
             for b in "abcdefghijkl"]
     out = checked(base, split_folder(tmp_path / "l", train=rows, valid=rows[:1], test=rows[1:2]), capsys)
     assert "balance:  ham 116 (96.7%)  spam 4 (3.3%)" in out
-    assert "always saying 'ham' is right in 96.7%" in out
-    assert "fewer than 10 rows each teach spam" in out
+    assert "always answering 'ham' is correct in 96.7%" in out
+    assert "fewer than 10 training rows each for spam" in out
     rows = [{"tokens": ["Fay", "Bell", "met", f"Luca{i}"], "tags": ["B-PER", "I-PER", "O", "B-PER"]}
             for i in range(40)]
     out = checked(base, split_folder(tmp_path / "t", train=rows, valid=rows[:1], test=rows[1:2]), capsys,
-                  "--method", "ptuning2", "--n_virtual", "4", "--steps", "7")
+                  "--method", "p_tuning_v2", "--num_virtual_tokens", "4", "--steps", "7")
     assert "tags rows, for --task tag" in out and "balance:  PER 80 (100.0%)" in out
     assert "\n7 steps of 16" in out
 
 
-@pytest.mark.parametrize("kind, rows, task", [
+@pytest.mark.parametrize("row_type, rows, task", [
     ("text", [{"text": "abcd efgh " * 20}] * 3, "pretrain"),
     ("pairs", [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(30)], "reward"),
     ("ranked", [{"prompt": f"{i}", "responses": ["a", "bc"], "rank": [1, 2]} for i in range(30)], "reward"),
     ("prompt", [{"prompt": f"{i}"} for i in range(30)], "ppo"),
 ])
-def test_every_kind_of_rows(kind, rows, task, base, tmp_path, capsys):
+def test_every_row_type(row_type, rows, task, base, tmp_path, capsys):
     data = split_folder(tmp_path / "d", train=rows, valid=rows[:1], test=rows[1:2])
-    out = checked(base, data, capsys, "--batch", "2", *(["--block", "16"] if kind == "text" else []))
-    assert f"; {kind} rows, for --task {task}" in out
-    assert ("tokens a second" in out) == (kind != "prompt")
-    assert "tokens a second" not in checked(base, data, capsys, "--method", "none")
+    out = checked(base, data, capsys, "--method", "lora", "--batch", "4",
+                  *(["--block_size", "16"] if row_type == "text" else []))
+    assert f"; {row_type} rows, for --task {task}" in out
+    assert ("tokens a second" in out) == (row_type != "prompt")
+    if row_type == "text":
+        assert "tokens a second" not in checked(base, data, capsys, "--method", "none")
 
 
 def test_a_clean_copy(base, tmp_path, capsys, monkeypatch):
-    opened, kit = [], train.open_kit
-    monkeypatch.setattr(train, "open_kit", lambda cfg: opened.append(cfg) or kit(cfg))
+    opened = []
+    open_context = train.open_context
+    monkeypatch.setattr(train, "open_context", lambda cfg: opened.append(cfg) or open_context(cfg))
     rows = [{"prompt": f"q{i % 60}", "completion": f"a{i % 70}"} for i in range(200)]
     file = tmp_path / "mine.jsonl"
     file.write_text(lines(rows))
@@ -106,33 +110,42 @@ def test_a_clean_copy(base, tmp_path, capsys, monkeypatch):
     assert not sum(map(formats.duplicates, splits.values()))
     assert not formats.leaks(splits["train"], splits["test"] + splits["valid"])
     assert not formats.leaks(splits["valid"], splits["test"])
-    kept = {formats.whole(row) for some in splits.values() for row in some}
-    assert kept == {formats.whole(row) for row in formats.load(file).rows}      # nothing unique is lost
-    assert "nothing to complain about" not in out
+    kept = {formats.row_json(row) for some in splits.values() for row in some}
+    assert kept == {formats.row_json(row) for row in formats.load(file).rows}      # nothing unique is lost
+    assert "nothing to change" not in out
     started = len(opened)
     assert "mine-clean exists" in checked(base, file, capsys, "--write", code=2)
-    assert len(opened) == started                               # said before anything takes time
+    assert started and len(opened) == started                   # refused before anything takes time
     assert "0 rows repeat" not in checked(base, tmp_path / "mine-clean", capsys)
 
 
-def test_of_two_splits_test_keeps_the_question():
+def test_of_two_splits_test_keeps_the_prompt():
     def row(q, a):
         return {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "line": a}
-    kept = inspect_data.clean({"train": [row("x", "1"), row("y", "2"), row("z", "3"), row("z", "3"), row("z", "4")],
-                        "valid": [row("y", "5"), row("x", "6")], "test": [row("x", "1")]})
+    kept = inspect_data.clean({
+        "train": [row("x", "1"), row("y", "2"), row("z", "3"), row("z", "3"), row("z", "4")],
+        "valid": [row("y", "5"), row("x", "6")], "test": [row("x", "1")]})
     assert {split: [r["messages"][1]["content"] for r in rows] for split, rows in kept.items()} == \
         {"train": ["3", "4"], "valid": ["5"], "test": ["1"]}
 
 
 def test_what_makes_no_sense_is_refused(base, tmp_path, capsys):
-    said = checked(base, "toy/sentiment", capsys, "--method", "none", "--write", code=2)
-    assert "--data toy/sentiment is none" in said
+    assert "--data toy/sentiment is no file" in checked(base, "toy/sentiment", capsys, "--method", "none",
+                                                        "--write", code=2)
     mixed = split_folder(tmp_path / "mixed", train=[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
                          test=[{"text": "c"}])
-    said = checked(base, mixed, capsys, code=65)
-    assert "test.jsonl holds text rows" in said and "label rows" in said
+    message = checked(base, mixed, capsys, code=65)
+    assert "test.jsonl holds text rows" in message and "label rows" in message
     few = tmp_path / "few.jsonl"
     few.write_text(lines([{"prompt": "a", "completion": "b"}] * 2))
     assert "too few different rows" in checked(base, few, capsys, "--write", code=2)
-    assert "--lr belongs to" in checked(base, few, capsys, "--lr", "1", code=2)
+    assert "--keep_best belongs to" in checked(base, few, capsys, "--keep_best", "1", code=2)
+    assert "--fresh means nothing to --task check" in checked(base, few, capsys, "--fresh", code=2)
+    assert "--data needs a value" in checked(base, few, capsys, "--data", code=2)
     assert "does not exist" in checked(base, tmp_path / "no.jsonl", capsys, code=65)
+
+
+@pytest.mark.parametrize("seconds, text", [(0.5, "0.5 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2 h"),
+                                           (3.6e6, "1,000 h")])
+def test_seconds(seconds, text):
+    assert inspect_data.format_seconds(seconds) == text

@@ -20,18 +20,20 @@ import prompts
 import tiny
 import train
 from data.results import evaluate
-from data.runtime import flags, device
+from data.runtime.device import pick_dtype
 from data.checkpoints.safetensors import read_tensors
 from data.runtime.files import UserError, read_json
-from data.checkpoints.quantization import Quantised
+from data.runtime.command import groups_of
+from data.runtime.flags import fields_of
+from data.checkpoints.quantization import QuantizedWeight
 from model import GPT, GPTConfig, generate
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # what exact repetition asks of cuBLAS
 DEVICE = os.environ.get("DEVICE", "cuda")
 gpu = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                          reason="no CUDA device is here; DEVICE=cpu runs the same on a CPU")
-METHODS = [m for m in flags.METHODS if m != "none"]
-SHORT = dict(batch=8, eval_every=100, max_new=2, forget="none", items=2, n_virtual=4)
+METHODS = [m.name for m in train.METHODS if m.trains]
+SHORT = dict(batch=8, eval_every=100, max_new_tokens=2, forgetting_data="none", eval_items=2, num_virtual_tokens=4)
 RATES = {"full": 3e-3, "lora": 2e-2, "adalora": 3e-2}
 
 
@@ -49,10 +51,10 @@ def world(tmp_path_factory):
 def command(world, out, line, data="chat", device=DEVICE):
     """A command of train.py: of SHORT, the flags that its task and method read and that it does not name."""
     words = line.split()
-    said = dict(zip(words, words[1:]))
-    task, method = said.get("--task", "sft"), said.get("--method", "none" if "sample" in words else "lora")
-    reads = {name for name, f in flags.fields_of(task, train.CONCERNS).items()
-             if task in f.metadata["tasks"] and method in f.metadata["methods"]}
+    flag_values = dict(zip(words, words[1:]))
+    task = train.find_task(flag_values.get("--task", "sft"))
+    method = train.find_method(flag_values.get("--method", "lora" if task.trains else "none"))
+    reads = fields_of(groups_of(train.PROGRAM, task, method))
     words += [word for name, value in SHORT.items() if name in reads and f"--{name}" not in words
               for word in (f"--{name}", str(value))]
     return [*words, "--init", str(world / "base"), "--data", str(world / data), "--out", str(out),
@@ -77,7 +79,7 @@ def weights(out):
 def shapes():
     gpt2 = GPTConfig(97, 64, 2, 4, 32)
     torch.manual_seed(0)
-    return [GPT(gpt2), GPT(gpt2.llama(n_kv_head=2))]
+    return [GPT(gpt2), GPT(gpt2.as_family("llama", n_kv_head=2))]
 
 
 # ------------------------------------------------------------------------------------------- on a GPU, if any
@@ -87,15 +89,15 @@ def shapes():
 def test_logits_are_those_of_the_cpu(family):
     """Plain, behind a past (a mask), seeing both ways (another), from embeddings: fp32, 1e-4."""
     here, there = shapes()[family], shapes()[family].to(DEVICE)
-    device.pick_dtype("fp32", torch.device(DEVICE), 32)
+    pick_dtype("fp32", torch.device(DEVICE), 32)
     x = torch.randint(97, (3, 20))
     past = prompts.PTuningV2(here, 5)(here)
-    moved = [tuple(t.to(DEVICE) for t in entry) for entry in past]
-    sees = torch.tensor([4, 20, 0])
+    moved = [model_file.Past(k.to(DEVICE), v.to(DEVICE)) for k, v, _ in past]
+    bidirectional_len = torch.tensor([4, 20, 0])
     with torch.no_grad():
-        for a, b in [(here(x), there(x.to(DEVICE))), (here(x, past), there(x.to(DEVICE), moved)),
-                     (here.trunk(x, sees=sees), there.trunk(x.to(DEVICE), sees=sees.to(DEVICE))),
-                     (here(here.wte(x)), there(there.wte(x.to(DEVICE))))]:
+        for a, b in [(here(x), there(x.to(DEVICE))), (here(x, past=past), there(x.to(DEVICE), past=moved)),
+                     (here.hidden_states(x, bidirectional_len=bidirectional_len), there.hidden_states(x.to(DEVICE), bidirectional_len=bidirectional_len.to(DEVICE))),
+                     (here(here.embed(x)), there(there.embed(x.to(DEVICE))))]:
             assert (a[0] - b[0].cpu()).abs().max() < 1e-4
 
 
@@ -115,9 +117,9 @@ def test_the_scaler_skips_an_overflow(world, tmp_path, monkeypatch):
     """A gradient that fp16 cannot hold costs the step, halves the scale, and never reaches the weights."""
     original, calls = evaluate.summed_loss, []
 
-    def big(kit, examples, past):
+    def big(ctx, examples, past):
         calls.append(torch.is_grad_enabled())
-        return original(kit, examples, past) * (1e30 if sum(calls) == 3 and calls[-1] else 1)
+        return original(ctx, examples, past) * (1e30 if sum(calls) == 3 and calls[-1] else 1)
 
     monkeypatch.setattr(evaluate, "summed_loss", big)
     r = run(world, tmp_path / "r", "--method full --dtype fp16 --steps 5")
@@ -130,7 +132,7 @@ def test_the_scaler_skips_an_overflow(world, tmp_path, monkeypatch):
 
 @gpu
 @pytest.mark.parametrize("line", ["--method lora --dropout 0.1 --dtype bf16", "--method full --dtype fp16",
-                                  "--method ptuning2 --prefix_dropout 0.1 --dtype fp32",
+                                  "--method p_tuning_v2 --prefix_dropout 0.1 --dtype fp32",
                                   "--method adalora --dtype fp32"])
 def test_resume_is_bit_exact(line, world, tmp_path, monkeypatch):
     """Given kernels that repeat themselves: a GPU's fastest ones add in any order."""
@@ -163,7 +165,7 @@ def test_generation(family):
 @pytest.mark.parametrize("kind, double", [("int8", False), ("nf4", False), ("nf4", True)])
 def test_a_quantised_base(kind, double, world, tmp_path):
     torch.manual_seed(0)
-    q = Quantised(torch.randn(48, 80), kind, double)
+    q = QuantizedWeight(torch.randn(48, 80), kind, double)
     here = q(torch.float32)
     assert torch.equal(here, q.to(DEVICE)(torch.float32).cpu())
     run(world, tmp_path / "r", f"--method lora --quant {kind} --steps 20 --lr 2e-2 --dtype bf16")
@@ -178,7 +180,7 @@ def test_checkpointing_changes_no_gradient_and_takes_less():
         model = GPT(GPTConfig(97, 512, 8, 4, 64)).to(DEVICE)
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        hidden, _ = model.trunk(torch.arange(8 * 256, device=DEVICE).view(8, 256) % 97, checkpoint=checkpoint)
+        hidden, _ = model.hidden_states(torch.arange(8 * 256, device=DEVICE).view(8, 256) % 97, gradient_checkpointing=checkpoint)
         hidden.square().mean().backward()
         found.append([p.grad.cpu() for p in model.blocks.parameters()])
         tops.append(torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 2 - checkpoint)
@@ -189,7 +191,7 @@ def test_checkpointing_changes_no_gradient_and_takes_less():
 @pytest.mark.parametrize("more", ["--method lora --ema 0.9", "--method full", "--algo grpo"])
 def test_ppo_iterates_and_goes_on(more, world, tmp_path):
     """Two iterations; and what is read from state.pt is put on the device again."""
-    line = f"--task ppo --reward data.toy:gold --gold data.toy:gold --max_new 3 --steps 2 --dtype fp32 {more}"
+    line = f"--task ppo --reward data.toy:gold --gold_reward data.toy:gold --max_new_tokens 3 --steps 2 --dtype fp32 {more}"
     first = run(world, tmp_path / "r", line)
     (tmp_path / "r" / "result.json").unlink()               # as if it had been killed just before
     assert run(world, tmp_path / "r", line)["metrics"] == first["metrics"]
@@ -208,12 +210,12 @@ def test_tf32_only_where_it_is_asked_for():
     device = torch.device(DEVICE)
     if DEVICE == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False):
         with pytest.raises(UserError, match="--dtype tf32"):
-            device.pick_dtype("tf32", device, 64)
+            pick_dtype("tf32", device, 64)
         return
     x = torch.randn(256, 256, dtype=torch.float64)
     far = {}
     for word in ("tf32", "fp32"):
-        assert device.pick_dtype(word, device, 64)[0] == torch.float32
+        assert pick_dtype(word, device, 64)[0] == torch.float32
         far[word] = (x.float().to(device) @ x.float().to(device) - (x @ x).to(device)).abs().max().item()
     assert far["fp32"] < 1e-3 < far["tf32"]
 
@@ -221,18 +223,18 @@ def test_tf32_only_where_it_is_asked_for():
 # ---------------------------------------------------------------------------------- what a CPU can show of it
 
 LINES = [("chat", "--method lora --dropout 0.1"), ("chat", "--method adalora --steps 8"),
-         ("chat", "--method lora --quant nf4 --double_quant --checkpoint"),
-         ("chat", "--method ptuning --place front"),
-         ("chat", "--task ppo --reward data.toy:gold --gold data.toy:gold --ema 0.9 --max_new 3"),
+         ("chat", "--method lora --quant nf4 --double_quant --gradient_checkpointing"),
+         ("chat", "--method p_tuning --prompt_template front"),
+         ("chat", "--task ppo --reward data.toy:gold --gold_reward data.toy:gold --ema 0.9 --max_new_tokens 3"),
          ("chat", "--method full"), ("chat", "--method lora --dora"), ("chat", "--method ia3"),
-         ("chat", "--method prompt"), ("chat", "--method prefix"),
-         ("chat", "--method ptuning2 --start gated --micro 32"),
-         ("label", "--task classify --by head --method ptuning2"),
-         ("label", "--task classify --by head --method lora --pissa --attention bidirectional"),
-         ("tags", "--task tag --method lora"), ("pairs", "--task reward --checkpoint"),
-         ("pairs", "--task dpo --checkpoint"), ("chat", "--task sample --reward data.toy:gold --samples 2"),
-         ("chat", "--task ppo --reward data.toy:gold --algo grpo --max_new 3 --method ptuning2"),
-         ("chat", "--task ppo --reward data.toy:gold --max_new 3 --method full")]
+         ("chat", "--method prompt_tuning"), ("chat", "--method prefix_tuning"),
+         ("chat", "--method p_tuning_v2 --prompt_init gated --micro_batch_tokens 32"),
+         ("label", "--task classify --classifier head --method p_tuning_v2"),
+         ("label", "--task classify --classifier head --method lora --pissa --attention bidirectional"),
+         ("tags", "--task tag --method lora"), ("pairs", "--task reward --gradient_checkpointing"),
+         ("pairs", "--task dpo --gradient_checkpointing"), ("chat", "--task sample --reward data.toy:gold --num_generations 2"),
+         ("chat", "--task ppo --reward data.toy:gold --algo grpo --max_new_tokens 3 --method p_tuning_v2"),
+         ("chat", "--task ppo --reward data.toy:gold --max_new_tokens 3 --method full")]
 
 
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -267,11 +269,11 @@ def test_an_average_is_put_where_its_weights_are():
 
 
 def test_checkpoint_reaches_every_task(world, tmp_path, monkeypatch):
-    original, calls = model_file.rematerialise, []
-    monkeypatch.setattr(model_file, "rematerialise", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original, calls = model_file.checkpoint, []
+    monkeypatch.setattr(model_file, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     for data, task in (("chat", "sft"), ("pairs", "reward"), ("pairs", "dpo")):
         calls.clear()
-        run(world, tmp_path / task, f"--task {task} --checkpoint --steps 1 --method lora", data, "cpu")
+        run(world, tmp_path / task, f"--task {task} --gradient_checkpointing --steps 1 --method lora", data, "cpu")
         assert calls, task
 
 
@@ -281,7 +283,7 @@ def test_refusals(world, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     for line, says in [("--compile", "--compile does not work on this machine (no compiler here)"),
-                       ("--dtype tf32", "--dtype tf32 is a way of CUDA devices"),
+                       ("--dtype tf32", "--dtype tf32 needs a CUDA device"),
                        ("--task ppo --reward data.toy:gold --dtype fp16", "--task ppo has none")]:
         words = command(world, tmp_path / "r", line, device="cpu")
         assert train.main(words) == 2 and says in capsys.readouterr().err
@@ -289,14 +291,14 @@ def test_refusals(world, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="--compile on a CPU needs g++")
-@pytest.mark.parametrize("line", ["--method lora", "--method full --checkpoint", "--method lora --quant nf4",
-                                  "--method ptuning2", "--method lora --dora"])
+@pytest.mark.parametrize("line", ["--method lora", "--method full --gradient_checkpointing", "--method lora --quant nf4",
+                                  "--method p_tuning_v2", "--method lora --dora"])
 def test_compiled_is_the_same(line, world, tmp_path):
     """Losses to 1e-5, and names as ever: what is compiled is a function of the block, not the block."""
     line += " --steps 3 --lr 1e-4 --dtype fp32"
     r = run(world, tmp_path / "compiled", line + " --compile", device=DEVICE if DEVICE != "cuda" else "cpu")
     run(world, tmp_path / "plain", line, device=DEVICE if DEVICE != "cuda" else "cpu")
-    assert r["skipped"] == 0 and model_file.compiled.cache_info().currsize == 1
+    assert r["skipped"] == 0 and model_file.compiled_block.cache_info().currsize == 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
     assert lora.adapters(train.load(tmp_path / "compiled")[0]) or "lora" not in line

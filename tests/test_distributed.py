@@ -1,9 +1,9 @@
-"""Several processes are one run: real ones, started by torchrun, two of them, over gloo.
+"""Several processes are one run: two processes, started by torchrun, over gloo.
 
     equal      the weights, metrics and answers of one process, to rounding (1e-6), for every kind of loop
     shard      FSDP2 ends where a run without it ends, and its folder is a plain Hugging Face one
     resume     by another number of processes is exact, or refused
-    one voice  rank 0 writes; a signal to any rank saves once and stops all; an error ends all in one sentence
+    rank 0     alone writes; a signal to any rank saves once and stops all; an error ends all with one message
 """
 import json
 import os
@@ -25,31 +25,33 @@ from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate, sample
 
 ROOT = pathlib.Path(train.__file__).resolve().parent
-SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new 3 --forget text --eval_every 2 --items 5"
-PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forget none --items 5"
-HEAD = "--lr 2e-4 --steps 3 --batch 5 --forget none"
-PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new 4 --forget none --minibatches 2 " \
-      "--ppo_epochs 2 --items 5 --micro 64 --missing_eos none"
+SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new_tokens 3 --forgetting_data text --eval_every 2 " \
+      "--eval_items 5"
+PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forgetting_data none --eval_items 5"
+HEAD = "--lr 2e-4 --steps 3 --batch 5 --forgetting_data none"
+PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new_tokens 4 --forgetting_data none " \
+      "--minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 --missing_eos_score none"
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
-         "prefix": f"--method prefix --n_virtual 4 --micro 9 {SFT}", "shard": f"--method full --shard {SFT}",
-         "reward": f"--task reward {PAIRS} --max_new 4", "ppo": PPO}
+         "prefix": f"--method prefix_tuning --num_virtual_tokens 4 --micro_batch_tokens 9 {SFT}",
+         "shard": f"--method full --shard {SFT}", "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO}
 RESUMED = f"{SFT} --save_every 2"
 SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
-        "prompt": f"--method prompt --n_virtual 4 {SFT}", "ptuning": f"--method ptuning --n_virtual 4 {SFT}",
-        "ptuning2": f"--method ptuning2 --n_virtual 4 --prefix_dropout 0.2 {SFT}",
+        "prompt": f"--method prompt_tuning --num_virtual_tokens 4 {SFT}",
+        "p_tuning": f"--method p_tuning --num_virtual_tokens 4 {SFT}",
+        "p_tuning_v2": f"--method p_tuning_v2 --num_virtual_tokens 4 --prefix_dropout 0.2 {SFT}",
         "dpo": f"--task dpo {PAIRS}", "words": f"--task classify --data label {HEAD}",
-        "head": f"--task classify --by head --data label --method full {HEAD}",
+        "head": f"--task classify --classifier head --data label --method full {HEAD}",
         "tag": f"--task tag --data tags {HEAD}",
-        "pretrain": "--task pretrain --method full --data text --steps 3 --batch 5 --block 24",
-        "shard_reward": f"--task reward {PAIRS} --max_new 4 --method full --shard",
-        "shard_tag": f"--task tag --method full --shard --data tags --micro 5 {HEAD}",
+        "pretrain": "--task pretrain --method full --data text --steps 3 --batch 5 --block_size 24",
+        "shard_reward": f"--task reward {PAIRS} --max_new_tokens 4 --method full --shard",
+        "shard_tag": f"--task tag --method full --shard --data tags --micro_batch_tokens 5 {HEAD}",
         "shard_dpo": f"--task dpo --method full --shard {PAIRS}",
-        "rloo": f"{PPO} --algo rloo --samples 2 --batch 8",
+        "rloo": f"{PPO} --algo rloo --num_generations 2 --batch 8",
         "ptx": f"{PPO} --method full --ptx_coef 0.1 --ptx_data text",
-        "soft": f"{PPO} --method ptuning2 --n_virtual 4",
+        "soft": f"{PPO} --method p_tuning_v2 --num_virtual_tokens 4",
         "eval": "--task eval --init rm --data pairs",
-        "shots": "--method none --data chat --shots 2 --max_new 3",
-        "sample": "--task sample --data prompts --reward rm --samples 4 --max_new 4 --items 5"}
+        "shots": "--method none --data chat --shots 2 --max_new_tokens 3",
+        "sample": "--task sample --data prompts --reward rm --num_generations 4 --max_new_tokens 4 --eval_items 5"}
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,11 @@ def world(tmp_path_factory):
     tiny.write(folder, {"prompts": [{"prompt": ab} for ab in tiny.PAIRS]})
     tokenizer = Tokenizer.from_pretrained(folder / "base")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(tokenizer.vocab_size, 160, 2, 2, 32, n_kv_head=1, eos=tokenizer.eos).llama())
+    model = GPT(GPTConfig(tokenizer.vocab_size, 160, 2, 2, 32, n_kv_head=1, eos=tokenizer.eos).as_family("llama"))
     for p in model.parameters():
         p.data.mul_(4 if p.dim() > 1 else 1)
     model.save_pretrained(folder / "base")
-    assert train.main(argv(folder, folder / "rm", f"--task reward {PAIRS} --max_new 4")) == 0
+    assert train.main(argv(folder, folder / "rm", f"--task reward {PAIRS} --max_new_tokens 4")) == 0
     return folder
 
 
@@ -73,7 +75,7 @@ def argv(world, out, words):
 
 
 def torchrun(folder, commands, *modules, n=2):
-    """Processes that run the commands; what they leave in the folder is described in ranks.py."""
+    """Processes that run the commands; the files that they write are described in ranks.py."""
     (folder / "jobs.json").write_text(json.dumps(commands))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
              str(ROOT / "tests" / "ranks.py"), str(folder / "jobs.json"), *modules]
@@ -82,7 +84,7 @@ def torchrun(folder, commands, *modules, n=2):
 
 
 def codes(folder, process, n=2):
-    """The commands' exit codes, alike in all processes; and stderr."""
+    """The commands' exit codes, equal in all processes; and stderr."""
     err = process.communicate(timeout=600)[1]
     found = [read_json(folder / f"codes{rank}") if (folder / f"codes{rank}").exists() else err
              for rank in range(n)]
@@ -98,14 +100,14 @@ def weights(out):
     return found
 
 
-def alike(a, b):
+def equal_runs(a, b):
     """Weights and metrics of two runs to 1e-6 (large metrics: to so many digits), answers exactly."""
     one, two = weights(a), weights(b)
     assert one.keys() == two.keys() and all(one[key].dtype == two[key].dtype for key in one)
     far = {key: (one[key] - two[key]).abs().max().item() for key in one}
     assert not far or max(far.values()) < 1e-6, (b.name, max(far.items(), key=lambda pair: pair[1]))
     one, two = (read_json(path / "result.json") for path in (a, b))
-    assert all(one[key] == two[key] for key in ("samples", "tokens", "steps", "right", "skipped")), b.name
+    assert all(one[key] == two[key] for key in ("samples", "tokens", "steps", "item_correct", "skipped")), b.name
     for kind in ("metrics", "baseline_metrics"):
         assert two[kind] == pytest.approx(one[kind], rel=2e-6, abs=2e-6), b.name
     logs = [[json.loads(line) for line in (path / "log.jsonl").open()] for path in (a, b)]
@@ -123,14 +125,14 @@ from data.results import evaluate
 from data.runtime.files import DataError
 original = evaluate.summed_loss
 
-def summed_loss(kit, examples, past):
-    if kit.max_new == 7 and torch.is_grad_enabled() and os.environ["RANK"] == "1":
+def summed_loss(ctx, examples, past):
+    if ctx.max_new_tokens == 7 and torch.is_grad_enabled() and os.environ["RANK"] == "1":
         raise {error}
-    return original(kit, examples, past)
+    return original(ctx, examples, past)
 
 evaluate.summed_loss = summed_loss
 """
-BROKEN, SAYS = f"{SFT} --max_new 7", "row 7 is gone; put it back"
+BROKEN, SAYS = f"{SFT} --max_new_tokens 7", "row 7 is gone; put it back"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def many(world, tmp_path_factory):
 def test_two_processes_are_one_run(name, many, world, tmp_path):
     words = {**QUICK, "resumed": RESUMED}[name].replace("--shard", "")
     assert train.main(argv(world, tmp_path / name, words)) == 0
-    alike(tmp_path / name, many[0] / name)
+    equal_runs(tmp_path / name, many[0] / name)
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_every_loop_and_three_processes(world, tmp_path):
         for name, words in jobs.items():
             out = tmp_path / f"{name}-{n}"
             assert train.main(argv(world, out, words.replace("--shard", ""))) == 0
-            alike(out, tmp_path / str(n) / name)
+            equal_runs(out, tmp_path / str(n) / name)
 
 
 def test_a_sharded_run_leaves_a_plain_folder(many):
@@ -174,9 +176,9 @@ def test_a_sharded_run_leaves_a_plain_folder(many):
     assert train.load(many[0] / "shard")[0].config.tied
 
 
-# -------------------------------------------------------------------------------------------------- one voice
+# -------------------------------------------------------------------------------------------------- rank 0 alone
 
-def test_rank_0_writes_and_speaks(many):
+def test_rank_0_alone_writes_and_prints(many):
     folder, err, found = many
     events = [json.loads(line)["event"] for line in (folder / "lora" / "log.jsonl").open()]
     assert events == ["baseline", "train", "train", "valid", "train", "train", "valid", "train", "test"]
@@ -187,7 +189,7 @@ def test_rank_0_writes_and_speaks(many):
     assert found[0][:-1] == found[1][:-1] == [0] * (len(QUICK) + 1) + [2], err
 
 
-def test_an_error_in_one_ends_all_in_one_sentence(many):
+def test_an_error_in_one_ends_all_with_one_message(many):
     folder, err, found = many
     assert err.count(SAYS) == err.count(f"train.py: {SAYS}") == 1 and "Traceback" not in err
     assert (found[0][-1], found[1][-1]) == (1, 65)                  # lost the other; bad data
@@ -196,13 +198,13 @@ def test_an_error_in_one_ends_all_in_one_sentence(many):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error, says", [("KeyError(7)", "KeyError: 7"),
-                                         ("SystemExit(os.kill(os.getpid(), 9))", "is gone, without a word")])
+                                         ("SystemExit(os.kill(os.getpid(), 9))", "is gone and gave no reason")])
 def test_a_crash_of_one_ends_all(error, says, world, tmp_path):
     (tmp_path / "fault.py").write_text(FAULT.format(error=error))
     began = time.monotonic()
     err = torchrun(tmp_path, [argv(world, tmp_path / "r", BROKEN)], "fault").communicate(timeout=200)[1]
     assert time.monotonic() - began < 100
-    if "gone" in says and "(SIGTERM)" in err:       # torchrun saw it first, and ended the other: nobody spoke
+    if "gone" in says and "(SIGTERM)" in err:       # torchrun saw it first, and ended the other: no message
         return
     assert err.count(says) == 1 and err.count("train.py: ") == ("gone" in says), err
     assert says in read_json(tmp_path / "r" / "failed.json")["reason"]
@@ -214,9 +216,9 @@ def signalled(world, tmp_path, words, rank):
     tiny.wait_for(tmp_path / "cut" / "state.pt", p)
     os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGTERM)
     found, err = codes(tmp_path, p)
-    assert found == [75] and err.count("the same command goes on from where it last saved") == 1, err
+    assert found == [75] and err.count("the same command continues from where it last saved") == 1, err
     assert not (tmp_path / "cut" / "result.json").exists()
-    return torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["now"]["step"]
+    return torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["counters"]["step"]
 
 
 def test_a_signal_to_one_stops_all_and_one_goes_on(world, tmp_path):
@@ -247,7 +249,7 @@ def test_slices_go_on_as_a_whole_and_the_other_way_round(world, tmp_path, monkey
 
 
 def test_what_one_process_does_is_refused_to_several(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed.world, "size", 2)
+    monkeypatch.setattr(distributed.dist_state, "size", 2)
     monkeypatch.setattr(distributed, "start", lambda: None)
     for words in ("--task chat", "--task show", "--task check", "--task table", "--task merge"):
         assert train.main(words.split()) == 2
@@ -259,34 +261,34 @@ def test_what_one_process_does_is_refused_to_several(world, tmp_path, monkeypatc
     assert "leave one of them out" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------- hands and dice
+# --------------------------------------------------------------------------------------------- rank shards and uniforms
 
-def test_hands_hold_every_item_once_and_weigh_about_the_same():
+def test_rank_shards_hold_every_item_once_and_weigh_about_the_same():
     weights = [(7 * i) % 23 + 1 for i in range(40)]
     items = [f"item {i}" for i in range(40)]
     for n in (1, 2, 3, 7):
-        hands = distributed.deal(items, weights, n)
-        assert sorted(sum(hands, [])) == sorted(items) and len(hands) == n
-        load = [sum(weights[items.index(item)] for item in hand) for hand in hands]
+        shards = distributed.partition(items, weights, n)
+        assert sorted(sum(shards, [])) == sorted(items) and len(shards) == n
+        load = [sum(weights[items.index(item)] for item in shard) for shard in shards]
         assert max(load) - min(load) <= max(weights)
-        assert all(hand == sorted(hand, key=items.index) for hand in hands)
-    assert distributed.deal(items[:2], weights[:2], 3).count([]) == 1
+        assert all(shard == sorted(shard, key=items.index) for shard in shards)
+    assert distributed.partition(items[:2], weights[:2], 3).count([]) == 1
 
 
-def test_dice_draw_from_the_distribution_and_never_the_impossible():
+def test_uniforms_sample_the_distribution_and_never_a_token_of_probability_0():
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
     u = torch.rand(40000, generator=torch.Generator().manual_seed(0))
-    drawn = sample(logits.expand(40000, 5), generator=u).bincount(minlength=5) / 40000
+    drawn = sample(logits.expand(40000, 5), uniforms=u).bincount(minlength=5) / 40000
     assert (drawn - logits[0].softmax(-1)).abs().max() < 0.01 and drawn[2] == drawn[4] == 0
     edge = torch.tensor([0.0, 1 - 2 ** -24])
-    assert sample(logits.expand(2, 5), generator=edge).tolist() == [0, 3]
+    assert sample(logits.expand(2, 5), uniforms=edge).tolist() == [0, 3]
 
 
-def test_a_row_with_its_own_dice_does_not_depend_on_its_neighbours(world):
+def test_a_row_with_its_own_uniforms_does_not_depend_on_its_neighbours(world):
     model, _, _ = train.load(world / "base")
     prompts = [[5, 6], [7], [8, 9, 10, 11]]
-    dice = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
-    whole = generate(model, prompts, 6, eos=range(100), generator=dice)
-    assert len(set(map(len, whole))) > 1                                        # some rows leave early
+    uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    whole = generate(model, prompts, 6, eos=range(100), uniforms=uniforms)
+    assert len(set(map(len, whole))) > 1                                        # some rows finish early
     for i in (2, 0, 1):
-        assert generate(model, prompts[i:i + 1], 6, eos=range(100), generator=dice[i:i + 1]) == whole[i:i + 1]
+        assert generate(model, prompts[i:i + 1], 6, eos=range(100), uniforms=uniforms[i:i + 1]) == whole[i:i + 1]

@@ -62,7 +62,7 @@ def test_other_legal_files(tmp_path):
     assert read_tensors(path) == {}
     data = torch.tensor([1., 2.]).numpy().tobytes()
     for extra in range(9):                                  # unpadded headers leave the data at any address
-        path.write_bytes(container({"x" * (extra + 1): entry(note="unknown fields pass")}, data, pad=False))
+        path.write_bytes(container({"x" * (extra + 1): entry(log_progress="unknown fields pass")}, data, pad=False))
         x = read_tensors(path)["x" * (extra + 1)]
         assert same(x, torch.tensor([1., 2.])) and x.data_ptr() % 4 == 0
     path.write_bytes(container({"x": entry(), "none": entry("U8", [0], [8, 8]), "__metadata__": {"a": ""}},

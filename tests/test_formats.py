@@ -7,7 +7,7 @@ import pytest
 
 from data.text import readers
 from data.runtime.files import DataError, UserError
-from data.text.formats import duplicates, leaks, load, question
+from data.text.formats import duplicates, leaks, load, prompt_key
 
 
 def write(folder, content, name="data.jsonl"):
@@ -63,14 +63,14 @@ def hh(*turns):
 
 
 QA = dict(prompt="Two and two?", completion=" four")
-WANTED = user("Two and two?", " four")
+EXPECTED = user("Two and two?", " four")
 
 # ---- formats -----------------------------------------------------------------------------------------------
 TAGGED = dict(tokens=["Ann", "ran"], tags=["B-PER", "O"])
 CHAT = {
-    "completion": (QA, WANTED),
+    "completion": (QA, EXPECTED),
     "completion, messages": (dict(prompt=user("2+2?"), completion=[bot("4")]), user("2+2?", "4")),
-    "completion, system": (dict(QA, system="Be brief."), [system("Be brief."), *WANTED]),
+    "completion, system": (dict(QA, system="Be brief."), [system("Be brief."), *EXPECTED]),
     "messages": (dict(messages=[dict(role="developer", content="Be brief."), dict(user("Hi")[0], name="Ann"),
                                 bot("Hm", weight=0), *user("Again", "Hi!")]),
                  [system("Be brief."), *user("Hi"), bot("Hm", weight=0), *user("Again", "Hi!")]),
@@ -116,27 +116,27 @@ OTHER = {
     "prompt, not HH either": (dict(prompt=hh("Hi", "Ho", "")), dict(prompt=user(hh("Hi", "Ho", "")))),
     "pairs, HH, long": (dict(chosen=hh("Hi", "Yes?", "Bye", "Ah"), rejected=hh("Hi", "Yes?", "Bye", "Go")),
                         pair(user("Hi", "Yes?") + user("Bye"), "Ah", "Go")),
-    **{f"chat, {name}": (row, dict(messages=wanted)) for name, (row, wanted) in CHAT.items()},
-    **{f"chat, references, {name}": (row, dict(messages=wanted, references=["4", "four"]))
-       for name, (row, wanted) in REFERENCES.items()},
+    **{f"chat, {name}": (row, dict(messages=expected)) for name, (row, expected) in CHAT.items()},
+    **{f"chat, references, {name}": (row, dict(messages=expected, references=["4", "four"]))
+       for name, (row, expected) in REFERENCES.items()},
     **{f"pairs, {name}": (row, pair(user("Hi"))) for name, row in PAIRS.items()},
 }
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_format(tmp_path, name):
-    row, wanted = OTHER[name]
+    row, expected = OTHER[name]
     path = write(tmp_path, [row])
     data = load(path)
-    assert data.kind == name.split(",")[0]
-    assert data.rows == [dict(wanted, line=f"{path}:1")]
+    assert data.row_type == name.split(",")[0]
+    assert data.rows == [dict(expected, line=f"{path}:1")]
     assert data.dropped == {} and data.source == str(path)
 
 
 def test_the_format_is_echoed_with_the_keys_that_are_not_read(tmp_path):
-    assert read(tmp_path, [dict(QA, id=7, by="Ann")]).form == "prompt/completion (not read: by, id)"
-    assert read(tmp_path, [dict(prompt="Hi", label=1)]).form == "prompt (not read: label)"
-    assert read(tmp_path, [dict(instruction="a", input="", output="b")]).form == "Alpaca"
+    assert read(tmp_path, [dict(QA, id=7, by="Ann")]).format == "prompt/completion (not read: by, id)"
+    assert read(tmp_path, [dict(prompt="Hi", label=1)]).format == "prompt (not read: label)"
+    assert read(tmp_path, [dict(instruction="a", input="", output="b")]).format == "Alpaca"
 
 
 def test_23_25_26_strings_are_kept_to_the_letter(tmp_path):
@@ -154,12 +154,12 @@ def test_tables(tmp_path):
     data = read(tmp_path, 'label\ttext\nham\t"Hi\n', "data.tsv")                       # a quote is a quote
     assert data.rows[0]["text"] == '"Hi'
     assert len(read(tmp_path, "text\n" + "a" * 200_000, "data.csv").rows[0]["text"]) == 200_000
-    assert read(tmp_path, "prompt,completion\n1+1?,2\n", "data.csv").kind == "chat"
+    assert read(tmp_path, "prompt,completion\n1+1?,2\n", "data.csv").row_type == "chat"
     assert "3 cells under a header of 2: label, text" in fault(tmp_path, "label,text\nham,a,b\n", "data.csv")
     assert "data.csv:2: not a table (1 cells" in fault(tmp_path, "label,text\nham\n", "data.csv")
     assert 'the key "text" appears twice' in fault(tmp_path, "text,text\na,b\n", "data.csv")
     assert "data.csv:3: not a table" in fault(tmp_path, 'label,text\nham,ok\nham,"open\n', "data.csv")
-    assert "no format has the keys ham, Hello" in fault(tmp_path, "ham\tHello\nspam\tWin\n", "data.tsv")
+    assert "no known format has the keys ham, Hello" in fault(tmp_path, "ham\tHello\nspam\tWin\n", "data.tsv")
 
 
 def test_a_text_file_is_one_document_cut_in_order_at_line_ends(tmp_path):
@@ -179,7 +179,7 @@ def test_a_text_file_is_one_document_cut_in_order_at_line_ends(tmp_path):
 def test_01_missing_file(tmp_path):
     message = fault(tmp_path, tmp_path / "no.jsonl")
     assert message == ("no.jsonl does not exist; data is a file (.jsonl .json .csv .tsv .txt), a folder with "
-                       "train.jsonl, or a name such as toy/sentiment")
+                       "train.jsonl, a fetched data set, or a name such as toy/sentiment")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"[]", b"\xef\xbb\xbf"])
@@ -199,17 +199,17 @@ def test_02_03_nothing_in_a_table_or_text(tmp_path):
                                      b"\xef\xbb\xbf[%s,\r\n%s]", b"  [%s, %s]"])
 def test_04_06_08_marks_line_ends_blank_lines_arrays(tmp_path, content):
     row = json.dumps(QA).encode()
-    assert [r["messages"] for r in read(tmp_path, content % (row, row)).rows] == [WANTED, WANTED]
+    assert [r["messages"] for r in read(tmp_path, content % (row, row)).rows] == [EXPECTED, EXPECTED]
 
 
 def test_04_a_mark_is_no_part_of_a_text_or_a_header(tmp_path):
     assert read(tmp_path, b"\xef\xbb\xbfOnce.", "data.txt").rows[0]["text"] == "Once."
-    assert read(tmp_path, b"\xef\xbb\xbftext,label\na,b\n", "data.csv").kind == "label"
+    assert read(tmp_path, b"\xef\xbb\xbftext,label\na,b\n", "data.csv").row_type == "label"
 
 
 def test_columns_that_no_format_has_come_with_a_remedy(tmp_path):
-    assert "rename them in the first line" in fault(tmp_path, "Review,Stars\na,1\n", "a.csv")
-    assert "separated by commas here" in fault(tmp_path, "text;label\na;b\n", "b.csv")
+    assert "rename the columns in the first line" in fault(tmp_path, "Review,Stars\na,1\n", "a.csv")
+    assert "the columns of a .csv are separated by commas" in fault(tmp_path, "text;label\na;b\n", "b.csv")
 
 
 def test_05_invalid_utf8(tmp_path):
@@ -234,7 +234,7 @@ def test_07_truncated_json(tmp_path):
 
 def test_08_an_array_names_items(tmp_path):
     assert read(tmp_path, json.dumps([QA, QA]), "data.json").rows[1]["line"].endswith("data.json:item 2")
-    assert 'data.jsonl:item 2: no "completion"' in fault(tmp_path, json.dumps([QA, dict(prompt="Hi")]))
+    assert 'data.jsonl:item 2: "completion" is missing' in fault(tmp_path, json.dumps([QA, dict(prompt="Hi")]))
     assert "data.jsonl:item 2: a number; a row is an object" in fault(tmp_path, json.dumps([QA, 3]))
 
 
@@ -266,11 +266,11 @@ def test_11_numbers_too_large_and_lists_too_deep(tmp_path):
 
 def test_12_missing_field(tmp_path):
     assert fault(tmp_path, [QA, QA, dict(prompt="Hi")]) == (
-        'data.jsonl:3: no "completion", in a file of prompt/completion rows (so says data.jsonl:1); '
-        "a file has one format")
+        'data.jsonl:3: "completion" is missing, in a file of prompt/completion rows (see data.jsonl:1); '
+        "all rows of a file have one format")
     message = fault(tmp_path, [dict(question="a", answer="b")])
-    assert message.startswith("data.jsonl:1: no format has the keys question, answer; there are text | text+")
-    assert "no format has the keys (none)" in fault(tmp_path, "{}\n")
+    assert message.startswith("data.jsonl:1: no known format has the keys question, answer; known are text | text+")
+    assert "no known format has the keys (none)" in fault(tmp_path, "{}\n")
 
 
 @pytest.mark.parametrize("value, found", [(3, "a number"), (None, "null"), (False, "true or false"),
@@ -312,9 +312,9 @@ def test_13_not_a_string(tmp_path, row, key, value, found):
     (pair(chosen=user("a")), '"chosen" must be a string, or one assistant message'),
     (pair(chosen=user("a", "b")), '"chosen" must be a string, or one assistant message'),
     (dict(input="a", preferred_output="b", non_preferred_output="c"), '"input" is a string without "mess'),
-    (dict(chosen=user("a"), rejected=user("a", "b")), '"chosen" and "rejected" must each end a conversation'),
-    (dict(chosen=[bot("a")], rejected=[bot("b")]), '"chosen" and "rejected" must each end a conversation'),
-    (dict(chosen="a", rejected="b"), '"chosen" and "rejected" do not begin as one transcript'),
+    (dict(chosen=user("a"), rejected=user("a", "b")), '"chosen" and "rejected" must each be a conversation'),
+    (dict(chosen=[bot("a")], rejected=[bot("b")]), '"chosen" and "rejected" must each be a conversation'),
+    (dict(chosen="a", rejected="b"), '"chosen" and "rejected" do not begin with the same transcript'),
     (dict(chosen=hh("a", "b"), rejected=3), '"rejected" is a number')])
 def test_13_inside_lists(tmp_path, row, sentence):
     assert fault(tmp_path, [row]).startswith("data.jsonl:1: ") and sentence in fault(tmp_path, [row])
@@ -326,7 +326,7 @@ def test_14_an_empty_prompt_is_fine_before_an_answer(tmp_path):
     assert fault(tmp_path, [dict(prompt="")]) == "0 usable examples in data.jsonl: 1 with an empty prompt"
 
 
-USELESS = {
+SKIPPED = {
     "with an empty answer": [                                                               # 15
         dict(prompt="a", completion=" \n"), dict(messages=user("a", "")), dict(instruction="a", output=""),
         dict(messages=user("a", "") + user("b", "c")), pair(chosen=""), pair(rejected=" "),
@@ -338,8 +338,8 @@ USELESS = {
         dict(messages=user("a")), dict(messages=user("a", "b") + user("c")), dict(conversations=[human("a")]),
         dict(prompt="a", references=[]), dict(input="a", outputs=[" "])],
     "with all weights 0": [dict(messages=[*user("a"), bot("b", weight=0)])],                # 20
-    "with all answers ranked alike": [dict(RANKED, rank=[1, 1, 1])],
-    "whose conversations part before the last answer": [
+    "with equal ranks for all answers": [dict(RANKED, rank=[1, 1, 1])],
+    "with conversations that differ before the last answer": [
         dict(chosen=user("a", "b"), rejected=user("x", "c")),
         dict(chosen=hh("a", "b", "c", "d"), rejected=hh("a", "e"))],
     "with an empty text": [dict(text=""), dict(text=" \n", label="a")],
@@ -347,12 +347,12 @@ USELESS = {
 }
 
 
-@pytest.mark.parametrize("reason, row", [(reason, row) for reason, rows in USELESS.items() for row in rows])
-def test_15_16_18_20_rows_that_teach_nothing(tmp_path, reason, row):
+@pytest.mark.parametrize("reason, row", [(reason, row) for reason, rows in SKIPPED.items() for row in rows])
+def test_15_16_18_20_rows_that_train_nothing(tmp_path, reason, row):
     assert fault(tmp_path, [row, row]) == f"0 usable examples in data.jsonl: 2 {reason}"
 
 
-def test_useless_rows_are_dropped_and_counted(tmp_path):
+def test_skipped_rows_are_dropped_and_counted(tmp_path):
     empty = dict(prompt="a", completion="")
     data = read(tmp_path, [empty, QA, empty, QA])
     assert data.dropped == {"with an empty answer": 2}
@@ -372,13 +372,13 @@ def test_17_unknown_roles(tmp_path, role):
     dict(role="tool", content="a"), dict(role="function", content="a"), {"from": "observation", "value": "a"},
     {"from": "function_call", "value": "a"}])
 def test_17_tool_calls(tmp_path, turn):
-    assert "holds a tool call, which no template here renders" in fault(tmp_path, [dict(messages=[turn])])
+    assert "holds a tool call, and no chat template here renders one" in fault(tmp_path, [dict(messages=[turn])])
 
 
 def test_17_tools(tmp_path):
     for tools in (dict(tools=[dict(type="function")]), dict(functions=[dict(name="f")])):
         message = fault(tmp_path, [dict(messages=user("a", "b"), **tools)])
-        assert '"tools" are rendered by no template' in message
+        assert '"tools" are not supported' in message
     assert read(tmp_path, [dict(messages=user("a", "b"), tools=[])]).rows
 
 
@@ -400,7 +400,7 @@ def test_20_odd_weights(tmp_path, weight):
 
 def test_20_weights_belong_to_assistants(tmp_path):
     row = dict(messages=[dict(role="user", content="a", weight=1), bot("b")])
-    assert '"weight" is 1 on a user turn' in fault(tmp_path, [row])
+    assert '"weight" is 1 on a message of role user' in fault(tmp_path, [row])
 
 
 def test_24_half_a_surrogate_pair(tmp_path):
@@ -415,7 +415,7 @@ def test_27_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 2 << 20)
     row = json.dumps(dict(text="a" * (2 << 20)))
     assert fault(tmp_path, json.dumps(dict(text="a")) + "\n" + row) == \
-        "data.jsonl:2: a line of over 2 MiB; cut it into several rows"
+        "data.jsonl:2: a line of over 2 MiB; split it into several rows"
     assert "larger than field limit" in fault(tmp_path, "text\n" + row, "data.csv")
     assert read(tmp_path, row[2:], "data.txt").rows                     # a document has no lines to speak of
 
@@ -442,7 +442,7 @@ def test_29_30_a_handful_of_rows_is_not_split(tmp_path, n):
 
 def test_31_mixed_formats(tmp_path):
     message = fault(tmp_path, [QA, dict(messages=user("a", "b"))])
-    assert 'data.jsonl:2: no "prompt", in a file of prompt/completion rows (so says data.jsonl:1)' in message
+    assert 'data.jsonl:2: "prompt" is missing, in a file of prompt/completion rows (see data.jsonl:1)' in message
     message = fault(tmp_path, [dict(prompt="a"), QA])
     assert "data.jsonl:2: the keys of prompt/completion, in a file of prompt rows" in message
     message = fault(tmp_path, [dict(text="a"), dict(text="a", label="b")])
@@ -457,9 +457,9 @@ def test_31_the_keys_of_two_formats(tmp_path, row):
     assert "data.jsonl:1: the keys of two formats, " in message and message.endswith("; keep those of one")
 
 
-def test_31_thumbs_are_refused_not_learnt(tmp_path):
+def test_31_unpaired_feedback_is_refused(tmp_path):
     for row in (dict(QA, label=False), dict(conversations=[], kto_tag=True)):
-        assert "thumbs up or down (KTO) are not supported" in fault(tmp_path, [row])
+        assert "unpaired thumbs up or down (KTO) are not supported" in fault(tmp_path, [row])
 
 
 def test_31_alpaca_rows_may_leave_out_what_is_empty(tmp_path):
@@ -470,7 +470,7 @@ def test_31_alpaca_rows_may_leave_out_what_is_empty(tmp_path):
 
 def test_32_paths_that_cannot_be_read(tmp_path):
     assert "holds no train, valid or test file" in fault(tmp_path, tmp_path)
-    assert "a data file ends in .jsonl" in fault(tmp_path, b"PAR1", "data.parquet")
+    assert "unknown file type; a data file ends in .jsonl" in fault(tmp_path, b"PAR1", "data.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "pipe.jsonl is neither a file nor a folder" in fault(tmp_path, tmp_path / "pipe.jsonl")
     assert "cannot be read (File name too long)" in fault(tmp_path, tmp_path / ("a" * 300 + ".jsonl"))
@@ -485,7 +485,7 @@ def names(path):
     return {split: [row["text"] for row in load(path, split).rows] for split in ("train", "valid", "test")}
 
 
-def test_a_file_is_dealt_by_content_alone(tmp_path):
+def test_a_file_is_split_by_content_alone(tmp_path):
     rows = [dict(text=f"story {i}") for i in range(2000)]
     before = names(write(tmp_path, rows))
     assert sorted(sum(before.values(), [])) == sorted(row["text"] for row in rows)
@@ -503,7 +503,7 @@ def test_answers_to_one_prompt_stay_together(tmp_path):
     path = write(tmp_path, [pair(f"{i % 300}?", f"a{i}", "b") for i in range(1500)])
     parts = {split: load(path, split).rows for split in ("train", "valid", "test")}
     assert leaks(parts["train"], parts["valid"]) == leaks(parts["train"], parts["test"]) == 0
-    assert set(collections.Counter(map(question, parts["valid"])).values()) == {5}
+    assert set(collections.Counter(map(prompt_key, parts["valid"])).values()) == {5}
 
 
 @pytest.mark.parametrize("prompt", ["A joke!", ""])
@@ -528,7 +528,7 @@ def test_a_folder_has_its_splits(tmp_path):
     assert "holds both train.jsonl and train.csv; keep one" in fault(tmp_path, path)
 
 
-def test_a_folder_without_valid_deals_a_tenth_of_train(tmp_path):
+def test_a_folder_without_valid_gives_a_tenth_of_train(tmp_path):
     path = folder(tmp_path, train=[dict(text=f"story {i}") for i in range(1000)], test=[dict(text="c")])
     parts = names(path)
     assert parts["test"] == ["c"] and not set(parts["train"]) & set(parts["valid"])
@@ -542,20 +542,20 @@ def test_a_folder_without_valid_deals_a_tenth_of_train(tmp_path):
 def test_a_folder_without_test_is_tested_on_valid_and_says_so(tmp_path):
     path = folder(tmp_path, train=[dict(text="a")], valid=[dict(text="b")])
     data = load(path, "test")
-    assert data.rows[0]["text"] == "b" and data.source.endswith("valid.jsonl, for want of a test file")
+    assert data.rows[0]["text"] == "b" and data.source.endswith("valid.jsonl, because there is no test file")
     (tmp_path / "alone").mkdir()
     alone = folder(tmp_path / "alone", test=[dict(text="c")])
     assert "alone has no train file; it has test.jsonl" in fault(tmp_path, alone, split="train")
     assert "alone has no valid file; it has test.jsonl" in fault(tmp_path, alone, split="valid")
 
 
-def test_a_folder_of_several_kinds_is_refused_as_a_whole(tmp_path):
+def test_a_folder_of_several_row_types_is_refused_as_a_whole(tmp_path):
     path = folder(tmp_path, train=[dict(text="a")], valid=[QA])
-    assert "files of several kinds: text, chat" in fault(tmp_path, path)
+    assert "files of different row types: text, chat" in fault(tmp_path, path)
 
 
 def test_unknown_split(tmp_path):
-    with pytest.raises(UserError, match="'dev' is no split; there are train, valid, test"):
+    with pytest.raises(UserError, match="unknown split 'dev'; known are train, valid, test"):
         load(write(tmp_path, [QA]), "dev")
 
 
@@ -566,13 +566,13 @@ def test_names_of_the_toy_world(name):
 
 
 def test_real_data(assets):
-    kinds = dict(instruct="chat", instruct_pref="pairs", sms_spam="label", e2e="chat", e2e_ratings="pairs",
+    row_types = dict(instruct="chat", instruct_pref="pairs", sms_spam="label", e2e="chat", e2e_ratings="pairs",
                  wnut17="tags")
-    for name, kind in kinds.items():
+    for name, row_type in row_types.items():
         data = load(assets / name, "valid")
-        assert data.kind == kind and data.rows, name
+        assert data.row_type == row_type and data.rows, name
     data = load(assets / "instruct_pref", "train")
     assert len(data.rows) == 929 and data.dropped == {"with chosen equal to rejected": 6}
     assert len(load(assets / "e2e", "valid").rows[0]["references"]) > 1
     assert leaks(load(assets / "instruct", "train").rows, load(assets / "instruct", "test").rows) == 2
-    assert load(assets / "tinyshakespeare" / "input.txt", "train").kind == "text"
+    assert load(assets / "tinyshakespeare" / "input.txt", "train").row_type == "text"

@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = {"torch", "numpy", "tiktoken", "tqdm"}               # what requirements.txt installs
 LAZY = {"matplotlib"}                                           # only inside a function: plots are optional
-ERRORS = "data.runtime.files"
+ERRORS = {"data.runtime.files", "data.runtime.flags"}         # errors, and how a flag is declared
 ARROWS = {                                                      # what a file or package may import of ours
     "data.runtime": {"data.runtime"},
     "data.toy": {"data.toy", "data.runtime"},
@@ -22,17 +22,11 @@ ARROWS = {                                                      # what a file or
     "data.text": {"data.text", "data.runtime"},
     "data.batches": {"data.batches", "data.text", "data.runtime"},
     "data.results": {"data.results", "model", "data.batches", "data.text", "data.runtime"},
-    "data.runtime.flags": {"data"},                             # until the flags stand beside their readers
-    "data.checkpoints.model_folders": {"data.checkpoints", "data.runtime", "data.fetch"},   # until fetch moves
-    "data.results.inspect_data": {"data", "model"},
-    "data.results.cost_model": {"data"},
-    "data.fetch": {"data.runtime", "data.download", "data.sources"},
-    "data.download": {"data.runtime"},
-    "data.sources": {"data.runtime", "data.download"},
+    "data.fetch": {"data.runtime"},
     "data": {"data.text"},                                      # data/__init__.py
     "model": {"data.checkpoints", "data.batches", "data.runtime"},
-    "lora": {"data.checkpoints", ERRORS},
-    "prompts": {"data.checkpoints", ERRORS},
+    "lora": {"data.checkpoints", *ERRORS},
+    "prompts": {"data.checkpoints", *ERRORS},
     "ppo": {"model", "data"},
     "train": {"model", "lora", "prompts", "ppo", "data"},
 }

@@ -16,14 +16,14 @@ import lora
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
 from data.checkpoints.peft import fused, same_base
-from data.checkpoints.quantization import NF4, Quantised, QuantProduct
+from data.checkpoints.quantization import NF4, QuantizedWeight, QuantProduct
 from model import GPT, GPTConfig, generate
 
 HERE = pathlib.Path(__file__).parent
 FIXTURES = HERE / "fixtures" / "lora"
 CASES = sorted(p.stem for p in FIXTURES.glob("*.npz") if not p.stem.startswith("base_"))
-KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(dora=True), "pissa": dict(pissa=True),
-         "adalora": dict(kind="adalora"), "ia3": dict(kind="ia3", targets=("k", "v", "down"))}
+KINDS = {"lora": {}, "rslora": dict(rslora=True), "dora": dict(variant="dora"), "pissa": dict(variant="pissa"),
+         "adalora": dict(variant="adalora"), "ia3": dict(variant="ia3", targets=("k", "v", "down"))}
 IDS = torch.arange(30).view(3, 10) * 7 % 64                     # any batch will do
 
 
@@ -164,8 +164,8 @@ def test_equals_peft_in_float32(name, bases, tmp_path):
 
 @pytest.mark.parametrize("name, kw", [
     ("gpt2_rslora_all", dict(targets="q,k,v,o,up,down", rslora=True)), ("llama_lora", dict(targets="q,v")),
-    ("llama_dora", dict(targets="k,gate", dora=True)), ("llama_ia3", dict(targets="k,v,down", kind="ia3")),
-    ("llama_adalora", dict(targets="q,down", kind="adalora", rank=6)),
+    ("llama_dora", dict(targets="k,gate", variant="dora")), ("llama_ia3", dict(targets="k,v,down", variant="ia3")),
+    ("llama_adalora", dict(targets="q,down", variant="adalora", rank=6)),
     ("llama_head", dict(targets="o,head"))])
 def test_inject_builds_what_peft_builds(name, kw, bases, tmp_path):
     def seen(model):
@@ -232,7 +232,7 @@ def test_target_modules_are_read_as_peft_does(targets, bases, tmp_path):
 def test_pissa_start_is_pefts(bases):
     z, model = case("llama_pissa"), GPT.from_pretrained(bases["llama"])
     before = copy.deepcopy(model.state_dict())
-    lora.inject(model, ("q", "down"), rank=4, alpha=16, pissa=True)
+    lora.inject(model, ("q", "down"), rank=4, alpha=16, variant="pissa")
     for theirs, (path,) in fused(model).items():
         if f"residual/{theirs}" in z:
             a, W = lora.adapters(model)[path], before[path + ".weight"]
@@ -245,7 +245,7 @@ def test_pissa_learns_as_pefts(bases, tmp_path):
     """W - s B0 A0 + s B A: a frozen residual in peft, a frozen second branch here; the same gradients."""
     z, model, _ = fixed_case("llama_pissa", bases, tmp_path, torch.float64)
     ours = GPT.from_pretrained(bases["llama"], torch.float64)
-    lora.inject(ours, ("q", "down"), rank=4, alpha=16, pissa=True)
+    lora.inject(ours, ("q", "down"), rank=4, alpha=16, variant="pissa")
     for path, a in lora.adapters(ours).items():
         theirs = lora.adapters(model)[path]
         for mine, t in ((a.lora_A, theirs.lora_A), (a.lora_B, theirs.lora_B), (a.lora_A0, theirs.lora_A),
@@ -268,7 +268,7 @@ def test_starts_at_the_base_and_goes_back(kind, family, bases):
     losses = train(model, target=(IDS + 1) % 64)
     assert losses[-1] < losses[0] - 0.02                        # a fixed batch is learned
     assert not torch.equal(model(IDS)[0], want)
-    with lora.disabled(model):
+    with lora.disable_adapter(model):
         assert torch.equal(model(IDS)[0], want)
     for n, t in frozen.items():                                 # no base name changed, no base bit moved
         assert torch.equal(model.state_dict()[n], t)
@@ -298,7 +298,7 @@ def test_merged_equals_unmerged(kind, family, bases):
     assert torch.equal(model(IDS)[0], want)
     with pytest.raises(UserError, match="nothing to merge"):
         lora.merge(merged)
-    with lora.disabled(model), pytest.raises(UserError, match="nothing to merge"):
+    with lora.disable_adapter(model), pytest.raises(UserError, match="nothing to merge"):
         lora.merge(model)
 
 
@@ -392,11 +392,11 @@ def test_one_shared_A_stays_one(bases, tmp_path):
 
 def test_other_scales_in_one_fused_module(bases, tmp_path):
     ranks = {"q": 2, "blocks.1.attn.v": 1}
-    model = make(bases, noise=0.1, targets=("q", "k", "v", "o"), rank_map=ranks, alpha=16)
+    model = make(bases, noise=0.1, targets=("q", "k", "v", "o"), rank_pattern=ranks, alpha=16)
     assert [a.scale for a in lora.adapters(model).values()][:4] == [8, 4, 4, 4]
     assert lora.adapters(model)["blocks.1.attn.v"].lora_A.shape == (1, 32)
     for kind in ("lora", "dora", "adalora"):
-        model = make(bases, noise=0.1, targets=("q", "v", "o"), rank_map=ranks, **KINDS[kind])
+        model = make(bases, noise=0.1, targets=("q", "v", "o"), rank_pattern=ranks, **KINDS[kind])
         lora.save_adapter(model, tmp_path / kind)
         again = GPT.from_pretrained(bases["gpt2"])
         lora.load_adapter(again, tmp_path / kind)
@@ -460,7 +460,7 @@ def test_another_base_is_refused_unless_forced(bases, tmp_path):
         wide = torch.promote_types(dtype, torch.float32)
         assert all(p.dtype == wide for p in lora.adapter_parameters(again).values())
     codes = GPT.from_pretrained(bases["gpt2"])
-    lora.quantise(codes, "nf4")                                                 # the same base, in codes
+    lora.quantize(codes, "nf4")                                                 # the same base, in codes
     assert same_base(lora.base_fingerprint(codes), lora.base_fingerprint(model))
     lora.load_adapter(codes, tmp_path)
     other = GPT.from_pretrained(bases["gpt2"])
@@ -505,15 +505,14 @@ def test_a_head_of_ones_own_travels_in_the_file(bases, tmp_path):
     (dict(targets=()), "are no modules at all"),
     (dict(rank=0), "rank 0 does not fit blocks.0.attn.q; it takes 1 to 32"),
     (dict(rank=33), "rank 33 does not fit"),
-    (dict(rank_map={"w": 1}), "'w' matches nothing"),
+    (dict(rank_pattern={"w": 1}), "'w' matches nothing"),
     (dict(alpha=-1), "alpha must be positive"),
     (dict(dropout=1.0), "dropout in"),
     (dict(layers=[1, 2]), "no block 2 in this model; layers go from 0 to 1"),
     (dict(layers=[]), "are no modules at all"),
-    (dict(kind="lokr"), "lora, adalora and ia3 are known"),
-    (dict(dora=True, pissa=True), "exclude each other"),
-    (dict(kind="adalora", rslora=True), "are for kind lora"),
-    (dict(kind="ia3", dropout=0.1), "takes neither dropout nor"),
+    (dict(variant="foo"), "known are " + ", ".join(v.name for v in lora.VARIANTS)),
+    (dict(variant="adalora", rslora=True), "adalora has no use for rslora"),
+    (dict(variant="ia3", dropout=0.1), "ia3 has no use for dropout"),
     (dict(name="a.b"), "cannot name an adapter"),
     (dict(name="values"), "cannot name an adapter"),
 ])
@@ -541,41 +540,41 @@ def test_several_adapters_on_one_base(bases):
     base = GPT.from_pretrained(bases["gpt2"])
     model = make(bases, name="policy", noise=0.1)
     policy = model(IDS)[0].detach()
-    lora.inject(model, ("up", "down"), kind="ia3", name="value")
+    lora.inject(model, ("up", "down"), variant="ia3", name="value")
     randomise(model, 0.3, name="value")
     value = model(IDS)[0].detach()                              # the newest is live
     for first in ("policy", "value"):
-        with lora.use(model, first):
+        with lora.use_adapter(model, first):
             assert torch.equal(model(IDS)[0], policy if first == "policy" else value)
-            with lora.disabled(model):
+            with lora.disable_adapter(model):
                 assert torch.equal(model(IDS)[0], base(IDS)[0])
             assert torch.equal(model(IDS)[0], policy if first == "policy" else value)
-    with pytest.raises(RuntimeError), lora.use(model, "policy"):
+    with pytest.raises(RuntimeError), lora.use_adapter(model, "policy"):
         raise RuntimeError                                      # a signal may leave a context anywhere
     assert torch.equal(model(IDS)[0], value)
-    with lora.use(model, "policy"):
+    with lora.use_adapter(model, "policy"):
         model(IDS)[0].sum().backward()
     assert all((p.grad is not None) == (".policy." in n) for n, p in lora.adapter_parameters(model).items())
     names = [*lora.adapter_parameters(model, "policy"), *lora.adapter_parameters(model, "value")]
     assert sorted(names) == sorted(lora.adapter_parameters(model))
-    with pytest.raises(UserError, match="no adapter called 'critic'"), lora.use(model, "critic"):
+    with pytest.raises(UserError, match="no adapter called 'critic'"), lora.use_adapter(model, "critic"):
         pass
     with pytest.raises(UserError, match="already has an adapter called 'policy'"):
         lora.inject(model, name="policy")
-    with lora.use(model, "policy"):
+    with lora.use_adapter(model, "policy"):
         assert (lora.merge(model)(IDS)[0] - policy).abs().max() < 1e-5
 
 
 def test_named_adapters_save_apart(bases, tmp_path):
     model = make(bases, name="policy", noise=0.1)
-    lora.inject(model, ("q", "o"), dora=True, name="value")
+    lora.inject(model, ("q", "o"), variant="dora", name="value")
     randomise(model, 0.1, name="value")
     again = GPT.from_pretrained(bases["gpt2"])
     for name in ("policy", "value"):
         lora.save_adapter(model, tmp_path / name, name=name)
         lora.load_adapter(again, tmp_path / name, name=name, trainable=name == "policy")
     for name in ("policy", "value"):
-        with lora.use(model, name), lora.use(again, name):
+        with lora.use_adapter(model, name), lora.use_adapter(again, name):
             assert (model(IDS)[0] - again(IDS)[0]).abs().max() < 1e-6
         params = lora.adapter_parameters(again, name).values()
         assert params and all(p.requires_grad == (name == "policy") for p in params)
@@ -585,16 +584,16 @@ def test_named_adapters_save_apart(bases, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "pissa", "dora", "adalora"])
 def test_dropout_is_on_the_branch_only(kind):
-    linear, x = lora.LoRALinear(torch.nn.Linear(16, 8)), torch.randn(5, 16)
-    a = linear.adapters["default"] = lora.make(kind, linear, False, 4, 2.0, 0.5, None, False)
+    linear, x = lora.wrap_linear(torch.nn.Linear(16, 8)), torch.randn(5, 16)
+    a = linear.adapters["default"] = lora.variant_called(kind)(linear, 4, 2.0, 0.5)
     for p in a.parameters():
         p.data += 0.3 * torch.randn_like(p)
-    linear.live = "default"
+    linear.active = "default"
     torch.manual_seed(3)
     y = linear(x)
     torch.manual_seed(3)
     A, B = (a.lora_A, a.lora_B) if kind == "pissa" else a.factors()
-    want = linear.frozen(x) + 2 * F.dropout(x, 0.5) @ A.T @ B.T
+    want = linear.base_forward(x) + 2 * F.dropout(x, 0.5) @ A.T @ B.T
     if kind == "pissa":
         want = want - 2 * x @ a.lora_A0.T @ a.lora_B0.T
     if kind == "dora":
@@ -665,7 +664,7 @@ def test_checkpointing_changes_no_gradient(kind, bases):
     model, grads = make(bases, noise=0.1, **KINDS[kind]), []
     for checkpoint in (False, True):
         model.zero_grad()
-        model.head(model.trunk(IDS, checkpoint=checkpoint)[0]).sum().backward()
+        model.logits(model.hidden_states(IDS, gradient_checkpointing=checkpoint)[0]).sum().backward()
         grads.append([p.grad.clone() for p in lora.adapter_parameters(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -705,7 +704,7 @@ def test_adapters_stay_float32_on_a_half_base(kind, bases):
 
 
 def test_dora_norms_are_not_rounded_by_autocast(bases):
-    model = make(bases, dora=True, noise=0.3)
+    model = make(bases, variant="dora", noise=0.3)
     for path, a in lora.adapters(model).items():
         W = model.get_submodule(path).weight
         with torch.autocast("cpu", torch.bfloat16):
@@ -736,31 +735,31 @@ def test_codes():
     w = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))        # the last block is padded
     for kind, double, error, bits in (("int8", False, 0.007, 8.5), ("nf4", False, 0.096, 4.5),
                                       ("nf4", True, 0.096, 4.13)):
-        q = Quantised(w, kind, double)
+        q = QuantizedWeight(w, kind, double)
         r = q(torch.float32)
         assert r.shape == w.shape and error / 2 < (r - w).norm() / w.norm() < error
         assert abs(q.bits() / w.numel() - bits) < 0.1
-        again = Quantised(r, kind)                              # what is on the grid stays there
+        again = QuantizedWeight(r, kind)                              # what is on the grid stays there
         assert (again(torch.float32) - r).abs().max() < (1e-6 if not double else 0.05)
         assert torch.equal(copy.deepcopy(q).bfloat16()(torch.float32), r)       # a cast rounds no scale
-    flat, r = w.flatten(), Quantised(w, "nf4")(torch.float32).flatten()
+    flat, r = w.flatten(), QuantizedWeight(w, "nf4")(torch.float32).flatten()
     top, grid = flat[:64].abs().max(), torch.tensor(PRINTED)
     for i in range(64):                                         # the nearest code, by the naive search
         close(r[i], top * grid[(grid - flat[i] / top).abs().argmin()], 1e-5)
-    assert not Quantised(torch.zeros(4, 64), "nf4")(torch.float32).any()
+    assert not QuantizedWeight(torch.zeros(4, 64), "nf4")(torch.float32).any()
     w = torch.randn(512, 64) * torch.randn(512, 1).mul(3).exp()         # small maxima between large ones
-    assert (Quantised(w, "nf4", double=True)(torch.float32) * w >= 0).all()     # no weight changes its sign
+    assert (QuantizedWeight(w, "nf4", double=True)(torch.float32) * w >= 0).all()     # no weight changes its sign
 
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8.5), ("nf4", 4.5)])
 def test_quantised_base(kind, bits, bases):
     model = GPT.from_pretrained(bases["gpt2"])
-    assert lora.quantise(model, kind) == bits
+    assert lora.quantize(model, kind) == bits
     dense = GPT.from_pretrained(bases["gpt2"])
     for path, m in lora.linears(model).items():
         if path != "head":
             assert m.weight is None
-            dense.get_submodule(path).weight.data.copy_(m.dense(torch.float32))
+            dense.get_submodule(path).weight.data.copy_(lora.dequantized_weight(m, torch.float32))
     assert torch.equal(model(IDS)[0], dense(IDS)[0])
     for m in (model, dense):
         lora.inject(m, ("q", "v", "down"), rank=4)
@@ -779,7 +778,7 @@ def test_quantised_base(kind, bits, bases):
 def test_quantised_with_every_kind(bases):
     for kind, kw in KINDS.items():
         model = GPT.from_pretrained(bases["llama"])
-        assert lora.quantise(model, "nf4", double=True) < 6     # tiny matrices: padding shows; see test_codes
+        assert lora.quantize(model, "nf4", double=True) < 6     # tiny matrices: padding shows; see test_codes
         want = model(IDS)[0]
         lora.inject(model, rank=4, **{k: v for k, v in kw.items()})
         assert torch.equal(model(IDS)[0], want), kind
@@ -787,12 +786,12 @@ def test_quantised_with_every_kind(bases):
         assert losses[-1] < losses[0]
         assert (lora.merge(model)(IDS)[0] - model(IDS)[0]).abs().max() < 2e-5
     with pytest.raises(UserError, match="int8 and nf4 are known"):
-        lora.quantise(model, "int4")
+        lora.quantize(model, "int4")
 
 
 def test_no_dense_weight_waits_for_backward():
     """What autograd saves for a product with codes is no bigger than its input."""
-    q, x, saved = Quantised(torch.randn(64, 256), "nf4"), torch.randn(2, 256, requires_grad=True), []
+    q, x, saved = QuantizedWeight(torch.randn(64, 256), "nf4"), torch.randn(2, 256, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         y = QuantProduct.apply(x, q, torch.zeros(64))
         z = F.linear(x, q(torch.float32))
@@ -829,12 +828,12 @@ def test_param_groups(bases):
     def seen(model, **kw):
         return [(g["lr"], g["weight_decay"], len(g["params"])) for g in lora.param_groups(model, 1e-3, **kw)]
 
-    model = make(bases, dora=True)
-    assert seen(model, lora_plus=16, weight_decay=0.1) == [(1e-3, 0.1, 4), (1.6e-2, 0.1, 4), (1e-3, 0, 4)]
+    model = make(bases, variant="dora")
+    assert seen(model, loraplus_lr_ratio=16, weight_decay=0.1) == [(1e-3, 0.1, 4), (1.6e-2, 0.1, 4), (1e-3, 0, 4)]
     grouped = {id(p) for g in lora.param_groups(model, 1e-3) for p in g["params"]}
     assert grouped == {id(p) for p in lora.adapter_parameters(model).values()}
-    assert seen(make(bases, kind="ia3", targets=("k", "down")), weight_decay=0.1) == [(1e-3, 0, 4)]
-    assert [g[1] for g in seen(make(bases, kind="adalora"), weight_decay=0.1)] == [0.1, 0.1, 0]
+    assert seen(make(bases, variant="ia3", targets=("k", "down")), weight_decay=0.1) == [(1e-3, 0, 4)]
+    assert [g[1] for g in seen(make(bases, variant="adalora"), weight_decay=0.1)] == [0.1, 0.1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- AdaLoRA
@@ -866,7 +865,7 @@ def alive(model):
 @pytest.mark.parametrize("t_f, every", [(1, 1), (1, 5), (3, 4), (7, 3)])
 def test_the_last_prune_holds(t_f, every, bases):
     """Momentum would revive a pruned E; whatever the phase, the budget is met after the last pruning."""
-    model = make(bases, targets=("q", "v", "up"), kind="adalora")
+    model = make(bases, targets=("q", "v", "up"), variant="adalora")
     history, *_ = ada_run(model, 15, target_rank=1, t_i=2, t_f=t_f, every=every)
     assert [h["budget"] for h in history][:3] == [24] * 3
     for h in history[15 - t_f:]:
@@ -875,13 +874,13 @@ def test_the_last_prune_holds(t_f, every, bases):
 
 
 def test_rank_zero_and_nothing_to_prune(bases, tmp_path):
-    model = make(bases, targets=("q", "v", "up"), kind="adalora")
+    model = make(bases, targets=("q", "v", "up"), variant="adalora")
     ada_run(model, 8, target_rank=4)                            # target = initial: nothing goes
     assert alive(model) == 24
     ada_run(model, 12, target_rank=0, t_i=0)                    # everything goes: the base again
     assert alive(model) == 0
     assert torch.equal(model(IDS)[0], GPT.from_pretrained(bases["gpt2"])(IDS)[0])
-    model = make(bases, targets=("q", "v", "up"), kind="adalora", noise=0.1)
+    model = make(bases, targets=("q", "v", "up"), variant="adalora", noise=0.1)
     model.blocks[0].mlp.up.adapters["default"].lora_E.data.zero_()          # one module at rank 0
     model.blocks[1].attn.q.adapters["default"].lora_E.data[1:3].zero_()
     for fold in (False, True):
@@ -899,7 +898,7 @@ def test_rank_zero_and_nothing_to_prune(bases, tmp_path):
 
 
 def test_ties_do_not_prune_more_than_asked(bases):
-    model = make(bases, kind="adalora")
+    model = make(bases, variant="adalora")
     allocator = lora.RankAllocator(model, 10, target_rank=2, t_i=0, t_f=9)
     for p in lora.adapter_parameters(model).values():
         p.data.fill_(1.0)
@@ -910,7 +909,7 @@ def test_ties_do_not_prune_more_than_asked(bases):
 
 
 def test_importance_by_hand(bases):
-    model = make(bases, kind="adalora", targets=("q",), layers=[0], rank=2)
+    model = make(bases, variant="adalora", targets=("q",), layers=[0], rank=2)
     allocator = lora.RankAllocator(model, 10, target_rank=1, t_i=5, t_f=1)
     (a,) = lora.adapters(model).values()
     w, g = {}, {}
@@ -935,7 +934,7 @@ def test_importance_by_hand(bases):
 
 
 def test_orthogonality_by_hand(bases):
-    model = make(bases, kind="adalora", targets=("q",), layers=[0], rank=2)
+    model = make(bases, variant="adalora", targets=("q",), layers=[0], rank=2)
     (a,) = lora.adapters(model).values()
     a.lora_A.data = torch.eye(32)[:2]
     a.lora_B.data = 2 * torch.eye(32)[:, :2]
@@ -944,13 +943,13 @@ def test_orthogonality_by_hand(bases):
 
 def test_adalora_resumes_exactly(bases):
     kw = dict(target_rank=2, t_i=2, t_f=4, every=2)
-    whole, half = (make(bases, kind="adalora") for _ in "ab")
+    whole, half = (make(bases, variant="adalora") for _ in "ab")
     ada_run(whole, 16, **kw)
     for stop in (7, 13):                                        # before and after the last pruning
-        half = make(bases, kind="adalora")
+        half = make(bases, variant="adalora")
         _, allocator, optimiser = ada_run(half, 16, steps=stop, **kw)
         state = copy.deepcopy((half.state_dict(), allocator.state_dict(), optimiser.state_dict()))
-        again = make(bases, kind="adalora", seed=5)
+        again = make(bases, variant="adalora", seed=5)
         again.load_state_dict(state[0])
         allocator = lora.RankAllocator(again, 16, **kw)
         allocator.load_state_dict(state[1])
@@ -961,7 +960,7 @@ def test_adalora_resumes_exactly(bases):
 
 
 def test_allocator_errors(bases):
-    model = make(bases, kind="adalora")
+    model = make(bases, variant="adalora")
     for kw in (dict(t_i=6, t_f=4), dict(t_f=0), dict(target_rank=5), dict(every=0), dict(t_i=-1)):
         with pytest.raises(UserError, match="AdaLoRA"):
             lora.RankAllocator(model, 10, **kw)

@@ -1,4 +1,4 @@
-"""data/results/metrics.py: hand numbers, naive loops, and equality with the E2E scoring tool when it is there."""
+"""data/results/metrics.py: hand numbers, naive loops, equality with the E2E scoring tool if it is there."""
 import importlib.util
 import json
 import math

@@ -19,17 +19,19 @@ import torch.nn.functional as F
 
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
-from data.checkpoints.hf import parse_config, read_config
+from data.checkpoints import hf
+from data.checkpoints.hf import FAMILIES, find_family, parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
-from model import GPT, GPTConfig, RMSNorm, attend, generate, logprob, rope_table, sample
+from model import GPT, GPTConfig, KVCache, Past, RMSNorm, attend, generate, glm_position_ids, past_length
+from model import rope_table, sample, token_logprobs
 
 LOGITS = np.load(HERE / "logits.npz")
 CLOSE = 5e-5            # logits reach 23; two fp32 programs, each up to 3e-5 from the same sum in fp64
 SMALL = GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=4, n_embd=32)
 STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=32)
-KINDS = {"gpt2": SMALL, "llama": SMALL.llama(n_kv_head=2, head_size=16, rope_scaling=STRETCH),
-         "qwen3": SMALL.llama(n_kv_head=1, qk_norm=True, tied=False)}
+KINDS = {"gpt2": SMALL, "llama": SMALL.as_family("llama", n_kv_head=2, head_size=16, rope_scaling=STRETCH),
+         "qwen3": SMALL.as_family("qwen3", n_kv_head=1, tied=False)}
 ANY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,11 +57,11 @@ def pad(rows, fill=0):
 
 
 def soft(model, P, B=1, seed=2, gate=None):
-    """A random past: P columns at batch B, for every layer; with `gate`, side memory."""
+    """A random past of P columns and batch B in every layer; with `gate`, side memory."""
     rng, (nh, nkv, hs) = torch.Generator().manual_seed(seed), model.blocks[0].attn.heads
     dtype = model.wte.weight.dtype
     k, v = (torch.randn(len(model.blocks), B, nkv, P, hs, generator=rng).to(dtype) for _ in range(2))
-    return [(k[i], v[i]) if gate is None else (k[i], v[i], gate) for i in range(len(model.blocks))]
+    return [Past(k[i], v[i], gate) for i in range(len(model.blocks))]
 
 
 def folder_of(case, tmp_path, dialect="config", edit=None, config=None):
@@ -82,13 +84,14 @@ def load_case(case, tmp_path, **how):
 
 @torch.no_grad()
 def logits(model, x, past=None):
-    return model(torch.as_tensor(x), past)[0]
+    return model(torch.as_tensor(x), past=past)[0]
 
 
 # ---- the oracle: one row, one head, one query at a time, in numpy at float64 -------------------------------
 
 def naive(model, row, past=None, side=None):
-    """Logits (T, V) of one row of ids. past, side: (k, v) per layer, each (nkv, P, hs); side adds a gate."""
+    """Logits (T, V) of one row of ids. past, side: (k, v) per layer, each (nkv, P, hs); side adds a gate. An
+    entry of `past` may be None: that layer attends to the row alone, whose positions still start at P."""
     c, every = model.config, model.named_parameters(remove_duplicate=False)
     w = {name: p.detach().double().numpy() for name, p in every}
 
@@ -120,7 +123,7 @@ def naive(model, row, past=None, side=None):
         weight = np.exp(score - score.max())
         return (weight[:, None] * np.array(v)).sum(0) / weight.sum()
 
-    T, P = len(row), 0 if past is None else past[0][0].shape[1]
+    T, P = len(row), max([0, *(entry[0].shape[1] for entry in past or () if entry is not None)])
     h = w["wte.weight"][row]
     if c.position == "learned":
         h = h + w["wpe.weight"][P:P + T]
@@ -136,7 +139,9 @@ def naive(model, row, past=None, side=None):
         y = np.zeros((T, c.n_head, c.head_size))
         for n in range(c.n_head):
             g = n // (c.n_head // c.n_kv_head)                          # the group's key/value head
-            before = ([], []) if past is None else [list(t[g].double().numpy()) for t in past[i]]
+            before = ([], [])
+            if past is not None and past[i] is not None:
+                before = [list(t[g].double().numpy()) for t in past[i]]
             for t in range(T):
                 y[t, n] = look(heads["q"][t, n], before[0] + list(heads["k"][:t + 1, g]),
                                before[1] + list(heads["v"][:t + 1, g]))
@@ -157,15 +162,20 @@ def naive(model, row, past=None, side=None):
 
 
 @ANY
-def test_trunk_is_the_textbook(kind):
+def test_the_model_is_the_textbook(kind):
     model, (row,) = make(kind).double(), ids(11)
     past, gate = soft(model, 5), torch.tensor([0.0, 1.0, 0.5, 0.2])
     side = soft(model, 4, gate=gate.view(4, 1, 1))                      # one gate per head
-    first = [(k[0], v[0]) for k, v in past]
+    closed = (side[0].k[0], side[0].v[0], np.zeros(4))                  # side memory that has no effect
+    first = [(k[0], v[0]) for k, v, _ in past]
     second = [(k[0], v[0], gate.numpy()) for k, v, _ in side]
-    for given, wanted in ((None, naive(model, row)), (past, naive(model, row, first)),
-                          (side, naive(model, row, side=second))):
-        assert np.abs(logits(model, [row], given)[0].numpy() - wanted).max() < 1e-5      # angles are fp32
+    for given, expected in ((None, naive(model, row)), (past, naive(model, row, first)),
+                          (side, naive(model, row, side=second)),
+                          ([None, past[1]], naive(model, row, [None, first[1]])),
+                          ([past[0], None], naive(model, row, [first[0], None])),
+                          ([None, side[1]], naive(model, row, side=[closed, second[1]])),
+                          ([past[0], side[1]], naive(model, row, [first[0], None], [closed, second[1]]))):
+        assert np.abs(logits(model, [row], given)[0].numpy() - expected).max() < 1e-5      # angles are fp32
 
 
 # ---- Hugging Face folders ----------------------------------------------------------------------------------
@@ -271,11 +281,11 @@ def test_transformers_loads_what_we_save(case, tmp_path):
 
 def test_adapter_parameters_stay_out_of_the_saved_model(tmp_path):
     model = make("gpt2")
-    wanted = set(load_case("gpt2-tied", tmp_path / "a").hf_names())
+    expected = set(load_case("gpt2-tied", tmp_path / "a").hf_names())
     model.blocks[0].attn.q.lora_A = torch.nn.Parameter(torch.ones(2, 32))
     model.save_pretrained(tmp_path / "b")
     saved = read_tensors(tmp_path / "b" / "model.safetensors")
-    assert set(model.hf_names()) == wanted and not [name for name in saved if "lora" in name]
+    assert set(model.hf_names()) == expected and not [name for name in saved if "lora" in name]
     fused = saved["transformer.h.0.attn.c_attn.weight"]
     assert torch.equal(fused[:, 32:64], model.blocks[0].attn.k.weight.t())
 
@@ -391,7 +401,7 @@ def test_config_that_is_no_object(text, words, tmp_path):
 
 
 C_ATTN, GATE = "transformer.h.1.attn.c_attn.weight", "model.layers.1.mlp.gate_proj.weight"
-TENSOR_FAULTS = [                                       # case, what is done to the tensors, what is said
+TENSOR_FAULTS = [                                       # case, edit of the tensors, words of the error
     ("gpt2-tied", drop(C_ATTN), f"the weights lack {C_ATTN}, which a gpt2 model needs"),
     ("gpt2-tied", drop("transformer.ln_f.bias"), "lack transformer.ln_f.bias"),
     ("gpt2-tied", put(C_ATTN, torch.zeros(96, 32)), f"{C_ATTN} is torch.float32 [32, 96]"),
@@ -475,6 +485,7 @@ def test_shard_faults(tmp_path):
 
 def test_impossible_configs():
     for change, words in (({"n_kv_head": 3}, "cannot share 3"), ({"head_size": 4}, "width 32"),
+                          ({"family": "bert"}, "'bert' is unknown; known: gpt2, llama, qwen2, qwen3"),
                           ({"position": "rotary"}, "position is 'rotary'; it can be learned or rope"),
                           ({"norm": "batchnorm"}, "norm is"), ({"mlp": "relu"}, "mlp is"),
                           ({"position": "rope", "head_size": 5}, "must be even")):
@@ -483,9 +494,10 @@ def test_impossible_configs():
 
 
 def test_a_hybrid_trains_but_has_no_hugging_face_form(tmp_path):
-    for config, odd in ((SMALL.llama(mlp="gelu"), "mlp"), (SMALL.llama(norm="layernorm"), "norm"),
+    for config, odd in ((SMALL.as_family("llama", mlp="gelu"), "mlp"),
+                        (SMALL.as_family("llama", norm="layernorm"), "norm"),
                         (dataclasses.replace(SMALL, qkv_bias=False), "qkv_bias"),
-                        (SMALL.llama(qk_norm=True, mlp_bias=True), "mlp_bias")):
+                        (SMALL.as_family("qwen3", mlp_bias=True), "mlp_bias")):
         model = GPT(config)
         assert model(torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 64)
         with pytest.raises(UserError, match=f"with this .*{odd}"):
@@ -493,7 +505,162 @@ def test_a_hybrid_trains_but_has_no_hugging_face_form(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+# ---- families ----------------------------------------------------------------------------------------------
+
+def test_families_are_complete_records():
+    """Every record decides the same fields, so that a change of family leaves nothing of the old one."""
+    assert {tuple(family.dialect) for family in FAMILIES} == {tuple(FAMILIES[0].dialect)}
+    for family in FAMILIES:
+        config = dataclasses.replace(KINDS["qwen3"], mlp_bias=True).as_family(family.model_type)
+        assert config.family == family.model_type
+        assert {name: getattr(config, name) for name in family.dialect} == family.dialect
+        bare = GPTConfig(64, 32, 2, 4, 32, family=family.model_type)
+        assert {name: getattr(bare, name) for name in family.dialect} == family.dialect
+    assert SMALL.as_family("llama", qk_norm=True, n_kv_head=2).qk_norm is True
+    for call in (SMALL.as_family, find_family):
+        with pytest.raises(UserError, match="family 'bert' is unknown; known: gpt2, llama, qwen2, qwen3"):
+            call("bert")
+
+
+def test_a_family_without_new_mathematics_is_one_record(tmp_path, monkeypatch):
+    olive = dataclasses.replace(find_family("llama"), model_type="olive", architecture="OliveForCausalLM",
+                                dialect={**find_family("llama").dialect, "o_bias": True}, bias_keys={},
+                                block_path="decoder.{i}", default_targets=("o_proj",))
+    monkeypatch.setattr(hf, "FAMILIES", (*FAMILIES, olive))
+    model = GPT(SMALL.as_family("olive", n_kv_head=2))
+    assert "olive" in str(pytest.raises(UserError, SMALL.as_family, "bert").value)
+    torch.nn.init.normal_(model.blocks[0].attn.o.bias)
+    model.save_pretrained(tmp_path)
+    written = read_json(tmp_path / "config.json")
+    assert written["model_type"] == "olive" and written["architectures"] == ["OliveForCausalLM"]
+    assert "decoder.1.self_attn.o_proj.bias" in read_tensors(tmp_path / "model.safetensors")
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config and torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+# ---- logits and loss ---------------------------------------------------------------------------------------
+
+@ANY
+def test_targets_give_the_mean_cross_entropy(kind):
+    model, x = make(kind), torch.tensor(ids(9, 9))
+    targets = torch.tensor(ids(9, 9, seed=4))
+    targets[0, 3:] = -1                                                 # ignored
+    found, loss = model(x, targets)
+    assert model(x)[1] is None and torch.equal(found, model(x)[0])
+    p = found.detach().double().softmax(-1)
+    by_hand = [-math.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(9) if targets[b, t] >= 0]
+    assert len(by_hand) == 12 and abs(loss.item() - sum(by_hand) / 12) < 1e-5
+    loss.backward()
+    assert all(q.grad is not None for q in model.parameters())
+    past = soft(model, 3)
+    behind, loss_behind = model(x, targets, past=past)
+    assert torch.equal(behind, model(x, past=past)[0]) and abs(loss_behind - loss) > 1e-3
+    assert torch.allclose(model(model.embed(x), targets)[1], loss)
+    assert model(x, torch.full_like(x, -1))[1].isnan()
+
+
+def test_the_loss_of_a_bf16_model_is_fp32():
+    model, x = make("gpt2").bfloat16(), torch.tensor(ids(9, 9))
+    found, loss = model(x, x)
+    assert found.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(loss, F.cross_entropy(found.float().flatten(0, 1), x.flatten()))
+
+
+def test_targets_must_match():
+    model, x = make("gpt2"), torch.tensor(ids(9, 9))
+    with pytest.raises(UserError, match=r"targets are \[2, 8\], but these tokens need ids \[2, 9\]"):
+        model(x, x[:, 1:])
+    with pytest.raises(UserError, match=r"targets are list.*give a past by name"):
+        model(x, soft(model, 3))
+
+
 # ---- past, padding, decoding -------------------------------------------------------------------------------
+
+def test_past_length():
+    k = torch.zeros(1, 2, 5, 8)
+    gated = Past(k, k, torch.tensor(0.5))
+    assert [past_length(past) for past in (None, [], [None, None], [gated, gated], [None, gated])] == [0] * 5
+    assert [past_length(past) for past in ([Past(k, k)], [None, Past(k, k)], [Past(k, k), gated])] == [5] * 3
+    shorter = Past(k[:, :, :3], k[:, :, :3])
+    assert past_length([shorter, gated]) == 3                           # a gated one may have any length
+    with pytest.raises(UserError, match=r"entries of a past differ in length: \[3, 5\]"):
+        past_length([Past(k, k), shorter])
+    with pytest.raises(UserError, match=r"None or Past\(k, v, gate\), not a tuple"):
+        past_length([(k, k)])
+
+
+@ANY
+def test_a_past_that_does_not_fit_is_refused(kind):
+    model, x = make(kind), torch.tensor(ids(6, 6))
+    k, v, _ = soft(model, 3)[0]
+    narrow, gate = k[:, :, :, :4], torch.tensor(0.5)
+    for entry in (Past(narrow, v), Past(k, narrow), Past(k.repeat(1, 2, 1, 1), v), Past(k.repeat(3, 1, 1, 1), v),
+                  Past(k[0], v[0]), Past(narrow, v, gate)):
+        with pytest.raises(UserError, match=r"past\[1\] holds .* k and v must be \(1 or 2, "):
+            model(x, past=[None, entry])
+    wide = torch.zeros(2, k.size(1), 33, k.size(3))
+    cache = KVCache([Past(wide, wide.clone())] * 2, torch.tensor([1, 1]))
+    with pytest.raises(UserError, match="cache of 33 columns does not fit the context of 32"):
+        model.hidden_states(x[:, :1], cache=cache)
+    with pytest.raises(UserError, match="behind a cache, attention is causal"):
+        model.hidden_states(x[:, :1], cache=cache.narrow(9), bidirectional_len=torch.tensor([1, 1]))
+    with pytest.raises(UserError, match="generate: past must have batch 1"):
+        generate(model, ids(4, 4), 3, past=soft(model, 3, B=2))
+
+
+@ANY
+@pytest.mark.parametrize("empty", [0, 1])
+@pytest.mark.parametrize("how", ["causal", "bidirectional", "glm", "one token"])
+def test_a_layer_without_a_past_attends_to_the_tokens_only(kind, empty, how):
+    """Against the same past in every layer, whose keys the mask of one layer then hides."""
+    model, x = make(kind).double(), torch.tensor(ids(7, 7))
+    past = soft(model, 4)
+    partial = [None if i == empty else entry for i, entry in enumerate(past)]
+    view = {"bidirectional": {"bidirectional_len": torch.tensor([3, 7])}, "glm": {
+        "bidirectional_len": torch.tensor([4, 5]),
+        "glm_positions": glm_position_ids(torch.arange(7), torch.tensor([5, 6]))}}.get(how, {})
+    x = x[:, :1] if how == "one token" else x
+    got, made = model.hidden_states(x, partial, **view)
+    layer = model.blocks[empty].attn
+    forward = layer.forward
+
+    def without_prefix(h, rope, mask, past, cache, columns, select):
+        T = h.size(1)
+        mask = torch.ones(T, 4 + T, dtype=torch.bool).tril(4) if mask is None else mask.clone()
+        mask[..., :4] = False
+        return forward(h, rope, mask, past, cache, columns, select)
+    layer.forward = without_prefix
+    want, _ = model.hidden_states(x, past, **view)
+    assert (got - want).abs().max() < 1e-12
+    del layer.forward
+    plain, _ = model.hidden_states(x, past, **view)
+    assert (got - plain).abs().max() > 1e-3
+    T = x.size(1)
+    assert [entry.k.size(2) for entry in made] == [T if i == empty else 4 + T for i in range(2)]
+
+
+@ANY
+def test_a_cache_continues_a_past_of_some_layers(kind):
+    """Ragged rows behind a past in the top layer and side memory below: in pieces against all at once."""
+    model, rows = make(kind).double(), ids(3, 9, 1)
+    past = [soft(model, 5, gate=torch.tensor(0.3).double())[0], soft(model, 2)[1]]
+    more = torch.tensor(ids(6, 6, 6, seed=5))
+    lengths = torch.tensor([3, 9, 1])
+    with torch.no_grad():
+        _, made = model.hidden_states(pad(rows), past)
+        cache = KVCache.extend(made, 2 + lengths, 6)
+        assert [entry.k.size(2) for entry in cache.layers] == [9 + 6, 2 + 9 + 6]
+        for piece in more.split([1, 3, 2], 1):
+            used = int(cache.lengths.max()) + piece.size(1)
+            hidden, _ = model.hidden_states(piece, past, cache=cache.narrow(used))
+            cache = cache._replace(lengths=cache.lengths + piece.size(1))
+        for b, row in enumerate(rows):
+            whole = logits(model, [row + more[b].tolist()], past)[0, -2:]
+            assert (model.logits(hidden[b]) - whole).abs().max() < 1e-12
+        some = cache.rows(torch.tensor([2, 0]))
+        assert some.lengths.tolist() == [2 + 1 + 6, 2 + 3 + 6]
+        assert all(torch.equal(a.k, b.k[[2, 0]]) for a, b in zip(some.layers, cache.layers))
+
 
 @ANY
 @pytest.mark.parametrize("P", [0, 3])
@@ -503,8 +670,8 @@ def test_cached_equals_uncached(kind, P):
     past = soft(model, P) if P else None
     whole, out = logits(model, x, past), []
     for piece in x.split([5, 1, 6], 1):
-        y, past = model(piece, past)
-        out.append(y)
+        hidden, past = model.hidden_states(piece, past)
+        out.append(model.logits(hidden))
     assert (torch.cat(out, 1) - whole).abs().max() < 1e-12
     assert past[0][0].shape == (2, model.config.n_kv_head, P + 12, model.config.head_size)
 
@@ -517,20 +684,20 @@ def test_decoding_in_place_equals_the_full_forward_at_every_step(kind, T):
     prompt, starts = soft(model, P), torch.tensor([3, 9, 1])
     more = torch.tensor(ids(8, 8, 8, seed=5))
     with torch.no_grad():
-        hidden, past = model.trunk(pad(rows), prompt)
+        hidden, past = model.hidden_states(pad(rows), prompt)
         rubbish = torch.full((3, *past[0][0][0].shape), 1e4).double()[:, :, :1].expand(-1, -1, 24, -1)
-        caches = [(rubbish.clone(), rubbish.clone()) for _ in past]
+        caches = [Past(rubbish.clone(), rubbish.clone()) for _ in past]
         for old, new in zip(past, caches):
             for b in range(3):
-                for s, t in zip(old, new):
+                for s, t in zip(old[:2], new[:2]):
                     t[b, :, :P + starts[b]] = s[b, :, :P + starts[b]]
         for step in range(0, 8, T):
             lengths = P + starts + step
-            views = [tuple(t[:, :, :int(lengths.max()) + T] for t in layer) for layer in caches]
-            hidden, _ = model.trunk(more[:, step:step + T], views, lengths)
+            cache = KVCache(caches, lengths).narrow(int(lengths.max()) + T)
+            hidden, _ = model.hidden_states(more[:, step:step + T], prompt, cache=cache)
             for b, row in enumerate(rows):
                 full = logits(model, [row + more[b, :step + T].tolist()], prompt)[0, -T:]
-                assert (model.head(hidden[b]) - full).abs().max() < 1e-12
+                assert (model.logits(hidden[b]) - full).abs().max() < 1e-12
 
 
 @ANY
@@ -551,11 +718,11 @@ def test_a_batch_1_past_serves_every_row_and_its_gradients_add_up(kind):
     model, x = make(kind).double(), torch.tensor(ids(6, 6, 6))
 
     def gradients(x, B):
-        past = [tuple(t.expand(B, -1, -1, -1).clone().requires_grad_() for t in layer)
+        past = [Past(*(t.expand(B, -1, -1, -1).clone().requires_grad_() for t in layer[:2]))
                 for layer in soft(model, 4)]
-        out, _ = model(x, past)
+        out, _ = model(x, past=past)
         (out * torch.linspace(-1, 1, 64)).sum().backward()
-        return out.detach(), [t.grad.sum(0, keepdim=True) for layer in past for t in layer]
+        return out.detach(), [t.grad.sum(0, keepdim=True) for layer in past for t in layer[:2]]
 
     shared, own = gradients(x, 1), gradients(x, 3)
     assert (shared[0] - own[0]).abs().max() < 1e-12
@@ -565,28 +732,28 @@ def test_a_batch_1_past_serves_every_row_and_its_gradients_add_up(kind):
 @ANY
 def test_gate_0_is_no_prompt_exactly_and_gate_1_only_memory(kind):
     model, x = make(kind), torch.tensor(ids(9, 9))
-    off = [(k, v, torch.zeros(4, 1, 1)) for k, v in soft(model, 5)]
+    off = soft(model, 5, gate=torch.zeros(4, 1, 1))
     assert torch.equal(logits(model, x, off), logits(model, x))
-    on = [(k, v, torch.ones(())) for k, v in soft(model, 5)]
+    on = soft(model, 5, gate=torch.ones(()))
     before = logits(model, x, on)
     with torch.no_grad():
         for block in model.blocks:
-            block.attn.v.weight.mul_(2)                                 # what the tokens say is not heard
+            block.attn.v.weight.mul_(2)                                 # what the tokens hold does not matter
     assert torch.equal(logits(model, x, on), before)
     assert (before - logits(model, x)).abs().max() > 0.1
-    with pytest.raises(ValueError):
-        model(x, on[:1])                                                # one layer short is no past
+    with pytest.raises(UserError, match="1 entries and the model 2 layers"):
+        model(x, past=on[:1])
 
 
 def test_past_may_be_stored_in_another_dtype():
     model, x = make("llama"), torch.tensor(ids(6, 6))
     past = soft(model, 3)
-    half = [tuple(t.bfloat16() for t in layer) for layer in past]
-    same = [tuple(t.float() for t in layer) for layer in half]
+    half = [Past(k.bfloat16(), v.bfloat16()) for k, v, _ in past]
+    same = [Past(k.float(), v.float()) for k, v, _ in half]
     assert torch.equal(logits(model, x, half), logits(model, x, same))
     low = make("llama").bfloat16()
     assert logits(low, x, past).dtype == torch.bfloat16
-    assert low.trunk(torch.randn(2, 4, 32))[0].dtype == torch.bfloat16  # fp32 embeddings into a bf16 trunk
+    assert low.hidden_states(torch.randn(2, 4, 32))[0].dtype == torch.bfloat16  # fp32 embeddings, bf16 model
 
 
 @ANY
@@ -597,16 +764,16 @@ def test_context_limit(kind):
     for x, past in ((ids(33), None), (ids(31), soft(model, 2))):
         with pytest.raises(UserError, match="do not fit the context of 32"):
             logits(model, x, past)
-    gated = [(k, v, torch.tensor(0.5)) for k, v in soft(model, 9)]      # side memory takes no positions
+    gated = soft(model, 9, gate=torch.tensor(0.5))                      # side memory takes no positions
     assert logits(model, ids(32), gated).shape == (1, 32, 64)
 
 
 @ANY
 def test_embeddings_in_place_of_ids(kind):
     model, x = make(kind), torch.tensor(ids(9, 9))
-    assert torch.equal(logits(model, x), logits(model, model.wte(x)))
-    e = model.wte(x).detach().requires_grad_()
-    model.trunk(e)[0][:, 4].square().sum().backward()
+    assert torch.equal(logits(model, x), logits(model, model.embed(x)))
+    e = model.embed(x).detach().requires_grad_()
+    model.hidden_states(e)[0][:, 4].square().sum().backward()
     assert e.grad[:, :5].abs().amin((0, 2)).min() > 0 and not e.grad[:, 5:].any()
 
 
@@ -615,21 +782,21 @@ def test_recomputed_activations_give_equal_gradients(kind):
     x, got = torch.tensor(ids(9, 9)), []
     for flag in (False, True):
         model = make(kind)
-        past = [tuple(t.clone().requires_grad_() for t in layer) for layer in soft(model, 2)]
-        hidden, out = model.trunk(x, past, checkpoint=flag)
-        (model.head(hidden).logsumexp(-1).sum() + out[0][0].sum()).backward()
-        got.append([p.grad for p in model.parameters()] + [t.grad for layer in past for t in layer])
+        past = [Past(k.clone().requires_grad_(), v.clone().requires_grad_()) for k, v, _ in soft(model, 2)]
+        hidden, out = model.hidden_states(x, past, gradient_checkpointing=flag)
+        (model.logits(hidden).logsumexp(-1).sum() + out[0].k.sum()).backward()
+        got.append([p.grad for p in model.parameters()] + [t.grad for layer in past for t in layer[:2]])
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*got) if a is not None)
     assert sum(a is None for a in got[0]) == 0
 
 
-def test_logits_only_where_asked():
+def test_logits_are_computed_at_the_selected_positions_only():
     model, seen = make("llama"), []
     model.head.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
     with torch.no_grad():
-        hidden, _ = model.trunk(torch.tensor(ids(9, 9)))
+        hidden, _ = model.hidden_states(torch.tensor(ids(9, 9)))
         assert seen == []
-        some, every = model.head(hidden[[0, 1], [3, 8]]), logits(model, ids(9, 9))
+        some, every = model.logits(hidden[[0, 1], [3, 8]]), logits(model, ids(9, 9))
         assert torch.allclose(some, every[[0, 1], [3, 8]], atol=1e-5)
     seen.clear()
     generate(model, ids(3, 8), 3, temperature=0)
@@ -637,18 +804,18 @@ def test_logits_only_where_asked():
 
 
 @ANY
-def test_the_last_block_works_only_where_asked(kind):
+def test_the_last_block_computes_the_selected_positions_only(kind):
     x, at, got = torch.tensor(ids(9, 9)), (torch.tensor([0, 1, 1]), torch.tensor([8, 0, 5])), []
     for asked in (None, at):
         model = make(kind).double()
-        hidden, past = model.trunk(x, soft(model, 2), at=asked)
+        hidden, past = model.hidden_states(x, soft(model, 2), select=asked)
         hidden = hidden if asked else hidden[at]
         hidden.sin().sum().backward()
         got.append([hidden, past[-1][0], *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*got)) and len(got[0]) == len(got[1])
     rows = []
     model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    model.trunk(x, at=at)
+    model.hidden_states(x, select=at)
     assert rows == [3]
 
 
@@ -666,7 +833,7 @@ def test_norm_by_hand_has_the_gradients_of_autograd():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_logprob_in_slices_is_logprob(frozen):
+def test_token_logprobs_in_slices(frozen):
     """300 rows with a weight each; one logit is banned, one so large that its token is almost sure."""
     head, seen = torch.nn.Linear(8, 50).double().requires_grad_(not frozen), []
     head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
@@ -677,7 +844,7 @@ def test_logprob_in_slices_is_logprob(frozen):
         return head(h) * 1.5 + bias
     h = (100 * torch.randn(300, 8)).double().requires_grad_()
     learn = [h] if frozen else [h, head.weight, head.bias]
-    got = logprob(act, h, t)
+    got = token_logprobs(act, h, t)
     slices = list(seen)
     want = act(h).log_softmax(-1).gather(-1, t[:, None])[:, 0]
     assert (got - want).abs().max() < 1e-11 * want.abs().max()
@@ -685,7 +852,7 @@ def test_logprob_in_slices_is_logprob(frozen):
         assert (a - b).abs().max() < 1e-10 * b.abs().max()
     assert slices == ([0, 128, 128, 44] if frozen else [0, 300])
     with torch.no_grad():
-        assert (logprob(act, h, t) - want).abs().max() < 1e-11 * want.abs().max()
+        assert (token_logprobs(act, h, t) - want).abs().max() < 1e-11 * want.abs().max()
 
 
 @ANY
@@ -722,7 +889,7 @@ def test_initial_weights():
     x, y = torch.tensor(ids(32, 32)), torch.tensor(ids(32, 32, seed=9))
     loss = F.cross_entropy(logits(model, x).flatten(0, 1), y.flatten())
     assert abs(loss - math.log(500)) < 0.1
-    assert isinstance(GPT(SMALL.llama()).ln_f, RMSNorm)
+    assert isinstance(GPT(SMALL.as_family("llama")).ln_f, RMSNorm)
 
 
 def test_stories(assets):
@@ -736,7 +903,7 @@ def test_stories(assets):
 
 def greedy(model, row, n, past=None, eos=()):
     """No cache: the whole row again for every token."""
-    new, P = [], 0 if past is None or len(past[0]) == 3 else past[0][0].size(2)
+    new, P = [], past_length(past)
     while len(new) < n and P + len(row) + len(new) <= model.config.block_size:
         new.append(logits(model, [row + new], past)[0, -1].argmax().item())
         if new[-1] in eos:
@@ -745,31 +912,35 @@ def greedy(model, row, n, past=None, eos=()):
 
 
 def watch(model, monkeypatch):
-    """How many rows, tokens and cache columns each call of the trunk sees."""
-    seen, trunk = [], model.trunk
+    """The rows, tokens and cache columns (None: no cache) of each call of hidden_states."""
+    seen, hidden_states = [], model.hidden_states
 
-    def spy(x, past=None, lengths=None, **view):
-        seen.append((*x.shape, past[0][0].size(2) if lengths is not None else None))
-        return trunk(x, past, lengths, **view)
-    monkeypatch.setattr(model, "trunk", spy)
+    def spy(x, past=None, cache=None, **view):
+        seen.append((*x.shape, cache.layers[0].k.size(2) if cache is not None else None))
+        return hidden_states(x, past, cache, **view)
+    monkeypatch.setattr(model, "hidden_states", spy)
     return seen
 
 
 @ANY
-@pytest.mark.parametrize("what", ["plain", "soft prompt", "memory"])
+@pytest.mark.parametrize("what", ["plain", "soft prompt", "memory", "top layer", "both"])
 def test_ragged_batch_equals_one_by_one_equals_no_cache(kind, what):
     model, prompts = make(kind, tied=False).double(), ids(4, 11, 1, 7, 7)
     past = None if what == "plain" else soft(model, 5)
     if what == "memory":
-        past = [(k, v, torch.tensor(0.4).double()) for k, v in past]
-    wanted = [greedy(model, row, 12, past) for row in prompts]
-    assert generate(model, prompts, 12, temperature=0, past=past) == wanted
-    assert [generate(model, [row], 12, temperature=0, past=past)[0] for row in prompts] == wanted
-    assert len({tuple(row) for row in wanted}) == 5 and sum(len(set(row)) for row in wanted) > 20
-    stop = wanted[1][4]
+        past = soft(model, 5, gate=torch.tensor(0.4).double())
+    if what == "top layer":
+        past[0] = None
+    if what == "both":                      # a prefix in layer 0, side memory in layer 1
+        past[1] = past[1]._replace(gate=torch.tensor(0.4).double())
+    expected = [greedy(model, row, 12, past) for row in prompts]
+    assert generate(model, prompts, 12, temperature=0, past=past) == expected
+    assert [generate(model, [row], 12, temperature=0, past=past)[0] for row in prompts] == expected
+    assert len({tuple(row) for row in expected}) == 5 and sum(len(set(row)) for row in expected) > 20
+    stop = expected[1][4]
     for eos in (stop, {stop}, [stop, 1000]):
         assert generate(model, prompts, 12, temperature=0, past=past, eos=eos) == \
-            [row[:row.index(stop) + 1] if stop in row else row for row in wanted]
+            [row[:row.index(stop) + 1] if stop in row else row for row in expected]
 
 
 @ANY
@@ -852,12 +1023,29 @@ def test_sampling_edges():
     assert sample(logit.bfloat16(), 1.0, 5, 0.9).shape == (5,)
 
 
+def test_uniforms_decide_each_row_alone():
+    """A row sampled by its own uniforms is the same in any batch, and takes the token that they point at."""
+    model, prompts = make("llama").double(), ids(4, 9, 2)
+    u = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    together = generate(model, prompts, 8, uniforms=u)
+    assert torch.equal(state, torch.get_rng_state())
+    assert together == [generate(model, [p], 8, uniforms=u[b:b + 1])[0] for b, p in enumerate(prompts)]
+    assert together == generate(model, prompts[::-1], 8, uniforms=u.flip(0))[::-1]
+    p = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
+    points = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.9999999])
+    assert sample(p.expand(6, 4), uniforms=points).tolist() == [0, 0, 2, 2, 3, 3]
+    for wrong in (u[:2], u[:, :7]):
+        with pytest.raises(UserError, match=r"3 prompts and 8 new tokens need \[3, 8\]"):
+            generate(model, prompts, 8, uniforms=wrong)
+
+
 def test_greedy_generation_ignores_the_generator_and_top_p_0_is_greedy():
     model, prompts = make("llama"), ids(4, 9)
-    wanted = generate(model, prompts, 8, temperature=0)
-    assert generate(model, prompts, 8, temperature=1.0, top_p=0) == wanted
-    assert generate(model, prompts, 8, temperature=2.0, top_k=1) == wanted
-    assert generate(model, prompts, 8, temperature=0, top_k=9999, top_p=0.1) == wanted
+    expected = generate(model, prompts, 8, temperature=0)
+    assert generate(model, prompts, 8, temperature=1.0, top_p=0) == expected
+    assert generate(model, prompts, 8, temperature=2.0, top_k=1) == expected
+    assert generate(model, prompts, 8, temperature=0, top_k=9999, top_p=0.1) == expected
 
 
 @pytest.mark.parametrize("how", [dict(), dict(temperature=0.5), dict(temperature=2.0), dict(top_k=3),
@@ -898,8 +1086,8 @@ def test_own_generator():
 def test_generate_keeps_no_graph_and_no_state():
     model, past = make("llama"), soft(make("llama"), 3)
     model.train()
-    past = [tuple(t.requires_grad_() for t in layer) for layer in past]
-    copy, keys = [[t.clone() for t in layer] for layer in past], set(vars(model))
+    past = [Past(k.requires_grad_(), v.requires_grad_()) for k, v, _ in past]
+    copy, keys = [[t.clone() for t in layer[:2]] for layer in past], set(vars(model))
     first = generate(model, ids(4, 9), 5, temperature=0, past=past)
     assert generate(model, ids(4, 9), 5, temperature=0, past=past) == first     # nothing wrote to the prompt
     assert all(torch.equal(a, b) for x, y in zip(past, copy) for a, b in zip(x, y))
@@ -923,9 +1111,9 @@ def test_attention_written_out_is_the_fused_one(masked):
     assert all((a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(mine, exact))
 
 
-def test_one_token_behind_a_past_sees_all_of_it_while_learning_in_bf16():
+def test_one_token_behind_a_past_sees_all_of_it_with_gradients_in_bf16():
     """T = 1 needs no mask, and "causal" must then not mean the first column only."""
     model, x = make("llama").bfloat16(), torch.tensor([[3], [9]])
     past = soft(model, 5)
-    learning = model(x, past)[0].detach().float()
+    learning = model(x, past=past)[0].detach().float()
     assert (learning - logits(model, x, past).float()).abs().max() < 0.05 * learning.abs().max()

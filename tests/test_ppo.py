@@ -136,7 +136,7 @@ def test_dpo_losses():
     smooth, _ = ppo.dpo_loss(c, r, rc, rr, beta=0.2, label_smoothing=0.25)
     flipped, _ = ppo.dpo_loss(r, c, rr, rc, beta=0.2)
     torch.testing.assert_close(smooth, 0.75 * loss + 0.25 * flipped)
-    ipo, _ = ppo.dpo_loss(c, r, rc, rr, beta=0.2, kind="ipo")
+    ipo, _ = ppo.ipo_loss(c, r, rc, rr, beta=0.2)
     assert abs(ipo.item() - (1.5 - 2.5) ** 2) < 1e-12
     start, _ = ppo.dpo_loss(c, r, c, r)
     assert abs(start.item() - math.log(2)) < 1e-12                                 # policy == reference
@@ -284,40 +284,40 @@ class Clock(nn.Module):
         super().__init__()
         self.table, self.wte, self.calls = nn.Parameter(table), nn.Embedding(1, 1), 0
 
-    def trunk(self, x, past=None, at=None):
+    def hidden_states(self, x, past=None, select=None):
         self.calls += 1
         hidden = torch.arange(x.size(1), dtype=F64).expand(x.shape)[..., None]
-        return hidden if at is None else hidden[at], None
+        return hidden if select is None else hidden[select], None
 
-    def head(self, hidden):
+    def logits(self, hidden):
         return self.table[hidden[..., 0].long()]
 
 
 def test_action_t_reads_position_start_minus_one_plus_t():
     table = torch.randn(9, 11, dtype=F64, generator=torch.Generator().manual_seed(0))
-    model, batch = Clock(table), ppo.pack([[1, 2, 3], [4]], [[5, 6, 7, 8], [9, 10]])
-    got = ppo.logprobs(ppo.Actor(model), batch)
+    model, batch = Clock(table), ppo.collate_rollout([[1, 2, 3], [4]], [[5, 6, 7, 8], [9, 10]])
+    got = ppo.logprobs(ppo.PolicyDistribution(model), batch)
     want = table.log_softmax(-1)
     torch.testing.assert_close(got, torch.stack((
         torch.stack([want[2, 5], want[3, 6], want[4, 7], want[5, 8]]),
         torch.stack([want[0, 9], want[1, 10], torch.zeros(()), torch.zeros(())]))))
     assert ppo.values(model, lambda h: h[..., 0], batch).tolist() == [[2, 3, 4, 5], [0, 1, 0, 0]]
     assert ppo.scores(model, lambda h: h[..., 0], batch).tolist() == [6, 2]         # *at* the last real token
-    warm = ppo.logprobs(ppo.Actor(model, temperature=0.7), batch)
+    warm = ppo.logprobs(ppo.PolicyDistribution(model, temperature=0.7), batch)
     torch.testing.assert_close(warm[0, 0], (table / 0.7).log_softmax(-1)[2, 5])
 
 
 def test_the_end_is_an_action_like_any_other():
     """The policy gradient reaches the logits that emitted EOS (position 4), and stops there."""
-    model, batch = Clock(torch.zeros(9, 11, dtype=F64)), ppo.pack([[1, 2, 3]], [[5, 6]])
-    logp = ppo.logprobs(ppo.Actor(model), batch)
+    model, batch = Clock(torch.zeros(9, 11, dtype=F64)), ppo.collate_rollout([[1, 2, 3]], [[5, 6]])
+    logp = ppo.logprobs(ppo.PolicyDistribution(model), batch)
     ppo.ppo_policy_loss(logp, logp.detach(), torch.ones(1, 2, dtype=F64), batch.mask).sum().backward()
     assert model.table.grad.abs().sum(1).gt(0).tolist() == [False, False, True, True] + [False] * 5
     assert model.table.grad[3, 6] < 0                               # descending raises the probability of EOS
 
 
 def test_batches_are_trimmed_and_put_back():
-    batch = ppo.pack([[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10], [11, 12]])
+    batch = ppo.collate_rollout([[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10], [11, 12]])
     part = batch.take([0, 2])
     assert part.tokens.tolist() == [[1, 2, 3, 7], [5, 6, 11, 12]]
     assert part.mask.tolist() == [[True, False], [True, True]]
@@ -335,7 +335,7 @@ def gpt(seed=0, dialect="gpt2", **changes):
     """2 layers, width 16, 12 tokens, weights large enough to have opinions."""
     torch.manual_seed(seed)
     c = GPTConfig(**{**dict(vocab_size=12, block_size=24, n_layer=2, n_head=2, n_embd=16), **changes})
-    model = GPT(c if dialect == "gpt2" else c.llama())
+    model = GPT(c if dialect == "gpt2" else c.as_family("llama"))
     for p in model.parameters():
         p.data.mul_(8 if p.dim() == 2 else 1)
     return model
@@ -368,7 +368,7 @@ def setup(cfg, seed=0, dialect="gpt2", dropout=0.0):
     def adapter(name):
         @contextlib.contextmanager
         def enter():
-            with lora.use(model, name):
+            with lora.use_adapter(model, name):
                 yield model, None
         return enter
     roles, learns = ppo.Roles(adapter("policy"), adapter(None)), {}
@@ -381,12 +381,18 @@ def setup(cfg, seed=0, dialect="gpt2", dropout=0.0):
 
 
 def config(**changes):
-    base = dict(lr=1e-2, batch=16, steps=2, max_new=8, kl_coef=0.1, ppo_epochs=2, minibatches=2)
+    base = dict(lr=1e-2, batch=16, steps=2, max_new_tokens=8, kl_coef=0.1, adaptive_kl_target=0.0,
+                ppo_epochs=2, minibatches=2)
     return ppo.PPOConfig(**{**base, **changes})
 
 
-def train(cfg, roles, state, reward=toy_reward, **kw):
-    return [m for m, _ in ppo.train_ppo(cfg, roles, state, PROMPTS, reward, END, banned=[PAD], **kw)]
+def environment(reward=toy_reward, **kw):
+    return ppo.Environment(PROMPTS, reward, END, **kw)
+
+
+def train(cfg, roles, state, reward=toy_reward, gold_reward=None, **kw):
+    loop = ppo.train_ppo(cfg, roles, state, environment(reward, banned=[PAD], gold_reward=gold_reward), **kw)
+    return [m for m, _ in loop]
 
 
 def timeless(log):
@@ -398,12 +404,12 @@ def check_rows_alone(dialect="gpt2"):
     scores."""
     model, head = gpt(1, dialect), ppo.ScalarHead(16)
     answers = [[1, 2, END], [3] * 8, [END], [4, 5]]
-    batch = ppo.pack(PROMPTS, answers)
-    logp = ppo.logprobs(ppo.Actor(model), batch)
+    batch = ppo.collate_rollout(PROMPTS, answers)
+    logp = ppo.logprobs(ppo.PolicyDistribution(model), batch)
     v, s = ppo.values(model, head, batch), ppo.scores(model, head, batch)
     for b, (p, y) in enumerate(zip(PROMPTS, answers)):
-        hidden, _ = model.trunk(torch.tensor([p + y]))
-        alone = model.head(hidden).log_softmax(-1)[0, range(len(p) - 1, len(p + y) - 1), y]
+        hidden, _ = model.hidden_states(torch.tensor([p + y]))
+        alone = model.logits(hidden).log_softmax(-1)[0, range(len(p) - 1, len(p + y) - 1), y]
         torch.testing.assert_close(logp[b, :len(y)], alone, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(v[b, :len(y)], head(hidden)[0, len(p) - 1:-1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(s[b], head(hidden)[0, -1], atol=1e-5, rtol=1e-5)
@@ -422,8 +428,8 @@ def test_wrong_positions_are_seen(monkeypatch):
         shift = batch.tokens.size(1) - batch.lengths
         tokens = torch.stack([row.roll(int(n)) for row, n in zip(batch.tokens, shift)])
         return batch._replace(tokens=tokens, start=batch.start + shift)
-    REAL_PACK = ppo.pack
-    monkeypatch.setattr(ppo, "pack", left_padded)
+    REAL_PACK = ppo.collate_rollout
+    monkeypatch.setattr(ppo, "collate_rollout", left_padded)
     with pytest.raises(AssertionError):
         check_rows_alone()
 
@@ -431,7 +437,7 @@ def test_wrong_positions_are_seen(monkeypatch):
 def check_sampling_is_scored():
     """What is sampled at temperature 0.7 has the frequencies that exp(logp) claims (chi-squared, 4 degrees),
     and a banned token never comes."""
-    model, cfg = gpt(3, vocab_size=6), config(temperature=0.7, max_new=1, batch=4)
+    model, cfg = gpt(3, vocab_size=6), config(temperature=0.7, max_new_tokens=1, batch=4)
     model.wte.weight.data[5] = 3 * model.wte.weight.data[:5].mean(0)                # would be popular
     roles = ppo.Roles(role(model), role(model))
     batch, answers = ppo.rollout(roles, [[1, 2]] * 10_000, {4}, cfg, [5], torch.Generator().manual_seed(0))
@@ -458,7 +464,7 @@ def test_another_temperature_or_top_k_in_the_sampler_is_seen(bug, monkeypatch):
 def test_nothing_moves_when_the_rate_is_zero(dialect, nudge):
     """Ragged rows, temperature, banned ids, dropout in the adapters, several minibatches and passes: ratios
     are 1 throughout, and a policy equal to the reference has a KL of exactly 0."""
-    cfg = config(lr=0.0, steps=1, ppo_epochs=2, minibatches=3, micro=60, temperature=0.7)
+    cfg = config(lr=0.0, steps=1, ppo_epochs=2, minibatches=3, micro_batch_tokens=60, temperature=0.7)
     roles, state, _, _ = setup(cfg, dialect=dialect, dropout=0.5)
     for p in state.params["policy"].values():
         p.data += nudge
@@ -469,21 +475,21 @@ def test_nothing_moves_when_the_rate_is_zero(dialect, nudge):
 
 def test_one_base_serves_all_roles_and_stays_as_it_was():
     cfg = config()
-    roles, state, model, (judge, head) = setup(cfg)
+    roles, state, model, (reward_role, head) = setup(cfg)
     base = {k: p.detach().clone() for k, p in model.named_parameters() if ".adapters." not in k}
-    batch, reward = ppo.pack(PROMPTS, [[1, 2, END]] * 4), ppo.model_reward(judge, head)
+    batch, reward = ppo.collate_rollout(PROMPTS, [[1, 2, END]] * 4), ppo.model_reward(reward_role, head)
 
     def ref():
         with roles.reference() as (m, _), torch.no_grad():
-            return ppo.logprobs(ppo.Actor(m), batch)
-    before, verdict = ref(), reward(PROMPTS, [[1, 2, END]] * 4)
+            return ppo.logprobs(ppo.PolicyDistribution(m), batch)
+    before, scored = ref(), reward(PROMPTS, [[1, 2, END]] * 4)
     with roles.policy() as (m, _), torch.no_grad():
-        assert torch.equal(ppo.logprobs(ppo.Actor(m), batch), before)     # B = 0: the policy is the reference
+        assert torch.equal(ppo.logprobs(ppo.PolicyDistribution(m), batch), before)     # B is 0
     train(cfg, roles, state, reward)
     assert all(p.grad is None and torch.equal(p, base[k]) for k, p in model.named_parameters() if k in base)
-    assert torch.equal(ref(), before) and torch.equal(reward(PROMPTS, [[1, 2, END]] * 4), verdict)
+    assert torch.equal(ref(), before) and torch.equal(reward(PROMPTS, [[1, 2, END]] * 4), scored)
     with roles.policy() as (m, _), torch.no_grad():
-        assert not torch.equal(ppo.logprobs(ppo.Actor(m), batch), before)           # and then it is not
+        assert not torch.equal(ppo.logprobs(ppo.PolicyDistribution(m), batch), before)
 
 
 def test_peak_floats_are_n_times_one_plus_nine_p(monkeypatch):
@@ -506,30 +512,30 @@ def test_peak_floats_are_n_times_one_plus_nine_p(monkeypatch):
 
 
 def test_the_critic_starts_as_the_reward_model_or_as_zero():
-    """Its forecast before the last token is the reward model's verdict on the row without that token."""
+    """Its prediction before the last token is the reward model's score of the row without that token."""
     cfg = config()
-    roles, _, model, (judge, head) = setup(cfg)
+    roles, _, model, (reward_role, head) = setup(cfg)
     answers = [[1, 2, END], [3] * 8, [4, END], [4, 5]]
     with roles.critic() as (m, _):
-        v = ppo.values(m, roles.value_head, ppo.pack(PROMPTS, answers))
-    want = ppo.model_reward(judge, head)(PROMPTS, [y[:-1] for y in answers])
+        v = ppo.values(m, roles.value_head, ppo.collate_rollout(PROMPTS, answers))
+    want = ppo.model_reward(reward_role, head)(PROMPTS, [y[:-1] for y in answers])
     got = torch.stack([v[b, len(y) - 1] for b, y in enumerate(answers)])
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
-    assert not ppo.values(model, ppo.ScalarHead(16, zero=True), ppo.pack(PROMPTS, answers)).any()
+    assert not ppo.values(model, ppo.ScalarHead(16, zero=True), ppo.collate_rollout(PROMPTS, answers)).any()
 
 
 def test_a_missing_end_gets_the_constant():
-    cfg = config(steps=1, max_new=3, batch=32, minibatches=1)
+    cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1)
     roles, state, _, _ = setup(cfg)
-    m, batch = next(ppo.train_ppo(cfg, roles, state, PROMPTS, lambda p, y: [5.0] * 32, END))
+    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y: [5.0] * 32)))
     last = batch.lengths - batch.start - 1
     ended = batch.tokens.gather(1, (batch.lengths - 1)[:, None])[:, 0] == END
     assert 0 < ended.sum() < 32 and abs(m["eos_rate"] - ended.float().mean()) < 1e-6
     at_last = batch.rewards.gather(1, last[:, None])[:, 0]
     torch.testing.assert_close(at_last, torch.where(ended, 5.0, -1.0))        # KL is 0 in the first iteration
     roles, state, _, _ = setup(cfg)
-    cfg = config(steps=1, max_new=3, batch=32, minibatches=1, missing_eos=None)
-    _, batch = next(ppo.train_ppo(cfg, roles, state, PROMPTS, lambda p, y: [5.0] * 32, END))
+    cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1, missing_eos_score=None)
+    _, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y: [5.0] * 32)))
     assert (batch.rewards.sum(1) == 5).all()
 
 
@@ -541,9 +547,7 @@ def rolled(cfg):
     asked = [p for p in PROMPTS for _ in range(4)]
     batch, answers = ppo.rollout(roles, asked, {END}, cfg, [PAD], torch.Generator().manual_seed(0))
     score = torch.tensor(toy_reward(asked, answers))
-    batch = batch._replace(rewards=ppo.token_rewards(score, batch.logp, batch.ref_logp, batch.mask, 0.1))
-    adv, returns = ppo.advantages(cfg, batch, score)
-    return roles, state, batch._replace(advantages=adv, returns=returns), answers
+    return roles, state, ppo.compute_advantages(cfg, batch, score, 0.1), answers
 
 
 def weights(state):
@@ -563,9 +567,9 @@ def test_pads_change_no_loss_no_gradient_and_no_metric(algo):
             known = {name: x for name, x in zip(batch._fields[3:], batch[3:]) if x is not None}
             holes = {name: x.masked_fill(~batch.mask, math.nan) for name, x in known.items()}
             batch = batch._replace(tokens=torch.where(behind, noise, batch.tokens), **holes)
-        told = describe(batch, answers, torch.arange(16.0), torch.ones(16), cfg.samples)
+        described = describe(batch, answers, torch.arange(16.0), torch.ones(16), cfg.num_generations)
         stats = ppo.update(cfg, roles, state, batch, generator=torch.Generator().manual_seed(0))
-        results.append((stats, told, weights(state)))
+        results.append((stats, described, weights(state)))
     (a, told_a, wa), (b, told_b, wb) = results
     assert a == b and told_a == told_b and torch.equal(wa, wb)
     assert all(math.isfinite(x) for x in [*a.values(), *told_a.values()]) and told_a["entropy"] >= 0
@@ -580,7 +584,7 @@ def test_micro_batches_change_nothing_and_steps_are_counted(algo, monkeypatch):
         cfg = config(algo=algo, lr=1e-3, ppo_epochs=3, minibatches=2)
         roles, state, batch, _ = rolled(cfg)
         steps.clear()
-        stats = ppo.update(dataclasses.replace(cfg, micro=micro), roles, state, batch,
+        stats = ppo.update(dataclasses.replace(cfg, micro_batch_tokens=micro), roles, state, batch,
                            generator=torch.Generator().manual_seed(0))
         assert stats["minibatches"] == 6 and len(steps) == 6 * len(state.params)
         after.append((stats, weights(state)))
@@ -616,7 +620,7 @@ def test_the_loss_of_each_algorithm(algo):
         for i in range(len(y)):
             log_ratio = (batch.ref_logp[b, i] - batch.logp[b, i]).item()
             k3 = math.exp(log_ratio) - 1 - log_ratio
-            n = {"grpo": 16 * len(y), "drgrpo": 16 * cfg.max_new}.get(algo, sum(map(len, answers)))
+            n = {"grpo": 16 * len(y), "drgrpo": 16 * cfg.max_new_tokens}.get(algo, sum(map(len, answers)))
             want += 1 / n * (-batch.advantages[b, i].item() + (0.1 * k3 if "grpo" in algo else 0.0))
     assert abs(got - want) < 1e-5
 
@@ -630,8 +634,8 @@ def test_ptx_shares_the_step():
 
     def grads():
         return torch.cat([p.grad.flatten() for p in params.values()])
-    batch = ppo.pack(PROMPTS, [[1, 2, END]] * 4)
-    logp = ppo.logprobs(ppo.Actor(model), batch)
+    batch = ppo.collate_rollout(PROMPTS, [[1, 2, END]] * 4)
+    logp = ppo.logprobs(ppo.PolicyDistribution(model), batch)
     ppo.masked_mean(-logp, batch.mask).backward()
     first = grads().clone()
     loss, ratio = ppo.add_ptx(0.5, role(model), params, [(x[:1], y[:1]), (x[1:], y[1:])])       # ragged parts
@@ -664,7 +668,7 @@ def leaves(tree):
 def test_resume_is_exact(tmp_path):
     """2 + 2 iterations = 4, bit for bit, through a file and after an interrupt inside the third: weights,
     Adam, beta, average, prompts, samples, log."""
-    cfg = config(steps=4, ema=0.9, kl_target=0.5, kl_horizon=100, ppo_epochs=1)
+    cfg = config(steps=4, ema=0.9, adaptive_kl_target=0.5, kl_horizon=100, ppo_epochs=1)
 
     def through_a_file(state):
         torch.save(state.state_dict(), tmp_path / "state.pt")
@@ -679,7 +683,7 @@ def test_resume_is_exact(tmp_path):
     end = through_a_file(state)
 
     roles, state, _, _ = setup(cfg)
-    loop, log = ppo.train_ppo(cfg, roles, state, PROMPTS, interrupted, END, banned=[PAD]), []
+    loop, log = ppo.train_ppo(cfg, roles, state, environment(interrupted, banned=[PAD])), []
     with pytest.raises(KeyboardInterrupt):
         for m, _ in loop:
             log.append(m)
@@ -706,38 +710,38 @@ def test_minibatches_are_drawn_anew_in_every_iteration(monkeypatch):
 
 
 def test_prompts_come_once_per_turn():
-    order = sum((ppo.draw(5, 3, seed=1, step=s) for s in range(10)), [])
+    order = sum((ppo.prompt_indices(5, 3, seed=1, step=s) for s in range(10)), [])
     assert all(sorted(order[i:i + 5]) == list(range(5)) for i in range(0, 30, 5)) and order[:5] != order[5:10]
-    assert ppo.draw(5, 3, 1, 7) == order[21:24] and len(ppo.draw(2, 7, 1, 0)) == 7
+    assert ppo.prompt_indices(5, 3, 1, 7) == order[21:24] and len(ppo.prompt_indices(2, 7, 1, 0)) == 7
     asked = []
     cfg = config(algo="rloo", steps=1)
     roles, state, _, _ = setup(cfg)
     train(cfg, roles, state, lambda p, y: asked.extend(map(tuple, p)) or [0.0] * 16)
-    # groups of samples=4
+    # groups of num_generations=4
     assert all(len(set(asked[i:i + 4])) == 1 for i in range(0, 16, 4)) and len(set(asked)) == 4
 
 
 def test_adam_and_the_rate():
     cfg = config(steps=4, lr=1e-2, value_lr=3e-3, ppo_epochs=1)
     roles, state, _, _ = setup(cfg)
-    loop = ppo.train_ppo(cfg, roles, state, PROMPTS, toy_reward, END)
+    loop = ppo.train_ppo(cfg, roles, state, environment())
     seen = [(m["lr"], state.optim["value"].param_groups[0]["lr"]) for m, _ in loop]
     for (policy, value), share in zip(seen, (1.0, 0.75, 0.5, 0.25)):                # to zero, not at zero
         assert abs(policy - 1e-2 * share) < 1e-12 and abs(value - 3e-3 * share) < 1e-12
     for group in (o.param_groups[0] for o in state.optim.values()):
         assert group["eps"] == 1e-5 and group["weight_decay"] == 0
     roles, state, _, _ = setup(cfg)
-    log = train(cfg, roles, state, rate=lambda step, steps: min(1.0, 0.1 + 0.09 * step))       # InstructGPT's
+    log = train(cfg, roles, state, lr_scale=lambda step, steps: min(1.0, 0.1 + 0.09 * step))
     assert [round(m["lr"], 6) for m in log] == [0.001, 0.0019, 0.0028, 0.0037]
 
 
 def test_beta_is_steered_and_the_average_follows():
-    cfg = config(steps=3, kl_coef=0.2, kl_target=1e-3, kl_horizon=100, ema=0.5, seed=2)
+    cfg = config(steps=3, kl_coef=0.2, adaptive_kl_target=1e-3, kl_horizon=100, ema=0.5, seed=2)
     roles, state, _, _ = setup(cfg)
     first = {k: p.detach().clone() for k, p in state.params["policy"].items()}
     want = first
     betas = []
-    for m, _ in ppo.train_ppo(cfg, roles, state, PROMPTS, toy_reward, END):
+    for m, _ in ppo.train_ppo(cfg, roles, state, environment()):
         betas.append(m["beta"])
         want = {k: (want[k] + p.detach()) / 2 for k, p in state.params["policy"].items()}
     # KL 0, then above its target (by k1 of 16 answers, which could be below 0 by chance)
@@ -747,20 +751,20 @@ def test_beta_is_steered_and_the_average_follows():
 
 
 def test_passes_stop_when_the_policy_has_moved_enough():
-    cfg = config(steps=1, lr=0.1, ppo_epochs=8, target_kl=0.02)
+    cfg = config(steps=1, lr=0.1, ppo_epochs=8, early_stop_kl=0.02)
     roles, state, _, _ = setup(cfg)
     m = train(cfg, roles, state)[0]
     assert 1 < m["minibatches"] < 16
     assert all(p.grad is None for ps in state.params.values() for p in ps.values())
     roles, state, _, _ = setup(cfg)
-    assert train(dataclasses.replace(cfg, target_kl=0.0), roles, state)[0]["minibatches"] == 16
+    assert train(dataclasses.replace(cfg, early_stop_kl=0.0), roles, state)[0]["minibatches"] == 16
 
 
 def test_the_critic_can_warm_up_alone():
     cfg = config(steps=3, value_warmup=2)
     roles, state, _, _ = setup(cfg)
     start = [{k: p.detach().clone() for k, p in state.params[who].items()} for who in ("policy", "value")]
-    for m, _ in ppo.train_ppo(cfg, roles, state, PROMPTS, toy_reward, END):
+    for m, _ in ppo.train_ppo(cfg, roles, state, environment()):
         still = all(torch.equal(p, start[0][k]) for k, p in state.params["policy"].items())
         assert still == (m["step"] <= 2)
         # every one learns
@@ -780,7 +784,7 @@ def test_a_gradient_that_is_not_finite_goes_nowhere():
     w["good"].grad, w["bad.one"].grad = torch.ones(3), torch.zeros(2)
     state.apply("policy", 1.0)
     assert state.bad["policy"] == 0 and not torch.equal(w["good"], torch.ones(3))
-    state = ppo.PPOState(config(clip=0.5), w)                               # and what is finite is clipped
+    state = ppo.PPOState(config(grad_clip=0.5), w)                          # a finite one is clipped
     w["good"].grad, w["bad.one"].grad = torch.tensor([3.0, 0.0, 4.0]), torch.zeros(2)
     assert state.apply("policy", 1.0) == 5.0
     moment = state.optim["policy"].state[w["good"]]["exp_avg"]
@@ -796,7 +800,7 @@ def test_a_gradient_that_is_not_finite_goes_nowhere():
                                   lambda m: prompts.PrefixTuning(m, 3, init="gated")])
 def test_a_soft_prompt_can_be_the_policy(make):
     """The reference is the same prompt, frozen: KL starts at exactly 0, only the prompt learns."""
-    model, cfg = gpt(4), config(algo="rloo", max_new=6, steps=3)
+    model, cfg = gpt(4), config(algo="rloo", max_new_tokens=6, steps=3)
     model.requires_grad_(False)
     policy = make(model).eval()
     start = copy.deepcopy(policy).requires_grad_(False)
@@ -818,7 +822,7 @@ def test_full_copies_work_as_roles():
     ref, critic = copy.deepcopy(policy), copy.deepcopy(policy)
     roles = ppo.Roles(role(policy), role(ref), role(critic), head)
     state = ppo.PPOState(cfg, dict(policy.named_parameters()), dict(critic.named_parameters()))
-    log = train(cfg, roles, state, gold=lambda p, y: [float(len(a)) for a in y])
+    log = train(cfg, roles, state, gold_reward=lambda p, y: [float(len(a)) for a in y])
     assert log[0]["kl"] == 0 and log[-1]["score"] > log[0]["score"] + 0.1
     assert log[0]["gold"] == log[0]["length"]
 
@@ -841,19 +845,270 @@ def test_bf16_autocast_keeps_the_promises():
 
 
 def test_prompts_and_answers_must_fit_the_context():
-    cfg = config(max_new=21)
+    cfg = config(max_new_tokens=21)
     roles, state, _, _ = setup(cfg)
-    with pytest.raises(UserError, match="5 tokens .* --max_new 21 .* 24 tokens"):
+    with pytest.raises(UserError, match="5 tokens .* --max_new_tokens 21 .* 24 tokens"):
         train(cfg, roles, state)
-    train(config(max_new=19, steps=1), roles, state)
+    train(config(max_new_tokens=19, steps=1), roles, state)
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(algo="rloo", samples=1), "--samples"), (dict(temperature=0.0), "above 0"),
+    (dict(algo="rloo", num_generations=1), "--num_generations"), (dict(temperature=0.0), "above 0"),
     (dict(batch=6, algo="grpo"), "multiple"), (dict(batch=2, minibatches=4), "--minibatches")])
 def test_impossible_settings_are_refused_in_a_sentence(changes, says):
     with pytest.raises(UserError, match=says):
         config(**changes)
+
+
+# -------------------------------------------------------------------------------------- records and arguments
+
+def cispo(cfg, logp, batch):
+    """The clipped weight of CISPO (2506.13585): the gradient stays where the ratio is clipped."""
+    ratio = ppo.log_ratio(logp.detach(), batch.logp, batch.mask).exp().clamp(max=1 + ppo.clip_range(cfg)[1])
+    return -(ratio * batch.advantages * logp).masked_fill(~batch.mask, 0)
+
+
+NEW = (ppo.Algorithm("gspo", "one ratio per answer", ppo.advantage_grpo, ppo.clipped_policy_loss,
+                     compares_groups=True, ratio="sequence", kl="none", mean="sequence",
+                     defaults={"num_generations": 4, "cliprange": 3e-4, "cliprange_high": 4e-4}),
+       ppo.Algorithm("dapo", "clip higher", ppo.advantage_grpo, ppo.clipped_policy_loss, compares_groups=True,
+                     kl="none", defaults={"num_generations": 8, "cliprange_high": 0.28}),
+       ppo.Algorithm("cispo", "clipped weights", ppo.advantage_grpo, cispo, compares_groups=True, kl="none",
+                     defaults={"num_generations": 4, "cliprange_high": 0.5}))
+
+
+@pytest.mark.parametrize("name", [a.name for a in NEW])
+def test_a_new_algorithm_is_one_record(name, monkeypatch):
+    monkeypatch.setattr(ppo, "ALGORITHMS", (*ppo.ALGORITHMS, *NEW))
+    cfg = ppo.PPOConfig(algo=name, lr=1e-2, batch=16, steps=12, max_new_tokens=8, minibatches=1)
+    roles, state, _, _ = setup(cfg)
+    log = train(cfg, roles, state)
+    assert cfg.num_generations == dict(gspo=4, dapo=8, cispo=4)[name]
+    assert log[0]["ratio_first"] < 1e-5 and log[0]["beta"] == 0 and log[0]["objective"] == log[0]["score"]
+    assert log[-1]["score"] > log[0]["score"] + 0.1 and "value_loss" not in log[0]
+    with pytest.raises(UserError, match="--kl_coef means nothing to --algo " + name):
+        ppo.PPOConfig(algo=name, kl_coef=0.3)
+
+
+def test_a_ratio_of_the_whole_answer():
+    """The geometric mean of the token ratios, in every column; its gradient reaches every token equally."""
+    mask, (logp, old, adv, *_) = ragged(seed=3)
+    leaf = logp.clone().requires_grad_()
+    got = ppo.log_ratio(leaf, old.masked_fill(~mask, math.nan), mask, "sequence")
+    for b, n in enumerate(mask.sum(1).tolist()):
+        want = (logp - old)[b, :n].mean()
+        torch.testing.assert_close(got[b], want.expand(7) * mask[b])
+    loss = ppo.ppo_policy_loss(leaf, old, adv[:, :1].expand(6, 7), mask, 0.2, 0.3, "sequence")
+    for b, n in enumerate(mask.sum(1).tolist()):
+        ratio, a = (logp - old)[b, :n].mean().exp(), adv[b, 0]
+        want = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.3))
+        torch.testing.assert_close(loss[b, :n], want.expand(n))
+    (ppo.token_weights(mask, "sequence") * ppo.ppo_policy_loss(
+        leaf, old, adv[:, :1].expand(6, 7), mask, 9.0, 9.0, "sequence")).sum().backward()
+    n = mask.sum(1, keepdim=True)
+    ratio = ((logp - old).masked_fill(~mask, 0).sum(1, keepdim=True) / n).exp()
+    torch.testing.assert_close(leaf.grad, -adv[:, :1] * ratio / n / 6 * mask)
+
+
+def test_the_clip_range_may_be_higher_above():
+    one = torch.ones(1, 1).bool()
+    logp = torch.tensor([[math.log(1.25)]], dtype=F64)
+    for high, want in ((None, -1.2), (0.28, -1.25), (0.1, -1.1)):
+        assert abs(ppo.ppo_policy_loss(logp, t([0.0]), t([1.0]), one, 0.2, high).item() - want) < 1e-9
+
+
+DEFAULTS = dict(
+    max_new_tokens=40, temperature=1.0, num_generations=1, lr=2e-3, batch=64, steps=60, seed=1, grad_clip=1.0,
+    algo="ppo", kl_coef=0.1, adaptive_kl_target=6.0, kl_horizon=1000, missing_eos_score=-1.0, gamma=1.0,
+    lam=0.95, ppo_epochs=2, minibatches=4, cliprange=0.2, cliprange_high=0.0, cliprange_value=0.2, early_stop_kl=0.0,
+    value_lr=0.0, value_warmup=0, ptx_coef=0.0, ema=0.0)
+
+
+def test_the_defaults_and_where_the_ranges_begin():
+    values = dataclasses.asdict(ppo.PPOConfig())
+    del values["micro_batch_tokens"]
+    assert values == DEFAULTS
+    assert dataclasses.asdict(ppo.PreferenceConfig()) == dict(preference_loss="dpo", dpo_beta=0.1,
+                                                              label_smoothing=0.0)
+    ones = ("max_new_tokens", "micro_batch_tokens", "batch", "kl_horizon", "ppo_epochs", "minibatches")
+    for name in set(DEFAULTS) - {"algo", "missing_eos_score", "temperature"} | set(ones):
+        low = 1 if name in ones else 0
+        rest = {"minibatches": 1} if name == "batch" else {}
+        ppo.PPOConfig(**{**rest, name: low})
+        with pytest.raises(UserError, match=f"--{name} {low - 1} is out of range"):
+            ppo.PPOConfig(**{**rest, name: low - 1})
+
+
+def test_default_clip_ranges():
+    one = torch.ones(1, 1).bool()
+    assert abs(ppo.ppo_policy_loss(t([1.0]), t([0.0]), t([1.0]), one).item() + 1.2) < 1e-12
+    assert abs(ppo.ppo_value_loss(t([1.0]), t([0.0]), t([2.0]), one).item() - 1.8 ** 2 / 2) < 1e-12
+    scores = torch.tensor([[1.0, 0.0, math.nan]], dtype=F64, requires_grad=True)
+    loss, _ = ppo.rank_loss(scores, torch.tensor([[0, 1, 2]]), torch.tensor([[True, True, False]]))
+    loss.sum().backward()
+    assert scores.grad.isfinite().all() and scores.grad[0, 2] == 0          # what is masked has no gradient
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: ppo.PPOConfig(algo="foo"), "--algo foo is none of ppo rloo reinforce grpo drgrpo"),
+    (lambda: ppo.PreferenceConfig(preference_loss="foo"), "--preference_loss foo is none of dpo ipo"),
+    (lambda: ppo.PPOConfig(micro=3), "PPOConfig has no field micro; it has max_new_tokens"),
+    (lambda: ppo.PPOConfig(lam=1.5), "--lam 1.5 is out of range"),
+    (lambda: ppo.PPOConfig(missing_eos_score=math.nan), "--missing_eos_score"),
+    (lambda: ppo.SamplingConfig(num_generations=0), "--num_generations 0 is out of range"),
+    (lambda: ppo.Algorithm("x", "", None, None, ratio="word"), "algorithm x: ratio word is none of token"),
+    (lambda: ppo.Algorithm("x", "", None, None, kl="x"), "kl x is none of reward loss none"),
+    (lambda: ppo.token_weights(MASK, "row"), "mean 'row' is none of token sequence constant"),
+    (lambda: ppo.kl_estimate(t([0.0]), t([0.0]), "k4"), "'k4' is none of k1 k2 k3"),
+    (lambda: ppo.log_ratio(t([0.0]), t([0.0]), t([1.0]).bool(), "word"), "none of token sequence")])
+def test_an_unknown_name_or_value_is_refused(call, says):
+    with pytest.raises(UserError, match=says):
+        call()
+
+
+def test_the_loop_refuses_an_unknown_name():
+    cfg = config()
+    roles, state, batch, _ = rolled(cfg)
+    object.__setattr__(cfg, "algo", "foo")
+    for go in (lambda: ppo.update(cfg, roles, state, batch), lambda: train(cfg, roles, state),
+               lambda: ppo.compute_advantages(cfg, batch, torch.zeros(16), 0.1)):
+        with pytest.raises(UserError, match="--algo foo is none of"):
+            go()
+    wrong = ppo.PreferenceConfig()
+    object.__setattr__(wrong, "preference_loss", "foo")
+    with pytest.raises(UserError, match="--preference_loss foo is none of"):
+        ppo.dpo_step(role(gpt()), [([1], [[2], [3]], [0, 1], (0.0, 0.0))], wrong)
+
+
+class Given:
+    """What the parser of flags hands to a check: values as attributes, and the names that were given."""
+
+    def __init__(self, group, given, **values):
+        self.__dict__.update({f.name: f.default for f in dataclasses.fields(group)})
+        self.__dict__.update(values, given=frozenset(given))
+
+
+def test_a_flag_that_is_not_read_is_refused():
+    """In the library when it differs from its default, in a command whenever it was given."""
+    for algo, name in [("rloo", "lam"), ("rloo", "gamma"), ("grpo", "value_lr"), ("drgrpo", "value_warmup"),
+                       ("reinforce", "cliprange_value"), ("reinforce", "lam")]:
+        with pytest.raises(UserError, match=f"--{name} means nothing to --algo {algo}"):
+            ppo.PPOConfig(algo=algo, **{name: 1 if name == "value_warmup" else 0.5})
+        with pytest.raises(UserError, match=f"--{name} means nothing to --algo {algo}"):
+            ppo.PPOConfig.check(Given(ppo.PPOConfig, [name], algo=algo))
+        ppo.PPOConfig.check(Given(ppo.PPOConfig, [], algo=algo, **{name: 0.5}))
+        assert ppo.PPOConfig.from_flags(Given(ppo.PPOConfig, [], algo=algo, **{name: 0.5})).algo == algo
+    assert ppo.PPOConfig(algo="reinforce", gamma=0.5).gamma == 0.5
+    with pytest.raises(UserError, match="--label_smoothing means nothing to --preference_loss ipo"):
+        ppo.PreferenceConfig(preference_loss="ipo", label_smoothing=0.1)
+    with pytest.raises(UserError, match="teaches nothing"):
+        ppo.PreferenceConfig(label_smoothing=0.5)
+    cfg = ppo.PPOConfig.from_flags(Given(ppo.PPOConfig, ["steps"], algo="rloo", steps=7, gold="x"))
+    assert (cfg.steps, cfg.num_generations, cfg.lam) == (7, 4, 0.95)
+    assert dataclasses.replace(cfg, steps=9) == ppo.PPOConfig(algo="rloo", steps=9)
+
+
+def simpo(cfg, pair):
+    """A margin of mean log-probabilities, without a reference (2405.14734)."""
+    margin = cfg.dpo_beta * (pair.chosen / pair.chosen_length - pair.rejected / pair.rejected_length)
+    assert pair.ref_chosen is None and pair.ref_rejected is None
+    return ppo.pairwise_loss(margin, torch.full_like(margin, 1.0)), margin
+
+
+def test_a_new_preference_loss_is_one_record(monkeypatch):
+    record = ppo.PreferenceLoss("simpo", "no reference", simpo, needs_reference=False,
+                                defaults={"dpo_beta": 2.0})
+    monkeypatch.setattr(ppo, "PREFERENCE_LOSSES", (*ppo.PREFERENCE_LOSSES, record))
+    cfg, model = ppo.PreferenceConfig(preference_loss="simpo"), gpt(6)
+    examples = [([1, 2], [[3, END], [4, 5, END]], [0, 1]), ([6], [[8, END], [7, 7, 7, END]], [2, 1])]
+    assert cfg.dpo_beta == 2.0
+    optim, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(20):
+        loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        losses.append(loss.item())
+    best, worst = ppo.pair_logprobs(role(model), examples)
+    margin = 2.0 * (best / torch.tensor([2, 4]) - worst / torch.tensor([3, 2]))
+    loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
+    assert abs(loss.item() - F.softplus(1 - margin).sum().item()) < 1e-5 and n == 2
+    assert losses[-1] < losses[0] / 2 and sums["accuracy"] == 2
+    with pytest.raises(UserError, match="--preference_loss dpo needs a reference"):
+        ppo.dpo_step(role(model), examples, ppo.PreferenceConfig())
+
+
+def test_pairs_follow_the_ranks_and_not_the_order():
+    model, answers = gpt(6), [[3, END], [4, 5, END], [6, 7, 8, END]]
+    sorted_ = ([1, 2], [answers[1], answers[0], answers[2]], [1, 2, 3])
+    mixed = ([1, 2], answers, [2, 1, 3])
+    for a, b in zip(ppo.pair_logprobs(role(model), [sorted_]), ppo.pair_logprobs(role(model), [mixed])):
+        assert torch.equal(a, b)
+    # of equal ranks the first
+    for ranks, (best, worst) in [([1, 0, 0], (1, 0)), ([3, 3, 1], (2, 0)), ([0.5, -1, 0], (1, 0))]:
+        assert ppo.best_and_worst(0, ([1], answers, ranks)) == (answers[best], answers[worst])
+    reference = ppo.pair_logprobs(role(gpt(7)), [mixed])
+    examples = [([1, 2], answers, [2, 1, 3], tuple(x.item() for x in reference))]
+    loss, _, sums = ppo.dpo_step(role(model), examples, ppo.PreferenceConfig())
+    best, worst = ppo.pair_logprobs(role(model), [mixed])
+    want, _ = ppo.dpo_loss(best, worst, *reference)
+    torch.testing.assert_close(loss, want.sum(), atol=1e-5, rtol=1e-5)
+    assert sums["chosen_logp"] == best.item()
+    with pytest.raises(UserError, match="example 1 ranks all its answers 2"):
+        ppo.pair_logprobs(role(model), [mixed, ([1], answers, [2, 2, 2])])
+    with pytest.raises(UserError, match="example 0 has 3 answers and 2 ranks"):
+        ppo.reward_step(role(model), ppo.ScalarHead(16), [([1], answers, [1, 2])])
+
+
+@pytest.mark.parametrize("prompts_, says", [
+    ("text", "prompts must be a list"), ([], "prompts must be a list"), (["text"], "prompt 0 is 'text'"),
+    ([[1], []], "prompt 1 is \\[\\]"), ([[1], [2.5]], "prompt 1 is"), ([[1], None], "prompt 1 is None"),
+    ([[1], [12]], "outside 0 .. 11"), ([[-1]], "outside 0 .. 11")])
+def test_wrong_prompts_are_refused_in_a_sentence(prompts_, says):
+    cfg = config(steps=1)
+    roles, state, _, _ = setup(cfg)
+    with pytest.raises(UserError, match=says):
+        next(ppo.train_ppo(cfg, roles, state, environment()._replace(prompts=prompts_)))
+    if says.startswith("prompt") and isinstance(prompts_, list) and prompts_:
+        with pytest.raises(UserError, match=says):
+            ppo.collate_rollout(prompts_, [[1]] * len(prompts_))
+
+
+def test_roles_and_parameters_that_do_not_fit_are_refused():
+    cfg, rloo = config(steps=1), config(steps=1, algo="rloo")
+    roles, state, model, _ = setup(cfg)
+    policy = state.params["policy"]
+    bare, bare_state, _, _ = setup(rloo)
+    for says, settings, some_roles, some_state in [
+            ("the role policy is a GPT", cfg, roles._replace(policy=model), state),
+            ("the role reference is a NoneType", cfg, roles._replace(reference=None), state),
+            ("needs roles.critic", cfg, roles._replace(critic=None), state),
+            ("needs roles.value_head", cfg, roles._replace(value_head=None), state),
+            ("needs value parameters", cfg, roles, ppo.PPOState(cfg, policy)),
+            ("rloo has no critic and takes no roles.critic", rloo, roles, bare_state),
+            ("takes no value parameters", rloo, bare, state)]:
+        with pytest.raises(UserError, match=says):
+            train(settings, some_roles, some_state)
+    with pytest.raises(UserError, match="reward is a NoneType"):
+        train(cfg, roles, state, None)
+    with pytest.raises(UserError, match="it got none"):
+        ppo.PPOState(cfg, {})
+    with pytest.raises(UserError, match="parameter w of the policy does not require"):
+        ppo.PPOState(cfg, {"w": torch.ones(2)})
+    with pytest.raises(UserError, match="no list of numbers"):
+        train(cfg, roles, state, lambda p, y: ["good"] * 16)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(value_warmup=1), dict(early_stop_kl=1e-12)])
+def test_a_parameter_without_a_gradient_is_named(changes):
+    cfg = config(steps=1, **changes)
+    roles, state, _, _ = setup(cfg)
+    train(cfg, roles, state)                                    # all have one
+    for part in ("policy", "value"):
+        roles, state, _, _ = setup(cfg)
+        params = {**state.params, part: {**state.params[part], "forgotten": nn.Parameter(torch.ones(2))}}
+        with pytest.raises(UserError, match=f"parameter forgotten of the {part} got no gradient"):
+            train(cfg, roles, ppo.PPOState(cfg, params["policy"], params["value"]))
 
 
 # ----------------------------------------------------------------------------- reward model, calibration, DPO
@@ -899,7 +1154,7 @@ def test_one_forward_scores_all_answers_and_pads_do_not_count():
 
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_a_reward_model_learns_and_does_not_see_slots(dialect):
-    """Hidden judge: each 3 is good, each 4 bad. Rankings of 4; tested on new pairs, given in both orders."""
+    """The hidden rule: each 3 is good, each 4 bad. Rankings of 4; tested on new pairs, in both orders."""
     g = torch.Generator().manual_seed(0)
 
     def example(K):
@@ -925,14 +1180,15 @@ def test_a_reward_model_learns_and_does_not_see_slots(dialect):
 
 def test_dpo_step():
     """Starts at log 2, is the equation on summed log-probabilities, learns the pairs."""
-    model, cfg = gpt(6), ppo.DPOConfig(dpo_beta=0.5)
+    model, cfg = gpt(6), ppo.PreferenceConfig(dpo_beta=0.5)
     ref = copy.deepcopy(model)
     examples = [([1, 2], ([3, END], [4, 5, END]), (0, 1)), ([6], ([7, 7, 7, END], [8, END]), (0, 1))]
     with torch.no_grad():
         before = torch.stack(ppo.pair_logprobs(role(ref), examples), 1).tolist()
     examples = [(*e, pair) for e, pair in zip(examples, before)]
-    loss, n, _ = ppo.dpo_step(role(model), examples, cfg)
+    loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
     assert n == 2 and abs(loss.item() / n - math.log(2)) < 1e-5
+    assert sums["margin"] == 0 and sums["accuracy"] == 0        # a margin of 0 is not ranked right
     optim = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(20):
         loss, n, seen = ppo.dpo_step(role(model), examples, cfg)
@@ -960,21 +1216,21 @@ WELL = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0
 @pytest.mark.parametrize("sick, word", [
     (dict(ratio_first=0.1), "dropout"), (dict(step=1, kl=0.1), "begin"), (dict(kl=-1.0), "negative"),
     (dict(kl=60.0), "60 nats"), (dict(score_std=0.0), "nothing to learn"), (dict(zero_std=0.9), "90%"),
-    (dict(eos_rate=0.2), "--max_new"), (dict(length=1.2), "1.2 tokens"),
+    (dict(eos_rate=0.2), "--max_new_tokens"), (dict(length=1.2), "1.2 tokens"),
     (dict(score_length_corr=-0.8), "length"), (dict(approx_kl=0.3), "--lr"), (dict(clipfrac=0.7), "clipped"),
     (dict(unique=0.01), "collapses"), (dict(clipfrac_value=0.7), "--cliprange_value"),
     (dict(explained_variance=-0.2), "critic"), (dict(repeat4=0.8), "4-grams"),
     (dict(ptx_ratio=30.0), "--ptx_coef"), (dict(skipped=2), "2 steps")])
 def test_health_in_words(sick, word):
     assert health(WELL) == []
-    said = health({**WELL, **sick})
-    assert len(said) == 1 and word in said[0]
+    warnings = health({**WELL, **sick})
+    assert len(warnings) == 1 and word in warnings[0]
 
 
 def test_health_of_a_run_and_metrics_of_a_rollout():
     cfg = config(steps=1, batch=16)
     roles, state, _, _ = setup(cfg)
-    m, batch = next(ppo.train_ppo(cfg, roles, state, PROMPTS, toy_reward, END))
+    m, batch = next(ppo.train_ppo(cfg, roles, state, environment()))
     assert not [line for line in health(m) if "ratio" in line or "KL" in line]
     answers = [row[s:n].tolist() for row, s, n in zip(batch.tokens, batch.start, batch.lengths)]
     lengths = torch.tensor([float(len(y)) for y in answers])
@@ -989,7 +1245,7 @@ def test_health_of_a_run_and_metrics_of_a_rollout():
 
 
 def test_show_prints_the_row_of_the_header():
-    batch = ppo.pack([[20, 21, 22], [23] * 5], [[5, 6, 7, END], [8, 9, END]], pad=0)
+    batch = ppo.collate_rollout([[20, 21, 22], [23] * 5], [[5, 6, 7, END], [8, 9, END]], pad=0)
     mask = batch.mask
     batch = batch._replace(logp=torch.full(mask.shape, -1.0), ref_logp=torch.full(mask.shape, -1.5))
     rewards = ppo.token_rewards(torch.tensor([2.0, 0.0]), batch.logp, batch.ref_logp, mask, 0.1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 import ppo
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Past
 
 V, EOS, BETA = 4, 3, 0.5
 
@@ -34,7 +34,7 @@ class Table(nn.Module):
     def __init__(self, R, width, table=None):
         super().__init__()
         self.table = nn.Parameter(torch.zeros((V + 1) ** R, width) if table is None else table.clone())
-        self.wte, self.head, self.R = nn.Embedding(V, 1), nn.Identity(), R
+        self.wte, self.R = nn.Embedding(V, 1).requires_grad_(False), R
         self.config = type("Config", (), dict(block_size=R + 1))
 
     def rows(self, answer, known):
@@ -44,18 +44,25 @@ class Table(nn.Module):
         key = ((answer + 1) * (at < known[..., None]) * (V + 1) ** at).sum(-1)
         return self.table[key % len(self.table)]                  # only a state without action ever overflows
 
-    def trunk(self, x, past=None, lengths=None, at=None, sees=None, places=None):
-        if lengths is not None:                               # decoding: (B, 1) is written where the row ends
-            cache = past[0][0].scatter_(2, lengths[:, None, None, None], x[:, None, :, None].float())
-            return self.rows(cache[:, 0, 1:, 0].long(), lengths)[:, None], past
+    def hidden_states(self, x, past=None, cache=None, select=None, **unused):
+        if cache is not None:                                 # decoding: (B, 1) is written where the row ends
+            ids = cache.layers[0].k.scatter_(2, cache.lengths[:, None, None, None], x[:, None, :, None].float())
+            return self.rows(ids[:, 0, 1:, 0].long(), cache.lengths)[:, None], cache.layers
         B, T = x.shape
         cache = x[:, None, :, None].float()
         hidden = self.rows(x[:, None, 1:].expand(B, T, T - 1), torch.arange(T).expand(B, T))
-        return hidden if at is None else hidden[at], [(cache, cache.clone())]
+        return hidden if select is None else hidden[select], [Past(cache, cache.clone())]
+
+    def logits(self, hidden):
+        return hidden
 
 
 def role(model):
     return lambda: contextlib.nullcontext((model, None))
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Task:
@@ -71,9 +78,10 @@ class Task:
 
     def law(self, model):
         """log pi(y | x): (prompts, outcomes)."""
-        actor, n = ppo.Actor(model, banned=self.banned), len(self.outcomes)
+        actor, n = ppo.PolicyDistribution(model, banned=self.banned), len(self.outcomes)
         with torch.no_grad():
-            rows = [ppo.logprobs(actor, ppo.pack([p] * n, self.outcomes)).sum(1) for p in self.prompts]
+            batches = [ppo.collate_rollout([p] * n, self.outcomes) for p in self.prompts]
+            rows = [ppo.logprobs(actor, batch).sum(1) for batch in batches]
         return torch.stack(rows).double().log_softmax(1)            # they sum to 1 but for rounding
 
     def reward(self, prompts, answers):
@@ -93,17 +101,18 @@ class Task:
     def train(self, cfg, policy, critic, head):
         critic, head = (critic, head) if cfg.algo == "ppo" else (None, None)
         roles = ppo.Roles(role(policy), role(self.ref), critic and role(critic), head)
-        learns = dict(critic.named_parameters()) if critic else {}
+        learns = trainable(critic) if critic else {}
         if isinstance(head, nn.Module):
             learns |= {f"head.{name}": p for name, p in head.named_parameters()}
-        state = ppo.PPOState(cfg, dict(policy.named_parameters()), learns)
-        loop = ppo.train_ppo(cfg, roles, state, self.prompts * 64, self.reward, EOS, self.banned)
+        state = ppo.PPOState(cfg, trainable(policy), learns)
+        environment = ppo.Environment(self.prompts * 64, self.reward, EOS, self.banned)
+        loop = ppo.train_ppo(cfg, roles, state, environment)
         return [m for m, _ in loop]
 
 
 def config(**changes):
-    base = dict(lr=0.03, batch=512, steps=100, max_new=4, kl_coef=BETA, clip=0.0, ppo_epochs=2, minibatches=2,
-                micro=4096)
+    base = dict(lr=0.03, batch=512, steps=100, max_new_tokens=4, kl_coef=BETA, grad_clip=0.0,
+                ppo_epochs=2, minibatches=2, micro_batch_tokens=4096, adaptive_kl_target=0.0)
     return ppo.PPOConfig(**{**base, **changes})
 
 
@@ -120,7 +129,7 @@ def tabular(seed, R=4):
 def run_tabular(seed=0, R=4, **changes):
     """Train from the reference -> the task, the policy, the log."""
     task, policy = tabular(seed, R)
-    log = task.train(config(seed=seed, max_new=R, **changes), policy, Table(R, 1), lambda h: h[..., 0])
+    log = task.train(config(seed=seed, max_new_tokens=R, **changes), policy, Table(R, 1), lambda h: h[..., 0])
     return task, policy, log
 
 
@@ -159,17 +168,18 @@ def test_the_critic_free_reach_it_too(algo, limit):
 
 
 def test_dpo_reaches_it_from_pairs_alone():
-    """Its loss over all pairs of outcomes, weighted as two draws from ref and a Bradley-Terry judge would see
+    """Its loss over all pairs of outcomes, weighted as two draws from ref and a Bradley-Terry rater would see
     them."""
     task, policy = tabular(0)
-    rows, s, p = ppo.pack([[0]] * 121, task.outcomes), task.scores[0].float(), task.log_ref[0].exp()
+    rows = ppo.collate_rollout([[0]] * 121, task.outcomes)
+    s, p = task.scores[0].float(), task.log_ref[0].exp()
     weight = p[:, None] * p * torch.sigmoid(s[:, None] - s)
     with torch.no_grad():
-        ref = ppo.logprobs(ppo.Actor(task.ref), rows).sum(1)
+        ref = ppo.logprobs(ppo.PolicyDistribution(task.ref), rows).sum(1)
     optim = torch.optim.Adam(policy.parameters())
     for step in range(600):
         optim.param_groups[0]["lr"] = 0.05 * (1 - step / 600)
-        pi = ppo.logprobs(ppo.Actor(policy), rows).sum(1)
+        pi = ppo.logprobs(ppo.PolicyDistribution(policy), rows).sum(1)
         loss, _ = ppo.dpo_loss(pi[:, None], pi[None], ref[:, None], ref[None], beta=BETA)
         optim.zero_grad()
         (weight * loss).sum().backward()
@@ -179,8 +189,9 @@ def test_dpo_reaches_it_from_pairs_alone():
 
 
 def bandit(**changes):
-    """One token, every answer judged as it is."""
-    task, policy, _ = run_tabular(5, R=1, missing_eos=None, **{**dict(ppo_epochs=1, lr=0.05), **changes})
+    """One token, every answer scored, ended or not."""
+    settings = {**dict(ppo_epochs=1, lr=0.05), **changes}
+    task, policy, _ = run_tabular(5, R=1, missing_eos_score=None, **settings)
     return task, task.law(policy)[0].exp()
 
 
@@ -237,7 +248,7 @@ def network(seed, steps, **changes):
                for y in outcomes(4)] for p in prompts]
     task = Task(ref, torch.tensor(scores), prompts, banned=range(V, 8))
     policy, critic = copy.deepcopy(ref), copy.deepcopy(ref)
-    cfg = config(lr=3e-3, steps=steps, seed=seed, clip=1.0, ppo_epochs=1, minibatches=8, **changes)
+    cfg = config(lr=3e-3, steps=steps, seed=seed, grad_clip=1.0, ppo_epochs=1, minibatches=8, **changes)
     log = task.train(cfg, policy, critic, ppo.ScalarHead(32, zero=True))
     return task, policy, log
 
@@ -259,7 +270,7 @@ REAL = {name: getattr(ppo, name) for name in ("generate", "kl_estimate", "token_
 
 
 def shifted_logits(model, batch, past):
-    hidden, _ = model.trunk(batch.tokens, past)
+    hidden, _ = model.hidden_states(batch.tokens, past)
     b, t = batch.mask.nonzero(as_tuple=True)
     return hidden[b, batch.start[b] + t]                           # sees the token whose probability it gives
 
@@ -276,7 +287,7 @@ def hot_old_logp(roles, prompts, eos, cfg, *rest):
 
 
 BUGS = {
-    "logits shifted by one": ("states", shifted_logits),
+    "logits shifted by one": ("action_hidden_states", shifted_logits),
     "KL of the wrong sign": ("kl_estimate", lambda *a: -REAL["kl_estimate"](*a)),
     "no KL": ("kl_estimate", lambda *a: 0 * REAL["kl_estimate"](*a)),
     "k3 in the reward": ("kl_estimate", lambda logp, ref, kind="k1": REAL["kl_estimate"](logp, ref, "k3")),

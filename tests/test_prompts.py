@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError
-from model import GPT, GPTConfig, generate
-from prompts import (PrefixTuning, PromptTuning, PTuning, PTuningV2, cut, load_prompt, nearest_tokens, place,
+from model import GPT, GPTConfig, Past, generate
+from prompts import (PrefixTuning, PromptTuning, PTuning, PTuningV2, detach_for_accumulation, load_prompt, nearest_tokens, parse_template,
                      save_prompt)
 
 HERE = pathlib.Path(__file__).parent
@@ -38,7 +38,7 @@ each_family = pytest.mark.parametrize("family", ["gpt2", "llama"])
 def small(family="gpt2", dtype=torch.float32, std=0.3):
     """A frozen random model (llama: two heads per key head), with biases and norms that are not trivial."""
     torch.manual_seed(1)
-    model = GPT(SMALL if family == "gpt2" else SMALL.llama(n_kv_head=2))
+    model = GPT(SMALL if family == "gpt2" else SMALL.as_family("llama", n_kv_head=2))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn(p.shape) * std + (1.0 if p.dim() == 1 and "bias" not in name else 0.0))
@@ -48,7 +48,7 @@ def small(family="gpt2", dtype=torch.float32, std=0.3):
 def make(cls, model, n=3, **kw):
     """A prompt whose encoder is small, in float64 over a float64 model, else in its own float32."""
     if cls in (PTuning, PrefixTuning):
-        kw = {"hidden": 8, **kw}
+        kw = {"encoder_hidden": 8, **kw}
     prompt = cls(model, n, **kw)
     return prompt.double() if model.wte.weight.dtype == torch.float64 else prompt
 
@@ -81,13 +81,13 @@ def rebuilt(z, case, model, dtype):
     if case == "prompt_tuning":
         prompt = PromptTuning(model, n)
     elif case == "ptuning_mlp":
-        prompt = PTuning(model, n, hidden=len(param["mlp_head.0.bias"]))
+        prompt = PTuning(model, n, encoder_hidden=len(param["mlp_head.0.bias"]))
     elif case == "ptuning_lstm":
-        prompt = PTuning(model, n, encoder="lstm", hidden=param["lstm_head.weight_hh_l0"].size(1))
+        prompt = PTuning(model, n, encoder="lstm", encoder_hidden=param["lstm_head.weight_hh_l0"].size(1))
     elif case == "prefix":
         prompt = PTuningV2(model, n)                                    # dropout 0.1, off in eval mode
     else:
-        prompt = PrefixTuning(model, n, hidden=len(param["transform.0.bias"]))
+        prompt = PrefixTuning(model, n, encoder_hidden=len(param["transform.0.bias"]))
     ours = {("embedding" if k == "embedding.weight" else k): v for k, v in param.items()}
     prompt.load_state_dict(ours)                                        # strict: the names are peft's
     return prompt.to(dtype).eval(), {v: k for k, v in zip(param, ours)}
@@ -108,8 +108,8 @@ def test_peft_computes_the_same(case, dtype, tol):
         """Logits of the P virtual positions, where there are any, and of the text, as peft returns them."""
         if isinstance(prompt, (PromptTuning, PTuning)):
             hidden, past = prompt.run(model)
-            return torch.cat((model.head(hidden).expand(len(x), -1, -1), model(x, past)[0]), 1)
-        return model(x, prompt(model))[0]
+            return torch.cat((model.logits(hidden).expand(len(x), -1, -1), model(x, past=past)[0]), 1)
+        return model(x, past=prompt(model))[0]
 
     def masked_loss(logits):
         y = F.pad(labels, (logits.size(1) - labels.size(1), 0), value=-100)
@@ -154,7 +154,7 @@ def test_folders_written_by_peft_load_and_go_back_as_they_came(case, tmp_path):
     prompt = load_prompt(model, case)
     x = torch.from_numpy(z["in/input_ids"])
     with torch.no_grad():
-        got = model(x, prompt(model))[0]
+        got = model(x, past=prompt(model))[0]
     want = torch.from_numpy(z["out/logits"])[:, -x.size(1):]
     assert far(got[0], want[0]) < 1e-5                                  # the only row without padding
     save_prompt(prompt, tmp_path)
@@ -180,7 +180,7 @@ def test_peft_loads_our_folders(family, tmp_path):
         with torch.no_grad():
             for p in prompt.parameters():
                 p += 0.1 * torch.randn(p.shape)
-            ours[tmp_path / cls.__name__] = model(x, prompt(model))[0]
+            ours[tmp_path / cls.__name__] = model(x, past=prompt(model))[0]
         save_prompt(prompt, tmp_path / cls.__name__, base=base)
     templated = make(PTuning, model, template="{p:3}{prompt}")
     save_prompt(templated, tmp_path / "template", base=base)
@@ -201,8 +201,8 @@ def test_soft_tokens_that_are_embeddings_of_a_text_are_that_text(family, dtype, 
     prompt = make(PromptTuning, model, 4, init="text", ids=text)
     want = model(torch.cat((torch.tensor([text] * 3), x), 1))[0]
     hidden, past = prompt.run(model)
-    assert far(model(x, past)[0], want[:, 4:]) < tol
-    assert far(model.head(hidden), want[:1, :4]) < tol
+    assert far(model(x, past=past)[0], want[:, 4:]) < tol
+    assert far(model.logits(hidden), want[:1, :4]) < tol
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
@@ -211,10 +211,10 @@ def test_a_prefix_that_is_the_cache_of_a_text_is_that_text(family, dtype, tol):
     model, x, text = small(family, dtype, std=0.1), ids_of(), [7, 3, 30, 12]
     prompt = make(PTuningV2, model, 4, init="text", ids=text).eval()
     if dtype == torch.float64:                  # a prompt starts in float32: let this one be the exact cache
-        _, cache = model.trunk(torch.tensor([text]))
-        prompt.embedding.data = torch.cat([t.transpose(1, 2).flatten(2) for kv in cache for t in kv], 2)[0]
+        _, cache = model.hidden_states(torch.tensor([text]))
+        prompt.embedding.data = torch.cat([t.transpose(1, 2).flatten(2) for kv in cache for t in kv[:2]], 2)[0]
     want = model(torch.cat((torch.tensor([text] * 3), x), 1))[0]
-    assert far(model(x, prompt(model))[0], want[:, 4:]) < tol
+    assert far(model(x, past=prompt(model))[0], want[:, 4:]) < tol
     rows = [row.tolist() for row in x]
     assert (generate(model, rows, 6, temperature=0, past=prompt(model))
             == generate(model, [text + row for row in rows], 6, temperature=0))
@@ -226,20 +226,20 @@ def test_encoders_start_where_the_plain_methods_start(encoder):
     for n, kw in ((3, {"ids": [5, 6, 7, 8], "init": "text"}), (8, {"seed": 4})):
         plain, encoded = make(PromptTuning, model, n, **kw), make(PTuning, model, n, encoder=encoder, **kw)
         if kw.get("init"):                      # sampled words come after the encoder's own draws
-            assert far(encoded.table(), plain.table()) < 1e-5
+            assert far(encoded.prompt_embeddings(), plain.prompt_embeddings()) < 1e-5
         else:
-            assert float(word_of(encoded.table(), model)[1].max()) < 1e-4
+            assert float(word_of(encoded.prompt_embeddings(), model)[1].max()) < 1e-4
     for init in ("text", "zero", "gated"):
         plain, encoded = (make(c, model, 5, init=init, ids=[5, 6, 7]) for c in (PTuningV2, PrefixTuning))
-        assert float((encoded.table() - plain.table()).abs().max()) < 1e-5
+        assert float((encoded.prompt_embeddings() - plain.prompt_embeddings()).abs().max()) < 1e-5
 
 
 def textbook(prompt, model, x):
     """The same logits by writing the prompt before every row, B times."""
     if isinstance(prompt, SOFT):
-        rows = torch.cat((prompt.table().expand(len(x), -1, -1), model.wte(x)), 1)
-        return model(rows)[0][:, prompt.n_virtual:]
-    return model(x, [tuple(t.repeat(len(x), 1, 1, 1) for t in kv) for kv in prompt(model)])[0]
+        rows = torch.cat((prompt.prompt_embeddings().expand(len(x), -1, -1), model.embed(x)), 1)
+        return model(rows)[0][:, prompt.num_virtual_tokens:]
+    return model(x, past=[Past(*(t.repeat(len(x), 1, 1, 1) for t in kv[:2])) for kv in prompt(model)])[0]
 
 
 @each_family
@@ -250,7 +250,7 @@ def test_batch_one_equals_textbook_concatenation(cls, kw, family):
     seen, per_row = [], make(cls, model, **kw).eval()
     per_row.load_state_dict(prompt.state_dict())
     block = model.blocks[0].register_forward_hook(lambda _, args, out: seen.append(tuple(args[0].shape[:2])))
-    got = model(x, prompt(model))[0]
+    got = model(x, past=prompt(model))[0]
     block.remove()
     assert seen == ([(1, 3)] if cls in SOFT else []) + [(3, 6)]         # P tokens at batch 1, then the text
     want = textbook(per_row, model, x)
@@ -266,11 +266,11 @@ def test_micro_batches_share_one_pass_through_the_prompt(cls):
     prompt = make(cls, model)                                           # in training mode: PTuningV2 drops
     whole, parts = copy.deepcopy(prompt), copy.deepcopy(prompt)
     torch.manual_seed(3)
-    (loss_of(model(x, whole(model))[0], x) * 4).backward()
+    (loss_of(model(x, past=whole(model))[0], x) * 4).backward()
     torch.manual_seed(3)
-    leaves, finish = cut(parts(model))
+    leaves, finish = detach_for_accumulation(parts(model))
     for rows in (x[:1], x[1:]):
-        (loss_of(model(rows, leaves)[0], rows) * len(rows)).backward()
+        (loss_of(model(rows, past=leaves)[0], rows) * len(rows)).backward()
     assert all(p.grad is None for p in parts.parameters())
     finish()
     assert all(far(a, b) < 1e-12 for a, b in zip(grads(parts), grads(whole)))
@@ -284,8 +284,8 @@ def test_checkpointing_changes_no_gradient(cls, family):
     found = []
     for checkpoint in (False, True):
         prompt.zero_grad()
-        hidden, _ = model.trunk(x, prompt(model), checkpoint=checkpoint)
-        loss_of(model.head(hidden), x).backward()
+        hidden, _ = model.hidden_states(x, prompt(model), gradient_checkpointing=checkpoint)
+        loss_of(model.logits(hidden), x).backward()
         found.append(grads(prompt))
     assert all(far(a, b) < 1e-12 for a, b in zip(*found))
 
@@ -303,7 +303,7 @@ def test_decoding_with_a_cache_equals_reading_again(cls, kw, family):
     for row, new in zip(rows, got):
         for i, token in enumerate(new):
             with torch.no_grad():
-                assert int(model(torch.tensor([row + new[:i]]), prompt(model))[0][0, -1].argmax()) == token
+                assert int(model(torch.tensor([row + new[:i]]), past=prompt(model))[0][0, -1].argmax()) == token
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -316,11 +316,11 @@ def test_everything_moves_every_step_even_after_an_evaluation(cls, kw, family, d
     prompt, frozen = make(cls, model, **kw), copy.deepcopy(model.state_dict())
     assert all(p.dtype == torch.float32 for p in prompt.parameters())
     with torch.no_grad():
-        model(x, prompt(model))                                         # a cache kept here would never learn
+        model(x, past=prompt(model))                                         # a cache kept here would never learn
     opt = torch.optim.AdamW(prompt.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         before = copy.deepcopy(prompt.state_dict())
-        loss_of(model(x, prompt(model))[0].float(), x).backward()
+        loss_of(model(x, past=prompt(model))[0].float(), x).backward()
         opt.step()
         still = {n for n, p in prompt.state_dict().items() if torch.equal(p, before[n])}
         if kw.get("init") == "gated" and step == 0:                     # behind a closed gate nothing learns
@@ -329,7 +329,7 @@ def test_everything_moves_every_step_even_after_an_evaluation(cls, kw, family, d
             assert not still
         opt.zero_grad()
         with torch.no_grad():
-            model(x, prompt(model))
+            model(x, past=prompt(model))
     assert all(torch.equal(p, frozen[n]) for n, p in model.state_dict().items())
     assert set(vars(prompt)) == set(vars(make(cls, model, **kw)))       # and nothing was left on the module
 
@@ -342,7 +342,7 @@ def test_a_fixed_batch_is_overfit(cls, kw):
     opt = torch.optim.AdamW(prompt.parameters(), lr=2e-2, weight_decay=0.0)
     losses = []
     for _ in range(200):
-        loss = F.cross_entropy(model(x, prompt(model))[0][:, 2], x[:, 3])
+        loss = F.cross_entropy(model(x, past=prompt(model))[0][:, 2], x[:, 3])
         losses.append(loss.item())
         loss.backward()
         opt.step()
@@ -352,17 +352,17 @@ def test_a_fixed_batch_is_overfit(cls, kw):
 
 def test_prefix_dropout_is_one_draw_a_call_and_only_in_training():
     model, x = small(), ids_of(1).repeat(2, 1)
-    prompt = make(PTuningV2, model, dropout=0.5)
-    (k, v), *_ = prompt(model)
-    ratio = torch.cat([t.flatten() for kv in prompt(model) for t in kv]) / torch.cat(
-        [t.flatten() for kv in prompt.eval()(model) for t in kv])
+    prompt = make(PTuningV2, model, prefix_dropout=0.5)
+    k = prompt(model)[0].k
+    ratio = torch.cat([t.flatten() for kv in prompt(model) for t in kv[:2]]) / torch.cat(
+        [t.flatten() for kv in prompt.eval()(model) for t in kv[:2]])
     assert set(ratio.round(decimals=4).tolist()) == {0.0, 2.0}          # dropped, or scaled to keep the mean
     prompt.train()
     assert not torch.equal(prompt(model)[0][0], k)
-    logits = model(x, prompt(model))[0]
+    logits = model(x, past=prompt(model))[0]
     assert torch.equal(logits[0], logits[1])                            # rows of a batch share the draw
     prompt.eval()
-    assert torch.equal(model(x, prompt(model))[0], model(x, prompt(model))[0])
+    assert torch.equal(model(x, past=prompt(model))[0], model(x, past=prompt(model))[0])
 
 
 @pytest.mark.parametrize("cls", [PTuning, PrefixTuning])
@@ -370,8 +370,8 @@ def test_encoders_are_not_rounded_under_autocast(cls):
     model = small()
     prompt = make(cls, model)
     with torch.autocast("cpu", torch.bfloat16):
-        table = prompt.table()
-    assert table.dtype == torch.float32 and torch.equal(table, prompt.table())
+        table = prompt.prompt_embeddings()
+    assert table.dtype == torch.float32 and torch.equal(table, prompt.prompt_embeddings())
 
 
 # -------------------------------------------------------------------------------------------------- the start
@@ -383,10 +383,10 @@ def test_a_gated_prefix_starts_as_no_op_and_a_zero_one_does_not(cls, family):
     with torch.no_grad():
         plain = model(x)[0]
         gated = make(cls, model, init="gated")
-        assert gated.front == 0 and torch.equal(model(x, gated(model))[0], plain)
+        assert gated.prefix_len == 0 and torch.equal(model(x, past=gated(model))[0], plain)
         zero = make(cls, model, init="zero").eval()
-        assert far(model(x[:, :29], zero(model))[0], plain[:, :29]) > 1e-2
-    loss_of(model(x, gated(model))[0], x).backward()
+        assert far(model(x[:, :29], past=zero(model))[0], plain[:, :29]) > 1e-2
+    loss_of(model(x, past=gated(model))[0], x).backward()
     assert float(gated.gate.grad.abs().min()) > 0               # one gate per head of each layer, all live
 
 
@@ -432,8 +432,8 @@ def test_the_seed_decides_and_disturbs_nobody(cls, kw):
     (lambda m: PrefixTuning(m, 3, init="vocab"), "vocab"), (lambda m: PTuning(m, 3, encoder="rnn"), "rnn"),
     (lambda m: PromptTuning(m, 1, init="labels", ids=[[1], [2]]), "2 labels"),
     (lambda m: PTuning(m, 4, template="{p:3} {prompt}"), "3 virtual tokens"),
-    (lambda m: m(ids_of(1, 28), PTuningV2(m, 5)(m)), "context of 32"),
-    (lambda m: m(ids_of(1, 28), PromptTuning(m, 5)(m)), "context of 32")])
+    (lambda m: m(ids_of(1, 28), past=PTuningV2(m, 5)(m)), "context of 32"),
+    (lambda m: m(ids_of(1, 28), past=PromptTuning(m, 5)(m)), "context of 32")])
 def test_mistakes_get_one_sentence(call, says):
     with pytest.raises(UserError, match=says) as error:
         call(small())
@@ -443,12 +443,12 @@ def test_mistakes_get_one_sentence(call, says):
 # -------------------------------------------------------------------------------------------------- templates
 
 def test_a_template_places_virtual_tokens_and_words():
-    assert place("{p:3} {prompt} {p:2}", None) == [[-1, -2, -3], [-4, -5]]
-    assert place("Review:{p:1}{prompt} It was {p:1}", lambda s: [len(s)]) == [[7, -1], [8, -2]]
-    assert place("{prompt}{p:1}", None) == [[], [-1]]
+    assert parse_template("{p:3} {prompt} {p:2}", None) == [[-1, -2, -3], [-4, -5]]
+    assert parse_template("Review:{p:1}{prompt} It was {p:1}", lambda s: [len(s)]) == [[7, -1], [8, -2]]
+    assert parse_template("{prompt}{p:1}", None) == [[], [-1]]
     for wrong in ("{p:3}", "{prompt}", "{prompt} {p:1} {prompt}", "{p:0}{prompt}"):
         with pytest.raises(UserError, match="template"):
-            place(wrong, lambda s: [1])
+            parse_template(wrong, lambda s: [1])
 
 
 @each_family
@@ -456,12 +456,12 @@ def test_a_template_places_virtual_tokens_and_words():
 def test_virtual_tokens_inside_the_text(cls, family):
     model, template = small(family, torch.float64), "{p:2} {prompt} {p:1}"
     prompt = make(cls, model, template=template, init="text", ids=[11, 12, 13]).eval()
-    before, after = place(template, None)
-    rows = [before + ask + after + say for ask, say in (([5, 6, 7], [8, 9]), ([4], [1, 2, 3]))]
+    before, after = parse_template(template, None)
+    rows = [before + ask + after + print_result for ask, print_result in (([5, 6, 7], [8, 9]), ([4], [1, 2, 3]))]
     x = torch.tensor([row + [0] * (8 - len(row)) for row in rows])
     real = torch.tensor([[11, 12, 5, 6, 7, 13, 8, 9], [11, 12, 4, 13, 1, 2, 3, 0]])
-    assert prompt(model) is None and prompt.front == 0
-    prompt.fold().embedding.data = model.wte.weight[[11, 12, 13]].clone()       # exactly those words
+    assert prompt(model) is None and prompt.prefix_len == 0
+    prompt.drop_encoder().embedding.data = model.wte.weight[[11, 12, 13]].clone()       # exactly those words
     assert far(model(prompt.embed(model, x))[0], model(real)[0]) < 1e-12
     (model(prompt.embed(model, x))[0][1, :7] ** 2).sum().backward()
     assert (prompt.embedding.grad.abs().sum(1) > 0).all()
@@ -471,7 +471,7 @@ def test_virtual_tokens_inside_the_text(cls, family):
 def test_a_template_decodes_with_the_cache(family):
     model = small(family)
     prompt = make(PTuning, model, template="{p:2} {prompt} {p:1}")
-    before, after = place(prompt.template, None)
+    before, after = parse_template(prompt.template, None)
     rows = [before + ask + after for ask in ([5, 6, 7], [4])]
     got = generate(model, rows, 6, temperature=0, embed=lambda ids: prompt.embed(model, ids))
     for row, new in zip(rows, got):
@@ -491,17 +491,18 @@ def test_folding_and_storing_keep_the_prompt(cls, kw, family, tmp_path):
     with torch.no_grad():
         for p in prompt.parameters():
             p += 0.3
-    past = [t.detach() for entry in prompt(model) for t in entry]
+    past = [t.detach() for entry in prompt(model) for t in entry if t is not None]
     save_prompt(prompt, tmp_path / "a" / "b", base="some/base")
     again = load_prompt(model, tmp_path / "a" / "b")
-    size = prompt.table().numel() + (prompt.gate.numel() if "gated" in kw.values() else 0)
-    for other in (again, prompt.fold()):
-        assert all(torch.equal(a, b) for a, b in zip(past, [t for entry in other(model) for t in entry]))
-        assert sum(p.numel() for p in other.parameters()) == size and other.n_virtual == 3
+    size = prompt.prompt_embeddings().numel() + (prompt.gate.numel() if "gated" in kw.values() else 0)
+    for other in (again, prompt.drop_encoder()):
+        again_past = [t for entry in other(model) for t in entry if t is not None]
+        assert len(past) == len(again_past) and all(map(torch.equal, past, again_past))
+        assert sum(p.numel() for p in other.parameters()) == size and other.num_virtual_tokens == 3
         assert all(p.requires_grad for p in other.parameters())
-    assert again.front == prompt.front and not again.training
-    said = json.loads((tmp_path / "a" / "b" / "adapter_config.json").read_text())
-    assert said["task_type"] == "CAUSAL_LM" and said["base_model_name_or_path"] == "some/base"
+    assert again.prefix_len == prompt.prefix_len and not again.training
+    stored = json.loads((tmp_path / "a" / "b" / "adapter_config.json").read_text())
+    assert stored["task_type"] == "CAUSAL_LM" and stored["base_model_name_or_path"] == "some/base"
 
 
 def test_a_template_is_stored_and_peft_must_refuse_it(tmp_path):
@@ -543,11 +544,11 @@ def test_nearest_tokens_names_the_words_it_started_from(cls, family):
     model = small(family)
     words = [11, 30, 5]
     prompt = make(cls, model, init="text", ids=words)
-    start = prompt.table().detach().clone()
+    start = prompt.prompt_embeddings().detach().clone()
     found = nearest_tokens(prompt, model, k=2, start=start)
     assert [row["cosine"][0][0] for row in found] == words and all(row["moved"] == 0 for row in found)
     assert all(row["cosine"][0][1] > 0.999 and len(row["dot"]) == 2 for row in found)
-    prompt.fold().embedding.data[1] += 1.0
+    prompt.drop_encoder().embedding.data[1] += 1.0
     moved = [row["moved"] for row in nearest_tokens(prompt, model, start=start)]
     assert moved[0] < 1e-5 and moved[1] == pytest.approx(start.size(1) ** 0.5, rel=1e-4)
     assert nearest_tokens(prompt, model)[0]["moved"] is None

@@ -8,9 +8,9 @@ import torch
 
 import lora
 import ppo
+import prompts
 import train
 from data.text import chat, formats
-from data.runtime import flags
 from data.batches.examples import Text, size, targets
 from data.checkpoints.safetensors import read_tensors
 from data.runtime.files import read_json
@@ -18,8 +18,9 @@ from data.text.tokenizer import Tokenizer
 from test_train import same, weights, world  # noqa: F401
 from tiny import Stop, write
 
-METHODS = [m for m in flags.METHODS if m not in ("none", "adalora")]
-PPO = ["--steps", "4", "--batch", "8", "--max_new", "4", "--forget", "none", "--minibatches", "2",
+METHODS = [m.name for m in train.METHODS if m.trains and m.name != "adalora"]
+SOFT = [m.name for m in prompts.METHODS]
+PPO = ["--steps", "4", "--batch", "8", "--max_new_tokens", "4", "--forgetting_data", "none", "--minibatches", "2",
        "--ppo_epochs", "2"]
 
 
@@ -37,10 +38,10 @@ def town(world):                                                    # noqa: F811
         "def broken(prompt, answer):\n    return float('nan')\n")
     if str(world) not in sys.path:
         sys.path.insert(0, str(world))
-    for name, method in (("rm", "lora"), ("rm_full", "full"), ("rm_soft", "ptuning2")):
+    for name, method in (("rm", "lora"), ("rm_full", "full"), ("rm_soft", "p_tuning_v2")):
         if not (world / name / "result.json").exists():
             go(world, world / name, "--task", "reward", "--method", method, "--data", world / "pairs",
-               "--steps", "6", "--batch", "8", "--max_new", "4")
+               "--steps", "6", "--batch", "8", "--max_new_tokens", "4")
     return world
 
 
@@ -63,15 +64,15 @@ def test_a_preference_as_ids(town):
     pair, ranked = (formats.load(str(town / name), "train").rows[0] for name in ("pairs", "ranked"))
     example, cut = text.ranking(pair, 100)
     assert not cut and example.ranks == [0, 2] and targets(example) == 1        # 3 votes against 1
-    assert [text.said(y) for y in example.answers] == ["aa", "b"]
-    assert all(y[-1] == text.end for y in example.answers)
+    assert [text.decode_answer(y) for y in example.answers] == ["aa", "b"]
+    assert all(y[-1] == text.end_token for y in example.answers)
     assert size(example) == sum(len(example.prompt) + len(y) for y in example.answers)
     example, _ = text.ranking(ranked, 100)
-    assert [text.said(y) for y in example.answers] == ["aa", "ab", "b"] and example.ranks == [1, 2, 3]
+    assert [text.decode_answer(y) for y in example.answers] == ["aa", "ab", "b"] and example.ranks == [1, 2, 3]
     long = {**pair, "prompt": [{"role": "user", "content": "x" * 50}], "chosen": "y" * 50}
     example, cut = text.ranking(long, 40)
     assert cut and max(len(example.prompt) + len(y) for y in example.answers) == 40
-    whole = text.asked(long)                                # a prompt loses its beginning behind its first id
+    whole = text.prompt_ids(long)                                # a prompt loses its beginning behind its first id
     assert example.prompt == whole[:1] + whole[1 - len(example.prompt):] and example.prompt != whole
     assert example.answers[0] == chat.answer("y" * 50, "plain", text.tokenizer)[:20]    # an answer its end
 
@@ -80,16 +81,16 @@ def test_a_preference_as_ids(town):
 def test_a_prompt_longer_than_the_context_leaves_room_for_an_answer(task, town, tmp_path):
     rows = [{"prompt": f"{c} " * 200, "chosen": c * 300, "rejected": "b"} for c in "acdefghi"]
     write(tmp_path, {"long": rows})
-    go(town, tmp_path / "r", "--task", task, "--data", tmp_path / "long", "--steps", "1", "--forget", "none")
+    go(town, tmp_path / "r", "--task", task, "--data", tmp_path / "long", "--steps", "1", "--forgetting_data", "none")
 
 
 @pytest.mark.parametrize("method", METHODS + ["adalora"])
 @pytest.mark.parametrize("task, data", [("reward", "pairs"), ("dpo", "ranked")])
 def test_every_method_learns_preferences(task, data, method, town, tmp_path):
     rate = {"full": "1e-3", "lora": "1e-2", "adalora": "3e-2"}.get(method, "3e-2")
-    soft = ["--n_virtual", "4"] if method in flags.SOFT else []
+    soft = ["--num_virtual_tokens", "4"] if method in SOFT else []
     r = go(town, tmp_path / "r", "--task", task, "--data", town / data, "--method", method, "--steps", "15",
-           "--batch", "8", "--lr", rate, "--forget", "none", *soft)
+           "--batch", "8", "--lr", rate, "--forgetting_data", "none", *soft)
     assert r["metrics"]["accuracy"] > 0.9 and r["metrics"]["loss"] < 0.6 and r["skipped"] == 0
     if task == "reward":
         assert {"accuracy_margin_2", "score_length_corr"} <= r["metrics"].keys()
@@ -98,21 +99,21 @@ def test_every_method_learns_preferences(task, data, method, town, tmp_path):
 def test_a_saved_reward_model_scores_as_the_trained_one_did(town, tmp_path):
     """Test metrics of the run, again, from its folder; and its reference samples score 0 +- 1."""
     for name in ("rm", "rm_full", "rm_soft"):
-        said = read_json(town / name / "result.json")["metrics"]
+        stored = read_json(town / name / "result.json")["metrics"]
         found = go(town, tmp_path / name, "--task", "eval", "--init", town / name, "--data", town / "pairs")
-        assert all(abs(found["metrics"][key] - said[key]) < 1e-5 for key in said if key != "forgetting"), name
+        assert all(abs(found["metrics"][key] - stored[key]) < 1e-5 for key in stored if key != "forgetting"), name
         state = torch.load(town / name / "state.pt", weights_only=True)
-        kit = train.open_kit(train.parse(["--task", "eval", "--init", str(town / name)]))
+        ctx = train.open_context(train.parse(["--task", "eval", "--init", str(town / name)]))
         rows = formats.load(str(town / "pairs"), "valid").rows
-        judge = ppo.model_reward(kit.role(kit.past()), kit.head)
-        s = judge([kit.text.asked(row) for row in rows * 2], state["samples"])
+        judge = ppo.model_reward(train.adapter_context(ctx, ctx.past()), ctx.head)
+        s = judge([ctx.text.prompt_ids(row) for row in rows * 2], state["samples"])
         assert abs(s.mean()) < 1e-4 and abs(s.std(unbiased=False) - 1) < 1e-4, name
 
 
 def test_dpo_starts_at_log_2_and_its_reference_is_the_start(town, tmp_path):
-    for method in ("lora", "full", "ptuning2", "prompt"):
+    for method in ("lora", "full", "p_tuning_v2", "prompt_tuning"):
         go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps",
-           "1", "--batch", "8", "--forget", "none", "--dpo_beta", "0.3")
+           "1", "--batch", "8", "--forgetting_data", "none", "--dpo_beta", "0.3")
         assert abs(events(tmp_path / method)[0]["loss"] - math.log(2)) < 1e-5, method
 
 
@@ -123,7 +124,7 @@ def test_every_method_is_a_policy(method, town, tmp_path):
     """KL of the first rollout is exactly 0, the first ratio 1; the base on disk keeps its bits; the policy's
     weights come back as they were."""
     before = read_tensors(town / "base" / "model.safetensors")
-    soft = ["--n_virtual", "4"] if method in flags.SOFT else []
+    soft = ["--num_virtual_tokens", "4"] if method in SOFT else []
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--method", method, *PPO, *soft,
            "--reward", town / "rm", "--lr", "1e-2" if method != "full" else "1e-3")
     first, *_, last = events(tmp_path / "r")
@@ -137,14 +138,14 @@ def test_every_method_is_a_policy(method, town, tmp_path):
     base, _, _ = train.load(town / "base")
     x = torch.tensor([[97, 98, 99]])
     with torch.no_grad():
-        assert not torch.equal(model(x, prompt(model) if prompt is not None else None)[0], base(x)[0])
+        assert not torch.equal(model(x, past=prompt(model) if prompt is not None else None)[0], base(x)[0])
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
 def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward",
            "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef",
-           "0.01", "--kl_target", "0", "--missing_eos", "none")
+           "0.01", "--adaptive_kl_target", "0", "--missing_eos_score", "none")
     assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
 
 
@@ -152,20 +153,20 @@ def test_one_base_for_every_role(town, tmp_path, monkeypatch):
     """A reward model of the same base is an adapter of it, and the critic begins as it; another one is loaded
     as a model of its own. Scores agree either way."""
     seen = []
-    original = train.cast_roles
+    original = train.make_roles
 
-    def spy(cfg, kit, base, table):
-        roles, value = original(cfg, kit, base, table)
-        floats = sum(p.numel() for p in kit.model.parameters())
+    def spy(cfg, ctx, base, table):
+        roles, value = original(cfg, ctx, base, table)
+        floats = sum(p.numel() for p in ctx.model.parameters())
         asked = table.prompts["test"]
-        answer = [97, 98, kit.text.end]
+        answer = [97, 98, ctx.text.end_token]
         scores = table.reward(asked, [answer] * len(asked))
         with roles.critic() as (model, past):
-            begins = ppo.scores(model, roles.value_head, ppo.pack(asked, [answer] * len(asked)))
-        seen.append((floats, scores, begins.detach(), sorted({name for m in lora.adapted(base).values()
+            begins = ppo.scores(model, roles.value_head, ppo.collate_rollout(asked, [answer] * len(asked)))
+        seen.append((floats, scores, begins.detach(), sorted({name for m in lora.wrapped_linears(base).values()
                                                               for name in m.adapters})))
         return roles, value
-    monkeypatch.setattr(train, "cast_roles", spy)
+    monkeypatch.setattr(train, "make_roles", spy)
     go(town, tmp_path / "a", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm")
     go(town, tmp_path / "b", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm_full")
     (shared, scores, begins, names), (_, other, zero, alone) = seen
@@ -178,9 +179,9 @@ def test_one_base_for_every_role(town, tmp_path, monkeypatch):
     assert shared == base + 3 * per_role
 
 
-@pytest.mark.parametrize("words", [["--method", "lora", "--ema", "0.9", "--kl_target", "3"],
+@pytest.mark.parametrize("words", [["--method", "lora", "--ema", "0.9", "--adaptive_kl_target", "3"],
                                    ["--method", "full", "--algo", "rloo", "--ptx_coef", "0.1"],
-                                   ["--method", "ptuning2", "--n_virtual", "4"]])
+                                   ["--method", "p_tuning_v2", "--num_virtual_tokens", "4"]])
 def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
     """Cut inside the update of iteration 3 of 4, and inside the rollout of iteration 4."""
     (town / "text").mkdir(exist_ok=True)
@@ -214,17 +215,17 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
     (["--reward", "no/such"], "no such folder"), (["--reward", "judges:nothing"], "module:function"),
     (["--reward", "judges:broken"], "finite"), ([], "needs --reward"),
     (["--reward", "BASE"], "no reward model"),
-    (["--reward", "judges:letters", "--batch", "6", "--samples", "4", "--algo", "rloo"], "multiple"),
+    (["--reward", "judges:letters", "--batch", "6", "--num_generations", "4", "--algo", "rloo"], "multiple"),
     (["--reward", "judges:letters", "--temperature", "0"], "explores nothing"),
     (["--reward", "judges:letters", "--method", "adalora"], "lora"),
-    (["--reward", "judges:letters", "--method", "none"], "learns nothing"),
-    (["--reward", "judges:letters", "--max_new", "159"], "for prompts"),
+    (["--reward", "judges:letters", "--method", "none"], "trains nothing"),
+    (["--reward", "judges:letters", "--max_new_tokens", "159"], "for prompts"),
     (["--reward", "judges:letters", "--algo", "rloo", "--lam", "0.9"], "--lam means nothing"),
     (["--reward", "judges:letters", "--algo", "grpo", "--value_warmup", "2"], "--value_warmup means"),
     (["--reward", "judges:letters", "--algo", "drgrpo", "--gamma", "0.9"], "--gamma means nothing"),
     (["--task", "dpo", "--dpo_beta", "0"], "teaches nothing"),
     (["--task", "dpo", "--label_smoothing", "0.5"], "teaches nothing"),
-    (["--task", "dpo", "--dpo_loss", "ipo", "--label_smoothing", "0.1"], "leave one of them out"),
+    (["--task", "dpo", "--preference_loss", "ipo", "--label_smoothing", "0.1"], "leave one of them out"),
 ])
 def test_a_wrong_command_is_one_sentence(words, says, town, tmp_path, capsys):
     words = [str(town / "base") if word == "BASE" else word for word in words]
@@ -251,26 +252,26 @@ def test_samples_feed_sft(town, tmp_path, monkeypatch):
     """Best of n is what it says; the kept rows are data for SFT."""
     ending(town, monkeypatch, 1)
     r = go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
-           "--samples", "8", "--max_new", "4", "--keep", "2", "--gold", "judges:letters")
+           "--num_generations", "8", "--max_new_tokens", "4", "--keep_best", "2", "--gold_reward", "judges:letters")
     rows = [json.loads(line) for line in (tmp_path / "s" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 64
     assert all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)    # stripped
     m = r["metrics"]
     assert m["score_best_of_8"] > m["score"] and m["gold_best_of_8"] == m["score_best_of_8"]
     rows = [row for row in rows if row["completion"].strip()]
-    r = go(town, tmp_path / "sft", "--data", tmp_path / "s", "--steps", "2", "--forget", "none")
+    r = go(town, tmp_path / "sft", "--data", tmp_path / "s", "--steps", "2", "--forgetting_data", "none")
     assert r["status"] == "done"
 
 
 def test_a_text_cut_short_is_no_row_to_imitate(town, tmp_path, monkeypatch, capsys):
     """Five samples a prompt are no batch of PPO's; only answers that end are kept."""
     go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
-       "--samples", "5", "--max_new", "1")
+       "--num_generations", "5", "--max_new_tokens", "1")
     assert "prompts have no answer that ended" in capsys.readouterr().err
     assert not (tmp_path / "s" / "train.jsonl").read_text()     # one token that is no end, as good as always
     ending(town, monkeypatch, 2)
     go(town, tmp_path / "t", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
-       "--samples", "4", "--max_new", "4", "--keep", "4")
+       "--num_generations", "4", "--max_new_tokens", "4", "--keep_best", "4")
     rows = [json.loads(line) for line in (tmp_path / "t" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 32 * 2
 
@@ -282,30 +283,30 @@ def test_sample_answers_every_valid_prompt(town, tmp_path):
 
 
 def test_a_judge_that_sees_no_difference_ends_no_run(town, tmp_path):
-    """Every answer scores alike before training: a gain in standard deviations of nothing is left out."""
+    """Every answer has the same score before training: a gain in standard deviations of nothing is left out."""
     (town / "flat.py").write_text("def zero(prompt, answer):\n    return 0.0\n")
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters",
-           "--gold", "flat:zero", *PPO, "--items", "1")
+           "--gold_reward", "flat:zero", *PPO, "--eval_items", "1")
     assert r["metrics"]["gold"] == 0 and "gold_gain" not in r["metrics"]
     assert all(math.isfinite(x) for x in r["metrics"].values())
 
 
 def test_the_critic_of_a_soft_prompt_has_a_rate_of_its_own(town):
-    rates = {m: train.parse(["--task", "ppo", "--reward", "x:y", "--method", m]).rl for m in METHODS}
-    assert {m: rl.value_lr for m, rl in rates.items() if rl.value_lr} == dict.fromkeys(
-        ("ia3", "prompt", "ptuning", "prefix", "ptuning2"), 0.002)
-    assert {rl.batch for rl in rates.values()} == {64}
+    rates = {m: train.parse(["--task", "ppo", "--reward", "x:y", "--method", m]) for m in METHODS}
+    assert {m: cfg.value_lr for m, cfg in rates.items() if cfg.value_lr} == dict.fromkeys(
+        ("ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"), 0.002)
+    assert {cfg.batch for cfg in rates.values()} == {64}
 
 
 @pytest.mark.parametrize("task, data", [("sample", "prompts"), ("ppo", "prompts"), ("dpo", "pairs")])
 def test_a_prompt_inside_a_template_is_refused(task, data, town, tmp_path, capsys):
-    go(town, tmp_path / "sft", "--data", town / "chat", "--method", "prompt", "--n_virtual", "4", "--steps",
-       "1", "--forget", "none")
+    go(town, tmp_path / "sft", "--data", town / "chat", "--method", "prompt_tuning", "--num_virtual_tokens", "4", "--steps",
+       "1", "--forgetting_data", "none")
     judge = [] if task == "dpo" else ["--reward", "judges:letters"]
-    method = [] if task == "sample" else ["--method", "prompt"]
+    method = [] if task == "sample" else ["--method", "prompt_tuning"]
     go(town, tmp_path / "r", "--task", task, "--init", tmp_path / "sft", "--data", town / data, *judge,
        *method, code=2)
-    assert "--place front" in capsys.readouterr().err
+    assert "--prompt_template front" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -318,9 +319,9 @@ def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
     def short(argv):
         few = {"sft": ["--steps", "2"], "reward": ["--steps", "2"]}
         task = argv[argv.index("--task") + 1]
-        return original([*argv, *few.get(task, []), *(["--items", "4"] if task in few else [])])
+        return original([*argv, *few.get(task, []), *(["--eval_items", "4"] if task in few else [])])
     monkeypatch.setattr(train, "parse", short)
-    words = ["--task", "ppo", "--steps", "2", "--batch", "8", "--items", "4"]
+    words = ["--task", "ppo", "--steps", "2", "--batch", "8", "--eval_items", "4"]
     assert train.main(words) == 0
     runs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert len(runs) == 3 and all((tmp_path / "out" / name / "result.json").exists() for name in runs)
@@ -342,13 +343,13 @@ def test_memory_is_one_base_and_nine_adapters(town, tmp_path, monkeypatch):
         seen.append(sum(p.numel() + (p.grad is not None) * p.numel() for p in alive) + moments)
         return original(self, who, share)
 
-    alive, cast = [], train.cast_roles
+    alive, cast = [], train.make_roles
 
-    def spy(cfg, kit, base, table):
-        roles, value = cast(cfg, kit, base, table)
-        alive.extend(p for part in (kit.model, table.head, roles.value_head) for p in part.parameters())
+    def spy(cfg, ctx, base, table):
+        roles, value = cast(cfg, ctx, base, table)
+        alive.extend(p for part in (ctx.model, table.head, roles.value_head) for p in part.parameters())
         return roles, value
-    monkeypatch.setattr(train, "cast_roles", spy)
+    monkeypatch.setattr(train, "make_roles", spy)
     monkeypatch.setattr(ppo.PPOState, "apply", apply)
     go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm")
     model, _, _ = train.load(town / "base")

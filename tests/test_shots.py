@@ -1,4 +1,4 @@
-"""--shots: whole examples, the oldest leave first, a ladder that ends where the context does."""
+"""--shots: whole examples, the oldest are dropped first, a ladder that ends where the context does."""
 import json
 
 import pytest
@@ -17,10 +17,10 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
 
 
-def kit(block, labels=(), max_new=8):
+def ctx(block, labels=(), max_new_tokens=8):
     model = GPT(GPTConfig(TOKENIZER.vocab_size, block, 1, 2, 16, eos=TOKENIZER.eos)).eval()
-    return evaluate.Kit(model, Text(TOKENIZER, "plain", labels=labels), torch.device("cpu"), torch.float32,
-                        max_new=max_new)
+    return evaluate.ModelContext(model, Text(TOKENIZER, "plain", labels=labels), torch.device("cpu"), torch.float32,
+                        max_new_tokens=max_new_tokens)
 
 
 def row(question, answer):
@@ -28,39 +28,40 @@ def row(question, answer):
 
 
 def test_lists():
-    assert few_shot.counts("0") == [0] and few_shot.counts("0,1,4") == [0, 1, 4] and few_shot.counts("3") == [3]
+    assert few_shot.parse_shots("0") == [0] and few_shot.parse_shots("3") == [3]
+    assert few_shot.parse_shots("0,1,4") == [0, 1, 4]
     for wrong in ("", "a", "1,", "2,1", "1,1", "-1"):
         with pytest.raises(UserError, match="--shots"):
-            few_shot.counts(wrong)
-    few_shot.counts("0", "text", "head")
-    for kind, by in (("text", "words"), ("chat", "head")):
+            few_shot.parse_shots(wrong)
+    few_shot.parse_shots("0", "text", "head")
+    for row_type, classifier in (("text", "lm"), ("chat", "head")):
         with pytest.raises(UserError, match="in front of a question"):
-            few_shot.counts("0,1", kind, by)
+            few_shot.parse_shots("0,1", row_type, classifier)
 
 
-def test_whole_examples_leave_oldest_first_and_the_answer_keeps_its_room():
+def test_whole_examples_are_dropped_oldest_first_and_the_answer_keeps_its_room():
     before = [row(c * 9, "x") for c in "abcd"]             # start, then 9 + " x" + end each: 12 tokens, plain
     asked = row("q" * 5, "y")
     for block, held in ((1 + 48 + 5 + 8, 4), (1 + 48 + 5 + 7, 3), (1 + 12 + 5 + 8, 1), (1 + 5 + 8, 0)):
-        ids, n = few_shot.fitted(kit(block), asked, before)
+        ids, n = few_shot.fit_shots(ctx(block), asked, before)
         assert n == held and TOKENIZER.decode(ids).startswith("dcba"[n - 1] * 9 if n else "q")
         assert len(ids) == 1 + 12 * n + 5 and len(ids) + 8 <= block
-    cut = few_shot.fitted(kit(6), row("abcdefghij", "y"), ())[0]           # behind the first id
+    cut = few_shot.fit_shots(ctx(6), row("abcdefghij", "y"), ())[0]           # behind the first id
     assert cut[1:] == TOKENIZER.encode("ghij") and cut[0] not in TOKENIZER.encode("a")
 
 
 def test_a_label_word_keeps_its_room_too():
-    k = kit(200, labels=("no", "certainly"))
+    k = ctx(200, labels=("no", "certainly"))
     some = [{"text": c * 20, "label": "no"} for c in "abcdefgh"]
-    ids, n = few_shot.fitted(k, some[0], some[1:])
+    ids, n = few_shot.fit_shots(k, some[0], some[1:])
     assert 0 < n < 7 and len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) <= 200
     assert evaluate.word_scores(k, [ids]).isfinite().all()
-    ids, n = few_shot.fitted(k, {"text": "q" * 300, "label": "no"}, ())        # without examples as well
+    ids, n = few_shot.fit_shots(k, {"text": "q" * 300, "label": "no"}, ())        # without examples as well
     assert len(ids) + len(chat.answer("certainly", "plain", TOKENIZER)) == 200 and n == 0
 
 
 def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, capsys):
-    k = kit(60)
+    k = ctx(60)
     k.model.save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     (tmp_path / "d").mkdir()
@@ -71,17 +72,17 @@ def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, 
 
     def run(name, *flags):
         args = ["--init", tmp_path / "base", "--data", tmp_path / "d", "--out", tmp_path / name, "--method",
-                "none", "--max_new", "6", "--template", "plain", *flags]
+                "none", "--max_new_tokens", "6", "--template", "plain", *flags]
         assert train.main(list(map(str, args))) == 0
         return read_json(tmp_path / name / "result.json")["metrics"]
 
     many = run("many", "--shots", "0,1,2,8,16,32")
-    said = capsys.readouterr()
-    table = [line.split() for line in said.out.splitlines() if line.strip()[:1].isdigit()]
+    printed = capsys.readouterr()
+    table = [line.split() for line in printed.out.splitlines() if line.strip()[:1].isdigit()]
     assert [line[0] for line in table] == ["0", "1", "2", "8", "16"]        # 5 tokens each: 8 fit, 16 do not
-    assert "no question has more than" in said.err and many["most"] < 16
+    assert "no question has more than" in printed.err and many["shots_used_max"] < 16
     for n in (1, 2, 8):
         alone = run(f"k{n}", "--shots", str(n))
-        assert many[f"exact_match_{n}_shots"] == alone["exact_match"] and alone["held"] == alone["most"] == n
+        assert many[f"exact_match_{n}_shots"] == alone["exact_match"] and alone["shots_used"] == alone["shots_used_max"] == n
     assert "exact_match_32_shots" not in many
     assert train.main(["--method", "none", "--shots", "2,1"]) == 2

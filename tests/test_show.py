@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train
-from data.results.next_token import beside, table, walk
+from data.results.next_token import print_columns, table, walk
 from data.text.tokenizer import Tokenizer
-from model import GPT, GPTConfig, allowed, generate, sample
+from model import GPT, GPTConfig, filter_logits, generate, sample
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|start|>")
 TOKENIZER = Tokenizer.train(["a b"], 256 + len(SPECIAL), SPECIAL)
@@ -38,7 +38,7 @@ def logits_of(*p):
 ])
 def test_a_table_by_hand(how, kept, cuts):
     lines = table(logits_of(0.5, 0.25, 0.15, 0.1), TOKENIZER, **how)
-    assert lines[-1].startswith(f"{kept} of 261 can be drawn; entropy 1.21 nats")
+    assert lines[-1].startswith(f"{kept} of 261 can be sampled; entropy 1.21 nats")
     rows = [line for line in lines[:-1] if not line.startswith("---")]
     assert rows[0].split() == ["0.5000", '"a"', "█" * 16] and rows[1].split() == ["0.2500", '"b"', "█" * 8]
     at = {sum(not line.startswith("-") for line in lines[:i]): line.split("  ")[1]
@@ -55,7 +55,7 @@ def test_allowed_is_what_sample_draws():
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)) * 2
     for how in ({}, {"top_k": 4}, {"top_p": 0.7}, {"temperature": 0.5, "top_k": 6, "top_p": 0.8},
                 {"temperature": 0}):
-        p = allowed(logits, **how).softmax(-1)[0]
+        p = filter_logits(logits, **how).softmax(-1)[0]
         drawn = sample(logits.expand(4000, 30), **how, generator=torch.Generator().manual_seed(2))
         share = torch.bincount(drawn, minlength=30) / 4000
         assert not share[p == 0].any() and (share - p).abs().max() < 0.03
@@ -64,25 +64,25 @@ def test_allowed_is_what_sample_draws():
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_a_walk_is_the_generators_and_its_numbers_are_right(both_ways):
     model, ids = make(), [97, 98, 99]
-    first, chosen = walk(model, ids, None, 6, None, None, temperature=0, both_ways=both_ways)
-    assert [t for t, _ in chosen] == generate(model, [ids], 6, temperature=0, both_ways=both_ways)[0]
+    first, chosen = walk(model, ids, None, 6, None, None, temperature=0, bidirectional_prompt=both_ways)
+    assert [t for t, _ in chosen] == generate(model, [ids], 6, temperature=0, bidirectional_prompt=both_ways)[0]
     assert all(p == 1 for _, p in chosen)
     dice = torch.Generator().manual_seed(3)
-    first, chosen = walk(model, ids, None, 6, dice, None, temperature=1.5, top_k=5, both_ways=both_ways)
-    sees = {"sees": torch.tensor([3])} if both_ways else {}
+    first, chosen = walk(model, ids, None, 6, dice, None, temperature=1.5, top_k=5, bidirectional_prompt=both_ways)
+    view = {"bidirectional_len": torch.tensor([3])} if both_ways else {}
     for n, (token, p) in enumerate(chosen):
         x = torch.tensor([ids + [t for t, _ in chosen[:n]]])
         with torch.no_grad():
-            logits = model.head(model.trunk(x, **sees)[0][:, -1])
+            logits = model.logits(model.hidden_states(x, **view)[0][:, -1])
         assert n or torch.allclose(first, logits[0], atol=1e-4)
-        assert p == pytest.approx(allowed(logits, 1.5, 5).softmax(-1)[0, token].item(), rel=1e-3)
+        assert p == pytest.approx(filter_logits(logits, 1.5, 5).softmax(-1)[0, token].item(), rel=1e-3)
     long = walk(model, ids, None, 99, dice, None)[1]
     assert len(long) == 24 - 3 + 1                                  # until the context is full
     assert len(walk(model, ids, None, 99, None, chosen[0][0], temperature=0)[1]) <= 22
 
 
 def test_columns(capsys):
-    beside([["a", "b"], ["c"]])
+    print_columns([["a", "b"], ["c"]])
     assert capsys.readouterr().out == "a" + " " * 45 + "c\nb\n"
 
 
@@ -98,18 +98,18 @@ def world(tmp_path_factory):
 
 def shown(capsys, init, *flags):
     capsys.readouterr()
-    assert train.main(["--task", "show", "--init", str(init), "--prompt", "ab", "--max_new", "4",
+    assert train.main(["--task", "show", "--init", str(init), "--prompt", "ab", "--max_new_tokens", "4",
                        *flags]) == 0
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("method, more", [
-    ("lora", []), ("ptuning2", ["--n_virtual", "3"]),
-    ("prompt", ["--n_virtual", "2", "--place", "{p:2} {prompt}"]),
+    ("lora", []), ("p_tuning_v2", ["--num_virtual_tokens", "3"]),
+    ("prompt_tuning", ["--num_virtual_tokens", "2", "--prompt_template", "{p:2} {prompt}"]),
 ])
 def test_base_and_tuned_side_by_side(method, more, world, tmp_path, capsys):
     learn = ["--init", str(world / "base"), "--data", str(world / "d.jsonl"), "--out", str(tmp_path / "r"),
-             "--method", method, "--steps", "3", "--max_new", "2", "--forget", "none", *more]
+             "--method", method, "--steps", "3", "--max_new_tokens", "2", "--forgetting_data", "none", *more]
     assert train.main(learn) == 0
     alone, both = shown(capsys, world / "base"), shown(capsys, tmp_path / "r")
     assert re.match(r"base +tuned$", both[0])

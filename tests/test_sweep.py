@@ -20,8 +20,8 @@ RANKS = (1, 2, 3, 4)
 
 def flags(world, rank):
     where = ["--init", str(world / "base"), "--data", str(world / "chat"), "--rank", str(rank)]
-    return [*where, "--steps", "150", "--batch", "4", "--max_new", "2", "--eval_every", "1000",
-            "--save_every", "5", "--forget", "none"]
+    return [*where, "--steps", "150", "--batch", "4", "--max_new_tokens", "2", "--eval_every", "1000",
+            "--save_every", "5", "--forgetting_data", "none"]
 
 
 def sweep(world, folder):
@@ -75,7 +75,7 @@ def test_a_sweep_that_is_killed_and_started_again_is_the_sweep(tmp_path, monkeyp
     for rank, folder in runs(whole).items():
         other = runs(cut)[rank]
         a, b = read_json(folder / "result.json"), read_json(other / "result.json")
-        for name in ("metrics", "baseline_metrics", "tokens", "right", "samples", "adapter_bytes"):
+        for name in ("metrics", "baseline_metrics", "tokens", "item_correct", "samples", "adapter_bytes"):
             assert a[name] == b[name], (rank, name)
         a, b = (read_tensors(f / "adapter" / "adapter_model.safetensors") for f in (folder, other))
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)

@@ -1,4 +1,4 @@
-"""Tables and pictures: the numbers of a table are those of the runs, and it claims no more than they show."""
+"""Tables and plots: their numbers are those of the runs, and they claim no more than the runs show."""
 import builtins
 import json
 import math
@@ -6,28 +6,34 @@ import math
 import pytest
 import tiny
 
-import train
-from data.runtime import flags as flags_
-from data.results import plots, tables
+from data.results import compare, plots, runs, tables
 from data.runtime.files import UserError, read_json
+from data.runtime.flags import parse
 from data.runtime.run_folder import Run, RunError
 
+RATES = {"full": 1e-3, "lora": 5e-3, "adalora": 1e-2, "prefix_tuning": 1e-3, "ia3": 3e-2, "none": None}
 
 
-def META(task):
-    return flags_.fields_of(task, train.CONCERNS)
+def config(flags):
+    """The stored flags of a run: each method has its own rate, and only two of these have a rank."""
+    given = dict(zip((word.removeprefix("--") for word in flags[::2]), flags[1::2]))
+    values = {"task": "sft", "method": "lora", "init": "data/base", "data": "toy", "seed": 1, **given}
+    values["lr"] = RATES[values["method"]]
+    if values["method"] in ("lora", "adalora"):
+        values.setdefault("rank", 8)
+    return values
 
 
-def make(folder, metrics=None, right="", data="d", log=(), flags=(), **result):
-    """A finished run of these flags, by hand."""
-    cfg = train.parse([*map(str, flags)])
-    told = {k: v for k, v in train.told(cfg).items() if k not in train.NOT_IDENTITY}
+def make(folder, metrics=None, item_correct="", data="d", log=(), flags=(), stored=None, **result):
+    """A finished run of these flags, by hand. stored: more entries of config.json."""
+    values = config(flags)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": told, "data_sha256": data}))
+    (folder / "config.json").write_text(json.dumps({"config": values, "data_sha256": data, **(stored or {})}))
     (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
     if metrics is not None:
-        done = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, metrics=metrics, right=right,
-                    params_trainable=1000, adapter_bytes=4000, peak_memory_mb=100.0, tokens_per_second=50)
+        done = dict(task=values["task"], method=values["method"], seed=values["seed"], metrics=metrics,
+                    item_correct=item_correct, params_trainable=1000, adapter_bytes=4000,
+                    peak_memory_mb=100.0, tokens_per_second=50)
         (folder / "result.json").write_text(json.dumps({**done, **result}))
     return folder
 
@@ -38,29 +44,42 @@ def seeds(tmp_path, name, values, flags=(), **more):
              **more)
 
 
+def table(pattern, *flags):
+    """What --task table does; raises UserError."""
+    return tables.show(parse(["--runs", str(pattern), *flags], [tables.TableFlags], {}, "", str))
+
+
 def shown(tmp_path, capsys, *flags):
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), *flags]) == 0
+    capsys.readouterr()
+    assert table(tmp_path / "*", *flags) == 0
     return capsys.readouterr().out
 
 
+def refused(tmp_path, *flags):
+    with pytest.raises(UserError) as error:
+        table(tmp_path / "*", *flags)
+    assert error.value.code == 2
+    return str(error.value)
+
+
 def grouped(tmp_path, by=None):
-    runs, rest = tables.gather([str(tmp_path / "*")])
-    by = by or tables.telling(runs, META)
-    return by, tables.group(runs, by, META)
+    found, _ = runs.gather([str(tmp_path / "*")])
+    fields = runs.group_fields(found, by)
+    return fields, runs.group(found, fields)
 
 
 # ----------------------------------------------------------------------------------------------------- groups
 
 def test_the_fields_that_differ_less_what_follows_from_them(tmp_path):
-    for method in ("full", "lora", "prefix"):           # each brings its own rate
+    for method in ("full", "lora", "prefix_tuning"):    # each has its own rate
         make(tmp_path / method, {"loss": 1}, flags=["--method", method])
         make(tmp_path / f"{method}2", {"loss": 1}, flags=["--method", method, "--seed", 2])
     assert grouped(tmp_path)[0] == ["method"]
     make(tmp_path / "r1", {"loss": 1}, flags=["--rank", 1])
     by, groups = grouped(tmp_path)
     assert by == ["method", "rank"]
-    assert list(groups) == [("full", None), ("lora", 1), ("lora", 8), ("prefix", None)]
-    assert [len(runs) for runs in groups.values()] == [2, 1, 2, 2]
+    assert list(groups) == [("full", None), ("lora", 1), ("lora", 8), ("prefix_tuning", None)]
+    assert [len(some) for some in groups.values()] == [2, 1, 2, 2]
 
 
 def test_numbers_sort_as_numbers(tmp_path):
@@ -99,31 +118,32 @@ def test_nothing_that_looks_like_a_run_is_left_out(tmp_path, capsys):
 def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
     make(tmp_path / "out" / "a", {"loss": 1})
     assert shown(tmp_path, capsys) == shown(tmp_path / "out", capsys)
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "nothing*")]) == 2
-    assert "no run folder" in capsys.readouterr().err
-    make(tmp_path / "cut")
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "cut"), "--compare", "1", "2"]) == 2
-    assert "nothing can be compared" in capsys.readouterr().err
+    assert "no run folder" in refused(tmp_path / "nothing")
+    make(tmp_path / "cut" / "a")
+    assert "nothing to compare" in refused(tmp_path / "cut", "--compare", "1", "2")
 
 
 def test_sizes():
-    said = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 192456: "192 kB", 3_740_160: "3.7 MB", 2e10: "20 GB"}
-    assert {n: tables.size(n) for n in said} == said
+    sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 192456: "192 kB", 3_740_160: "3.7 MB", 2e10: "20 GB"}
+    assert {n: tables.format_size(n) for n in sizes} == sizes
 
 
 def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
+    import train
     world = tiny.world(tmp_path)
-    for task, data, flags in (("sft", "chat", ["--max_new", "2"]), ("classify", "label", []),
-                              ("pretrain", "text", ["--block", "32"]), ("eval", "chat", ["--max_new", "2"])):
-        flags = flags + ["--steps", "2", "--method", "lora", "--forget", "none"] * (task != "eval")
+    for task, data, flags in (("sft", "chat", ["--max_new_tokens", "2"]), ("classify", "label", []),
+                              ("pretrain", "text", ["--block_size", "32"]),
+                              ("eval", "chat", ["--max_new_tokens", "2"])):
+        flags = flags + ["--steps", "2", "--method", "lora", "--forgetting_data", "none"] * (task != "eval")
         where = ["--init", world / "base", "--data", world / data, "--out", tmp_path / "out" / task]
         assert train.main(["--task", task, *map(str, where), *flags]) == 0
         result = read_json(tmp_path / "out" / task / "result.json")
         named = {"classify": "accuracy", "pretrain": None}.get(task, "exact_match")
-        assert len(result["right"]) == (8 if named else 0)
-        assert not named or result["right"].count("1") / 8 == result["metrics"][named]
+        assert len(result["item_correct"]) == (8 if named else 0)
+        assert not named or result["item_correct"].count("1") / 8 == result["metrics"][named]
     capsys.readouterr()
-    lines = shown(tmp_path / "out", capsys).splitlines()
+    assert train.main(["--task", "table", "--runs", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["task", "runs"]
     assert [line.split()[0] for line in lines[1:5]] == ["classify", "eval", "pretrain", "sft"]
     assert sum("[" in line for line in lines[1:5]) == 3     # the proportions, of one run each
@@ -144,22 +164,21 @@ def test_a_matrix_has_a_column_for_each_value_of_a_field(tmp_path, capsys):
     lines = shown(tmp_path, capsys, "--by", "task", "--across", "method", "--metric", "accuracy,loss")
     assert lines.splitlines()[1].split() == "sft 0.375 ± 0.177 - 0.625 ± 0.177".split()
     assert lines.splitlines()[2].split() == "tag 0.990 0.990 0.990".split()
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--across", "metod"]) == 2
-    assert "metod is no field of these runs; did you mean method?" in capsys.readouterr().err
+    assert "metod is no field of these runs; did you mean method?" in refused(tmp_path, "--across", "metod")
 
 
 def test_the_interval_of_three_seeds_is_students(tmp_path, capsys):
     seeds(tmp_path, "a", [0.90, 0.91, 0.92])
-    runs = tables.gather([str(tmp_path / "*")])[0]
+    found, _ = runs.gather([str(tmp_path / "*")])
     half = 4.3027 * 0.01 / math.sqrt(3)
-    assert tables.estimate(runs, "exact_match") == pytest.approx((0.91, 0.01, 0.91 - half, 0.91 + half))
+    assert runs.estimate(found, "exact_match") == pytest.approx((0.91, 0.01, 0.91 - half, 0.91 + half))
     assert "0.910 ± 0.010  [0.885, 0.935]" in shown(tmp_path, capsys)
 
 
 def test_one_run_has_wilsons_interval_of_its_items_if_it_is_a_proportion(tmp_path):
-    runs = [dict(config={}, result=dict(metrics={"exact_match": 0.8, "loss": 2.0}, right="1111111100"))]
-    assert tables.estimate(runs, "exact_match")[2:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert all(map(math.isnan, tables.estimate(runs, "loss")[1:]))
+    one = [dict(config={}, result=dict(metrics={"exact_match": 0.8, "loss": 2.0}, item_correct="1111111100"))]
+    assert runs.estimate(one, "exact_match")[2:] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert all(map(math.isnan, runs.estimate(one, "loss")[1:]))
 
 
 def test_what_is_not_finite_is_said_and_not_averaged(tmp_path, capsys):
@@ -190,8 +209,7 @@ def test_a_row_that_mixes_settings_says_so(tmp_path, capsys):
     assert "Rows average over rank; --by method,rank splits" in out
     assert out.splitlines()[1].split()[1:5] == ["4", "0.550", "±", "0.058"]
     assert "[" not in out                               # four runs, but not four seeds
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--by", "rnk"]) == 2
-    assert "did you mean rank?" in capsys.readouterr().err
+    assert "did you mean rank?" in refused(tmp_path, "--by", "rnk")
 
 
 # ------------------------------------------------------------------------------------------------------ A - B
@@ -199,8 +217,8 @@ def test_a_row_that_mixes_settings_says_so(tmp_path, capsys):
 def test_pairs_by_seed_and_by_item(tmp_path, capsys):
     """Seed noise that both sides share cancels: the difference is sharp where the levels are not."""
     for seed, (a, b) in enumerate([("1110", "1100"), ("1111", "1110"), ("1100", "1000")], 1):
-        for rank, right in ((8, a), (2, b)):
-            make(tmp_path / f"{rank}-{seed}", {"exact_match": right.count("1") / 4}, right,
+        for rank, correct in ((8, a), (2, b)):
+            make(tmp_path / f"{rank}-{seed}", {"exact_match": correct.count("1") / 4}, correct,
                  flags=["--rank", rank, "--seed", seed])
     out = shown(tmp_path, capsys, "--compare", "rank=8", "2")
     assert "pairs of runs: 3" in out and "by seed  +0.2500 ± 0.0000  95 % [+0.2500, +0.2500]" in out
@@ -208,8 +226,8 @@ def test_pairs_by_seed_and_by_item(tmp_path, capsys):
 
 
 def test_the_sign_test_by_counting():
-    assert tables.sign(0, 0) == 1 and tables.sign(5, 0) == 2 / 32 and tables.sign(3, 3) == 1
-    assert tables.sign(1, 7) == pytest.approx(2 * (8 + 1) / 256)
+    assert compare.sign_test(0, 0) == 1 and compare.sign_test(5, 0) == 2 / 32 and compare.sign_test(3, 3) == 1
+    assert compare.sign_test(1, 7) == pytest.approx(2 * (8 + 1) / 256)
 
 
 def test_pairs_leave_other_fields_equal(tmp_path, capsys):
@@ -228,22 +246,100 @@ def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
         for rank in (2, 8):
             make(tmp_path / f"lora{rank}{seed}", {"loss": 1.5}, flags=["--rank", rank, "--seed", seed])
     assert "pairs of runs: 2" in shown(tmp_path, capsys, "--compare", "method=lora,rank=8", "full")
-    for a, b, says in (("lora", "full", "say more, as lora,"), ("prefix", "full", "value of 0 fields"),
-                       ("rank=3", "full", "rank: - 2 8")):
-        assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--compare", a, b]) == 2
-        assert says in capsys.readouterr().err
+    for a, b, sentence in (("lora", "full", "select one, as lora,rank="),
+                           ("prefix", "full", "value of 0 fields"), ("rank=3", "full", "rank: - 2 8")):
+        assert sentence in refused(tmp_path, "--compare", a, b)
     make(tmp_path / "other", {"loss": 1.0}, flags=["--rank", 4], data="other")
-    assert train.main(["--task", "table", "--runs", str(tmp_path / "*"), "--compare", "4", "full"]) == 2
-    assert "different data" in capsys.readouterr().err
+    assert "different data" in refused(tmp_path, "--compare", "4", "full")
+    assert refused(tmp_path, "--compare", "full") == "--compare needs 2 values"
 
 
 def test_the_metric_that_a_run_is_about():
     for metrics, name in (({"loss": 1, "exact_match": 0}, "exact_match"), ({"kl": 1, "gold": 0}, "gold"),
                           ({"x": 1, "y": 2}, "x"), ({}, None)):
-        assert tables.main_metric({"result": {"metrics": metrics}}) == name
+        assert runs.main_metric({"result": {"metrics": metrics}}) == name
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------- code
+
+def test_runs_of_different_code_are_never_averaged(tmp_path, capsys):
+    """NAME.<hash>, the folder that was moved aside, is a run as well."""
+    seeds(tmp_path, "r", [0.8, 0.9], stored={"code": "cd34"})
+    assert shown(tmp_path, capsys).splitlines()[0].split()[:2] == ["method", "runs"]     # one code: no column
+    for seed, x in ((1, 0.2), (2, 0.3)):
+        make(tmp_path / f"r-s{seed}.ab12", {"exact_match": x}, flags=["--seed", seed],
+             stored={"code": "ab12"})
+    make(tmp_path / "old", {"exact_match": 0.5})
+    for flags in ((), ("--by", "method"), ("--by", "method,code")):
+        lines = [line.split() for line in shown(tmp_path, capsys, *flags).splitlines()[:4]]
+        assert [line[:4] for line in lines] == [
+            ["method", "code", "runs", "exact_match"], ["lora", "-", "1", "0.500"],
+            ["lora", "ab12", "2", "0.250"], ["lora", "cd34", "2", "0.850"]]
+    lines = [line.split() for line in shown(tmp_path, capsys, "--by", "code").splitlines()[:4]]
+    assert [line[0] for line in lines] == ["code", "-", "ab12", "cd34"]
+    assert "code" in shown(tmp_path, capsys, "--across", "seed").split("\n")[0]
+
+
+def test_a_new_definition_or_another_method_is_not_other_code(tmp_path):
+    """Codes are the same if the definitions that both executed are; the first one's hash stands for them."""
+    order = "model.py: GPTConfig, order of fields"
+    model = {"model.py: GPT.forward": "1", order: ["a", "b"]}
+    versions = {"1": {**model, "lora.py: LoRA.forward": "2"},
+                "2": {**model, "lora.py: LoRA.forward": "2", "lora.py: New": "3"},
+                "3": {**model, "prompts.py: PTuning": "4", order: ["a", "x", "b"]},
+                "4": {**model, "lora.py: LoRA.forward": "5"},
+                "5": {"other.py: f": "1"}}
+    for code, hashes in versions.items():
+        make(tmp_path / code, {"loss": 1.0}, flags=["--seed", int(code)],
+             stored={"code": code, "code_hashes": hashes})
+    _, groups = grouped(tmp_path, ["method"])
+    assert {key: [run["folder"].name for run in some] for key, some in groups.items()} == {
+        ("lora", "1"): ["1", "2", "3"], ("lora", "4"): ["4"], ("lora", "5"): ["5"]}
+
+
+def test_equal_flags_over_another_content_are_separate_rows(tmp_path):
+    """Edited data, another base or reward under the same name."""
+    for seed, data in ((1, "old"), (1, "new"), (2, "new")):
+        make(tmp_path / f"{data}{seed}", {"loss": 1.0}, flags=["--seed", seed], data=data)
+    fields, groups = grouped(tmp_path)
+    assert fields == ["method", "data_hash"] and sorted(map(len, groups.values())) == [1, 2]
+    for seed in (1, 2):                                 # weights that were drawn from the seed
+        make(tmp_path / "new" / str(seed), {"loss": 1}, flags=["--seed", seed],
+             stored={"base_sha256": str(seed)})
+    assert grouped(tmp_path / "new")[0] == ["method"]
+    make(tmp_path / "new" / "again", {"loss": 1}, flags=["--seed", 1], stored={"base_sha256": "other"})
+    assert grouped(tmp_path / "new")[0] == ["method", "base_hash"]
+
+
+def test_pairs_have_one_code(tmp_path, capsys):
+    for code, loss in (("ab12", 1.0), ("cd34", 1.5)):
+        for seed in (1, 2):
+            make(tmp_path / f"lora{seed}.{code}", {"loss": loss}, flags=["--seed", seed],
+                 stored={"code": code})
+    out = shown(tmp_path, capsys, "--compare", "code=cd34", "code=ab12")
+    assert "pairs of runs: 2" in out and "by seed  +0.5000" in out
+    assert "code     cd34 - ab12: the two sides were computed by different code" in out
+    make(tmp_path / "full1", {"loss": 3.0}, flags=["--method", "full"], stored={"code": "ab12"})
+    out = shown(tmp_path, capsys, "--compare", "full", "lora")
+    assert "pairs of runs: 1, runs without a partner: 3" in out and "by seed  +2.0000" in out
+    assert "different code" not in out
+    out = shown(tmp_path, capsys, "--compare", "full", "lora,code=cd34")
+    assert "by seed  +1.5000" in out and "ab12 - cd34: the two sides" in out
+    make(tmp_path / "full1.b", {"loss": 3.0}, flags=["--method", "full"], stored={"code": "cd34"})
+    assert "pairs of different code (ab12 cd34); select one, as full,code=" in refused(
+        tmp_path, "--compare", "full", "lora")
+    make(tmp_path / "ia3", {"loss": 3.0}, flags=["--method", "ia3"], stored={"code": "ef56"})
+    assert "no two runs have the same seed and both have loss. Their code differs" in refused(
+        tmp_path, "--compare", "ia3", "full")
+
+
+def test_results_that_keep_accepted_are_named(tmp_path, capsys):
+    make(tmp_path / "a", {"loss": 1}, kept=["lora.py: LoRA.forward"])
+    out = shown(tmp_path, capsys)
+    assert "a is from before a change of code, accepted by --keep: lora.py: LoRA.forward" in out
+
+
+# --------------------------------------------------------------------------------------------------- plots
 
 def curve(seed, rank=8, **last):
     log = [dict(event="baseline", step=0, exact_match=0.0)]
@@ -260,7 +356,7 @@ def rlhf(beta):
 
 @pytest.mark.parametrize("what, end", [("step", "png"), ("rank", "svg"), ("method", "svg"), ("ranks", "svg"),
                                        ("sqrt_kl", "svg")])
-def test_every_picture(what, end, tmp_path, capsys):
+def test_every_plot(what, end, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for seed in (1, 2):
         for rank in (2, 8):
@@ -279,28 +375,29 @@ def test_every_picture(what, end, tmp_path, capsys):
         assert file.read_text().count("<path") > 20
 
 
-def test_the_picture_that_fits(tmp_path):
-    assert plots.choose(grouped(make(tmp_path / "a" / "x", {"loss": 1}).parent)[1], ["method"]) == "step"
+def test_the_axis_that_is_chosen(tmp_path):
+    assert plots.choose_axis(grouped(make(tmp_path / "a" / "x", {"loss": 1}).parent)[1], ["method"]) == "step"
     make(tmp_path / "a" / "y", {"loss": 1}, flags=["--rank", 2])
     by, groups = grouped(tmp_path / "a")
-    assert plots.choose(groups, by) == "rank"
+    assert plots.choose_axis(groups, by) == "rank"
     for i, method in enumerate(("lora", "lora", "adalora")):
-        make(tmp_path / "b" / str(i), {"loss": 1}, flags=["--method", method, "--seed", i])
+        log = [dict(event="prune", step=1, ranks={"blocks.0.attn.q": 2})] if method == "adalora" else ()
+        make(tmp_path / "b" / str(i), {"loss": 1}, log=log, flags=["--method", method, "--seed", i])
     by, groups = grouped(tmp_path / "b")
-    assert plots.choose(groups, by) == "step"
-    assert plots.choose({k: v for k, v in groups.items() if k == ("adalora",)}, by) == "ranks"
+    assert plots.choose_axis(groups, by) == "step"
+    assert plots.choose_axis({k: v for k, v in groups.items() if k == ("adalora",)}, by) == "ranks"
     make(tmp_path / "c" / "z", {"loss": 1}, log=rlhf(1))
-    assert plots.choose(grouped(tmp_path / "c")[1], ["method"]) == "sqrt_kl"
+    assert plots.choose_axis(grouped(tmp_path / "c")[1], ["method"]) == "sqrt_kl"
 
 
 @pytest.mark.parametrize("values, log", [
     ([1, 2, 4, 8], True), ([1e-4, 3e-4, 1e-3], True), ([1, 2, 3, 4], False), ([0, 1, 10], False),
     ([1, 8], False), ([10, 20, 30], False)])
 def test_axes_are_logarithmic_where_values_grow_by_factors(values, log):
-    assert plots.geometric(values) == log
+    assert plots.grows_by_factors(values) == log
 
 
-def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_a_sentence(tmp_path, monkeypatch):
     make(tmp_path / "a", {"loss": 1})
     real = builtins.__import__
 
@@ -310,56 +407,16 @@ def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    plot = ["--task", "table", "--runs", str(tmp_path / "*"), "--plot", str(tmp_path / "p.png")]
-    assert train.main(plot) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install matplotlib" in refused(tmp_path, "--plot", str(tmp_path / "p.png"))
 
 
-def test_pictures_that_cannot_be(tmp_path, capsys):
+def test_plots_that_cannot_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     make(tmp_path / "a", {"loss": 1}, log=curve(1))
-    make(tmp_path / "none", {"loss": 1}, flags=["--method", "none"])
-    none = ["--task", "table", "--runs", str(tmp_path / "none"), "--plot", "p.png", "--x", "step"]
-    assert train.main(none) == 2 and "no steps of training" in capsys.readouterr().err
-    for file, x, says in (("p.jpeg", "step", "must end in"), ("no/such/p.png", "step", "cannot be written"),
+    make(tmp_path / "none" / "a", {"loss": 1}, flags=["--method", "none"])
+    assert "no steps of training" in refused(tmp_path / "none", "--plot", "p.png", "--x", "step")
+    for file, x, sentence in (("p.jpeg", "step", "must end in"),
+                              ("no/such/p.png", "step", "cannot be written"),
                           ("p.png", "ranks", "--method adalora"), ("p.png", "sqrt_kl", "gold"),
                           ("p.png", "rank", "name it in --by")):
-        flags = ["--task", "table", "--runs", str(tmp_path / "*"), "--plot", file, "--x", x]
-        assert train.main(flags) == 2
-        assert says in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------ failed runs
-
-def test_a_failed_run_says_why_and_the_next_try_starts_clean(tmp_path):
-    """Also where it failed before config.json; a signal is no failure; nor is a folder in use."""
-    run = Run(tmp_path / "r", {"rank": 4})
-    for error, reason in ((UserError("no such file"), "no such file"), (KeyError("x"), "KeyError: 'x'")):
-        with pytest.raises(type(error)), run.opened():
-            assert not run.failed.exists()
-            raise error
-        assert read_json(run.failed) == {"reason": reason, "config": {"rank": 4}}
-        assert run.finished() is None                   # the folder is ours, to be tried again
-    with run.opened():
-        with pytest.raises(UserError), Run(tmp_path / "r", {"rank": 4}).opened():
-            pass
-        assert not run.failed.exists()
-    with pytest.raises(KeyboardInterrupt), run.opened():
-        raise KeyboardInterrupt
-    assert not run.failed.exists()
-
-
-def test_every_finished_run_has_its_line(tmp_path):
-    """A kill between result.json and results.jsonl is made good by the same command, once."""
-    lines = tmp_path / "results.jsonl"
-    for name in ("a", "ab"):
-        run = Run(tmp_path / name, {"rank": 4})
-        with run.opened():
-            run.start({})
-            run.finish({"status": "done", "right": "1", "samples": []})
-    written = lines.read_text()
-    assert written.count("\n") == 2 and "right" not in written
-    lines.write_text(written.splitlines()[1] + "\n")
-    for _ in range(2):
-        assert Run(tmp_path / "a", {"rank": 4}).finished()["status"] == "done"
-        assert sorted(lines.read_text().splitlines()) == sorted(written.splitlines())
+        assert sentence in refused(tmp_path, "--plot", file, "--x", x)

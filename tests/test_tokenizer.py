@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from make_tokenizer_fixtures import FAMILIES, FIXTURE, digest, mark, strings
 
-from data.text.bpe import BYTE, CHAR, DIGITS, GPT2, learn, ranked, splitter
+from data.text.bpe import BYTE, CHAR, DIGITS, GPT2, compile_pattern, learn_merges, tiktoken_order
 from data.runtime.files import DataError
 from data.text.tokenizer import Tokenizer
 
@@ -122,15 +122,15 @@ def test_any_list_of_merges_is_followed_or_refused(whole):
 def test_ways_to_a_token_that_stand_apart_are_refused():
     vocab, one, two, other = {"a", "b", "aa", "aaa", "baa"}, ("a", "aa"), ("aa", "a"), ("b", "aa")
     with pytest.raises(DataError, match='"aaa"'):       # of baaa tiktoken would make b aaa, the list baa a
-        ranked(vocab, [one, other, two, ("a", "a")], whole=True)
-    assert ranked(vocab, [other, one, two, ("a", "a")], whole=True) == ["baa", "aaa", "aa"]
+        tiktoken_order(vocab, [one, other, two, ("a", "a")], ignore_merges=True)
+    assert tiktoken_order(vocab, [other, one, two, ("a", "a")], ignore_merges=True) == ["baa", "aaa", "aa"]
 
 
 def test_the_rule_of_digits_is_two_rules_one_after_the_other():
     for text in TEXTS:
         stretches = re.split(r"(\d)", "".join(c if not c.isnumeric() else "7" for c in text))
-        want = [s for part in stretches for s in ([part] if part == "7" else splitter(GPT2).findall(part))]
-        assert splitter(DIGITS).findall("".join(stretches)) == want, text
+        want = [s for part in stretches for s in ([part] if part == "7" else compile_pattern(GPT2).findall(part))]
+        assert compile_pattern(DIGITS).findall("".join(stretches)) == want, text
 
 
 # ---- special tokens ----------------------------------------------------------------------------------------
@@ -273,15 +273,15 @@ def test_learning_equals_counting_anew(seed):
     draw = random.Random(seed)
     words = Counter("".join(draw.choice("aab é") for _ in range(draw.randrange(1, 9))) for _ in range(100))
     words["aaaaaaaaaaaaa"] = 20
-    assert learn(words, 10 ** 9) == naive(words, 10 ** 9)           # until nothing is left to join
-    text = Counter(splitter(DIGITS).findall(" ".join(TEXTS[seed * 100:seed * 100 + 100])))
-    assert learn(text, 99) == naive(text, 99)
+    assert learn_merges(words, 10 ** 9) == naive(words, 10 ** 9)           # until nothing is left to join
+    text = Counter(compile_pattern(DIGITS).findall(" ".join(TEXTS[seed * 100:seed * 100 + 100])))
+    assert learn_merges(text, 99) == naive(text, 99)
 
 
 def test_learned_pairs_by_hand():
-    tokens, pairs = learn(Counter({"abab": 3, "ab": 1, "bc": 2, "é": 1}), 3)
+    tokens, pairs = learn_merges(Counter({"abab": 3, "ab": 1, "bc": 2, "é": 1}), 3)
     assert pairs == [(97, 98), (256, 256), (98, 99)] and tokens[256:] == [b"ab", b"abab", b"bc"]
-    assert learn(Counter({"abab": 3, "bc": 2}), 2, {b"ab"})[0][256:] == [b"ba", b"aba"]
+    assert learn_merges(Counter({"abab": 3, "bc": 2}), 2, {b"ab"})[0][256:] == [b"ba", b"aba"]
 
 
 def test_training_is_a_function_of_the_text():
@@ -369,10 +369,10 @@ FAULTS = [
     (model(byte_fallback=True), "SentencePiece"), (model(type="Unigram"), "Unigram"),
     (model(type="WordPiece"), "WordPiece"), (model(dropout=0.1), "dropout"),
     (model(end_of_word_suffix="</w>"), "end_of_word_suffix"), (model(merges=2 * [["a", "b"]]), "pair twice"),
-    (model(merges=[["a", "zzz"]]), "not in its vocabulary"), (model(merges=[list("abc")]), "not a tokenizer"),
-    (model(merges=7), "not a tokenizer"), (model(vocab=[]), "not a tokenizer"),
-    (top(model=None), "not a tokenizer"), (lambda spec: spec.pop("model"), "not a tokenizer"),
-    (lambda spec: spec.pop("pre_tokenizer"), "not a tokenizer"),
+    (model(merges=[["a", "zzz"]]), "not in its vocabulary"), (model(merges=[list("abc")]), "not the files of a tokenizer"),
+    (model(merges=7), "not the files of a tokenizer"), (model(vocab=[]), "not the files of a tokenizer"),
+    (top(model=None), "not the files of a tokenizer"), (lambda spec: spec.pop("model"), "not the files of a tokenizer"),
+    (lambda spec: spec.pop("pre_tokenizer"), "not the files of a tokenizer"),
     (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "▁"),
     (lambda spec: spec["model"]["vocab"].update({"a": 5}), "share an id"),
     (lambda spec: spec["added_tokens"][0].update(id=7), "share an id"),
@@ -413,7 +413,7 @@ def test_missing_bytes_need_no_unknown_token():
     ("tokenizer.model", "\n", "SentencePiece"), ("vocab.json", "{}", "merges.txt"),
     ("tokenizer_config.json", '{"eos_token": "</s>"}', "</s>"),
     ("tokenizer_config.json", "[]", "JSON object"),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "not a tokenizer"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "not the files of a tokenizer"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):
     if name == "tokenizer_config.json":

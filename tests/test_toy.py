@@ -1,4 +1,4 @@
-"""The toy world: the same for everybody, split by content, consistent, and judged as it should be."""
+"""The toy world: reproducible, split by content, consistent, with a gold reward that orders answers."""
 import hashlib
 import json
 import math
@@ -13,7 +13,7 @@ from data import toy
 from data.toy import tasks
 from data.toy.world import World
 
-KINDS = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
+ROW_TYPES = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
          "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
          "toy/prompts": "prompt", "toy/corpus": "text"}
 
@@ -29,8 +29,8 @@ def digest(some):
     return hashlib.sha256(json.dumps(some).encode()).hexdigest()[:12]
 
 
-def test_the_world_is_the_one_the_base_model_has_read(rows):
-    """Another draw anywhere is another world, about which data/base knows nothing: make it again, then."""
+def test_the_world_is_the_one_of_the_base_model(rows):
+    """Another random draw anywhere gives another world; data/base must then be trained again."""
     assert {name: digest(rows[name, "test"]) for name in ("toy", "toy/questions", "toy/corpus")} == GOLDEN
     assert digest(toy.rows("toy", "test", seed=1)) != GOLDEN["toy"]
 
@@ -45,17 +45,17 @@ def test_order_does_not_depend_on_hashing(rows):
 
 
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_sizes_kinds_and_no_row_twice(name, rows):
+def test_sizes_row_types_and_no_row_twice(name, rows):
     for split in toy.SPLITS:
         some = rows[name, split]
         assert 50 < len(some) <= toy.SIZES.get(name, toy.SIZE)[toy.SPLITS.index(split)]
         assert len({json.dumps(row, sort_keys=True) for row in some}) == len(some)
         data = formats.load(name, split)
-        assert data.kind == KINDS[name] and len(data.rows) == len(some) and not data.dropped
+        assert data.row_type == ROW_TYPES[name] and len(data.rows) == len(some) and not data.dropped
 
 
 @pytest.mark.parametrize("name", [n for n in toy.NAMES if n != "toy/corpus"])
-def test_what_is_asked_in_test_is_not_asked_in_train(name, rows):
+def test_prompts_of_test_do_not_occur_in_train(name, rows):
     def asked(row):
         return json.dumps(row.get("prompt") or row.get("text") or row.get("tokens") or row["messages"][:3])
     train = {asked(row) for row in rows[name, "train"]}
@@ -68,15 +68,15 @@ def test_the_corpus_holds_no_held_out_question_or_message(rows):
     for name in ("toy/questions", "toy/spam"):
         for row in rows[name, "test"]:
             assert (row.get("prompt") or row["text"]) not in corpus
-    assert all(f"{name}" in corpus for name in World().names)               # but everybody is talked about
+    assert all(f"{name}" in corpus for name in World().names)               # but everybody is mentioned
 
 
-def test_answers_agree_with_the_world_and_are_told_in_it(rows):
+def test_answers_agree_with_the_world(rows):
     world = World()
     for row in rows["toy/questions", "test"]:
         who = next(name for name in world.names if name in row["prompt"])
-        said = row["completion"].lower().rstrip(".")
-        assert any(said.endswith(str(fact).lower()) for fact in world.people[who].values()), row
+        stated = row["completion"].lower().rstrip(".")
+        assert any(stated.endswith(str(fact).lower()) for fact in world.people[who].values()), row
 
 
 def test_tags_agree_with_the_words(rows):
@@ -115,7 +115,7 @@ def test_gold_by_hand():
 
 
 def test_comparisons_are_as_noisy_as_they_say(rows):
-    """The judge agrees with P = sigmoid(difference / TAU) of the pairs on average; count both sides."""
+    """The gold reward agrees with P = sigmoid(difference / TAU) of the pairs on average; count both sides."""
     agree, expected, n = 0, 0.0, 0
     for row in rows["toy/preferences", "train"]:
         g = [toy.gold(row["prompt"], answer) for answer in row["responses"]]
@@ -132,7 +132,7 @@ def test_the_script_writes_files_that_load(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "NAMES", ("toy/prompts", "toy/spam"))
     monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
     tasks.main()
-    assert formats.load(str(tmp_path / "toy" / "spam"), "test").kind == "label"
+    assert formats.load(str(tmp_path / "toy" / "spam"), "test").row_type == "label"
 
 
 def test_rows_that_draw_leave_the_global_generator_alone():

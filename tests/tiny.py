@@ -27,11 +27,11 @@ def stopped(monkeypatch, at, go):
     """go(), cut in the middle of step `at`, at one micro-batch a step; afterwards all is as it was before."""
     original, calls = evaluate.summed_loss, []
 
-    def cut(kit, examples, past):
+    def cut(ctx, examples, past):
         calls.append(torch.is_grad_enabled())
         if sum(calls) == at and torch.is_grad_enabled():
             raise Stop
-        return original(kit, examples, past)
+        return original(ctx, examples, past)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(evaluate, "summed_loss", cut)

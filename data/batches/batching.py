@@ -1,72 +1,88 @@
-"""data/batches/batching.py: which examples make a step, and how they become two tensors.
+"""data/batches/batching.py: which examples form a step, and how they become two tensors.
 
-    plan      lengths -> steps of examples about equally long, in random order: nearly no padding
-    micro     a step -> micro-batches under a budget of padded tokens, rows x longest: memory, not mathematics
-    collate   examples -> x, y (B, T): y[b, t] is the target of position t, -1 where nothing is learnt
-    blocks    one long stream -> where the windows of an epoch start, at a new offset each epoch
+    plan                    lengths -> steps: lists of examples of similar length, in random order
+    split_by_token_budget   a step -> micro-batches under a budget of padded tokens (rows x longest)
+    collate                 examples -> x, y (B, T); y[b, t] is the target of position t, -1 for none
+    blocks                  a stream of ids -> the starts of an epoch's windows
 
-Order is a pure function of (seed, epoch), so there is no data state to save or restore.
+Every order is a pure function of (seed, epoch), so no data state is saved or restored.
 
-Grouping sorts a whole epoch by length, each length stretched by up to 5 % at random, cuts it into steps, and
-shuffles the steps. Two things keep an epoch from meeting the steps of another: the stretch, and the one short
-step (n is rarely a multiple of the batch), which is cut at a random place and so shifts the others; it comes
-last. The usual sorting inside pools of 50 steps pads 9 % on short messages in batches of 16, this 3.5 %.
+Grouping by length. The whole epoch is sorted by length, each length scaled by a random factor of up to 1.05,
+and cut into steps; the steps are shuffled. Two things make the steps of different epochs differ: the random
+factor, and the position of the one short step (n is rarely a multiple of the batch), which shifts all steps
+behind it; the short step comes last. Deviation from the usual sorting within pools of 50 steps: less padding.
 
-Public: plan, micro, collate, blocks, padding_waste
+Public: plan, split_by_token_budget, collate, blocks, padding_waste
 """
 import numpy as np
 import torch
 
-JITTER = 0.05                                           # how wrongly grouping sorts, on purpose
+JITTER = 0.05                                           # lengths are scaled by up to 1.05 before sorting
 
 
 def _generator(seed, epoch):
-    return np.random.default_rng([int(seed < 0), abs(int(seed)), int(epoch)])   # any integer is its own seed
+    sign = int(seed < 0)                                # numpy takes no negative seeds
+    return np.random.default_rng([sign, abs(int(seed)), int(epoch)])
 
 
 def plan(lengths, batch, seed, epoch, group=True):
-    """Steps, lists of `batch` indices, the last of them perhaps shorter; every example once."""
+    """The steps of an epoch: lists of `batch` indices into lengths, every index once.
+
+    The last step may be shorter. group=False: random steps instead of steps of similar length.
+    """
     n = len(lengths)
     if n == 0:
         return []
     rng = _generator(seed, epoch)
-    order = np.argsort(lengths * (1 + JITTER * rng.random(n))) if group else rng.permutation(n)
-    sizes = np.full(-(-n // batch), batch)
-    short = rng.integers(len(sizes))
-    sizes[short] -= -n % batch
+    if group:
+        order = np.argsort(lengths * (1 + JITTER * rng.random(n)))
+    else:
+        order = rng.permutation(n)
+    n_steps = -(-n // batch)
+    sizes = np.full(n_steps, batch)
+    short = rng.integers(n_steps)
+    sizes[short] -= n_steps * batch - n
     steps = np.split(order, sizes.cumsum()[:-1])
-    return [steps[i].tolist() for i in rng.permutation(len(steps)) if i != short] + [steps[short].tolist()]
+    shuffled = [steps[i].tolist() for i in rng.permutation(n_steps) if i != short]
+    return [*shuffled, steps[short].tolist()]
 
 
-def micro(indices, lengths, tokens):
-    """Micro-batches, shortest examples first; rows x longest <= tokens, or one row that alone is longer."""
+def split_by_token_budget(indices, lengths, tokens):
+    """Micro-batches of indices, shortest first, with rows x longest <= tokens each.
+
+    An example longer than the budget forms a micro-batch of its own.
+    """
     parts = []
     for i in sorted(indices, key=lambda i: lengths[i]):
-        if not parts or (len(parts[-1]) + 1) * lengths[i] > tokens:
+        fits = parts and (len(parts[-1]) + 1) * lengths[i] <= tokens
+        if not fits:
             parts.append([])
         parts[-1].append(i)
     return parts
 
 
 def collate(examples, pad=0):
-    """Right-padded x, y (B, T) int64 of (ids, mask) pairs; the shift by one happens here and nowhere else.
+    """x, y (B, T) int64, right-padded, of (ids, mask) pairs. The shift by one happens here and nowhere else.
 
-    Causal attention never looks right, so `pad` is any valid id: padding is known by length, never by value.
+    A causal model never attends to the right, so `pad` may be any valid id: padding is recognised by length.
     """
+    B = len(examples)
     T = max(1, max(len(ids) for ids, _ in examples) - 1)
-    x, y = np.full((len(examples), T), pad), np.full((len(examples), T), -1)
+    x = np.full((B, T), pad)
+    y = np.full((B, T), -1)
     for b, (ids, mask) in enumerate(examples):
         n = len(ids) - 1                                # the last token is only a target
         x[b, :n] = ids[:-1]
-        y[b, :n] = np.where(mask[1:], ids[1:], -1)      # the *target* must be supervised, not the position
+        y[b, :n] = np.where(mask[1:], ids[1:], -1)      # mask[i] belongs to the target i, not to its position
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def blocks(length, block, seed, epoch):
-    """Starts of an epoch's windows, shuffled; a window is stream[start : start + block + 1], `block` targets.
+    """Starts of an epoch's windows over a stream, shuffled. A window is stream[start:start + block + 1].
 
-    No token is a target twice. The first window begins at a random offset, so that each epoch cuts elsewhere;
-    their number is the same in each. A stream shorter than a window gives one start, and a short window.
+    A window has `block` targets, and no token is a target twice. The first window starts at a random
+    offset, so that the windows of different epochs differ; their number is always the same. A stream
+    shorter than one window gives one start, 0, and a short window.
     """
     rng = _generator(seed, epoch)
     n = max(1, (length - block) // block)
@@ -75,6 +91,10 @@ def blocks(length, block, seed, epoch):
 
 
 def padding_waste(steps, lengths):
-    """The share of padded tokens that are padding: 1 - real / (rows x longest), over all steps."""
-    padded = sum(len(step) * max(lengths[i] for i in step) for step in steps)
-    return 1 - sum(lengths[i] for step in steps for i in step) / padded
+    """The fraction of padded tokens that are padding: 1 - real / (rows x longest), over all steps."""
+    real = 0
+    padded = 0
+    for step in steps:
+        real += sum(lengths[i] for i in step)
+        padded += len(step) * max(lengths[i] for i in step)
+    return 1 - real / padded

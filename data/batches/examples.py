@@ -1,259 +1,288 @@
-"""data/batches/examples.py: rows become examples, examples become the batches of a step.
+"""data/batches/examples.py: rows -> examples -> the micro-batches of a step.
 
-    example   (ids, mask)    mask[i] is true where token i is to be predicted: answers and their end tokens
-              Example        all else (objectives.py); for a head: a label's number, at the last token of a
-                             text or the first of a word
-              Ranking        a prompt with answers of which some are better than others
-    step      `batch` examples, cut into micro-batches under a budget of padded tokens
+    (ids, mask)   mask[i] is true where token i is a target: answers and their end tokens
+    Example       where that is not enough (objectives.py): other targets, bidirectional attention, a head
+    Ranking       a prompt with better and worse answers (row_types.py)
 
-Text is rendered for training, scoring and generation in one place, `Text`: what a model was trained on is
-what it is asked with. Feed is a pure function of (seed, step): there is no data state to save or to restore.
+    rows --Text.encode--> examples --Feed(step)--> micro-batches --objectives.collate--> tensors
 
-Public: Text, Feed, Ranking, targets, size, shown
+Text renders a row in one place for training, scoring and generation, so that a model is prompted with
+exactly the tokens that it was trained on. Feed is a pure function of (seed, step): no data state is saved
+or restored.
+
+Public: Text, Feed, Ranking, targets, size, display
 """
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from data.batches import batching, objectives
-from data.text import chat, entities
-from data.runtime.files import DataError
 from data.batches.objectives import Example
-from data.runtime.run_folder import note
+from data.batches.row_types import ROW_TYPES, Ranking, row_type_of
+from data.text import chat
+from data.runtime.files import DataError
+from data.runtime.flags import flag
+from data.runtime.run_folder import log_progress
 
 
-class Ranking(NamedTuple):
-    prompt: list                    # ids
-    answers: list                   # lists of ids, each with its end token
-    ranks: list                     # one per answer, smaller is better; of two 0 and the margin of the votes
-    reference: tuple = ()           # DPO: log-probabilities of the two answers before training
+@dataclass(frozen=True)
+class TextFlags:
+    """text"""
+    template: str = flag("auto", "chat template", choices=("auto",) + chat.TEMPLATES)
+    system: str = flag(None, "system message; default: the template's own", type=str)
+
+
+@dataclass(frozen=True)
+class BlockFlags:
+    """text"""
+    block_size: int = flag(None, "longest example in tokens; default: the context, at most 1024", type=int,
+                           low=2)
+
+
+@dataclass(frozen=True)
+class TooLongFlags:
+    """text"""
+    too_long: str = flag("truncate", "what to do with longer examples", choices=("truncate", "drop", "error"))
+
+
+@dataclass(frozen=True)
+class ClassifyFlags:
+    """classify"""
+    classifier: str = flag("lm", "answer with a label word, or use a linear head", choices=("lm", "head"))
+    question: str = flag(None, "the question behind each text; default: one that names the labels", type=str)
+
+
+MAX_VALID_TOKENS = 1 << 14                  # of raw text: validation during training uses no more than these
 
 
 @dataclass
 class Text:
-    """How to talk to a model: its tokenizer, the template, and what is asked of a text that has a label."""
+    """How rows become token ids: tokenizer, chat template, labels and the question that asks for one."""
     tokenizer: object
     template: str
-    system: str = None
-    labels: tuple = ()              # label words in their order, for rows with a label
-    ask: str = None                 # the question behind such a row's text; None: one that names the labels
-    by: str = "words"               # "words": the label is an answer like any other; "head": a class number
-    attention: str = "causal"       # who sees whom: causal; prefix: what is asked, both ways; bidirectional
-    objective: str = "causal"       # what raw text is made to teach: causal, prefix, mlm, glm
-    frame: tuple = ([], [])         # ids before and after a prompt: the virtual tokens of a template
+    system: str = None                      # where a conversation has no system message; None: the default
+    labels: tuple = ()                      # label words, or tags, in the order of their class numbers
+    question: str = None                    # what follows a text with a label; None: a list of the labels
+    classifier: str = "lm"                  # "lm": a label is generated; "head": it is a class number
+    attention: str = "causal"               # "causal", "prefix" (prompt bidirectional), "bidirectional"
+    objective: str = "causal"               # of raw text: causal, prefix, mlm, glm
+    soft_prompt_ids: tuple = ([], [])       # virtual tokens before and after a prompt (--prompt_template)
 
     def __post_init__(self):
-        self.marks = objectives.marks(self.tokenizer, self.objective)
+        self.special_tokens = objectives.special_tokens(self.tokenizer, self.objective)
 
     @property
-    def blank(self):
-        """What a GLM is asked with, behind the question: a mask, and the start of the span that fills it."""
-        fill = self.objective == "glm" and self.attention == "prefix"
-        return [self.marks.mask, self.marks.start] if fill else []
+    def infill_suffix(self):
+        """The ids behind a GLM's prompt: a mask, and the start token of the span that fills it; else []."""
+        if self.objective == "glm" and self.attention == "prefix":
+            return [self.special_tokens.mask, self.special_tokens.start]
+        return []
 
     @property
-    def end(self):
-        """The token that ends an answer."""
+    def around_prompt(self):
+        """(before, after): the ids that stand before and after the prompt's own."""
+        before, after = self.soft_prompt_ids
+        return before, after + self.infill_suffix
+
+    @property
+    def end_token(self):
+        """The id of the token that ends an answer."""
         return chat.end_token(self.template, self.tokenizer)
 
-    def said(self, ids):
-        """An answer as text."""
-        return self.tokenizer.decode([t for t in ids if t != self.end]).strip()
+    def decode_answer(self, ids):
+        """The text of generated ids, without end token and surrounding white space."""
+        end = self.end_token
+        return self.tokenizer.decode([token for token in ids if token != end]).strip()
 
+    # ---- one row -------------------------------------------------------------------------------------------
     def turns(self, row):
-        """A row as a conversation that ends with the answer, of a preference with the best."""
-        if "prompt" in row:
-            return [*row["prompt"], {"role": "assistant", "content": self.answers(row)[0]}]
-        if "tokens" in row:
-            return [{"role": "user", "content": f"{' '.join(row['tokens'])}\n\n{entities.ask(self.labels)}"},
-                    {"role": "assistant", "content": self.wanted(row)[0]}]
-        if "label" not in row:
-            return row["messages"]
-        ask = f"Which label fits this text: {' or '.join(self.labels)}?" if self.ask is None else self.ask
-        return [{"role": "user", "content": f"{row['text']}\n\n{ask}" if ask else row["text"]},
-                {"role": "assistant", "content": row["label"]}]
+        """A row as a conversation that ends with the answer (of a preference: the best answer)."""
+        return row_type_of(row).turns(self, row)
 
-    def answers(self, row):
-        """The answers of a preference, best first; none of a bare prompt is empty."""
-        if "responses" not in row:
-            return [row.get("chosen", ""), row.get("rejected", "")]
-        return [text for _, text in sorted(zip(row["rank"], row["responses"]), key=lambda pair: pair[0])]
+    def references(self, row):
+        """The answers to a row that count as correct."""
+        return row_type_of(row).references(self, row)
 
-    def wanted(self, row):
-        """The answers that count as right."""
-        if "prompt" in row:
-            return self.answers(row)[:1]
-        if "tokens" in row:
-            return [entities.told(row["tokens"], row["tags"])]
-        return [row["label"]] if "label" in row else row.get("references") or [row["messages"][-1]["content"]]
+    def prompt_ids(self, row, shots=(), limit=None):
+        """ids of a row up to where its answer begins.
 
-    def asked(self, row, shots=(), limit=None):
-        """Ids up to where the answer begins; solved examples stand in front, as earlier turns. What is longer
-        than `limit` loses its beginning: the question is at the end."""
-        turns = [turn for other in shots for turn in self.turns(other)] + self.turns(row)[:-1]
-        before, after = self.frame[0], self.frame[1] + self.blank
-        ids = chat.prompt(turns, self.template, self.tokenizer, self.system)
-        return before + (chat.shorter(ids, limit - len(before) - len(after)) if limit else ids) + after
+        shots   rows whose conversations precede it, as few-shot examples
+        limit   a longer prompt is cut on the left, behind its first token
+        """
+        messages = []
+        for other in shots:
+            messages += self.turns(other)
+        messages += self.turns(row)[:-1]
+        ids = chat.prompt(messages, self.template, self.tokenizer, self.system)
+        before, after = self.around_prompt
+        if limit:
+            ids = chat.truncate_left(ids, limit - len(before) - len(after))
+        return before + ids + after
+
+    def attention_args(self, ids):
+        """(bidirectional_len, glm_positions) of a prompt.
+
+        The tokens before a GLM's start token do not attend to it, so it is not part of the bidirectional
+        prefix.
+        """
+        suffix = self.infill_suffix
+        if self.attention == "causal":
+            bidirectional_len = 0
+        else:
+            bidirectional_len = len(ids) - 1 if suffix else len(ids)
+        glm_positions = objectives.glm_single_span(len(ids), bidirectional_len) if suffix else None
+        return bidirectional_len, glm_positions
 
     def ranking(self, row, block):
-        """A preference as (Ranking, was it cut?): answers lose their end, then the prompt its beginning."""
-        asked = self.asked(row)
-        said = [chat.answer(text, self.template, self.tokenizer) for text in self.answers(row)]
-        kept = [ids[:max(block // 2, block - len(asked))] for ids in said]
-        room = block - max(map(len, kept))
-        ranks = sorted(row["rank"]) if "rank" in row else \
-            [0, max(1, row.get("votes_for", 1) - row.get("votes_against", 0))]
-        return Ranking(chat.shorter(asked, room), kept, ranks), kept != said or len(asked) > room
+        """A preference row as (Ranking of at most `block` tokens per answer, whether anything was cut)."""
+        return row_type_of(row).encode(self, row, block, "truncate")
 
+    # ---- many rows -----------------------------------------------------------------------------------------
     def encode(self, rows, block, too_long="truncate"):
-        """Rows -> (examples, {what happened to long ones: how many})."""
-        out, long = [], {"cut": 0, "left out": 0}
-        before, after = self.frame[0], self.frame[1] + self.blank
+        """Rows -> (examples of at most `block` tokens, {"truncated": how many, "dropped": how many}).
+
+        too_long: "truncate", "drop", or "error" (raises DataError with the row's location).
+        """
+        examples = []
+        counts = {"truncated": 0, "dropped": 0}
         for row in rows:
-            if "prompt" in row:
-                example, cut = self.ranking(row, block)
-                long["cut"] += cut
-                out.append(example)
+            example, truncated = row_type_of(row).encode(self, row, block, too_long)
+            if example is None:
+                counts["dropped"] += 1
                 continue
-            if self.by == "head" and "tokens" in row:
-                out.append(self.tagged(row, block))
-                long["cut"] += targets(out[-1]) < len(row["tokens"])
-                continue
-            if self.by == "head":
-                ids = self.asked(row)
-                if chat.fit(ids, [False] * len(ids), block, too_long, row.get("line", "a row")) is None:
-                    long["left out"] += 1
-                    continue
-                if len(ids) > block:
-                    ids, long["cut"] = self.asked(row, limit=block), long["cut"] + 1
-                label = self.labels.index(row["label"])                 # read at the last token
-                out.append(Example(ids, [-1] * (len(ids) - 1) + [label], *self.view(ids), head=True))
-                continue
-            ids, mask = chat.render(self.turns(row), self.template, self.tokenizer, self.system)
-            fitted = chat.fit(ids, mask, block - len(before) - len(after), too_long, row.get("line", "a row"))
-            if fitted is None:
-                long["left out"] += 1
-                continue
-            long["cut"] += len(fitted[0]) < len(ids)
-            ids, mask = fitted
-            k = mask.index(True)
-            mask = [False] * len(before) + mask[:k] + [False] * len(after) + mask[k:]
-            ids, start = before + ids[:k] + after + ids[k:], mask.index(True) - 1
-            out.append(Example(ids[:-1], [t if on else -1 for t, on in zip(ids[1:], mask[1:])], start,
-                               objectives.filled(len(ids) - 1, start)) if self.blank else (ids, mask))
-        return out, long
+            counts["truncated"] += truncated
+            examples.append(example)
+        return examples, counts
 
-    def tagged(self, row, block):
-        """A row of words and tags for the head. Too many words: the last ones are not read, and O."""
-        (before, after), start = self.frame, chat.prompt([], "plain", self.tokenizer, "")[0]
-        ids, first = entities.pieces(row["tokens"], self.tokenizer, start)
-        ids = before + ids[:block - len(before) - len(after)] + after
-        y = [-1] * len(ids)
-        for i, tag in zip(first, row["tags"]):
-            if i + len(before) < len(ids) - len(after):
-                y[i + len(before)] = self.labels.index(tag)
-        return Example(ids, y, len(ids) * (self.attention != "causal"), head=True)
+    def encode_splits(self, rows, block, too_long="truncate"):
+        """{split: rows} -> {split: examples}. For training, raw text stays one stream of ids (see Feed).
 
-    def view(self, ids):
-        """(sees, places) of what is asked: it sees itself both ways or not at all; a blank's start token is
-        seen by no other."""
-        sees = 0 if self.attention == "causal" else len(ids) - bool(self.blank)
-        return sees, objectives.filled(len(ids), sees) if self.blank else None
-
-    def split(self, rows, block, too_long="truncate"):
-        """{split: rows} -> {split: examples}. Raw text to train on stays one stream, which Feed cuts."""
-        out = {}
-        for split, some in rows.items():
-            if some and "text" in some[0] and "label" not in some[0]:
-                out[split] = self.stream(some)
-                if split != "train":                # valid is a look at progress: a stretch of it will do
-                    ids = out[split] if split == "test" else out[split][:16384]
-                    step = objectives.stride(self.objective, block)
-                    out[split] = self.windows(ids, range(0, len(ids) - 1, step), step, 0)
+        Raises DataError when every row of a split is dropped.
+        """
+        encoded = {}
+        for split, split_rows in rows.items():
+            if split_rows and row_type_of(split_rows[0]) is ROW_TYPES["text"]:
+                encoded[split] = self._encode_text(split_rows, split, block)
                 continue
-            out[split], long = self.encode(some, block, too_long)
-            if any(long.values()):
-                said = " and ".join(f"{n} {what}" for what, n in long.items() if n)
-                note(f"{split}: {said} because longer than {block} tokens")
-            if some and not out[split]:
-                raise DataError(f"0 usable examples in {split}: {len(some)} are longer than {block} tokens; "
-                                "use a larger --block, or --too_long truncate")
-        return out
+            encoded[split], counts = self.encode(split_rows, block, too_long)
+            if any(counts.values()):
+                listed = " and ".join(f"{n} {what}" for what, n in counts.items() if n)
+                log_progress(f"{split}: {listed}, because they are longer than {block} tokens")
+            if split_rows and not encoded[split]:
+                raise DataError(f"0 usable examples in {split}: all {len(split_rows)} are longer than "
+                                f"{block} tokens; use a larger --block_size, or --too_long truncate")
+        return encoded
+
+    def _encode_text(self, rows, split, block):
+        ids = self.stream(rows)
+        if split == "train":
+            return ids
+        if split == "valid":
+            ids = ids[:MAX_VALID_TOKENS]
+        step = objectives.stride(self.objective, block)
+        return self.windows(ids, range(0, len(ids) - 1, step), step, 0)
 
     def stream(self, rows):
-        """Raw text as one stream of ids, an end-of-text token behind each row."""
-        end = [self.tokenizer.eos] if self.tokenizer.eos is not None else []
-        return [i for row in rows for i in self.tokenizer.encode(row["text"]) + end]
+        """Raw text as one list of ids, an end-of-text token behind each row."""
+        end = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+        ids = []
+        for row in rows:
+            ids += self.tokenizer.encode(row["text"])
+            ids += end
+        return ids
 
     def windows(self, ids, starts, step, *seed):
-        """Stretches of a stream as examples: about `step` predictions each, fewer at the end of the stream.
-        What is drawn to corrupt them depends on `seed` and a window's number alone."""
-        return [objectives.corrupt(self.objective, ids[s:s + step + 1], np.random.default_rng([*seed, i]),
-                                   self.marks) for i, s in enumerate(starts)]
+        """Windows of a stream as examples of `step` predictions each, fewer at the end of the stream.
+
+        The corruption of a window depends on `seed` (integers) and its number in starts only.
+        """
+        examples = []
+        for number, start in enumerate(starts):
+            rng = np.random.default_rng([*seed, number])
+            window = ids[start:start + step + 1]
+            examples.append(objectives.corrupt(self.objective, window, rng, self.special_tokens))
+        return examples
 
 
+# ---- examples ----------------------------------------------------------------------------------------------
 def targets(example):
-    """How many predictions an example is scored on; the comparisons of a prompt count as one."""
+    """How many predictions an example is scored on; the comparisons of a Ranking count as one."""
+    if isinstance(example, Ranking):
+        return 1
     if isinstance(example, Example):
-        return sum(t >= 0 for t in example.y)
-    return 1 if isinstance(example, Ranking) else sum(example[1][1:])
+        return sum(target >= 0 for target in example.y)
+    _, mask = example
+    return sum(mask[1:])                                    # nothing predicts the first token
 
 
 def size(example):
-    """Its tokens."""
+    """The number of tokens of an example; of a Ranking, of all its sequences."""
     if isinstance(example, Ranking):
         return sum(len(example.prompt) + len(ids) for ids in example.answers)
     return len(example[0])
 
 
-def shown(example):
-    """An example as (ids, mask), for people; of a preference the prompt and its best answer."""
+def display(example):
+    """An example as (ids, mask) for printing; of a Ranking the prompt and its best answer.
+
+    With a classifier head the mask marks the tokens at which a class is read.
+    """
     if isinstance(example, Ranking):
-        said = example.answers[0]
-        return example.prompt + said, [False] * len(example.prompt) + [True] * len(said)
+        best = example.answers[0]
+        return example.prompt + best, [False] * len(example.prompt) + [True] * len(best)
     if not isinstance(example, Example):
         return example
-    on = [t >= 0 for t in example.y]
-    if example.head:                                # marked where the label is read, else what is to be said
-        return example.ids, on
-    return [*example.ids, example.y[-1]], [False, *on]
+    has_target = [target >= 0 for target in example.y]
+    if example.head:
+        return example.ids, has_target
+    return [*example.ids, example.y[-1]], [False, *has_target]
 
 
+# ---- steps -------------------------------------------------------------------------------------------------
 class Feed:
-    """Step number -> its micro-batches, lists of examples.
+    """feed(step) -> the micro-batches of a step, lists of examples.
 
-    examples  a list of examples, or, given `block`, one stream of ids that each epoch cuts at another offset,
-              and of which `text` makes examples
+    examples             a list of examples; or, with block, one stream of ids (each epoch at another offset)
+    batch                examples (windows) per step
+    micro_batch_tokens   the budget of a micro-batch, in padded tokens
+    block, text          for a stream: the block size, and the Text that corrupts its windows
     """
 
-    def __init__(self, examples, batch, micro, seed, block=None, text=None):
-        self.examples, self.batch, self.micro, self.seed, self.text = examples, batch, micro, seed, text
-        self.block = block and objectives.stride(text.objective, block)
-        self.lengths = None if block else list(map(size, examples))
-        self.epoch, self.steps = 0, self.plan(0)
-        self.per_epoch = len(self.steps)
+    def __init__(self, examples, batch, micro_batch_tokens, seed, block=None, text=None):
+        self.examples = examples
+        self.batch = batch
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.text = text
+        self.stride = objectives.stride(text.objective, block) if block else None
+        self.lengths = None if block else [size(example) for example in examples]
+        self.epoch = 0
+        self.steps = self._plan(0)
+        self.steps_per_epoch = len(self.steps)
 
-    def plan(self, epoch):
-        if not self.block:
+    def _plan(self, epoch):
+        """The steps of an epoch: lists of indices of examples, or of starts of windows."""
+        if self.stride is None:
             return batching.plan(self.lengths, self.batch, self.seed, epoch)
-        starts = batching.blocks(len(self.examples), self.block, self.seed, epoch)
+        starts = batching.blocks(len(self.examples), self.stride, self.seed, epoch)
         return [starts[i:i + self.batch] for i in range(0, len(starts), self.batch)]
 
-    def rows(self, step):
+    def step_examples(self, step):
         """The examples of a step."""
-        epoch, i = divmod(step, self.per_epoch)
+        epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.steps = epoch, self.plan(epoch)
-        rows = self.steps[i % len(self.steps)]
-        if self.block:
-            return self.text.windows(self.examples, rows, self.block, 1, self.seed, step)
-        return [self.examples[j] for j in rows]
+            self.epoch = epoch
+            self.steps = self._plan(epoch)
+        selected = self.steps[number % len(self.steps)]
+        if self.stride is None:
+            return [self.examples[i] for i in selected]
+        return self.text.windows(self.examples, selected, self.stride, 1, self.seed, step)
 
-    def cut(self, rows):
-        """Examples -> micro-batches."""
-        return [[rows[j] for j in part]
-                for part in batching.micro(range(len(rows)), list(map(size, rows)), self.micro)]
+    def micro_batches(self, examples):
+        """Examples -> micro-batches, lists of examples."""
+        lengths = [size(example) for example in examples]
+        parts = batching.split_by_token_budget(range(len(examples)), lengths, self.micro_batch_tokens)
+        return [[examples[i] for i in part] for part in parts]
 
     def __call__(self, step):
-        return self.cut(self.rows(step))
+        return self.micro_batches(self.step_examples(step))

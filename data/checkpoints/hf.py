@@ -1,49 +1,92 @@
-"""data/checkpoints/hf.py: what a Hugging Face model folder says, in our words, and back.
+"""data/checkpoints/hf.py: Hugging Face model folders, and one record per model family.
 
-    config.json                   -> the fields of GPTConfig, as a dict             read_config (parse_config)
-    the fields of GPTConfig       -> config.json                                    hf_config
-    model.safetensors, or shards  -> one dict of tensors under their stored names   read_weights
-    our module path               -> their module path                              hf_names
+    config.json                   -> the fields of GPTConfig, as a dict             read_config, parse_config
+    a GPTConfig                   -> config.json                                    hf_config
+    model.safetensors, or shards  -> {stored name: tensor}                          read_weights
+    our module path               -> (stored module path, part of a fused one)      hf_names
+    stored tensors                -> the model's state dict, checked strictly       read_state
+    a model                       -> the tensors to store                           stored_tensors
+
+FAMILIES holds one `Family` per model family: its `model_type`, how its config.json is read and written, its
+module names, its storage layout, and the fields of GPTConfig that select its mathematics. Every other file
+reads the record; a family that needs no new mathematics is one more record.
 
 transformers 4 and 5 spell two things differently (`rope_theta` + `rope_scaling` against `rope_parameters`,
-`torch_dtype` against `dtype`): both are read, both are written. Whatever would change the mathematics and is
-not implemented here is refused by name, never ignored.
+`torch_dtype` against `dtype`): both are read and both are written. A setting that changes the mathematics and
+is not implemented here is refused by name, never ignored.
 
-Public: read_config, parse_config, hf_config, read_weights, hf_names
+Models are used through their attributes only (config, get_submodule, named_modules).
+
+Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, read_weights, hf_names,
+read_state, stored_tensors
 """
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
 
 from data.checkpoints.safetensors import read_tensors
-from data.runtime.files import DataError, read_json
+from data.runtime.files import DataError, UserError, read_json
 
 
-def read_weights(folder):
-    """All tensors of a model folder, by name: one model.safetensors, or the shards that the index lists."""
-    single, index = (os.path.join(folder, n) for n in ("model.safetensors", "model.safetensors.index.json"))
-    if os.path.exists(single):
-        return read_tensors(single)
-    if not os.path.exists(index):
-        raise DataError(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
-                        "pickled weights (.bin, .pt) are never read, so convert them first")
-    found, out = read_json(index), {}
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise DataError(f"{index}: weight_map is missing or does not map tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if os.path.basename(shard) != shard:
-            raise DataError(f"{index}: shard {shard!r} is not a file name inside this folder")
-        for name, t in read_tensors(os.path.join(folder, shard)).items():
-            if weight_map.get(name) != shard:
-                raise DataError(f"{index}: {shard} holds {name}, but the index says {weight_map.get(name)}")
-            out[name] = t
-    if missing := sorted(set(weight_map) - set(out)):
-        raise DataError(f"{index}: no shard holds {missing[0]}")
-    return out
+@dataclass(frozen=True)
+class Family:
+    """Everything that distinguishes one model family from another."""
+    model_type: str                 # its name in config.json and in GPTConfig.family
+    architecture: str               # the transformers class that loads the folder
+    dialect: dict                   # the fields of GPTConfig that select its mathematics
+    read: Callable                  # (ConfigReader, Family) -> further fields of GPTConfig
+    write: Callable                 # (GPTConfig) -> further entries of config.json
+    names: dict                     # our module outside the blocks -> stored module
+    block_path: str                 # stored path of block {i}
+    block_names: dict               # our module inside a block -> stored module
+    fused_qkv: bool = False         # q, k and v are stored as one module, in thirds
+    transposed: bool = False        # the matrices of the blocks are stored (in, out)
+    optional_prefix: str = ""       # some files lack this in front of every name but the head's
+    bias_keys: dict = None          # key of config.json -> the bias fields of GPTConfig that it sets
+    default_head_size: int = None   # where config.json names none; None: n_embd / n_head
+    default_targets: tuple = ()     # modules that peft adapts where adapter_config.json names none
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+class ConfigReader:
+    """Checked access to the object in config.json. JSON's null counts as absent, as in transformers."""
+
+    def __init__(self, values, path, model_type):
+        self.values = values
+        self.path = path
+        self.model_type = model_type
+
+    def require(self, key, *accepted):
+        """DataError unless the value is one of `accepted`, or absent."""
+        value = self.values.get(key)
+        if value is not None and value not in accepted:
+            raise DataError(f"{self.path}: {key} is {json.dumps(value)[:80]}; supported here: "
+                            f"{' or '.join(map(json.dumps, accepted))}")
+
+    def take(self, key, expected, *default, section=None):
+        """The value of `key`, bool, or int or float above 0; `default` if absent, else DataError."""
+        value = (self.values if section is None else section).get(key)
+        if value is None and default:
+            return default[0]
+        if expected is bool:
+            valid = type(value) is bool
+        else:
+            number = type(value) is int or expected is float and type(value) is float   # True is no number
+            valid = number and 0 < value < float("inf")
+        if not valid:
+            need = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}[expected]
+            found = "missing" if value is None else f"{value!r:.80}"
+            raise DataError(f"{self.path}: {key} is {found}, and a {self.model_type} model needs {need} "
+                            "there")
+        return value
 
 
 def read_config(folder):
-    """config.json -> the fields of GPTConfig."""
+    """config.json of a model folder -> the fields of GPTConfig. DataError if it is missing or unsupported."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         raise DataError(f"{folder}: no config.json; a model folder holds config.json, model.safetensors "
@@ -51,108 +94,273 @@ def read_config(folder):
     return parse_config(read_json(path), path)
 
 
-def parse_config(h, path):
-    """The object in config.json -> the fields of GPTConfig. JSON's null means absent, as in transformers."""
-    kind = h.get("model_type") if isinstance(h, dict) else None
-    if kind not in ("gpt2", "llama", "qwen2", "qwen3"):
-        raise DataError(f"{path}: model_type {kind!r} is not supported; gpt2, llama, qwen2 and qwen3 are")
-
-    def only(key, *accepted):
-        if h.get(key) not in (None, *accepted):
-            raise DataError(f"{path}: {key} is {json.dumps(h[key])[:80]}; supported here: "
-                            f"{' or '.join(map(json.dumps, accepted))}")
-
-    def take(key, what, *default, of=h):
-        value = of.get(key)
-        if value is None and default:
-            return default[0]
-        number = type(value) is int or what is float and type(value) is float
-        if type(value) is not bool if what is bool else not (number and 0 < value < float("inf")):
-            need = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}[what]
-            found = "missing" if value is None else f"{value!r:.80}"
-            raise DataError(f"{path}: {key} is {found}, and a {kind} model needs {need} there")
-        return value
-
-    only("quantization_config", None)                   # packed weights are no weights
-    common = dict(vocab_size=take("vocab_size", int), bos=h.get("bos_token_id"), eos=h.get("eos_token_id"))
-    if kind == "gpt2":
-        only("activation_function", "gelu_new", "gelu_pytorch_tanh")
-        only("scale_attn_weights", True)
-        only("scale_attn_by_inverse_layer_idx", False)
-        only("add_cross_attention", False)
-        return dict(common, n_layer=take("n_layer", int), n_head=take("n_head", int),
-                    n_embd=take("n_embd", int), n_inner=take("n_inner", int, None),
-                    block_size=take("n_positions", int, 1024), tied=take("tie_word_embeddings", bool, True),
-                    norm_eps=take("layer_norm_epsilon", float, 1e-5))
-    only("hidden_act", "silu")
-    only("use_sliding_window", False)
-    only("pretraining_tp", 1)
-    only("partial_rotary_factor", 1)
-    block_size = take("max_position_embeddings", int)
-    bias = take("attention_bias", bool, False) and kind != "qwen2"      # Qwen2 has q, k, v biases whatever
-    return dict(
-        common, n_layer=take("num_hidden_layers", int), n_head=take("num_attention_heads", int),
-        n_embd=take("hidden_size", int), n_kv_head=take("num_key_value_heads", int, None),
-        head_size=take("head_dim", int, 128 if kind == "qwen3" else None),
-        n_inner=take("intermediate_size", int), block_size=block_size,
-        norm_eps=take("rms_norm_eps", float, 1e-6), tied=take("tie_word_embeddings", bool, False),
-        position="rope", norm="rmsnorm", mlp="swiglu", qkv_bias=bias or kind == "qwen2", o_bias=bias,
-        mlp_bias=kind == "llama" and take("mlp_bias", bool, False), qk_norm=kind == "qwen3",
-        **parse_rope(h, path, take, block_size))
+def parse_config(values, path):
+    """The object in config.json -> the fields of GPTConfig. DataError names `path` and the first bad key."""
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type not in [family.model_type for family in FAMILIES]:
+        raise DataError(f"{path}: model_type {model_type!r} is not supported; supported: {known_families()}")
+    family = find_family(model_type)
+    reader = ConfigReader(values, path, model_type)
+    reader.require("quantization_config")               # packed weights are not read
+    return dict(family=model_type, vocab_size=reader.take("vocab_size", int), bos=values.get("bos_token_id"),
+                eos=values.get("eos_token_id"), **family.read(reader, family))
 
 
-def parse_rope(h, path, take, block_size):
-    """rope_theta and rope_scaling, from either dialect; given both, transformers 5 reads the old one."""
-    rope = h.get("rope_scaling") or h.get("rope_parameters") or {}
-    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else None
-    fields = dict(default=(), linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor"))
-    if not isinstance(kind, str) or kind not in fields or rope.get("partial_rotary_factor") not in (None, 1) \
-            or any(isinstance(value, dict) for value in rope.values()):
-        raise DataError(f"{path}: rotary positions {rope!r:.150} are not supported; rope_type default, "
-                        "linear and llama3 are, the same in every layer")
-    theta = float(take("rope_theta", float, take("rope_theta", float, 10000.0), of=rope))
-    scaling = {"rope_type": kind, **{name: take(name, float, of=rope) for name in fields[kind]}}
-    if kind == "llama3":                                # the context before it was stretched
-        old = "original_max_position_embeddings"
-        scaling[old] = take(old, int, take(old, int, block_size, of=rope))
-    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
-
-
-def hf_config(c, dtype):
+def hf_config(config, dtype):
     """GPTConfig -> the dict of config.json, for weights stored in `dtype`."""
-    name = str(dtype).removeprefix("torch.")
-    common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tied, bos_token_id=c.bos, eos_token_id=c.eos,
-                  dtype=name, torch_dtype=name)
-    if c.family == "gpt2":
-        return dict(common, model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size,
-                    n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                    n_inner=c.n_inner, activation_function="gelu_new", layer_norm_epsilon=c.norm_eps)
-    rope = {"rope_theta": c.rope_theta, "rope_type": "default", **(c.rope_scaling or {})}
-    return dict(common, model_type=c.family, architectures=[c.family.capitalize() + "ForCausalLM"],
-                hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
-                num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
-                hidden_act="silu", rms_norm_eps=c.norm_eps, max_position_embeddings=c.block_size,
-                attention_bias=c.o_bias, mlp_bias=c.mlp_bias, rope_theta=c.rope_theta,
-                rope_scaling=c.rope_scaling, rope_parameters=rope)
+    family = find_family(config.family)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos,
+                eos_token_id=config.eos, dtype=dtype_name, torch_dtype=dtype_name,
+                model_type=family.model_type, architectures=[family.architecture], **family.write(config))
 
 
-GPT2 = {"ln_1": "ln_1", "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn",
-        "ln_2": "ln_2", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-LLAMA = {"ln_1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
-         "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm",
-         "attn.k_norm": "self_attn.k_norm", "ln_2": "post_attention_layernorm", "mlp.up": "mlp.up_proj",
-         "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
+def read_gpt2(reader, family):
+    reader.require("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    reader.require("scale_attn_weights", True)
+    reader.require("scale_attn_by_inverse_layer_idx", False)
+    reader.require("add_cross_attention", False)
+    return dict(
+        n_layer=reader.take("n_layer", int),
+        n_head=reader.take("n_head", int),
+        n_embd=reader.take("n_embd", int),
+        n_inner=reader.take("n_inner", int, None),
+        block_size=reader.take("n_positions", int, 1024),
+        tied=reader.take("tie_word_embeddings", bool, True),
+        norm_eps=reader.take("layer_norm_epsilon", float, 1e-5))
+
+
+def write_gpt2(config):
+    return dict(n_positions=config.block_size, n_ctx=config.block_size, n_layer=config.n_layer,
+                n_head=config.n_head, n_embd=config.n_embd, n_inner=config.n_inner,
+                activation_function="gelu_new", layer_norm_epsilon=config.norm_eps)
+
+
+def read_llama(reader, family):
+    reader.require("hidden_act", "silu")
+    reader.require("use_sliding_window", False)
+    reader.require("pretraining_tp", 1)
+    reader.require("partial_rotary_factor", 1)
+    fields = dict(
+        n_layer=reader.take("num_hidden_layers", int),
+        n_head=reader.take("num_attention_heads", int),
+        n_embd=reader.take("hidden_size", int),
+        n_kv_head=reader.take("num_key_value_heads", int, None),
+        head_size=reader.take("head_dim", int, family.default_head_size),
+        n_inner=reader.take("intermediate_size", int),
+        block_size=reader.take("max_position_embeddings", int),
+        tied=reader.take("tie_word_embeddings", bool, False),
+        norm_eps=reader.take("rms_norm_eps", float, 1e-6))
+    for key, biases in family.bias_keys.items():
+        fields.update(dict.fromkeys(biases, reader.take(key, bool, False)))
+    return fields | read_rope(reader, fields["block_size"])
+
+
+def write_llama(config):
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
+    return dict(hidden_size=config.n_embd, intermediate_size=config.n_inner, num_hidden_layers=config.n_layer,
+                num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+                head_dim=config.head_size, hidden_act="silu", rms_norm_eps=config.norm_eps,
+                max_position_embeddings=config.block_size, attention_bias=config.o_bias,
+                mlp_bias=config.mlp_bias, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
+                rope_parameters=rope)
+
+
+ROPE_KEYS = dict(default=(), linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor"))
+
+
+def read_rope(reader, block_size):
+    """rope_theta and rope_scaling, as transformers 4 or 5 spells them; of both, 5 reads the old spelling."""
+    rope = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
+    rope_type = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else None
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS \
+            or rope.get("partial_rotary_factor") not in (None, 1) \
+            or any(isinstance(value, dict) for value in rope.values()):
+        raise DataError(f"{reader.path}: rotary positions {rope!r:.150} are not supported; rope_type "
+                        "default, linear and llama3 are, the same in every layer")
+    outside = reader.take("rope_theta", float, 10000.0)
+    theta = float(reader.take("rope_theta", float, outside, section=rope))
+    if rope_type == "default":
+        return dict(rope_theta=theta, rope_scaling=None)
+    scaling = {"rope_type": rope_type}
+    for key in ROPE_KEYS[rope_type]:
+        scaling[key] = reader.take(key, float, section=rope)
+    if rope_type == "llama3":                           # the context length before it was extended
+        key = "original_max_position_embeddings"
+        inside = reader.take(key, int, block_size, section=rope)
+        scaling[key] = reader.take(key, int, inside)
+    return dict(rope_theta=theta, rope_scaling=scaling)
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+def read_weights(folder):
+    """{stored name: tensor} of a model folder: model.safetensors, or the shards that its index lists."""
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(single):
+        return read_tensors(single)
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if not os.path.exists(index):
+        raise DataError(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
+                        "pickled weights (.bin, .pt) are never read, so convert them first")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise DataError(f"{index}: weight_map is missing or does not map tensor names to file names")
+    out = {}
+    for shard in sorted(set(weight_map.values())):
+        if os.path.basename(shard) != shard:
+            raise DataError(f"{index}: shard {shard!r} is not a file name inside this folder")
+        for name, t in read_tensors(os.path.join(folder, shard)).items():
+            if weight_map.get(name) != shard:
+                raise DataError(f"{index}: {shard} holds {name}, but the index says {weight_map.get(name)}")
+            out[name] = t
+    missing = sorted(set(weight_map) - set(out))
+    if missing:
+        raise DataError(f"{index}: no shard holds {missing[0]}")
+    return out
 
 
 def hf_names(model):
-    """Our module path -> (their module path, part); part is "q" | "k" | "v" of a fused c_attn, or None."""
-    gpt2 = model.config.family == "gpt2"
-    names = dict(wte="transformer.wte", wpe="transformer.wpe") if gpt2 else dict(wte="model.embed_tokens")
+    """{our module path: (stored module path, part)}; part is "q", "k" or "v" of a fused module, or None."""
+    family = find_family(model.config.family)
+    names = {}
     for i in range(model.config.n_layer):
-        stem = f"transformer.h.{i}" if gpt2 else f"model.layers.{i}"
-        inner = GPT2 if gpt2 else LLAMA
-        names.update({f"blocks.{i}.{ours}": f"{stem}.{theirs}" for ours, theirs in inner.items()})
-    names.update(ln_f="transformer.ln_f" if gpt2 else "model.norm", head="lm_head")
-    mine = dict(model.named_modules())
-    return {ours: (theirs, ours[-1] if theirs.endswith("c_attn") else None)
-            for ours, theirs in names.items() if mine.get(ours) is not None}
+        for ours, theirs in family.block_names.items():
+            part = ours[-1] if family.fused_qkv and ours in ("attn.q", "attn.k", "attn.v") else None
+            names[f"blocks.{i}.{ours}"] = (f"{family.block_path.format(i=i)}.{theirs}", part)
+    for ours, theirs in family.names.items():
+        names[ours] = (theirs, None)
+    modules = dict(model.named_modules())               # a model without k_norm, say, has no such name
+    return {ours: stored for ours, stored in names.items() if modules.get(ours) is not None}
+
+
+def swap_layout(t, path, family):
+    """Between our (out, in) and the stored layout of the module at `path`; its own inverse."""
+    return t.t() if family.transposed and t.dim() == 2 and path.startswith("blocks.") else t
+
+
+def canonical_names(stored, family):
+    """The stored tensors under full names, without the constant buffers that old versions wrote."""
+    if family.optional_prefix and family.names["wte"] + ".weight" not in stored:
+        head = family.names["head"] + "."
+        stored = {name if name.startswith(head) else family.optional_prefix + name: t
+                  for name, t in stored.items()}
+    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+    return {name: t for name, t in stored.items() if not name.endswith(buffers)}
+
+
+def read_state(model, folder, dtype):
+    """The weights of a model folder as the state dict of `model`, whose tensors may be on the meta device.
+
+    Every tensor must be there, in shape, and no other beside it; DataError names the first that is not.
+    Tensors that need neither reshaping nor a cast stay memory-mapped.
+    """
+    config = model.config
+    family = find_family(config.family)
+    stored = canonical_names(read_weights(folder), family)
+    state = {}
+    used = set()
+    for path, (stored_path, part) in hf_names(model).items():
+        if path == "head" and config.tied:
+            continue
+        for leaf, parameter in model.get_submodule(path).named_parameters():
+            name = f"{stored_path}.{leaf}"
+            if name not in stored:
+                raise DataError(f"{folder}: the weights lack {name}, which a {config.family} model needs")
+            t = swap_layout(stored[name], path, family)
+            shape = [parameter.size(0) * (3 if part else 1), *parameter.shape[1:]]
+            if list(t.shape) != shape or not t.is_floating_point():
+                raise DataError(f"{folder}: {name} is {t.dtype} {list(t.shape)}, but config.json asks for "
+                                f"floats of {shape} (out, in)")
+            if part:
+                t = t.chunk(3)["qkv".index(part)]
+            state[f"{path}.{leaf}"] = t.to(dtype).contiguous()
+            used.add(name)
+    if config.tied:
+        state["head.weight"] = state["wte.weight"]
+        copy = family.names["head"] + ".weight"         # some files store the tied weight twice
+        if copy in stored and not torch.equal(stored[copy].to(dtype), state["wte.weight"]):
+            raise DataError(f"{folder}: config.json ties the head to the embedding, but {copy} differs from "
+                            "it; set tie_word_embeddings to false")
+        used.add(copy)
+    foreign = sorted(set(stored) - used)
+    if foreign:
+        raise DataError(f"{folder}: the weights hold {foreign[0]}, which a {config.family} model does "
+                        f"not have ({len(foreign)} such tensors)")
+    return state
+
+
+def stored_tensors(model):
+    """{stored name: tensor} of a model, as transformers stores it; adapter parameters stay out."""
+    family = find_family(model.config.family)
+    out = {}
+    for path, (stored_path, _) in hf_names(model).items():
+        if path == "head" and model.config.tied:
+            continue
+        module = model.get_submodule(path)
+        for leaf in ("weight", "bias"):
+            parameter = getattr(module, leaf, None)
+            if parameter is None:
+                continue
+            name = f"{stored_path}.{leaf}"
+            t = swap_layout(parameter.detach(), path, family)
+            out[name] = torch.cat((out[name], t), -1) if name in out else t     # q, then k, then v
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- families
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    dialect=dict(position="learned", norm="layernorm", mlp="gelu", qkv_bias=True, o_bias=True, mlp_bias=True,
+                 qk_norm=False),
+    read=read_gpt2,
+    write=write_gpt2,
+    names={"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "head": "lm_head"},
+    block_path="transformer.h.{i}",
+    block_names={"ln_1": "ln_1", "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn",
+                 "ln_2": "ln_2", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    fused_qkv=True,
+    transposed=True,
+    optional_prefix="transformer.",
+    default_targets=("c_attn",))
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    dialect=dict(position="rope", norm="rmsnorm", mlp="swiglu", qkv_bias=False, o_bias=False, mlp_bias=False,
+                 qk_norm=False),
+    read=read_llama,
+    write=write_llama,
+    names={"wte": "model.embed_tokens", "ln_f": "model.norm", "head": "lm_head"},
+    block_path="model.layers.{i}",
+    block_names={"ln_1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+                 "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
+                 "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+                 "ln_2": "post_attention_layernorm", "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj",
+                 "mlp.down": "mlp.down_proj"},
+    bias_keys={"attention_bias": ("qkv_bias", "o_bias"), "mlp_bias": ("mlp_bias",)},
+    default_targets=("q_proj", "v_proj"))
+
+QWEN2 = replace(LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM",
+                dialect={**LLAMA.dialect, "qkv_bias": True}, bias_keys={})      # q, k, v always have biases
+
+QWEN3 = replace(LLAMA, model_type="qwen3", architecture="Qwen3ForCausalLM",
+                dialect={**LLAMA.dialect, "qk_norm": True}, default_head_size=128,
+                bias_keys={"attention_bias": ("qkv_bias", "o_bias")})
+
+FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3)
+
+
+def known_families():
+    return ", ".join(family.model_type for family in FAMILIES)
+
+
+def find_family(name):
+    """The record of a family by its name; UserError lists the known ones."""
+    for family in FAMILIES:
+        if family.model_type == name:
+            return family
+    raise UserError(f"model family {name!r} is unknown; known: {known_families()}")

@@ -1,72 +1,100 @@
-"""data/checkpoints/model_folders.py: where a model is: a path, a run, an adapter on its base, or a name in the local cache.
+"""data/checkpoints/model_folders.py: the folder of a model's name, and the base of an adapter.
 
-Public: find, weights_folder, base_of, beneath, bottom_of, settings, portable
+    name         a path, a path inside this repository, or the name of a fetched model
+    run folder   its weights are in adapter/ or model/; an adapter names its base in adapter_config.json
+
+Public: find, weights_folder, base_of, root_model, settings, portable, hash_folder
 """
+import hashlib
 import pathlib
 
-from data.fetch import find_cached
+from data.runtime import cache
 from data.runtime.files import DataError, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def find(name, beside=None):
-    """A folder by path, by path beside this file or a folder, or a model by its name in the local cache."""
-    for path in (pathlib.Path(name), ROOT / name, *([beside / name] if beside else ())):
+    """The folder of a name: a path, a path inside this repository or a folder `beside`, or a fetched model.
+
+    Raises DataError when there is none.
+    """
+    candidates = [pathlib.Path(name), ROOT / name]
+    if beside:
+        candidates.append(beside / name)
+    for path in candidates:
         if path.is_dir():
             return path
-    if cached := find_cached(str(name)):
-        return pathlib.Path(cached)
+    cached = cache.find_model(str(name))
+    if cached:
+        return cached
+    if str(name) in cache.MODELS:
+        raise DataError(f"{name} is neither a folder nor in the local cache; run python data/fetch.py {name}")
     raise DataError(f"{name}: no such folder, and no such model in the local cache; "
-                    "`python data/fetch.py --list` names what can be fetched")
+                    "python data/fetch.py --list names what can be fetched")
 
 
 def weights_folder(name, beside=None):
-    """Where the weights lie: inside a run folder; any other folder is its own answer."""
+    """The folder that holds the weights: adapter/ or model/ of a run, else the folder itself.
+
+    Raises DataError for a run that is not finished, or that trained nothing.
+    """
     folder = find(name, beside)
     if not (folder / "log.jsonl").exists():
         return folder
+    if not (folder / "result.json").exists():
+        raise DataError(f"{folder} is an unfinished run and holds no weights yet; give its command again")
     for inner in (folder / "adapter", folder / "model"):
-        if inner.is_dir() and (folder / "result.json").exists():
+        if inner.is_dir():
             return inner
-    if (folder / "result.json").exists():
-        raise DataError(f"{folder} is a run that trained nothing and holds no weights; name what it measured")
-    raise DataError(f"{folder} is an unfinished run and holds no weights yet; give its command again")
+    raise DataError(f"{folder} is a run that trained nothing and holds no weights; name the model that it "
+                    "evaluated")
 
 
 def base_of(folder):
-    """The folder under an adapter folder, or None for a plain model."""
-    if not (folder / "adapter_config.json").exists():
+    """The folder of the base under an adapter folder (pathlib.Path); None for a plain model."""
+    config = folder / "adapter_config.json"
+    if not config.exists():
         return None
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(config).get("base_model_name_or_path")
     if not base:
-        raise DataError(f"{folder}/adapter_config.json names no base_model_name_or_path; add its folder")
+        raise DataError(f"{config} has no base_model_name_or_path; add the folder of the base model")
     return weights_folder(base, folder)
 
 
-def bottom_of(folder):
+def root_model(name):
     """The plain model under any number of adapters."""
-    folder = weights_folder(folder)
-    while (base := base_of(folder)) is not None:
+    folder = weights_folder(name)
+    base = base_of(folder)
+    while base is not None:
         folder = base
+        base = base_of(folder)
     return folder
 
 
-def beneath(name):
-    """What a prompt that goes on from here stands on: the model under a soft prompt, else the folder."""
-    folder = weights_folder(name)
-    path = folder / "adapter_config.json"
-    kind = read_json(path).get("peft_type") if path.exists() else "LORA"
-    return name if kind in ("LORA", "ADALORA", "IA3") else base_of(folder)
-
-
 def settings(name):
-    """What a run wrote beside its weights (template, labels ...); {} for a folder that is not ours."""
+    """What a run has saved beside its weights (template, labels, ...); {} for a folder of another tool."""
     path = weights_folder(name) / "run.json"
     return read_json(path) if path.exists() else {}
 
 
 def portable(name):
-    """A folder as it is written into other folders: inside this repository relative to it, else absolute."""
+    """A folder as written into other folders: relative to this repository if inside it, else absolute."""
     path = find(name).resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def hash_folder(name):
+    """A hash of weights, configs and tokenizer in a model folder, and in those that it stands on.
+
+    DataError.
+    """
+    digest = hashlib.sha256()
+    folder = weights_folder(name)
+    while folder is not None:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
+                with open(path, "rb") as f:
+                    digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
+        folder = base_of(folder)
+    return digest.hexdigest()

@@ -1,19 +1,22 @@
-"""data/checkpoints/peft.py: what a peft adapter folder says, in our words, and back.
+"""data/checkpoints/peft.py: adapter folders as peft has them, read and written.
 
-    adapter_config.json         kind, rank, alpha, dropout, target modules by full path, exceptions by pattern
+    adapter_config.json         peft_type, rank, alpha, dropout, target modules by full path, exceptions by
+    pattern
     adapter_model.safetensors   base_model.model.<their module path>.<field>
-    run.json                    ours: which base (a fingerprint), and which rows of a fused module are whose
+    run.json                    ours: which base (a fingerprint), and which rows of a fused module belong to
+    what
 
 Low rank: lora_A (r, in), lora_B (out, r), stored so even for GPT-2's (in, out) matrices; DoRA adds
 lora_magnitude_vector (out); AdaLoRA adds lora_E (r, 1) and writes all three without ".weight". IA3: ia3_l
 (out, 1), or (1, in) where it rescales the input. Scales: see the top of lora.py.
 
 q, k and v of a fused GPT-2 c_attn become diagonal blocks: A stacked, B block-diagonal, rank the sum; where
-they share one A they are one plain adapter. Nothing is skipped in silence: what is missing, foreign or
-misshaped, or would change the mathematics, is refused by name, where peft warns or says nothing.
+they share one A they are one plain adapter. A variant that peft does not have is written as its state dict,
+by our module paths, with the settings it was built with. What is missing, foreign or misshaped, or would
+change the mathematics, is refused by name, where peft warns or is silent.
 
-Models and adapters are known here by their attributes only.
-Public: fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter
+Models and adapters are used through their attributes only.
+Public: peft_type_of, fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter
 """
 import math
 import os
@@ -22,17 +25,21 @@ from statistics import mode
 
 import torch
 
+from data.checkpoints.hf import find_family
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
 
-FIELDS = {"lora": ["lora_A", "lora_B"], "dora": ["lora_A", "lora_B", "lora_magnitude_vector"],
-          "adalora": ["lora_A", "lora_B", "lora_E"], "ia3": ["ia3_l"]}
+
+def peft_type_of(variant):
+    """The peft_type that a variant's folder carries; one that peft does not have gets a name that peft
+    refuses."""
+    return variant.peft_type or "PLAINTUNE_" + variant.name.upper()
 
 
-def key(kind, module, field):
+def key(peft_type, module, leaf):
     """The name of a tensor in the file; torch modules there (A and B of a LoRA) add ".weight"."""
-    suffix = ".weight" if kind in ("lora", "dora") and field in ("lora_A", "lora_B") else ""
-    return f"base_model.model.{module}.{field}{suffix}"
+    suffix = ".weight" if peft_type == "LORA" and leaf in ("lora_A", "lora_B") else ""
+    return f"base_model.model.{module}.{leaf}{suffix}"
 
 
 def fused(model):
@@ -76,8 +83,10 @@ def split(whole, outs, ranks=None):
 
 
 def base_fingerprint(model):
-    """The first number of every base tensor, as text: which base an adapter belongs to. Adapters, casts and
-    quantisation leave it recognisable; most training does not."""
+    """The first number of every base tensor, as text: which base an adapter belongs to.
+
+    `same_base` recognises it after adding adapters, a cast or quantization; after most training it does not.
+    """
     values = []
     for path, m in model.named_modules():
         if ".adapters" not in path and ".quant" not in path:
@@ -88,77 +97,109 @@ def base_fingerprint(model):
 
 def same_base(a, b):
     """Do two fingerprints agree, to the precision of the coarser of their dtypes?"""
-    (da, *a), (db, *b) = a.split(), b.split()
+    da, *a = a.split()
+    db, *b = b.split()
     eps = max(torch.finfo(getattr(torch, d.removeprefix("torch."))).eps for d in (da, db))
     return len(a) == len(b) and all(math.isclose(float(x), float(y), rel_tol=2 * eps, abs_tol=1e-7)
                                 for x, y in zip(a, b))
 
 
-def piece(a, scale, fold, whole):
-    """One adapter as a file has it, for a module whose scale is `scale`; AdaLoRA's dead triplets drop out."""
-    if a.kind == "ia3":
-        return {"ia3_l": a.ia3_l}
-    A, B = a.factors()                                  # PiSSA: the exact change, of rank 2r
-    out = {"lora_A": A, "lora_B": B * (a.scale / scale)}
-    if a.kind == "dora":
-        out["lora_magnitude_vector"] = a.lora_magnitude_vector
-    if a.kind == "adalora":
-        kept = (a.lora_E[:, 0] != 0) | whole                            # (r,) bool
-        out = {"lora_A": (A if fold else a.lora_A)[kept], "lora_B": out["lora_B"][:, kept]}
-        out.update({} if fold else {"lora_E": a.lora_E[kept], "kept": kept})
-    return out
+# -------------------------------------------------------------------------------------------------- writing
 
+def write_adapter(model, folder, adapters, idle, base, fold, extra):
+    """Write {our path: adapter} as a folder; `idle`: adapters without effect that complete a fused c_attn.
 
-def write_adapter(model, folder, found, idle, base, fold, extra):
-    """found, idle: {our path: adapter}, the real ones, and those without effect that complete a c_attn."""
-    modules, parts, like, every = {}, {}, next(iter(found.values())), {**idle, **found}
-    kind = "lora" if like.kind == "pissa" or fold and like.kind == "adalora" else like.kind
-    whole = like.kind == "adalora" and not any(a.lora_E.any() for a in found.values())  # untrained: keep all
-    for theirs, paths in fused(model).items():
-        mine = [found[p] for p in paths if p in found]
-        if not mine:
-            continue
-        scale = getattr(like if kind == "adalora" else mine[0], "scale", None)          # AdaLoRA: one for all
-        shared = len(mine) == len(paths) > 1 and len({id(getattr(a, "lora_A", a)) for a in mine}) == 1
-        pieces = [piece(every[p], scale, fold, whole) for p in paths]
-        m = dict(fuse(pieces, shared), scale=scale, inputs=getattr(mine[0], "inputs", None))
-        if kind != "lora" or len(m["lora_A"]):                          # a plain LoRA of peft has no rank 0
-            modules[theirs] = m
-        if len(paths) > 1 and not shared:
-            parts[theirs] = {p: len(next(iter(t.values()))) for p, t in zip(paths, pieces) if p in found}
-    if not modules:
-        raise UserError("every triplet of this AdaLoRA adapter is pruned: folded, nothing is left to save")
-    extra, targets = extra or {}, list(modules)
-    config = dict(peft_type="LORA", task_type="SEQ_CLS" if "score.weight" in extra else "CAUSAL_LM",
-                  base_model_name_or_path=base, inference_mode=True, target_modules=targets,
-                  fan_in_fan_out=model.config.family == "gpt2",
-                  modules_to_save=sorted({name.rpartition(".")[0] for name in extra}) or None)
-    if kind == "ia3":
-        for m in modules.values():
-            m["ia3_l"] = m["ia3_l"][None] if m["inputs"] else m["ia3_l"][:, None]
-        config.update(peft_type="IA3", feedforward_modules=[t for t in targets if modules[t]["inputs"]])
-    elif kind == "adalora":                             # one init_r for all: who had less was pruned to that
-        kept = {f"{t}.lora_E": m["kept"].tolist() for t, m in modules.items()}
-        r = max(map(len, kept.values()))
-        kept = {t: k + [False] * (r - len(k)) for t, k in kept.items()}
-        config.update(peft_type="ADALORA", init_r=r, lora_alpha=like.scale * (r + 1e-5), bias="none",
-                      lora_dropout=like.drop.p, rank_pattern=None if all(map(all, kept.values())) else kept,
-                      orth_reg_weight=0.0, total_step=1, tinit=0, tfinal=0, target_r=1)     # training is over
+    The classes of lora.py say their peft_type, peft_fields and peft_tensors. Raises UserError if an AdaLoRA
+    is folded of which no triplet is left.
+    """
+    variant = type(next(iter(adapters.values())))
+    if variant.peft_type is None:
+        tensors, config = own_format(adapters, variant)
+        parts = {}
     else:
-        ranks = {t: len(m["lora_A"]) for t, m in modules.items()}
-        power = 0.5 if like.rslora else 1
-        alphas = {t: round(m["scale"] * ranks[t] ** power, 9) for t, m in modules.items()}
-        alphas = {t: int(a) if a == int(a) else a for t, a in alphas.items()}
-        r, alpha = mode(ranks.values()), mode(alphas.values())
-        config.update(r=r, lora_alpha=alpha, lora_dropout=like.drop.p, use_rslora=like.rslora, bias="none",
-                      use_dora=kind == "dora", rank_pattern={t: n for t, n in ranks.items() if n != r},
-                      alpha_pattern={t: a for t, a in alphas.items() if a != alpha})
-    tensors = {key(kind, t, f): m[f].detach().clone() for t, m in modules.items() for f in FIELDS[kind]}
+        tensors, config, parts = peft_format(model, adapters, idle, fold)
+    extra = extra or {}
+    config.update(task_type="SEQ_CLS" if "score.weight" in extra else "CAUSAL_LM",
+                  base_model_name_or_path=base, inference_mode=True,
+                  modules_to_save=sorted({name.rpartition(".")[0] for name in extra}) or None)
     tensors.update({f"base_model.model.{name}": t for name, t in extra.items()})
     write_tensors(os.path.join(folder, "adapter_model.safetensors"), tensors)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    side = {"base_fingerprint": base_fingerprint(model), "parts": parts}
-    write_json(os.path.join(folder, "run.json"), side)
+    write_json(os.path.join(folder, "run.json"), {"base_fingerprint": base_fingerprint(model),
+                                                  "parts": parts})
+
+
+def own_format(adapters, variant):
+    """The default for a variant that peft does not have: its state dict by our paths, and its settings."""
+    config = dict(peft_type=peft_type_of(variant), modules={p: a.settings for p, a in adapters.items()})
+    tensors = {key(config["peft_type"], path, leaf): t.detach().clone()
+               for path, a in adapters.items() for leaf, t in a.state_dict().items()}
+    return tensors, config
+
+
+def peft_format(model, adapters, idle, fold):
+    """(tensors, config, parts) as peft has them; parts: which rows of a fused module are whose."""
+    like = next(iter(adapters.values()))
+    variant = type(like)
+    peft_type = "LORA" if fold else variant.peft_type
+    leaves = ("lora_A", "lora_B") if fold and variant.peft_type == "ADALORA" else variant.peft_fields
+    untrained = variant.peft_type == "ADALORA" and not any(a.lora_E.any() for a in adapters.values())
+    modules = {}
+    parts = {}
+    for theirs, paths in fused(model).items():
+        own = [adapters[p] for p in paths if p in adapters]
+        if not own:
+            continue
+        # AdaLoRA: one for all
+        scale = getattr(like if variant.peft_type == "ADALORA" else own[0], "scale", None)
+        shared = len(own) == len(paths) > 1 and len({id(getattr(a, "lora_A", a)) for a in own}) == 1
+        pieces = [{**idle, **adapters}[p].peft_tensors(scale, fold, untrained) for p in paths]
+        module = dict(fuse(pieces, shared), scale=scale, inputs=getattr(own[0], "inputs", None))
+        if peft_type != "LORA" or len(module["lora_A"]):                # a plain LoRA of peft has no rank 0
+            modules[theirs] = module
+        if len(paths) > 1 and not shared:
+            parts[theirs] = {p: len(next(iter(t.values()))) for p, t in zip(paths, pieces) if p in adapters}
+    if not modules:
+        raise UserError("every triplet of this AdaLoRA adapter is pruned: folded, nothing is left to save")
+    config = dict(peft_type=peft_type, target_modules=list(modules),
+                  fan_in_fan_out=find_family(model.config.family).transposed)
+    config.update(CONFIGS[peft_type](modules, like, variant))
+    tensors = {key(peft_type, t, leaf): m[leaf].detach().clone() for t, m in modules.items()
+               for leaf in leaves}
+    return tensors, config, parts
+
+
+def ia3_config(modules, like, variant):
+    for module in modules.values():
+        l = module["ia3_l"]
+        module["ia3_l"] = l[None] if module["inputs"] else l[:, None]
+    return dict(feedforward_modules=[t for t in modules if modules[t]["inputs"]])
+
+
+def adalora_config(modules, like, variant):
+    """One init_r for all modules: which had less was pruned to that."""
+    kept = {f"{t}.lora_E": m["kept"].tolist() for t, m in modules.items()}
+    r = max(map(len, kept.values()))
+    kept = {t: k + [False] * (r - len(k)) for t, k in kept.items()}
+    return dict(init_r=r, lora_alpha=like.scale * (r + 1e-5), bias="none", lora_dropout=like.drop.p,
+                rank_pattern=None if all(map(all, kept.values())) else kept, orth_reg_weight=0.0,
+                total_step=1, tinit=0, tfinal=0, target_r=1)            # training is over
+
+
+def lora_config(modules, like, variant):
+    ranks = {t: len(m["lora_A"]) for t, m in modules.items()}
+    power = 0.5 if like.rslora else 1
+    alphas = {t: round(m["scale"] * ranks[t] ** power, 9) for t, m in modules.items()}
+    alphas = {t: int(a) if a == int(a) else a for t, a in alphas.items()}
+    r = mode(ranks.values())
+    alpha = mode(alphas.values())
+    return dict(r=r, lora_alpha=alpha, lora_dropout=like.drop.p, use_rslora=like.rslora, bias="none",
+                use_dora=variant.peft_config.get("use_dora", False),
+                rank_pattern={t: n for t, n in ranks.items() if n != r},
+                alpha_pattern={t: a for t, a in alphas.items() if a != alpha})
+
+
+CONFIGS = {"LORA": lora_config, "ADALORA": adalora_config, "IA3": ia3_config}
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -179,7 +220,8 @@ def targeted(config, path):
             return path != "lm_head" if rule == "all-linear" else re.fullmatch(rule, path) is not None
         return any(path == word or path.endswith("." + word) for word in rule or ())
 
-    block, layers = re.search(r"\.(\d+)\.", path), config.get("layers_to_transform")
+    block = re.search(r"\.(\d+)\.", path)
+    layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     return (hit(config["target_modules"]) and not hit(config.get("exclude_modules")) and
             (layers is None or block is not None and int(block[1]) in layers))
@@ -191,58 +233,102 @@ def pattern(config, key, path, default):
     return found[0] if found else default
 
 
-def read_adapter(model, folder, force):
-    """(kind, {our path: (tensors by field, settings)}, extra) of a peft folder, checked against this model.
+def read_adapter(model, folder, variants, force):
+    """(variant, {our path: (tensors by field, settings)}, extra) of an adapter folder, checked against the
+    model.
 
-    settings: scale, dropout, rslora, inputs. Parts that share A and E hold the very same tensors.
+    settings: scale, dropout, rslora, inputs; for a variant that peft does not have, those it was built with.
+    Parts that share A and E hold the very same tensors. Raises DataError.
     """
-    path, run = (os.path.join(folder, name) for name in ("adapter_config.json", "run.json"))
-    config, side = read_json(path), read_json(run) if os.path.exists(run) else {}
+    path = os.path.join(folder, "adapter_config.json")
+    run = os.path.join(folder, "run.json")
+    config = read_json(path)
+    side = read_json(run) if os.path.exists(run) else {}
     try:
-        return parse(model, folder, path, config, side, force)
+        variant = variant_of(config, variants, path)
+        was = side.get("base_fingerprint")
+        if was and not force and not same_base(was, base_fingerprint(model)):
+            raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here "
+                            "(it "
+                            f"names {config.get('base_model_name_or_path') or 'none'}); load that one, or "
+                            "force it")
+        tensors = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
+        read = read_own_format if variant.peft_type is None else read_peft_format
+        modules = read(model, folder, config, side, variant, tensors)
+        return variant, modules, read_extra(model, folder, config, tensors)
     except (TypeError, AttributeError, KeyError, ZeroDivisionError, re.error) as e:
         raise DataError(f"{path} (or run.json beside it) makes no sense as an adapter's settings: {e}") from e
 
 
-def parse(model, folder, path, config, side, force):
+def variant_of(config, variants, path):
+    """The class whose peft_type and peft_config agree with the file. Raises DataError."""
+    peft_type = config.get("peft_type")
+    for variant in variants:
+        stored = {name: bool(config.get(name)) for name in variant.peft_config} if variant.peft_type else {}
+        if peft_type == peft_type_of(variant) and (not stored or stored == variant.peft_config):
+            return variant
+    known = dict.fromkeys(map(peft_type_of, variants))
+    raise DataError(f"{path}: peft_type {peft_type!r} is not an adapter of Linears; {', '.join(known)} are")
+
+
+def read_own_format(model, folder, config, side, variant, tensors):
+    """What `own_format` wrote. Takes its tensors out of `tensors`."""
+    known = dict(model.named_modules())
+    modules = {}
+    for path, settings in config["modules"].items():
+        if not isinstance(known.get(path), torch.nn.Linear):
+            raise DataError(f"{folder}: it changes {path}, which is no Linear of this model")
+        prefix = key(config["peft_type"], path, "")
+        own = {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
+        modules[path] = (own, settings)
+    return modules
+
+
+def read_peft_format(model, folder, config, side, variant, tensors):
+    """The modules of peft's own types. Takes their tensors out of `tensors`. Raises DataError."""
+    path = os.path.join(folder, "adapter_config.json")
     file = os.path.join(folder, "adapter_model.safetensors")
-    kind = {"LORA": "lora", "ADALORA": "adalora", "IA3": "ia3"}.get(config.get("peft_type"))
-    if kind is None:
-        raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not an adapter of Linears; LORA, "
-                        "ADALORA and IA3 are")
     for name, accepted in NEUTRAL.items():
         if config.get(name, accepted[0]) not in accepted:
             raise DataError(f"{path}: {name} is {config[name]!r}, which changes the model in a way that is "
                             f"not supported; {' or '.join(map(str, accepted))} is")
-    kind = "dora" if config.get("use_dora") else kind
     if config.get("target_modules") is None:                            # peft's defaults
-        config["target_modules"] = ["c_attn"] if model.config.family == "gpt2" else ["q_proj", "v_proj"]
-    was = side.get("base_fingerprint")
-    if was and not force and not same_base(was, base_fingerprint(model)):
-        raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here (it "
-                        f"names {config.get('base_model_name_or_path') or 'none'}); load that, or force it")
-    tensors, out, modules = read_tensors(file), {}, fused(model)
+        config["target_modules"] = list(find_family(model.config.family).default_targets)
+    out = {}
+    modules = fused(model)
     for target in (t for t in modules if targeted(config, t)):
         linears = [model.get_submodule(p) for p in modules[target]]
-        outs = [linear.out_features for linear in linears]
-        m = {f: tensors.pop(key(kind, target, f), None) for f in FIELDS[kind]}
-        if lost := [f for f in m if m[f] is None]:
-            raise DataError(f"{file}: {key(kind, target, lost[0])} is missing, but its config targets it")
-        how = check(file, config, kind, target, m, linears[0].in_features, outs)
+        widths = [linear.out_features for linear in linears]
+        names = {leaf: key(variant.peft_type, target, leaf) for leaf in variant.peft_fields}
+        for name in names.values():
+            if name not in tensors:
+                raise DataError(f"{file}: {name} is missing, but its config targets it")
+        module = {leaf: tensors.pop(name) for leaf, name in names.items()}
+        settings = check_module(file, config, target, module, linears[0].in_features, widths)
         ranks = side.get("parts", {}).get(target)
         ranks = ranks and [ranks.get(p, 0) for p in modules[target]]
-        out.update({p: (t, how) for p, t in zip(modules[target], split(m, outs, ranks)) if t is not None})
+        for p, t in zip(modules[target], split(module, widths, ranks)):
+            if t is not None:
+                out[p] = (t, settings)
     if not out:
         raise DataError(f"{path}: target_modules {config['target_modules']} matches nothing in this model; "
                         f"its modules are called like {' and '.join(list(modules)[:2])}")
-    extra, names = {}, {theirs: ours for ours, (theirs, _) in model.hf_names().items()}
-    for name, t in ((name.removeprefix("base_model.model."), t) for name, t in tensors.items()):
+    return out
+
+
+def read_extra(model, folder, config, tensors):
+    """What is left of the file: tensors of modules_to_save, and copies of base weights. Raises DataError."""
+    extra = {}
+    ours_of = {theirs: ours for ours, (theirs, _) in model.hf_names().items()}
+    for name, t in tensors.items():
+        name = name.removeprefix("base_model.model.")
         owner, _, leaf = name.replace(".base_layer", "").rpartition(".")
-        if owner not in names and owner in (config.get("modules_to_save") or ()):
+        if owner not in ours_of and owner in (config.get("modules_to_save") or ()):
             extra[name] = t
-        elif owner not in names or not is_copy(t, getattr(model.get_submodule(names[owner]), leaf, None)):
-            raise DataError(f"{file}: {name} belongs to nothing that this adapter targets in this model")
-    return kind, out, extra
+        elif owner not in ours_of or not is_copy(t, getattr(model.get_submodule(ours_of[owner]), leaf, None)):
+            raise DataError(f"{folder}/adapter_model.safetensors: {name} belongs to nothing that this "
+                            "adapter targets in this model")
+    return extra
 
 
 def is_copy(t, own):
@@ -252,27 +338,33 @@ def is_copy(t, own):
     return torch.allclose(t.double(), own.double(), 2 * max(torch.finfo(x.dtype).eps for x in (t, own)), 0)
 
 
-def check(file, config, kind, target, m, width, outs):
-    """Shapes of one module's tensors against config and model. Returns its settings; flattens ia3_l."""
-    how = dict(dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")), inputs=False,
-               scale=None)
+def check_module(file, config, target, module, width, widths):
+    """Shapes of one module's tensors against config and model. Returns its settings; flattens ia3_l.
+
+    width: inputs of the module; widths: outputs of its parts. Raises DataError.
+    """
+    settings = dict(dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")),
+                    inputs=False,
+                    scale=None)
     alpha = pattern(config, "alpha_pattern", target, config.get("lora_alpha", 8))
-    if kind == "ia3":
-        how["inputs"] = tuple(m["ia3_l"].shape) == (1, width) and len(outs) == 1
-        want = {"ia3_l": (1, width) if how["inputs"] else (sum(outs), 1)}
-    elif kind == "adalora":
-        first, kept = config.get("init_r", 12), (config.get("rank_pattern") or {}).get(target + ".lora_E")
-        r, how["scale"] = first if kept is None else sum(kept), alpha / (first + 1e-5)
+    if config["peft_type"] == "IA3":
+        settings["inputs"] = tuple(module["ia3_l"].shape) == (1, width) and len(widths) == 1
+        want = {"ia3_l": (1, width) if settings["inputs"] else (sum(widths), 1)}
     else:
-        r = pattern(config, "rank_pattern", target, config.get("r", 8))
-        how["scale"] = alpha / (math.sqrt(r) if how["rslora"] else r)
-    if kind != "ia3":
-        out = sum(outs)
+        if config["peft_type"] == "ADALORA":
+            first = config.get("init_r", 12)
+            kept = (config.get("rank_pattern") or {}).get(target + ".lora_E")
+            r = first if kept is None else sum(kept)
+            settings["scale"] = alpha / (first + 1e-5)
+        else:
+            r = pattern(config, "rank_pattern", target, config.get("r", 8))
+            settings["scale"] = alpha / (math.sqrt(r) if settings["rslora"] else r)
+        out = sum(widths)
         want = {"lora_A": (r, width), "lora_B": (out, r), "lora_E": (r, 1), "lora_magnitude_vector": (out,)}
-    for f, t in m.items():
-        if tuple(t.shape) != want[f]:
-            raise DataError(f"{file}: {f} of {target} is {list(t.shape)}, but this model and "
-                            f"adapter_config.json ask for {list(want[f])}")
-    if kind == "ia3":
-        m["ia3_l"] = m["ia3_l"].flatten()
-    return how
+    for leaf, t in module.items():
+        if tuple(t.shape) != want[leaf]:
+            raise DataError(f"{file}: {leaf} of {target} is {list(t.shape)}, but this model and "
+                            f"adapter_config.json ask for {list(want[leaf])}")
+    if "ia3_l" in module:
+        module["ia3_l"] = module["ia3_l"].flatten()
+    return settings

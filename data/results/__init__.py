@@ -1,1 +1,1 @@
-"""data.results: what comes out: evaluation, metrics, reports, tables, plots, costs. See README.md in this folder."""
+"""data.results: evaluation, metrics, reports, tables, plots, cost model. See README.md in this folder."""

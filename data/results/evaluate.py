@@ -1,14 +1,17 @@
-"""data/results/evaluate.py: what a model makes of examples: its loss, its answers, its choice of a label.
+"""data/results/evaluate.py: loss, answers and label choice of a model on examples.
 
-    loss          sum over targets of -log p(target | before), divided by the number of targets
-    by words      argmin over labels of -sum log p(label tokens, end token | question); no length correction
-    by a head     argmax of a linear map of the last token's hidden state (a word's tag: of its first token's)
+    loss              sum over targets of -log p(target | before), divided by the number of targets
+    classifier lm     argmin over labels of -sum log p(label tokens, end token | question); no length
+    correction
+    classifier head   argmax of a linear map of the last token's hidden state (of a word's tag: its first
+    token's)
 
-Logits are computed at the targets and nowhere else. Rows run in batches of similar length under a token
-budget; no number depends on how they were batched (a pad cannot be seen: it stands behind its row). Several
-processes share the rows, and all of them get all that was found.
+Logits are computed at the target positions only. Rows run in batches of similar length under a token budget;
+no number depends on how they were batched, because attention does not reach the padding behind a row. Several
+processes share the rows, and all of them get all results.
 
-Public: Kit, summed_loss, mean_loss, sample, answer, measure, right, fingerprint
+B batch  T tokens  C width  V vocabulary  N target positions
+Public: ModelContext, summed_loss, mean_loss, sample, answer, evaluate_rows, item_correct, fingerprint
 """
 import contextlib
 import hashlib
@@ -20,93 +23,121 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches import batching
-from data.text import chat, entities
-from data.results import metrics
-from data.runtime.distributed import full, gather, merged, share
 from data.batches.examples import Text, targets
-from data.runtime.files import UserError
-from data.runtime.device import MICRO
+from data.batches.few_shot import fit_shots
 from data.batches.objectives import Example, collate
-from data.batches.few_shot import fitted
-from model import GPT, generate, logprob, span
+from data.results import metrics
+from data.runtime.device import MICRO
+from data.runtime.distributed import full, gather, gather_rows, local_rows
+from data.runtime.files import UserError
+from data.runtime.flags import flag
+from data.text import chat, entities
+from model import GPT, KVCache, generate, glm_position_ids, past_length, token_logprobs
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    """text"""
+    eval_items: int = flag(0, "measure on the first N test items, sample N of each split; 0: all", low=0)
+
+
+@dataclass(frozen=True)
+class AnswerFlags:
+    """text"""
+    max_new_tokens: int = flag(64, "longest generated answer, in tokens", low=1)
+
+
+@dataclass(frozen=True)
+class MicroBatchFlags:
+    """training"""
+    micro_batch_tokens: int = flag(MICRO, "padded tokens per forward: memory, not mathematics", low=1)
 
 
 @dataclass
-class Kit:
+class ModelContext:
     """A model and all that belongs to it, for the functions below and the training loop."""
     model: GPT
     text: Text
     device: torch.device
     dtype: torch.dtype                      # compute dtype
-    head: nn.Module = None                  # a classification head (C -> labels), fp32
-    prompt: nn.Module = None                # a prompt method: prompt(model) -> past
-    micro: int = MICRO                      # padded tokens of a micro-batch
-    max_new: int = 64                       # longest answer
-    checkpoint: bool = False
+    head: nn.Module = None                  # a classification or reward head, fp32
+    prompt: nn.Module = None                # a soft prompt: prompt(model) -> past
+    micro_batch_tokens: int = MICRO         # padded tokens of a micro-batch
+    max_new_tokens: int = 64                # longest answer
+    gradient_checkpointing: bool = False
     compile: bool = False
+    extra: object = None                    # what a task needs beside the model: a teacher, say
 
-    def cast(self):
-        """Autocast, where fp32 weights learn in half precision; frozen halves are stored as they compute."""
-        mixed = self.dtype != self.model.wte.weight.dtype
-        again = self.checkpoint and torch.is_grad_enabled()     # a cache would hold what is to be let go
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=not again) if mixed else \
-            contextlib.nullcontext()
+    def autocast(self):
+        """Autocast where fp32 weights compute in half precision; frozen ones are stored as they compute."""
+        if self.dtype == self.model.wte.weight.dtype:
+            return contextlib.nullcontext()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()     # a cache would keep the casts
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=not recompute)
 
     def past(self):
+        """The soft prompt's past, None without one."""
         return self.prompt(self.model) if self.prompt is not None else None
 
-    def room(self):
+    def max_text_len(self):
         """The longest text, in tokens: what the context leaves behind the virtual tokens."""
-        return self.model.config.block_size - (self.prompt.front if self.prompt is not None else 0)
+        return self.model.config.block_size - (self.prompt.prefix_len if self.prompt is not None else 0)
 
-    def block(self, asked=None):
-        """The longest example: what was asked for, or what there is room for, 1024 at most."""
-        if asked is not None and asked > self.room():
-            raise UserError(f"--block {asked} does not fit: the context of {self.model.config.block_size} "
-                            f"leaves {self.room()} tokens for text")
-        return asked or min(self.room(), 1024)
+    def block_size(self, requested=None):
+        """The longest example: --block_size, or what there is room for, 1024 at most. Raises UserError."""
+        room = self.max_text_len()
+        if requested is not None and requested > room:
+            raise UserError(f"--block_size {requested} does not fit: the context of "
+                            f"{self.model.config.block_size} "
+                            f"leaves {room} tokens for text")
+        return requested or min(room, 1024)
 
-    def asking(self):
-        """The longest question, in tokens, behind which an answer has its room."""
-        frame = sum(map(len, self.text.frame))              # a template's virtual tokens always stay
-        room = self.room() - frame
-        return frame + max(room - self.max_new, room // 2, 1)
+    def max_prompt_len(self):
+        """The longest prompt, in tokens, that leaves room for an answer."""
+        virtual_tokens = sum(map(len, self.text.soft_prompt_ids))       # those of a template always stay
+        room = self.max_text_len() - virtual_tokens
+        return virtual_tokens + max(room - self.max_new_tokens, room // 2, 1)
 
-    def asked(self, row):
-        """Ids up to where the answer begins; a longer question loses its beginning."""
-        return self.text.asked(row, limit=self.asking())
+    def prompt_ids(self, row):
+        """ids of a row up to where its answer begins; a longer prompt loses its beginning."""
+        return self.text.prompt_ids(row, limit=self.max_prompt_len())
 
-    def embed(self, x):
-        """A template's virtual tokens stand inside the text: then embeddings go in, in place of ids."""
-        return self.prompt.embed(self.model, x) if self.prompt is not None and self.prompt.template else x
+    def embed(self, ids):
+        """Embeddings in place of ids, where virtual tokens stand inside the text."""
+        in_template = self.prompt is not None and self.prompt.template
+        return self.prompt.embed(self.model, ids) if in_template else ids
 
-    def trunk(self, x, past, **view):
-        return self.model.trunk(self.embed(x), past, checkpoint=self.checkpoint, compile=self.compile, **view)
+    def hidden_states(self, ids, past=None, **attention):
+        """model.hidden_states as the flags want it: recomputed in backward, compiled."""
+        return self.model.hidden_states(self.embed(ids), past,
+                                        gradient_checkpointing=self.gradient_checkpointing,
+                                        compile=self.compile, **attention)
 
-    def role(self, past):
-        """The model as ppo.py takes it: something to enter, which gives (model, past)."""
-        return lambda: contextlib.nullcontext((Trained(self), past))
+    def as_model(self):
+        """The model, with this hidden_states in place of its own, for ppo.py."""
+        return ContextModel(self)
 
-    def read(self, examples, past, asked=False):
-        """The trunk over examples: (hidden (B, T, C), what each position is to say (B, T), past); `asked`:
-        only where there is something to say, hidden (N, C) and targets (N,)."""
-        x, y, view = collate(examples, self.text.attention)
-        y, view = y.to(self.device), {name: t.to(self.device) for name, t in view.items()}
-        at = (y >= 0).nonzero(as_tuple=True) if asked else None
-        hidden, past = self.trunk(x.to(self.device), past, at=at, **view)
-        return hidden, y if at is None else y[at], past
+    def run_examples(self, examples, past, select_targets=False):
+        """(hidden (B, T, C), targets (B, T), past) of examples; select_targets: (N, C), (N,)."""
+        x, y, attention = collate(examples, self.text.attention)
+        y = y.to(self.device)
+        attention = {name: t.to(self.device) for name, t in attention.items()}
+        select = (y >= 0).nonzero(as_tuple=True) if select_targets else None
+        hidden, past = self.hidden_states(x.to(self.device), past, select=select, **attention)
+        return hidden, y if select is None else y[select], past
 
-    def ask(self, rows, past):
-        """The trunk over questions, lists of ids: (hidden at their last tokens (B, C), past)."""
-        rows = [Example(ids, [-1] * (len(ids) - 1) + [0], *self.text.view(ids)) for ids in rows]
-        hidden, _, past = self.read(rows, past, asked=True)
+    def run_prompts(self, prompts, past):
+        """Lists of ids -> (hidden states at their last tokens (B, C), past)."""
+        examples = [Example(ids, [-1] * (len(ids) - 1) + [0], *self.text.attention_args(ids))
+                    for ids in prompts]
+        hidden, _, past = self.run_examples(examples, past, select_targets=True)
         return hidden, past
 
-    def speaks(self):
-        """A model that has only ever seen both ways has no next word to say."""
+    def require_causal(self):
+        """Raises UserError for a model that has no next-token prediction."""
         if self.text.attention == "bidirectional":
             raise UserError("a model with --attention bidirectional (so also of --objective mlm) cannot "
-                            "generate or score words; use --task tag, or --task classify --by head")
+                            "generate or score words; use --task tag, or --task classify --classifier head")
 
     def train(self, on=True):
         for module in (self.model, self.prompt):
@@ -114,175 +145,225 @@ class Kit:
                 module.train(on)
 
 
-class Trained:
-    """The model, but for its trunk, which is the kit's: as the flags want it."""
+class ContextModel:
+    """A model whose hidden_states is its context's; all else is the model's own."""
 
-    def __init__(self, kit):
-        self.kit = kit
+    def __init__(self, ctx):
+        self.ctx = ctx
 
-    def __getattr__(self, name):                            # head, config, wte: the model's own
-        return getattr(self.kit.model, name)
+    def __getattr__(self, name):
+        return getattr(self.ctx.model, name)
 
-    def trunk(self, x, past=None, **view):
-        return self.kit.trunk(x, past, **view)
+    def hidden_states(self, ids, past=None, **attention):
+        return self.ctx.hidden_states(ids, past, **attention)
 
 
-def summed_loss(kit, examples, past):
+def summed_loss(ctx, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
-    said, wanted, _ = kit.read(examples, past, asked=True)              # (targets, C), (targets,)
+    hidden, target_ids, _ = ctx.run_examples(examples, past, select_targets=True)       # (N, C), (N,)
     if isinstance(examples[0], Example) and examples[0].head:
-        return F.cross_entropy(kit.head(said.float()), wanted, reduction="sum")
-    return -logprob(kit.model.head, said, wanted).sum()
+        return F.cross_entropy(ctx.head(hidden.float()), target_ids, reduction="sum")
+    return -token_logprobs(ctx.model.logits, hidden, target_ids).sum()
 
 
-def by_length(kit, lengths, extra=0, times=2):
-    """Indices in batches of similar length, this process's share; twice the budget fits without gradients."""
-    order = sorted(share(range(len(lengths)), lengths), key=lengths.__getitem__)
-    return batching.micro(order, [n + extra for n in lengths], times * kit.micro)
+def length_batches(ctx, lengths, extra=0, times=2):
+    """Indices in batches of similar length, this process's share; without gradients twice the budget fits."""
+    order = sorted(local_rows(range(len(lengths)), lengths), key=lengths.__getitem__)
+    return batching.split_by_token_budget(order, [n + extra for n in lengths], times * ctx.micro_batch_tokens)
 
 
 @torch.no_grad()
-def mean_loss(kit, examples):
+def mean_loss(ctx, examples):
     """(mean -log p over all targets, their number)."""
-    total, count = 0.0, sum(map(targets, examples))
-    with kit.cast():
-        past = kit.past()
-        for rows in by_length(kit, [len(e[0]) for e in examples]):
-            total += summed_loss(kit, [examples[i] for i in rows], past).item()
+    total = 0.0
+    count = sum(map(targets, examples))
+    with ctx.autocast():
+        past = ctx.past()
+        for rows in length_batches(ctx, [len(e[0]) for e in examples]):
+            total += summed_loss(ctx, [examples[i] for i in rows], past).item()
     return sum(gather(total)) / max(count, 1), count
 
 
 @torch.no_grad()
-def sample(kit, prompts, **sampling):
-    """What the model answers to each prompt, ids to ids; greedy unless told otherwise."""
-    kit.speaks()
-    out, end = {}, kit.text.end
+def sample(ctx, prompts, **sampling):
+    """The model's answer to each prompt, ids to ids; greedy unless `sampling` says otherwise."""
+    ctx.require_causal()
+    answers = {}
     sampling = {"temperature": 0, **sampling}
-    with kit.cast():
-        past = kit.past()
-        for rows in by_length(kit, list(map(len, prompts)), kit.max_new, times=8):   # a cache is small
-            new = generate(kit.model, [prompts[i] for i in rows], kit.max_new, eos=end, past=past,
-                           embed=kit.embed, both_ways=kit.text.attention == "prefix",
-                           blank=bool(kit.text.blank), **sampling)
-            for i, ids in zip(rows, new):
-                out[i] = ids
-    return merged(out)
+    with ctx.autocast():
+        past = ctx.past()
+        # a cache is small
+        for rows in length_batches(ctx, list(map(len, prompts)), ctx.max_new_tokens, times=8):
+            new = generate(ctx.model, [prompts[i] for i in rows], ctx.max_new_tokens, eos=ctx.text.end_token,
+                           past=past, embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
+                           infill_suffix=bool(ctx.text.infill_suffix), **sampling)
+            answers.update(zip(rows, new))
+    return gather_rows(answers)
 
 
-def answer(kit, prompts, **sampling):
+def answer(ctx, prompts, **sampling):
     """The same as text."""
-    return [kit.text.said(ids) for ids in sample(kit, prompts, **sampling)]
+    return [ctx.text.decode_answer(ids) for ids in sample(ctx, prompts, **sampling)]
 
 
 @torch.no_grad()
-def word_scores(kit, prompts):
-    """-log p of every label word behind every prompt: (N, labels). The prompt runs once; each label is
-    then laid over the same cache columns behind it."""
-    kit.speaks()
-    text = kit.text
+def word_scores(ctx, prompts):
+    """-log p of every label word behind every prompt: (N, labels).
+
+    A prompt runs once; each label then uses the same cache columns behind it.
+    """
+    ctx.require_causal()
+    text = ctx.text
     words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # end token last
-    longest, out = max(map(len, words)), {}
-    with kit.cast():
-        past = kit.past()
-        for index in by_length(kit, list(map(len, prompts)), longest):
+    longest = max(map(len, words))
+    scores = {}
+    with ctx.autocast():
+        past = ctx.past()
+        for index in length_batches(ctx, list(map(len, prompts)), longest):
             rows = [prompts[i] for i in index]
-            hidden, filled = kit.ask(rows, past)
-            first = kit.model.head(hidden)[:, None]                                 # (B, 1, V)
-            used = torch.tensor([len(r) for r in rows], device=kit.device)
-            used += filled[0][0].size(2) - max(map(len, rows))                      # virtual tokens in front
-            columns = used[:, None] + torch.arange(longest - 1, device=kit.device)
-            tail = (0, 0, 0, longest - 1)
-            cache = [(F.pad(k, tail), F.pad(v, tail), *side) for k, v, *side in filled]
-            nll = []
-            for word in words:
-                w, logits = torch.tensor([word] * len(rows), device=kit.device), first      # w (B, tokens)
-                if len(word) > 1:
-                    places = span(columns[:, :len(word) - 1], used) if text.blank else None
-                    hidden, _ = kit.model.trunk(w[:, :-1], cache, used, places=places)
-                    logits = torch.cat((first, kit.model.head(hidden)), 1)
-                nll.append(F.cross_entropy(logits.float().transpose(1, 2), w, reduction="none").sum(1))
-            out.update(zip(index, torch.stack(nll, 1).tolist()))
-    return torch.tensor(merged(out))
+            first, cache = fill_cache(ctx, rows, past, longest)
+            nll = [word_nll(ctx, word, first, past, cache) for word in words]
+            scores.update(zip(index, torch.stack(nll, 1).tolist()))
+    return torch.tensor(gather_rows(scores))
+
+
+def fill_cache(ctx, rows, past, longest):
+    """(logits behind each prompt (B, 1, V), a KVCache with room for a word)."""
+    hidden, filled = ctx.run_prompts(rows, past)
+    first = ctx.model.logits(hidden)[:, None]                                       # (B, 1, V)
+    lengths = torch.tensor([len(r) for r in rows], device=ctx.device) + past_length(past)
+    return first, KVCache.extend(filled, lengths, longest - 1)
+
+
+def word_nll(ctx, word, first, past, cache):
+    """-log p of a word's tokens behind each prompt, (B,)."""
+    tokens = torch.tensor([word] * len(first), device=ctx.device)                   # (B, tokens)
+    logits = first
+    if len(word) > 1:
+        prompt_lengths = cache.lengths - past_length(past)
+        columns = prompt_lengths[:, None] + torch.arange(len(word) - 1, device=ctx.device)
+        glm_positions = glm_position_ids(columns, prompt_lengths) if ctx.text.infill_suffix else None
+        hidden, _ = ctx.model.hidden_states(tokens[:, :-1], past, cache=cache, glm_positions=glm_positions)
+        logits = torch.cat((first, ctx.model.logits(hidden)), 1)
+    return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").sum(1)
 
 
 @torch.no_grad()
-def head_scores(kit, prompts):
-    """-log p of every label by the head: (N, labels). Before there is a head, all are alike."""
-    if kit.head is None:
-        return torch.full((len(prompts), len(kit.text.labels)), math.log(len(kit.text.labels)))
-    out = {}
-    with kit.cast():
-        past = kit.past()
-        for index in by_length(kit, list(map(len, prompts))):
-            hidden, _ = kit.ask([prompts[i] for i in index], past)
-            out.update(zip(index, (-kit.head(hidden.float()).log_softmax(-1)).tolist()))
-    return torch.tensor(merged(out))
+def head_scores(ctx, prompts):
+    """-log p of every label by the head: (N, labels).
+
+    Before there is a head, all labels are equally likely.
+    """
+    if ctx.head is None:
+        return torch.full((len(prompts), len(ctx.text.labels)), math.log(len(ctx.text.labels)))
+    scores = {}
+    with ctx.autocast():
+        past = ctx.past()
+        for index in length_batches(ctx, list(map(len, prompts))):
+            hidden, _ = ctx.run_prompts([prompts[i] for i in index], past)
+            scores.update(zip(index, (-ctx.head(hidden.float()).log_softmax(-1)).tolist()))
+    return torch.tensor(gather_rows(scores))
 
 
-def word_tags(kit, examples):
+def word_tags(ctx, examples):
     """The tag of every word by the head, a list per example. Before there is a head, all are the first: O."""
-    if kit.head is None:
-        return [[kit.text.labels[0]] * targets(e) for e in examples]
-    out = {}
-    with kit.cast():
-        past = kit.past()
-        for index in by_length(kit, [len(e.ids) for e in examples]):
-            hidden, _, _ = kit.read([examples[i] for i in index], past)
+    if ctx.head is None:
+        return [[ctx.text.labels[0]] * targets(e) for e in examples]
+    tags = {}
+    with ctx.autocast():
+        past = ctx.past()
+        for index in length_batches(ctx, [len(e.ids) for e in examples]):
+            hidden, _, _ = ctx.run_examples([examples[i] for i in index], past)
             for i, h in zip(index, hidden):
-                at = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
-                out[i] = [kit.text.labels[k] for k in kit.head(h[at].float()).argmax(-1).tolist()]
-    return merged(out)
-
-
-def entity_scores(said, gold):
-    return dict(zip(("precision", "recall", "f1"), metrics.span_scores(said, gold)))
+                at_words = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
+                tags[i] = [ctx.text.labels[k] for k in ctx.head(h[at_words].float()).argmax(-1).tolist()]
+    return gather_rows(tags)
 
 
 @torch.no_grad()
-def measure(kit, rows, examples, shots=()):
-    """(metrics, answers as text) of the model on rows; what can be measured depends on their kind."""
+def evaluate_rows(ctx, rows, examples, shots=()):
+    """(metrics, answers as text) of the model on rows; what is measured depends on their row type.
+
+    examples: the same rows encoded. shots: solved rows in front of each prompt.
+    """
     if "text" in rows[0] and "label" not in rows[0]:
-        loss, count = mean_loss(kit, examples)
-        return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}, []
-    gold = [row.get("tags") for row in rows]
-    if gold[0] and kit.text.by == "head":
-        found = [t + ["O"] * (len(g) - len(t)) for t, g in zip(word_tags(kit, examples), gold)]
-        loss = mean_loss(kit, examples)[0] if kit.head is not None else math.log(len(kit.text.labels))
-        right = metrics.accuracy(sum(found, []), sum(gold, []))
-        return {**entity_scores(found, gold), "accuracy": right, "loss": loss}, \
-            [entities.told(row["tokens"], t) for row, t in zip(rows, found)]
-    prompts, held = zip(*(fitted(kit, row, shots) for row in rows))
-    shown = {"held": sum(held) / len(held), "most": max(held)} if shots else {}
-    wanted = [kit.text.wanted(row) for row in rows]
+        return language_metrics(ctx, examples), []
+    if "tags" in rows[0] and ctx.text.classifier == "head":
+        return evaluate_tags(ctx, rows, examples)
+    prompts, used = zip(*(fit_shots(ctx, row, shots) for row in rows))
+    counts = {"shots_used": sum(used) / len(used), "shots_used_max": max(used)} if shots else {}
     if "label" in rows[0]:
-        mute = kit.text.by == "head" and kit.text.attention == "bidirectional"      # no words to start from
-        scores = (head_scores if kit.head is not None or mute else word_scores)(kit, prompts)
-        said, names = [kit.text.labels[j] for j in scores.argmin(1).tolist()], [words[0] for words in wanted]
-        right = torch.tensor([kit.text.labels.index(g) for g in names])
-        return {"accuracy": metrics.accuracy(said, names), "macro_f1": metrics.macro_f1(said, names),
-                "loss": scores.gather(1, right[:, None]).mean().item(), **shown}, said
-    said, found = answer(kit, prompts), {}
-    if not shots:                                   # the examples hold no shots: theirs is another loss
-        loss, count = mean_loss(kit, examples)
-        found = {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}
-    if gold[0]:
-        found.update(entity_scores([entities.heard(s, row["tokens"]) for s, row in zip(said, rows)], gold))
-    exact = sum(map(metrics.exact_match, said, wanted)) / len(said)
-    return {"exact_match": exact, **found, "rouge_l": metrics.rouge_l(said, wanted),
-            "bleu": metrics.bleu(said, wanted), **shown}, said
+        values, labels = evaluate_labels(ctx, rows, prompts)
+        return {**values, **counts}, labels
+    values, answers = evaluate_texts(ctx, rows, prompts, [] if shots else examples)
+    return {**values, **counts}, answers
 
 
-def right(kit, rows, said):
-    """"1" or "0" for each row, whether the answer is the wanted one: what a paired comparison needs. Empty
-    where rows have no right answer (raw text, preferences)."""
+def language_metrics(ctx, examples):
+    loss, count = mean_loss(ctx, examples)
+    return {"loss": loss, "perplexity": metrics.perplexity(loss * count, count), "targets": count}
+
+
+def entity_scores(predicted, gold):
+    return dict(zip(("precision", "recall", "f1"), metrics.span_scores(predicted, gold)))
+
+
+def evaluate_tags(ctx, rows, examples):
+    """A tag per word by the head; words that were cut off count as O."""
+    gold = [row["tags"] for row in rows]
+    tags = [t + ["O"] * (len(g) - len(t)) for t, g in zip(word_tags(ctx, examples), gold)]
+    loss = mean_loss(ctx, examples)[0] if ctx.head is not None else math.log(len(ctx.text.labels))
+    accuracy = metrics.accuracy(sum(tags, []), sum(gold, []))
+    answers = [entities.format_entities(row["tokens"], t) for row, t in zip(rows, tags)]
+    return {**entity_scores(tags, gold), "accuracy": accuracy, "loss": loss}, answers
+
+
+def evaluate_labels(ctx, rows, prompts):
+    """A label per row, by the head or by the likeliest label word."""
+    # generates no words
+    untrained_head = ctx.text.classifier == "head" and ctx.text.attention == "bidirectional"
+    by_head = ctx.head is not None or untrained_head
+    scores = head_scores(ctx, prompts) if by_head else word_scores(ctx, prompts)
+    predicted = [ctx.text.labels[j] for j in scores.argmin(1).tolist()]
+    gold = [ctx.text.references(row)[0] for row in rows]
+    gold_index = torch.tensor([ctx.text.labels.index(label) for label in gold])
+    values = {"accuracy": metrics.accuracy(predicted, gold), "macro_f1": metrics.macro_f1(predicted, gold),
+              "loss": scores.gather(1, gold_index[:, None]).mean().item()}
+    return values, predicted
+
+
+def evaluate_texts(ctx, rows, prompts, examples):
+    """Generated answers against references.
+
+    No examples (few-shot): no loss, theirs would be without shots.
+    """
+    answers = answer(ctx, prompts)
+    references = [ctx.text.references(row) for row in rows]
+    values = {"exact_match": sum(map(metrics.exact_match, answers, references)) / len(answers)}
+    if examples:
+        values.update(language_metrics(ctx, examples))
+    if "tags" in rows[0]:
+        predicted = [entities.parse_entities(text, row["tokens"]) for text, row in zip(answers, rows)]
+        values.update(entity_scores(predicted, [row["tags"] for row in rows]))
+    values["rouge_l"] = metrics.rouge_l(answers, references)
+    values["bleu"] = metrics.bleu(answers, references)
+    return values, answers
+
+
+def item_correct(ctx, rows, answers):
+    """"1" or "0" for each row, whether its answer is correct, for paired comparisons.
+
+    Empty where rows have no correct answer (raw text, preferences).
+    """
     if not {"messages", "label"} & rows[0].keys():
         return ""
-    return "".join(str(int(metrics.exact_match(s, kit.text.wanted(row)))) for s, row in zip(said, rows))
+    correct = [metrics.exact_match(a, ctx.text.references(row)) for a, row in zip(answers, rows)]
+    return "".join("1" if one else "0" for one in correct)
 
 
 def fingerprint(model):
     """A hash over the shape of a model and a thin sample of every weight."""
-    h = hashlib.sha256(str(model.config).encode())
+    digest = hashlib.sha256(str(model.config).encode())
     for p in model.parameters():
-        h.update(full(p.detach()).flatten()[::997].float().cpu().numpy().tobytes())
-    return h.hexdigest()
+        digest.update(full(p.detach()).flatten()[::997].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,190 +1,278 @@
-"""data/results/inspect_data.py: --task check: what a data file holds, what training on it would cost, what to change first.
+"""data/results/inspect_data.py: --task check. Count what a data file holds, estimate training, give advice.
 
-    rows         how many in each split, how many teach nothing, repeat another, ask what train answers
-    tokens       percentiles under the tokenizer of --init; how many rows exceed --block
-    supervised   the share of the tokens that the loss counts: the rest is read, and costs the same
-    time         the seconds per token of a few real steps after the first, times the tokens of all steps
+    rows         of each split: all, those that repeat another row of it, those whose prompt is in train
+    tokens       percentiles under the tokenizer of --init
+    supervised   the share of the tokens that the loss counts; the others only take time
+    time         seconds per token of a few real steps after the first, times the tokens of all steps
 
-All is counted but time and memory. --write puts a clean copy into FILE-clean/: of equal rows the first, of
-rows that ask the same in two splits those in test, or else in valid.
+Everything is counted but time and memory. --write puts a clean copy into FILE-clean/: of equal rows the first
+stays; of rows with one prompt in two splits those in test stay, or else those in valid.
 
-Public: TASK, examine, clean
+    data, row_type, clean_copy = load_for_check(path, write)        then the task for that row type is chosen
+    examine(ctx, cfg, data, probe, costs, clean_copy)
+
+Public: load_for_check, examine, clean
 """
 import collections
-import dataclasses
 import math
 import pathlib
+from dataclasses import dataclass
 
 import numpy as np
 
-from data.text import formats
-from data.results import cost_model
 from data.batches.examples import Feed, Ranking, size, targets
-from data.runtime.files import UserError, atomic
-from data.runtime.flags import TASK_DEFAULTS, Config
+from data.results import cost_model
 from data.results.metrics import spans
 from data.results.report import describe
-from data.runtime.run_folder import say
+from data.runtime.files import UserError, atomic
+from data.runtime.flags import flag
+from data.runtime.run_folder import print_result
+from data.text import formats
 
-TASK = {"text": "pretrain", "label": "classify", "tags": "tag", "chat": "sft", "pairs": "reward",
-        "ranked": "reward", "prompt": "ppo"}            # what rows of a kind are for
+
+@dataclass(frozen=True)
+class CheckFlags:
+    """check"""
+    write: bool = flag(False, "write a clean copy of the splits beside the file")
 
 
-def clock(seconds):
-    """Seconds as people say them."""
+NO_LIMIT = 1 << 40                                      # tokens: examples are counted as they are, uncut
+FEW_ROWS = 100
+FEW_OF_A_LABEL = 10
+LONG_SECONDS = 3600
+COLUMNS = {"rows": 9, "repeated": 10, "in train": 10, "tokens": 12, "shortest": 10, "median": 8, "90 %": 8,
+           "99 %": 8, "longest": 9}                     # head: width
+
+
+# --------------------------------------------------------------------------------------------- the clean copy
+
+def load_for_check(path, write=False):
+    """(data, row_type, clean_copy) of --data.
+
+    data         {"train", "valid", "test": data/text/formats.Data}
+    row_type     of all three, a name in formats.ROW_TYPES
+    clean_copy   (folder, {split: rows}) for --write, else None; nothing is written yet
+
+    Raises DataError for data that cannot be read; UserError where --write cannot make a copy.
+    """
+    data = formats.load_splits(path)
+    clean_copy = plan_copy(path, data) if write else None
+    return data, data["train"].row_type, clean_copy
+
+
+def plan_copy(path, data):
+    """(folder, {split: rows}) of a clean copy beside the file. Raises UserError."""
+    file = pathlib.Path(path)
+    if not file.exists():
+        raise UserError(f"--write puts a copy beside a file, and --data {path} is no file")
+    folder = file.with_name(file.stem + "-clean")
+    kept = clean({split: part.rows for split, part in data.items()})
+    for split, rows in kept.items():
+        if not rows:
+            raise UserError(f"--write would leave {split} empty: {path} has too few different rows to split")
+    if folder.exists():
+        raise UserError(f"{folder} exists; move it away, and --write can make it anew")
+    return folder, kept
+
+
+def clean(splits):
+    """{split: rows} without repeated rows and without rows whose prompt is in a later split; test is last."""
+    kept = {}
+    held_out = set()                                    # the prompts of the splits done so far
+    for split in ("test", "valid", "train"):
+        first = {}
+        for row in splits[split]:
+            first.setdefault(formats.row_json(row), row)
+        kept[split] = [row for row in first.values() if formats.prompt_key(row) not in held_out]
+        held_out.update(formats.prompt_key(row) for row in kept[split])
+    return {split: kept[split] for split in splits}
+
+
+def write_copy(folder, splits):
+    folder.mkdir()
+    for split, rows in splits.items():
+        with atomic(folder / f"{split}.jsonl") as f:
+            f.writelines(formats.row_json(row).encode() + b"\n" for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------- the counts
+
+def format_seconds(seconds):
+    """Two digits at least, in s, min or h."""
     unit, name = next(((n, name) for n, name in ((3600, "h"), (60, "min")) if seconds >= n), (1, "s"))
-    return f"{seconds / unit:.2g} {name}" if seconds < 10 * unit else f"{seconds / unit:,.0f} {name}"
+    amount = seconds / unit
+    return f"{amount:.2g} {name}" if amount < 10 else f"{amount:,.0f} {name}"
 
 
 def percent(part, whole):
     return f"{part / max(whole, 1):.1%}"
 
 
-def balance(rows, kind):
-    """[(name, count)] of labels or of names' kinds, the commonest first."""
-    if kind == "label":
-        return collections.Counter(row["label"] for row in rows).most_common()
-    return collections.Counter(name for row in rows for name, *_ in spans(row["tags"])).most_common()
+def count_names(rows):
+    """[(name, count)] of the rows' labels or of the types of their entities, the commonest first; else []."""
+    counts = collections.Counter()
+    for row in rows:
+        if "label" in row:
+            counts[row["label"]] += 1
+        elif "tags" in row:
+            counts.update(name for name, *_ in spans(row["tags"]))
+    return counts.most_common()
 
 
-def two_minded(rows):
-    """How many questions have several answers."""
+def ambiguous_prompts(rows):
+    """How many prompts have several answers."""
     answers = collections.defaultdict(set)
     for row in rows:
-        answers[formats.question(row)].add(formats.whole(row))
+        answers[formats.prompt_key(row)].add(formats.row_json(row))
     return sum(len(some) > 1 for some in answers.values())
 
 
-def clean(splits):
-    """{split: rows} without repetitions, and without what a split held back asks as well."""
-    out, asked = {}, set()
-    for split in ("test", "valid", "train"):
-        once = {formats.whole(row): row for row in reversed(splits[split])}    # of equal rows the first
-        out[split] = [row for row in reversed(once.values()) if formats.question(row) not in asked]
-        asked |= set(map(formats.question, out[split]))
-    return {split: out[split] for split in splits}
-
-
-def copy(splits, data):
-    """(folder, {split: rows}) of a clean copy beside the file, or a sentence why there cannot be one."""
-    path = pathlib.Path(data)
-    if not path.exists():
-        raise UserError(f"--write puts a copy beside a file, and --data {data} is none")
-    folder, kept = path.with_name(path.stem + "-clean"), clean(splits)
-    if empty := [split for split, rows in kept.items() if not rows]:
-        raise UserError(f"--write would leave {empty[0]} empty: {data} has too few different rows to split")
-    if folder.exists():
-        raise UserError(f"{folder} exists; move it away, and --write can make it anew")
-    return folder, kept
-
-
-def write(folder, kept):
-    folder.mkdir()
-    for split, rows in kept.items():
-        with atomic(folder / f"{split}.jsonl") as f:
-            f.writelines(formats.whole(row).encode() + b"\n" for row in rows)
-
-
-def longest(example):
-    """The tokens of an example, of a preference with its longest answer."""
+def length_of(example):
+    """The tokens of an example; of a Ranking with its longest answer."""
     if isinstance(example, Ranking):
         return len(example.prompt) + max(map(len, example.answers))
     return size(example)
 
 
-def table(kit, splits, kind):
-    """The counts of every split as lines; {split: tokens of every row}."""
-    lengths, read, counted = {}, 0, 0
-    heads = "rows twice in_train tokens shortest median 90_% 99_% longest".split()
-    wide = 9, 8, 10, 12, 10, 8, 8, 8, 9
-    say(" " * 8 + "".join(f"{head.replace('_', ' '):>{w}}" for head, w in zip(heads, wide)))
-    for split, rows in splits.items():
-        if kind == "text":
-            lengths[split] = [len(kit.text.tokenizer.encode(row["text"])) for row in rows]
-        elif kind == "prompt":
-            lengths[split] = [len(kit.text.asked(row)) for row in rows]
-        else:
-            examples = kit.text.encode(rows, 1 << 40)[0]
-            lengths[split] = list(map(longest, examples))
-            if kind in ("chat", "label"):
-                read, counted = read + sum(lengths[split]), counted + sum(map(targets, examples))
-        at = np.percentile(lengths[split], (0, 50, 90, 99, 100), method="higher")
-        leaks = 0 if split == "train" else formats.leaks(splits["train"], rows)
-        counts = len(rows), formats.duplicates(rows), leaks, sum(lengths[split]), *at
-        say(f"{split:8}" + "".join(f"{n:{w},}" for n, w in zip(counts, wide)))
-    if read:
-        say(f"supervised: {percent(counted, read)} of the tokens, {counted:,} of {read:,}")
-    return lengths, counted / read if read else None
+def count_tokens(ctx, rows, row_type):
+    """(tokens of each row, number of targets). The targets are None for row types without one answer."""
+    if row_type == "text":
+        return [len(ctx.text.tokenizer.encode(row["text"])) for row in rows], None
+    if row_type == "prompt":
+        return [len(ctx.text.prompt_ids(row)) for row in rows], None
+    examples, _ = ctx.text.encode(rows, NO_LIMIT)
+    lengths = [length_of(example) for example in examples]
+    if row_type in ("chat", "label"):
+        return lengths, sum(map(targets, examples))
+    return lengths, None
 
 
-def advice(splits, lengths, share, kind, names, block, seconds):
-    """What to change first, as sentences."""
-    train = splits["train"]
-    repeated = sum(map(formats.duplicates, splits.values()))
-    leaks = sum(formats.leaks(train, splits[split]) for split in ("valid", "test"))
-    if repeated or leaks:
-        told = [f"{repeated:,} rows repeat another of their split"] * bool(repeated)
-        told += [f"{leaks:,} of valid and test are asked in train, so the test flatters"] * bool(leaks)
-        yield "; ".join(told) + ": --write makes a copy without them"
-    long = sum(n > block for n in lengths["train"])
-    if long and kind != "text":
-        yield (f"{long:,} of {len(train):,} training rows exceed {block} tokens and are cut: shorten them, "
-               "or take --too_long drop, or a model with a longer context")
-    if two := kind in ("chat", "label") and two_minded(train):
-        yield f"{two} questions have several answers, of which a model can give one"
-    if names and kind == "label":
-        most = names[0][1] / len(train)
-        if most > 1.5 / len(names):
-            yield (f"always saying {names[0][0]!r} is right in {most:.1%}: compare with that, and look at "
-                   "macro F1 rather than at accuracy")
-    if rare := [name for name, n in names if n < 10]:
-        yield f"fewer than 10 rows each teach {', '.join(rare[:8])}: more rows, or fewer labels"
-    if len(train) < 100 and kind != "text":
-        yield (f"{len(train)} training rows are few: compare with --method none --shots 4, and trust several "
-               "seeds, not one")
-    if kind == "chat" and share < 0.05:
-        yield f"only {share:.1%} of the tokens are answers: shorter questions would make training cheaper"
-    if seconds is not None and seconds > 3600:
-        yield f"{clock(seconds)} is long: try --steps 100 first, or --layers for the upper half alone"
+def print_counts(ctx, data, row_type):
+    """Print a line for each split. Returns ({split: tokens of each row}, share of targets or None)."""
+    print_result(" " * 8 + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
+    lengths = {}
+    supervised = 0
+    for split, part in data.items():
+        lengths[split], count = count_tokens(ctx, part.rows, row_type)
+        supervised = None if count is None else supervised + count
+        leaks = 0 if split == "train" else formats.leaks(data["train"].rows, part.rows)
+        percentiles = np.percentile(lengths[split], (0, 50, 90, 99, 100), method="higher")
+        numbers = [len(part.rows), formats.duplicates(part.rows), leaks, sum(lengths[split]), *percentiles]
+        print_result(f"{split:8}" + "".join(f"{n:{width},}" for n, width in zip(numbers, COLUMNS.values())))
+    if supervised is None:
+        return lengths, None
+    total = sum(map(sum, lengths.values()))
+    print_result(f"supervised: {percent(supervised, total)} of the tokens, {supervised:,} of {total:,}")
+    return lengths, supervised / total
 
 
-def examine(cfg, open_kit, probe):
-    """--task check. probe(kit, cfg, feed): (what would learn, seconds and tokens of a few steps)."""
-    data = formats.splits(cfg.data)
-    kind, splits = data["train"].kind, {split: d.rows for split, d in data.items()}
-    folder, kept = copy(splits, cfg.data) if cfg.write else (None, None)     # before anything takes time
-    cfg = dataclasses.replace(cfg, task=TASK[kind])
-    kit = open_kit(cfg)
-    say(f"{cfg.data}: {data['train'].form}; {kind} rows, for --task {cfg.task}")
-    for split, d in data.items():
-        say(f"{split:8}from {d.source}" + "".join(f"; {n} dropped {why}" for why, n in d.dropped.items()))
-    names = balance(splits["train"], kind) if kind in ("label", "tags") else []
+def print_training(ctx, cfg, rows, probe, costs):
+    """Measure a few steps and print what all of them take. Returns their seconds."""
+    block_size = ctx.block_size(cfg.get("block_size"))
+    examples = ctx.text.encode_splits({"train": rows}, block_size, cfg.get("too_long", "truncate"))["train"]
+    is_stream = isinstance(examples[0], int)            # raw text: windows of one stream of ids
+    feed = Feed(examples, cfg.batch, ctx.micro_batch_tokens, cfg.seed, block_size if is_stream else None,
+                ctx.text)
+    steps = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
+    base = sum(p.numel() for p in ctx.model.parameters())
+    trainable, seconds, tokens = probe(ctx, cfg, feed)
+    tokens_per_step = block_size * cfg.batch if is_stream else sum(map(size, examples)) / feed.steps_per_epoch
+    total = seconds / tokens * tokens_per_step * steps
+    print_result()
+    describe(ctx, cost_model.planned(ctx, cfg, trainable, examples, block_size, costs), base, [])
+    print_result(f"{steps:,} steps of {cfg.batch} examples, {tokens_per_step * steps:,.0f} tokens; "
+                 f"{tokens / seconds:,.0f} tokens a second on {ctx.device}: about {format_seconds(total)}, "
+                 "without evaluation")
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- the advice
+
+def advice_on_rows(data, row_type):
+    """Sentences about repeated, leaked, ambiguous and too few rows."""
+    train = data["train"].rows
+    repeated = sum(formats.duplicates(part.rows) for part in data.values())
+    leaks = sum(formats.leaks(train, data[split].rows) for split in ("valid", "test"))
+    parts = []
+    if repeated:
+        parts.append(f"{repeated:,} rows repeat another row of their split")
+    if leaks:
+        parts.append(f"{leaks:,} rows of valid and test have a prompt of train, so test scores are too high")
+    if parts:
+        yield "; ".join(parts) + ": --write makes a copy without them"
+    if row_type in ("chat", "label"):
+        ambiguous = ambiguous_prompts(train)
+        if ambiguous:
+            yield f"{ambiguous} prompts have several answers; a model can give only one of them"
+    if len(train) < FEW_ROWS and row_type != "text":
+        yield f"{len(train)} training rows are few: compare with --method none --shots 4; use several seeds"
+
+
+def advice_on_names(names, rows, row_type):
+    """Sentences about labels or entity types. names: of count_names."""
+    if names and row_type == "label":
+        share = names[0][1] / len(rows)
+        if share > 1.5 / len(names):
+            yield (f"always answering {names[0][0]!r} is correct in {share:.1%}: compare with that, and use "
+                   "macro F1 instead of accuracy")
+    rare = [name for name, count in names if count < FEW_OF_A_LABEL]
+    if rare:
+        yield (f"fewer than {FEW_OF_A_LABEL} training rows each for {', '.join(rare[:8])}: add rows, or "
+               "merge labels")
+
+
+def advice_on_lengths(lengths, row_type, block_size, supervised, seconds):
+    """Sentences about rows that are cut, prompts that are long, and training that is long."""
+    long = sum(n > block_size for n in lengths["train"])
+    if long and row_type != "text":
+        yield (f"{long:,} of {len(lengths['train']):,} training rows exceed {block_size} tokens and are "
+               "truncated: shorten them, or use a model with a longer context")
+    if supervised is not None and supervised < 0.05 and row_type == "chat":
+        yield f"only {supervised:.1%} of the tokens are answers: shorter prompts would make training faster"
+    if seconds is not None and seconds > LONG_SECONDS:
+        yield f"{format_seconds(seconds)} is long: try --steps 100 first, or --layers for the upper half only"
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
+    """Print the counts, the estimate and the advice, and write the clean copy. Returns 0.
+
+    ctx, cfg     of the task that the rows are for; read are cfg.task, data, batch, seed, steps, epochs and,
+                 where the task has them, block_size, too_long and shard
+    data         as load_for_check returns it
+    probe        probe(ctx, cfg, feed) -> ({name: trainable parameter}, seconds, tokens) of a few steps; None:
+                 nothing is trained, and there is no estimate. Bare prompts have none either, as they need RL
+    costs        the method's, for cost_model.planned; needed where there is an estimate
+    clean_copy   as load_for_check returns it
+
+    Sets ctx.text.labels for rows with labels or tags.
+    """
+    row_type = data["train"].row_type
+    train = data["train"].rows
+    print_result(f"{cfg.data}: {data['train'].format}; {row_type} rows, for --task {cfg.task}")
+    for split, part in data.items():
+        dropped = "".join(f"; {n} dropped {reason}" for reason, n in part.dropped.items())
+        print_result(f"{split:8}from {part.source}{dropped}")
+    names = count_names(train)
     if names:
-        kit.text.labels = formats.names(sum(splits.values(), []))
-    say()
-    lengths, share = table(kit, splits, kind)
+        ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])
+    print_result()
+    lengths, supervised = print_counts(ctx, data, row_type)
     if names:
-        count = sum(n for _, n in names)
-        say("balance:  " + "  ".join(f"{name} {n:,} ({percent(n, count)})" for name, n in names[:12]))
-    block, seconds = kit.block(cfg.block), None
-    if cfg.method != "none" and kind != "prompt":
-        examples = kit.text.split({"train": splits["train"]}, block, cfg.too_long)["train"]
-        feed = Feed(examples, cfg.batch, cfg.micro, cfg.seed, block if kind == "text" else None, kit.text)
-        epochs = cfg.epochs or TASK_DEFAULTS.get(cfg.task, {}).get("epochs", Config.epochs)
-        steps = math.ceil(epochs * feed.per_epoch) if cfg.steps is None else cfg.steps
-        base = sum(p.numel() for p in kit.model.parameters())
-        learn, took, tokens = probe(kit, cfg, feed)
-        each = block * cfg.batch if kind == "text" else sum(map(size, examples)) / feed.per_epoch
-        seconds = took / tokens * each * steps
-        say()
-        describe(kit, cost_model.planned(kit, cfg, learn, examples, block), base, [])
-        say(f"{steps:,} steps of {cfg.batch} examples, {each * steps:,.0f} tokens; {tokens / took:,.0f} "
-            f"tokens a second on {kit.device}: about {clock(seconds)}, without evaluation")
-    found = list(advice(splits, lengths, share, kind, names, block, seconds))
-    say()
-    for line in found or ["nothing to complain about"]:
-        say(f"- {line}")
-    if cfg.write:
-        write(folder, kept)
-        say(f"\nclean copy: {folder}")
+        total = sum(count for _, count in names)
+        shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
+        print_result("balance:  " + "  ".join(shares))
+    seconds = None
+    if probe is not None and row_type != "prompt":
+        seconds = print_training(ctx, cfg, train, probe, costs)
+    block_size = ctx.block_size(cfg.get("block_size"))
+    advice = [*advice_on_rows(data, row_type), *advice_on_names(names, train, row_type),
+              *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]
+    print_result()
+    for line in advice or ["nothing to change"]:
+        print_result(f"- {line}")
+    if clean_copy is not None:
+        write_copy(*clean_copy)
+        print_result(f"\nclean copy: {clean_copy[0]}")
     return 0

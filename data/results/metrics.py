@@ -1,11 +1,11 @@
-"""data/results/metrics.py: what "better" means here; each definition is a pure function.
+"""data/results/metrics.py: the definitions of all metrics, as pure functions.
 
     exact match   equal texts, after every run of white space became one space and the ends were stripped;
-                  case and punctuation count. Of several references, any may be the one.
+                  case and punctuation count. Of several references, any may match.
     macro F1      mean over the *gold* labels of 2 tp / (2 tp + fp + fn). A prediction outside the gold labels
-                  (a generative classifier may say anything) is a miss, and adds no class of its own.
-    span F1       F1 over whole entities, (kind, first, last) all equal, pooled over the texts. BIO tags; an
-                  I- that continues nothing of its kind opens an entity (as CoNLL's script has it).
+                  (a generative classifier may answer anything) is a miss, and adds no class of its own.
+    span F1       F1 over whole entities, (type, first, last) all equal, pooled over the texts. BIO tags; an
+                  I- that continues no entity of its type opens one (as in CoNLL's script).
     BLEU          Papineni et al. 2002: exp(min(0, 1 - r/c) + mean_n log p_n), n = 1..4, over the corpus, no
                   smoothing; an n-gram counts at most as often as in the reference that has it most; r sums
                   the length of the reference closest to each output (of two, the shorter). Tokens:
@@ -15,10 +15,11 @@
                   Lower case, "n't" and "'s" split off, punctuation dropped.
                   Both equal the script of the E2E challenge (Dusek et al. 2020).
     perplexity    exp(sum of negative log likelihoods / supervised tokens)
-    wilson        95 % interval of a proportion (Wilson 1927): honest at 0 and 1, where mean +- 2 sd is not
+    wilson        95 % interval of a proportion (Wilson 1927); unlike mean +- 2 sd it stays within 0 and 1
     summary       mean, sd (n - 1), half the 95 % Student interval: at n = 3, 4.30 sd / sqrt(n), not 1.96
 
-`references` hold, per item, one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
+`predictions` and `references` (or `gold`) have one entry per item; unequal lengths raise ValueError. An entry
+of `references` is one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
 
 Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
 wilson, summary
@@ -33,7 +34,7 @@ from data.text.entities import spans
 
 
 def _texts(references):
-    """One text or several -> a list of them."""
+    """One text or several -> a list of them. Raises ValueError for an empty list."""
     out = [references] if isinstance(references, str) else list(references)
     if not out:
         raise ValueError("an item has no reference text to be compared with; it needs at least one")
@@ -41,7 +42,7 @@ def _texts(references):
 
 
 def _paired(a, b):
-    """Equal lengths, or a sentence: zip alone would score a prefix in silence."""
+    """Pairs. Raises ValueError when the lengths differ: zip alone would silently score a prefix."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} predictions cannot be scored against {len(b)} references")
     return list(zip(a, b))
@@ -54,6 +55,7 @@ def exact_match(prediction, references):
 
 
 def accuracy(predictions, gold):
+    """The share of equal pairs."""
     pairs = _paired(predictions, gold)
     return sum(p == g for p, g in pairs) / max(len(pairs), 1)
 
@@ -64,20 +66,30 @@ def confusion(predictions, gold):
 
 
 def macro_f1(predictions, gold):
-    tp, said, there = collections.Counter(), collections.Counter(), collections.Counter()
-    for (g, p), n in confusion(predictions, gold).items():
-        tp[g] += n * (g == p)
-        said[p], there[g] = said[p] + n, there[g] + n
-    return sum(2 * tp[c] / (said[c] + there[c]) for c in there) / max(len(there), 1)    # said = tp + fp
+    true_positives = collections.Counter()
+    predicted = collections.Counter()                           # tp + fp
+    actual = collections.Counter()                              # tp + fn
+    for (label, prediction), n in confusion(predictions, gold).items():
+        predicted[prediction] += n
+        actual[label] += n
+        if label == prediction:
+            true_positives[label] += n
+    scores = [2 * true_positives[label] / (predicted[label] + actual[label]) for label in actual]
+    return sum(scores) / max(len(scores), 1)
 
 
 def span_scores(predictions, gold):
-    """(precision, recall, F1) of entities; for each text a list of BIO tags, or its entities as spans."""
-    hit = said = there = 0
-    for p, g in _paired(predictions, gold):
-        p, g = (x if isinstance(x, set) else spans(x) for x in (p, g))
-        hit, said, there = hit + len(p & g), said + len(p), there + len(g)
-    return hit / max(said, 1), hit / max(there, 1), 2 * hit / max(said + there, 1)
+    """(precision, recall, F1) of entities; for each text a list of BIO tags, or a set of spans."""
+    correct = 0
+    predicted = 0
+    actual = 0
+    for prediction, reference in _paired(predictions, gold):
+        entities = prediction if isinstance(prediction, set) else spans(prediction)
+        expected = reference if isinstance(reference, set) else spans(reference)
+        correct += len(entities & expected)
+        predicted += len(entities)
+        actual += len(expected)
+    return correct / max(predicted, 1), correct / max(actual, 1), 2 * correct / max(predicted + actual, 1)
 
 
 def span_f1(predictions, gold):
@@ -94,7 +106,7 @@ _DIGIT_DASH = re.compile(r"(\d)-", re.ASCII)
 
 
 def _tokens_13a(text):
-    """mteval-13a, as the E2E script has it: the three rules are applied in this order, each in one pass."""
+    """mteval-13a, as in the E2E script: the three rules are applied in this order, each in one pass."""
     for name, char in _ENTITIES:
         text = text.replace(name, char)
     text = _SYMBOL.sub(r" \1 ", f" {text.lower()} ")
@@ -116,32 +128,36 @@ def _ngrams(tokens, n):
 
 
 def bleu(predictions, references):
-    hit, total, reference_length = [0] * 4, [0] * 4, 0
-    for text, refs in _paired(predictions, references):
-        out, refs = _tokens_13a(text), [_tokens_13a(r) for r in _texts(refs)]
+    matched = [0] * 4                                           # n-grams of each order
+    total = [0] * 4
+    reference_length = 0
+    for text, some in _paired(predictions, references):
+        tokens = _tokens_13a(text)
+        refs = [_tokens_13a(reference) for reference in _texts(some)]
         for n in range(4):
-            allowed = collections.Counter()
-            for r in refs:
-                allowed |= _ngrams(r, n + 1)                    # | keeps the larger of two counts
-            hit[n] += (_ngrams(out, n + 1) & allowed).total()
-            total[n] += max(len(out) - n, 0)
-        reference_length += min((abs(len(r) - len(out)), len(r)) for r in refs)[1]
-    if not all(hit):
-        return 0.0                                              # log 0: no n-gram of some order is right
+            limit = collections.Counter()
+            for ref in refs:
+                limit |= _ngrams(ref, n + 1)                    # | keeps the larger of two counts
+            matched[n] += (_ngrams(tokens, n + 1) & limit).total()
+            total[n] += max(len(tokens) - n, 0)
+        reference_length += min((abs(len(ref) - len(tokens)), len(ref)) for ref in refs)[1]
+    if not all(matched):
+        return 0.0                                              # an order without a match: log 0
     brevity = min(0.0, 1 - reference_length / total[0])
-    return math.exp(brevity + statistics.fmean(math.log(h / t) for h, t in zip(hit, total)))
+    return math.exp(brevity + statistics.fmean(math.log(m / t) for m, t in zip(matched, total)))
 
 
 def _lcs(a, b):
-    """Length of the longest common subsequence, a row of the table per addition (Hyyro 2004).
+    """Length of the longest common subsequence, with one addition for each row of the table (Hyyro 2004).
 
     Bit j of `row` is 0 where the table's row grows by one at column j. The carry of row + (row & match) moves
-    each growth to the leftmost match of its stretch, which is just what the recurrence's max does.
+    each growth to the leftmost match of its stretch, which is what the recurrence's max does.
     """
     match = collections.defaultdict(int)
     for j, token in enumerate(b):
         match[token] |= 1 << j
-    full = row = (1 << len(b)) - 1
+    full = (1 << len(b)) - 1
+    row = full
     for token in a:
         if token in match:
             step = row & match[token]
@@ -150,18 +166,22 @@ def _lcs(a, b):
 
 
 def rouge_l(predictions, references, beta=1.2):
-    pairs, total = _paired(predictions, references), 0.0
-    for text, refs in pairs:
-        out, refs = _tokens_caption(text), [_tokens_caption(r) for r in _texts(refs)]
-        common = [_lcs(out, r) for r in refs]
-        p, r = max(common) / max(len(out), 1), max(c / max(len(x), 1) for c, x in zip(common, refs))
-        total += (1 + beta ** 2) * p * r / (r + beta ** 2 * p) if p and r else 0.0
+    pairs = _paired(predictions, references)
+    total = 0.0
+    for text, some in pairs:
+        tokens = _tokens_caption(text)
+        refs = [_tokens_caption(reference) for reference in _texts(some)]
+        common = [_lcs(tokens, ref) for ref in refs]
+        precision = max(common) / max(len(tokens), 1)
+        recall = max(length / max(len(ref), 1) for length, ref in zip(common, refs))
+        if precision and recall:
+            total += (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
     return total / max(len(pairs), 1)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 def perplexity(nll_sum, tokens):
-    """nan without tokens, inf where exp leaves the floats: a diverged run must not stop the evaluation."""
+    """nan without tokens; inf where exp overflows, so that a diverged run does not stop the evaluation."""
     try:
         return math.exp(nll_sum / tokens) if tokens else math.nan
     except OverflowError:
@@ -169,16 +189,18 @@ def perplexity(nll_sum, tokens):
 
 
 def wilson(successes, n, z=1.959963984540054):
-    """(low, high) of a proportion; (0, 1) when nothing was counted."""
+    """(low, high) of the proportion successes / n; (0, 1) when n is 0."""
     if not n:
         return 0.0, 1.0
-    p, shrink = successes / n, 1 + z * z / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / shrink, (centre + half) / shrink
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low = (centre - half) / (1 + z * z / n)
+    high = (centre + half) / (1 + z * z / n)
     return max(0.0, min(low, p)), min(1.0, max(high, p))        # rounding must not put p outside
 
 
-# Student's t at 97.5 % for 1 to 6 degrees of freedom; beyond, Fisher's series in 1/df is right to 0.001.
+# Student's t at 97.5 % for 1 to 6 degrees of freedom; above, Fisher's series in 1/df is accurate to 0.001.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)
 
 
@@ -191,7 +213,7 @@ def _student(df):
 
 
 def summary(values):
-    """(mean, sd, half): the 95 % interval is mean +- half. One value has no spread: sd and half are nan."""
+    """(mean, sd, half): the 95 % interval is mean +- half. Of one value sd and half are nan, of none all."""
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2:

@@ -1,28 +1,43 @@
-"""data/results/next_token.py: what a model is about to say, and how sure it is of each word it then says.
+"""data/results/next_token.py: the next-token distribution, and a sampled continuation with its probabilities.
 
     p        softmax(logits / temperature) over the vocabulary, likeliest first, as bars
-    cut      where top_k, then top_p, end: what is above can be drawn, by p / (the sum of what is left)
-    choice   each token of a continuation, with the probability it was drawn with
+    cut      where top_k, then top_p, end: tokens above it are sampled, with p / (their sum)
+    token    each token of the continuation, with the probability it was sampled with
 
 The prompt is continued as plain text (--template plain), or answered in the model's own template (auto). With
-an adapter or a soft prompt, the base and the tuned model stand side by side, with the same dice.
+an adapter or a soft prompt, the base and the tuned model stand side by side, with the same seed.
 
-Public: show, table, walk
+Public: GenerationFlags, show, table, walk
 """
 import dataclasses
 import itertools
 import json
+from dataclasses import dataclass
 
 import torch
 
 from data.runtime.files import UserError
-from data.runtime.run_folder import say
-from model import allowed, span
+from data.runtime.flags import flag
+from data.runtime.run_folder import print_result
+from model import KVCache, filter_logits, glm_position_ids, past_length
 
-ROWS, BAR, WIDE = 12, 16, 46
+
+@dataclass(frozen=True)
+class GenerationFlags:
+    """generation"""
+    prompt: str = flag(None, "answer this and stop, or a conversation; show: continue this", type=str)
+    temperature: float = flag(0.7, "0 is greedy", low=0)
+    top_k: int = flag(None, "sample from the k likeliest", type=int, low=1)
+    top_p: float = flag(None, "sample from the likeliest of this mass", type=float, low=0, high=1)
 
 
-def name(token, tokenizer):
+ROWS = 12                               # of the table
+BAR = 16                                # characters of the longest bar
+COLUMN = 46                             # characters of one model's column
+
+
+def token_text(token, tokenizer):
+    """A token as a quoted string of at most 16 characters."""
     text = json.dumps(tokenizer.decode([token], special=True), ensure_ascii=False)
     return text if len(text) <= 16 else text[:14] + '.."'
 
@@ -30,74 +45,103 @@ def name(token, tokenizer):
 def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS):
     """The likeliest tokens after one row of logits (V,), as lines of text."""
     p = (logits.float() / (temperature or 1)).softmax(-1)
-    left = int(allowed(logits[None], temperature, top_k, top_p).isfinite().sum())
+    kept = int(filter_logits(logits[None], temperature, top_k, top_p).isfinite().sum())
+    cuts = {}                                           # {row: what ends there}
+    if temperature == 0:
+        cuts[1] = "greedy takes the first"
+    else:
+        if top_k is not None and top_k < len(p):
+            cuts[top_k] = f"top_k {top_k}"
+        if top_p is not None and kept < min(top_k or len(p), len(p)):
+            cuts[kept] = f"top_p {top_p:g}"
     ranked = p.sort(descending=True, stable=True)
-    cuts = {1: "greedy takes the first"} if temperature == 0 else {}
-    if temperature and top_k is not None and top_k < len(p):
-        cuts[top_k] = f"top_k {top_k}"
-    if temperature and top_p is not None and left < min(top_k or len(p), len(p)):
-        cuts[left] = f"top_p {top_p:g}"
-    out = []
+    lines = []
     for n, (value, token) in enumerate(zip(ranked.values[:rows].tolist(), ranked.indices[:rows].tolist()), 1):
         bar = "█" * round(BAR * value / ranked.values[0].item())
-        out.append(f"{value:7.4f}  {name(token, tokenizer):16}  {bar}".rstrip())
+        lines.append(f"{value:7.4f}  {token_text(token, tokenizer):16}  {bar}".rstrip())
         if n in cuts:
-            out.append(f"-------  {cuts[n]}")
+            lines.append(f"-------  {cuts[n]}")
     entropy = -(p * p.clamp(min=1e-30).log()).sum().item()
-    return [*out, f"{left} of {len(p)} can be drawn; entropy {entropy:.2f} nats"]
+    return [*lines, f"{kept} of {len(p)} can be sampled; entropy {entropy:.2f} nats"]
 
 
+# Sampling's parameters stay flat, under the names that generate gives them.
 @torch.no_grad()
-def walk(model, ids, past, max_new, generator, end, temperature=1.0, top_k=None, top_p=None, both_ways=False,
-         embed=None, blank=False):
-    """(logits of the first choice (V,), [(token, the probability it was drawn with)]) of a continuation."""
-    x, chosen, first = torch.tensor([ids], device=model.wte.weight.device), [], None
-    column, n = torch.arange(len(ids), device=x.device), torch.tensor([len(ids)], device=x.device)
-    sees, places = n - int(blank) if both_ways else None, span(column, n) if blank else None
-    hidden, past = model.trunk(embed(model, x) if embed else x, past, sees=sees, places=places)
-    for step in itertools.count():
-        logits = model.head(hidden[:, -1]).float()                              # (1, V)
-        first = logits[0] if first is None else first
-        p = allowed(logits, temperature, top_k, top_p).softmax(-1)
-        token = torch.multinomial(p, 1, generator=generator)                    # (1, 1)
-        chosen.append((token.item(), p[0, token].item()))
-        full = past[0][0].size(2) == model.config.block_size
-        if len(chosen) == max_new or token.item() == end or full:
-            return first, chosen
-        n = n * 0 - step                                        # where the prompt ended, seen from the token
-        hidden, past = model.trunk(token, past, places=span(column[:1], n) if blank else None)
+def walk(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top_k=None, top_p=None,
+         bidirectional_prompt=False, embed=None, infill_suffix=False):
+    """(logits (V,) of the first token, [(token, the probability it was sampled with)]) of a continuation."""
+    x = torch.tensor([ids], device=model.wte.weight.device)                         # (1, T)
+    n = torch.tensor([len(ids)], device=x.device)
+    attention = {}
+    if bidirectional_prompt:
+        attention["bidirectional_len"] = n - 1 if infill_suffix else n
+    if infill_suffix:
+        attention["glm_positions"] = glm_position_ids(torch.arange(len(ids), device=x.device), n)
+    P = past_length(past)
+    hidden, filled = model.hidden_states(embed(model, x) if embed else x, past, **attention)
+    limit = min(max_new_tokens, model.config.block_size - P - len(ids) + 1)  # the last token needs no column
+    cache = KVCache.extend(filled, n + P, limit - 1)
+    tokens = []
+    while True:
+        logits = model.logits(hidden[:, -1]).float()                                # (1, V)
+        if not tokens:
+            first = logits[0]
+        p = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
+        token = torch.multinomial(p, 1, generator=generator)                        # (1, 1)
+        tokens.append((token.item(), p[0, token].item()))
+        if len(tokens) == limit or token.item() == end:
+            return first, tokens
+        column = (cache.lengths - P)[:, None]                                       # (1, 1), of this token
+        glm_positions = glm_position_ids(column, n) if infill_suffix else None
+        hidden, _ = model.hidden_states(token, past, cache=cache, glm_positions=glm_positions)
+        cache = cache._replace(lengths=cache.lengths + 1)
 
 
-def beside(columns):
+def print_columns(columns):
     """Blocks of lines, next to each other."""
     for lines in itertools.zip_longest(*columns, fillvalue=""):
-        say("".join(line.ljust(WIDE) for line in lines).rstrip())
+        print_result("".join(line.ljust(COLUMN) for line in lines).rstrip())
 
 
-def show(kit, sides, cfg):
-    """--task show. sides: {name: what to enter for (model, past)}, the base first."""
+def show(ctx, sides, cfg):
+    """--task show. sides: {name: function that gives a context of (model, past)}, the base first. Returns 0.
+
+    Raises UserError without a prompt.
+    """
     if not cfg.prompt:
-        raise UserError('--task show needs the text to go on from, as in --prompt "The cat is on the"')
-    kit.speaks()
-    text, tables, steps, ends = kit.text, [], [], []
-    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-    row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
-    for side, enter in sides.items():
-        framed = side == "tuned" and kit.prompt is not None and kit.prompt.template
-        asked = (text if framed else dataclasses.replace(text, frame=([], []))).asked(row, (), kit.room() - 1)
-        with enter() as (model, past):
-            first, chosen = walk(model, asked, past, cfg.max_new,
-                                 torch.Generator(kit.device).manual_seed(cfg.seed), text.end, **how,
-                                 both_ways=text.attention == "prefix", blank=bool(text.blank),
-                                 embed=kit.prompt.embed if framed else None)
-        head = [side] * (len(sides) > 1)
-        tables.append(head + table(first, text.tokenizer, **how))
-        steps.append(head + [f"{p:7.4f}  {name(token, text.tokenizer)}" for token, p in chosen])
-        ends.append((side, text.tokenizer.decode([token for token, _ in chosen if token != text.end])))
-    beside(tables)
-    say()
-    beside(steps)
-    say()
-    for side, said in ends:
-        say(f"{side}: " * (len(sides) > 1) + cfg.prompt + said)
+        raise UserError('--task show needs the text to continue, as in --prompt "The cat is on the"')
+    ctx.require_causal()
+    sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+    tokenizer = ctx.text.tokenizer
+    tables = []
+    steps = []
+    texts = []
+    for side, role in sides.items():
+        title = [side] if len(sides) > 1 else []
+        first, tokens = continue_prompt(ctx, side, role, cfg, sampling)
+        tables.append(title + table(first, tokenizer, **sampling))
+        steps.append(title + [f"{p:7.4f}  {token_text(token, tokenizer)}" for token, p in tokens])
+        texts.append(tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token]))
+    print_columns(tables)
+    print_result()
+    print_columns(steps)
+    print_result()
+    for side, text in zip(sides, texts):
+        label = f"{side}: " if len(sides) > 1 else ""
+        print_result(label + cfg.prompt + text)
     return 0
+
+
+def continue_prompt(ctx, side, role, cfg, sampling):
+    """`walk` of one side; virtual tokens inside the text belong to the tuned side only."""
+    text = ctx.text
+    in_template = side == "tuned" and ctx.prompt is not None and ctx.prompt.template
+    if not in_template:
+        text = dataclasses.replace(text, soft_prompt_ids=([], []))
+    row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
+    ids = text.prompt_ids(row, (), ctx.max_text_len() - 1)
+    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
+    with role() as (model, past):
+        return walk(model, ids, past, cfg.max_new_tokens, generator, text.end_token, **sampling,
+                    bidirectional_prompt=text.attention == "prefix", infill_suffix=bool(text.infill_suffix),
+                    embed=ctx.prompt.embed if in_template else None)

@@ -1,13 +1,15 @@
-"""data/results/ppo_metrics.py: what a rollout, an update and a reward model say about themselves, in numbers and in words.
+"""data/results/ppo_metrics.py: numbers that describe a rollout, an update and a reward model, and warnings.
 
-Every mean is over answers or over real tokens. `x[mask]` picks the real ones, so the rest may even be NaN.
+Every mean is over answers or over real tokens. `x[mask]` selects the real ones, so the rest may even be NaN.
 
     kl         mean over answers of the sum of k1 = log pi - log ref: unbiased, may be negative on an answer
-    kl_k3      the same of k3 = exp(-k1) - 1 + k1, never negative; far from kl when a few answers carry it
-    objective  score - beta kl: what PPO climbs, so it rises, but for noise
-    ratio_*    largest |new / old - 1|; `first` is taken before the first step: 0 to rounding
+    kl_k3      the same of k3 = exp(-k1) - 1 + k1, never negative; far from kl when a few answers dominate it
+    objective  score - beta kl: what PPO maximises, so it rises, up to noise
+    ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
-Public: describe, explained_variance, health, reward_report, show
+B answers  R response columns  K ranked answers
+Public: correlation, explained_variance, describe, merge_parts, average_minibatches, health, reward_report,
+show
 """
 from collections import defaultdict
 
@@ -15,44 +17,88 @@ import torch
 
 
 def correlation(x, y):
-    x, y = (z.cpu().double() - z.cpu().double().mean() for z in (x, y))
+    """Pearson's correlation of two tensors of one shape, a float; 0 if one of them is constant."""
+    x = x.cpu().double() - x.cpu().double().mean()
+    y = y.cpu().double() - y.cpu().double().mean()
     return ((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12)).item()
 
 
 def explained_variance(values, returns, mask):
-    """1: the critic knows the return. 0: no better than a constant. Below: worse."""
-    left, all_ = ((x - x.mean()).square().mean() for x in ((returns - values)[mask], returns[mask]))
-    return 1 - left / all_.clamp(min=1e-12)
+    """Of the critic, all (B, R). 1: it predicts the return. 0: no better than a constant. Below 0: worse."""
+    residual = (returns - values)[mask]
+    returns = returns[mask]
+    unexplained = (residual - residual.mean()).square().mean()
+    return 1 - unexplained / (returns - returns.mean()).square().mean().clamp(min=1e-12)
 
 
-def describe(batch, answers, scores, ended, samples=1):
-    """A rollout in numbers: ppo.Batch, its answers as lists of ids, scores (B,), ended (B,), answers asked
-    of each prompt."""
-    mask, n = batch.mask, batch.mask.sum(1).float()
+def describe(batch, answers, scores, ended, num_generations=1):
+    """Metrics of a rollout, {name: float}.
+
+    batch: ppo.Batch; answers: B lists of ids; scores (B,); ended (B,), whether an answer has its end token;
+    num_generations: answers per prompt, which stand side by side.
+    """
+    mask = batch.mask
+    n = mask.sum(1).float()                                                     # (B,)
     k1 = (batch.logp - batch.ref_logp).masked_fill(~mask, 0)                    # (B, R)
-    kl, k3 = k1.sum(1), ((-k1).exp() - 1 + k1).sum(1)                           # (B,)
-    grams = [[tuple(y[i:i + 4]) for i in range(len(y) - 3)] for y in answers]
-    out = {"score": scores.mean(), "score_std": scores.std(unbiased=False),
-           "kl": kl.mean(), "kl_k3": k3.mean(), "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
-           "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
-           "entropy": batch.entropy[mask].mean(), "entropy_answer": -batch.logp[mask].sum() / len(mask),
-           "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),
-           "score_length_corr": correlation(scores, n),
-           "unique": len(set(map(tuple, answers))) / len(answers),
-           "repeat4": sum(len(g) - len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)}
-    if samples > 1:
-        out["zero_std"] = (scores.view(-1, samples).std(1) < 1e-6).float().mean()
+    kl = k1.sum(1)                                                              # (B,)
+    k3 = ((-k1).exp() - 1 + k1).sum(1)                                          # (B,)
+    grams = [[tuple(answer[i:i + 4]) for i in range(len(answer) - 3)] for answer in answers]
+    repeats = sum(len(some) - len(set(some)) for some in grams)
+    metrics = {"score": scores.mean(), "score_std": scores.std(unbiased=False),
+               "kl": kl.mean(), "kl_k3": k3.mean(), "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
+               "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
+               "entropy": batch.entropy[mask].mean(), "entropy_answer": -batch.logp[mask].sum() / len(mask),
+               "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),
+               "score_length_corr": correlation(scores, n),
+               "unique": len(set(map(tuple, answers))) / len(answers),
+               "repeat4": repeats / max(sum(map(len, grams)), 1)}
+    if num_generations > 1:
+        metrics["zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
     if batch.values is not None:                            # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
-        out |= {"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
-                "advantage": advantage.mean(), "advantage_std": advantage.std(unbiased=False),
-                "explained_variance": explained_variance(batch.values, batch.returns, mask)}
-    return {name: float(x) for name, x in out.items()}
+        metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
+                        "advantage": advantage.mean(), "advantage_std": advantage.std(unbiased=False),
+                        "explained_variance": explained_variance(batch.values, batch.returns, mask)})
+    return {name: float(x) for name, x in metrics.items()}
+
+
+def merge_parts(parts):
+    """Metrics of a minibatch from those of its parts, [{name: number or tensor}, ...]: sums, and the largest
+    ratio_off. A part may be empty."""
+    merged = {}
+    for part in parts:
+        for name, x in part.items():
+            if name not in merged:
+                merged[name] = x
+            elif name == "ratio_off" and isinstance(x, torch.Tensor):
+                merged[name] = torch.maximum(merged[name], x)       # max() would wait for a GPU
+            elif name == "ratio_off":
+                merged[name] = max(merged[name], x)
+            else:
+                merged[name] = merged[name] + x
+    return merged
+
+
+def average_minibatches(history):
+    """Metrics of an update from those of its minibatches, [{name: number}, ...]: means over the minibatches
+    that have the metric; ratio_off is the largest, ratio_first that of the first minibatch, skipped a sum."""
+    result = {}
+    for metrics in history:
+        for name in metrics:
+            if name not in result:
+                found = [other[name] for other in history if name in other]
+                result[name] = sum(found) / len(found)
+    result["ratio_first"] = history[0]["ratio_off"]
+    result["ratio_off"] = max(metrics["ratio_off"] for metrics in history)
+    result["skipped"] = sum(metrics["skipped"] for metrics in history)
+    result["minibatches"] = len(history)
+    return result
 
 
 def health(metrics, tolerance=1e-4):
-    """What is wrong with an iteration, in words; [] when every number is where it should be. `tolerance` is
-    the rounding of a log-probability: 1e-4 in fp32, 0.5 in bf16."""
+    """Warnings about an iteration, a list of sentences; [] when every number is in its usual range.
+    `tolerance` is the rounding of a log-probability: 1e-4 in fp32, 0.5 in bf16. A metric that is missing
+    counts as 0."""
     m = defaultdict(float, metrics)
     checks = (
         (m["ratio_first"] > tolerance,
@@ -62,14 +108,15 @@ def health(metrics, tolerance=1e-4):
         (m["kl"] < -3 * m["kl_stderr"] - tolerance,
          "KL is {kl:.2f}, negative beyond chance: sampling and scoring disagree"),
         (m["kl"] > 25,
-         "KL is {kl:.0f} nats: the policy leaves the reference; raise --kl_coef or set --kl_target"),
+         "KL is {kl:.0f} nats: the policy is far from the reference; raise --kl_coef, or lower "
+         "--adaptive_kl_target"),
         (m["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
-        (m["zero_std"] > 0.5, "{zero_std:.0%} of the prompts score all answers alike and teach nothing"),
+        (m["zero_std"] > 0.5, "{zero_std:.0%} of the prompts have answers of one score and give no gradient"),
         (m["eos_rate"] < 0.5,
-         "only {eos_rate:.0%} of the answers end: raise --max_new, or teach the end token in SFT"),
-        (m["length"] < 1.5, "answers are down to {length:.1f} tokens: beta costs more than the score pays"),
+         "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
+        (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),
         (abs(m["score_length_corr"]) > 0.5, "score follows length (correlation {score_length_corr:.2f})"),
-        (m["approx_kl"] > 0.1, "updates go too far (KL {approx_kl:.2f}): lower --lr or --ppo_epochs"),
+        (m["approx_kl"] > 0.1, "updates are too large (KL {approx_kl:.2f}): lower --lr or --ppo_epochs"),
         (m["clipfrac"] > 0.5, "{clipfrac:.0%} of the ratios are clipped: lower --lr or --ppo_epochs"),
         (m["clipfrac_value"] > 0.5,
          "{clipfrac_value:.0%} of the values are clipped: raise --cliprange_value"),
@@ -83,31 +130,35 @@ def health(metrics, tolerance=1e-4):
 
 
 def reward_report(parts):
-    """[(scores, rank, mask, length), ...], each (B, K), as `ppo.reward_step` hands them out -> accuracy over
-    pairs (equal scores are half right), also by the distance of the ranks, which for votes is their margin;
-    and how much of the score is length."""
-    right = defaultdict(list)
+    """[(scores, rank, mask, length), ...], each (B, K), as `ppo.reward_step` returns them -> accuracy over
+    pairs (equal scores count half), also by the difference of the ranks, which for votes is their margin; and
+    the correlation of score and length."""
+    by_margin = defaultdict(list)
     for s, rank, mask, _ in parts:
         pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]         # (B, K, K)
-        won = (s[:, :, None] - s[:, None, :]).sign() / 2 + 0.5
+        correct = (s[:, :, None] - s[:, None, :]).sign() / 2 + 0.5
         margin = rank[:, None, :] - rank[:, :, None]
-        for m, w in zip(margin[pair].tolist(), won[pair].tolist()):
-            right[round(m)].append(w)
-    won = sum(right.values(), [])
-    s, n = (torch.cat([part[i][part[2]] for part in parts]) for i in (0, 3))
-    return {"accuracy": sum(won) / max(len(won), 1), "pairs": len(won),
-            "score_length_corr": correlation(s, n),
-            **{f"accuracy_margin_{m}": sum(ws) / len(ws) for m, ws in sorted(right.items())}}
+        for m, x in zip(margin[pair].tolist(), correct[pair].tolist()):
+            by_margin[round(m)].append(x)
+    correct = sum(by_margin.values(), [])
+    s = torch.cat([scores[mask] for scores, _, mask, _ in parts])
+    length = torch.cat([length[mask] for _, _, mask, length in parts])
+    return {"accuracy": sum(correct) / max(len(correct), 1), "pairs": len(correct),
+            "score_length_corr": correlation(s, length),
+            **{f"accuracy_margin_{m}": sum(xs) / len(xs) for m, xs in sorted(by_margin.items())}}
 
 
 def show(batch, row=0, decode=str):
-    """One padded row with every tensor, as text. Line i is token i; its action was taken one before."""
+    """One padded row of a ppo.Batch with every tensor, as text. Line i is token i; its action was taken one
+    position before. decode: id -> str."""
     names = [name for name in batch._fields[3:] if getattr(batch, name) is not None]
-    start, n = int(batch.start[row]), int(batch.lengths[row])
-    head = " ".join(x.rjust(10) for x in names)
-    lines = [f"{'position':>8} {'token':>10} {'action':>6} {'mask':>4} {head}"]
+    start = int(batch.start[row])
+    n = int(batch.lengths[row])
+    titles = " ".join(name.rjust(10) for name in names)
+    lines = [f"{'position':>8} {'token':>10} {'action':>6} {'mask':>4} {titles}"]
     for i, token in enumerate(batch.tokens[row].tolist()):
-        line, t = f"{i:>8} {decode(token) if i < n else '(pad)':>10}", i - start
+        line = f"{i:>8} {decode(token) if i < n else '(pad)':>10}"
+        t = i - start
         if 0 <= t < batch.mask.size(1):
             line += f" {t:>6} {int(batch.mask[row, t]):>4} "
             line += " ".join(f"{getattr(batch, name)[row, t].item() + 0.0:>10.4f}" for name in names)

@@ -1,101 +1,167 @@
-"""data/results/report.py: runs, for people: what is about to run, what a run has found, what a soft prompt has become.
+"""data/results/report.py: what a run prints before it starts (--dry_run), at its end, about a soft prompt.
 
-A soft prompt is read by its neighbours: the words that each embedding is near to, and how far it went.
-Keys and values have no neighbours: there the norms and the way, by layer, are all there is to say.
+A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
+moved it. Keys and values have no nearest tokens: for them there are norms and distances, by layer.
 
-Public: describe, report, virtual
+Public: describe, report, describe_virtual_tokens
 """
 import textwrap
 
+from data.batches.examples import display
 from data.results import cost_model
-from data.batches.examples import shown
-from data.runtime.run_folder import say
+from data.runtime.run_folder import print_result
+
+BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps", "seconds",
+         "tokens_per_second")
 
 
-def describe(kit, plan, base, examples):
-    """--dry_run: what would learn, about what memory and arithmetic it takes; what the model would see."""
-    need = {part: f"{n / 1e6:,.0f} MB" for part, n in cost_model.memory(kit.model.config, plan).items()}
-    say(f"{plan.learn:,} of {base:,} parameters learn ({plan.learn / base:.2%})")
-    say(f"memory, about: {need['total']} = {need['weights']} frozen + {need['learning']} learning (with "
-        f"gradients and moments) + {need['activations']} activations + {need['peak']} logits or gradients, "
-        f"of {plan.tokens:,} tokens in rows of {plan.row}")
-    say(f"arithmetic, about: {cost_model.flops(kit.model.config, plan) / 1e9:.3g} GFLOP for each token trained on")
-    for e in examples:
-        say("\n" + "-" * 40 + " [[supervised]]")
-        (ids, mask), out = shown(e), ""
-        for i, (token, on) in enumerate(zip(ids, mask)):
-            out += "[[" * (on and not mask[i - 1]) + kit.text.tokenizer.decode([token], special=True)
-            out += "]]" * (on and (i + 1 == len(ids) or not mask[i + 1]))
-        say(out)
+# ------------------------------------------------------------------------------------------- before a run
+
+def describe(ctx, plan, base, examples):
+    """Print a plan's trainable parameters, memory and arithmetic, and examples with the loss mask. Returns 0.
+
+    plan      a cost_model.Plan            base   number of parameters of the base model
+    examples  of data/batches/examples.py; targets are printed as [[targets]]
+    """
+    size = {part: f"{n / 1e6:,.0f} MB" for part, n in cost_model.memory(ctx.model.config, plan).items()}
+    gflops = cost_model.flops(ctx.model.config, plan) / 1e9
+    print_result(f"{plan.trainable:,} of {base:,} parameters are trainable ({plan.trainable / base:.2%})")
+    print_result(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
+                 f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
+                 f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
+    print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
+    for example in examples:
+        print_result("\n" + "-" * 40 + " [[supervised]]")
+        print_result(mark_targets(*display(example), ctx.text.tokenizer))
     return 0
 
 
-def virtual(kit, start, nearest):
-    """A soft prompt as lines of text. start: the prompt before training, or None; nearest: nearest_tokens."""
-    prompt, lines = kit.prompt, []
-    if hasattr(prompt, "embed"):
-        table, begun = prompt.table().detach(), None if start is None else start.table().detach()
-        lines.append("virtual tokens: nearest words by cosine | by dot product | norm | moved from its start")
-        for j, found in enumerate(nearest(prompt, kit.model, 3, begun)):
-            near = (" ".join(f"{kit.text.tokenizer.decode([i], special=True)!r} {value:.2f}"
-                             for i, value in found[how]) for how in ("cosine", "dot"))
-            moved = "unknown" if start is None else f"{found['moved']:.2f}"
-            lines.append(f"{j:3}  {' | '.join(near)} | {table[j].norm():.2f} | {moved}")
-        return lines
-    lines.append("keys and values, with no words near them: mean norm of a virtual token | moved from start")
-    now, was = kit.past(), start and start.eval()(kit.model)
-    for i, layer in enumerate(now):
+def mark_targets(ids, mask, tokenizer):
+    """The text of ids, with [[ ]] around each stretch of tokens whose mask is true."""
+    text = ""
+    inside = False
+    for token, is_target in zip(ids, mask):
+        if is_target and not inside:
+            text += "[["
+        elif inside and not is_target:
+            text += "]]"
+        text += tokenizer.decode([token], special=True)
+        inside = is_target
+    return text + "]]" if inside else text
+
+
+# ------------------------------------------------------------------------------------------- a soft prompt
+
+def describe_virtual_tokens(ctx, start, nearest):
+    """A trained soft prompt as lines of text.
+
+    start     the prompt before training, or None if it cannot be made again
+    nearest   prompts.nearest_tokens
+    """
+    prompt = ctx.prompt
+    if prompt.holds == "embeddings":
+        return describe_embeddings(ctx, start, nearest)
+    lines = ["keys and values (no nearest tokens): mean norm of a virtual token | moved from start"]
+    past = ctx.past()
+    start_past = [None] * len(past) if start is None else start.eval()(ctx.model)
+    for number, (layer, start_layer) in enumerate(zip(past, start_past)):
+        if layer is None:                               # a prompt may leave layers out
+            continue
         parts = []
-        for j, name in enumerate("kv"):                                     # (1, nkv, P, hs)
-            moved = "unknown" if was is None else f"{size(layer[j] - was[i][j]):.2f}"
-            parts.append(f"{name} {size(layer[j]):.2f} | {moved}")
-        lines.append(f"layer {i}  {'   '.join(parts)}")
+        for i, name in enumerate("kv"):                 # (1, nkv, P, hs)
+            moved = "unknown"
+            if start_layer is not None:
+                moved = f"{mean_norm(layer[i] - start_layer[i]):.2f}"
+            parts.append(f"{name} {mean_norm(layer[i]):.2f} | {moved}")
+        lines.append(f"layer {number}  {'   '.join(parts)}")
     return lines
 
 
-def size(t):
+def describe_embeddings(ctx, start, nearest):
+    embeddings = ctx.prompt.prompt_embeddings().detach()                    # (P, C)
+    start_embeddings = None if start is None else start.prompt_embeddings().detach()
+    tokenizer = ctx.text.tokenizer
+    lines = ["virtual tokens: nearest words by cosine | by dot product | norm | moved from start"]
+    for i, row in enumerate(nearest(ctx.prompt, ctx.model, 3, start_embeddings)):
+        columns = []
+        for measure in ("cosine", "dot"):
+            columns.append(" ".join(f"{tokenizer.decode([token], special=True)!r} {value:.2f}"
+                                    for token, value in row[measure]))
+        moved = "unknown" if start is None else f"{row['moved']:.2f}"
+        lines.append(f"{i:3}  {' | '.join(columns)} | {embeddings[i].norm():.2f} | {moved}")
+    return lines
+
+
+def mean_norm(tensor):
     """(1, nkv, P, hs) -> the mean norm of a virtual token, all heads together."""
-    return t.detach().float().transpose(1, 2).flatten(2).norm(dim=2).mean().item()
+    return tensor.detach().float().transpose(1, 2).flatten(2).norm(dim=2).mean().item()
 
 
-def number(x):
-    """A cell of twelve columns."""
+# ------------------------------------------------------------------------------------------- after a run
+
+def report(result, folder, next_command=None):
+    """Print the end of a run on stdout: metrics, samples, the next command, one line of key=value. Returns 0.
+
+    result         result.json of the run in `folder`; its optional "virtual_tokens" are lines of text
+    next_command   the command line that uses what the run made, or None
+    """
+    before = {**result.get("baseline_metrics", {})}
+    after = {**result["metrics"]}
+    for metrics in (before, after):
+        metrics.pop("targets", None)                    # how many tokens, not how good
+    trained = bool(before and result["steps"])          # otherwise nothing changed between before and after
+    print_metrics(before if trained else None, after)
+    for sample in result["samples"]:
+        print_result()
+        print_sample(sample, trained)
+    if "virtual_tokens" in result:
+        print_result()
+        for line in result["virtual_tokens"]:
+            print_result(line)
+    if next_command is not None:
+        print_result("\n" + next_command)
+    brief = {name: result[name] for name in BRIEF}
+    brief.update({name: round(value, 4) for name, value in after.items()})
+    brief["out"] = folder
+    print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
+    return 0
+
+
+def print_metrics(before, after):
+    """One line for each metric; two columns unless `before` is None."""
+    names = list(after)
+    sides = [after]
+    if before is not None:
+        names += [name for name in before if name not in after]
+        sides = [before, after]
+    width = max(16, 1 + max(map(len, names), default=0))
+    if before is not None:
+        print_result(" " * width + f"{'before':>12}{'after':>12}")
+    for name in names:
+        cells = [format_number(side.get(name)) for side in sides]
+        print_result(f"{name:{width}}" + "".join(cells).rstrip())
+
+
+def format_number(x):
+    """A cell of twelve columns; empty for None."""
     if x is None:
         return " " * 12
-    return f"{x:12,}" if isinstance(x, int) else f"{x + 0.0:12.4f}" if abs(x) < 1e6 else f"{x:12.4g}"
+    if isinstance(x, int):
+        return f"{x:12,}"
+    if abs(x) < 1e6:
+        return f"{x + 0.0:12.4f}"                       # + 0.0 turns -0.0 into 0.0
+    return f"{x:12.4g}"
 
 
-def report(result, folder):
-    """The end of a run on stdout: before and after, samples, how to go on, one line for machines."""
-    before, after = result.get("baseline_metrics", {}), result["metrics"]
-    shown = {name: value for name, value in after.items() if name != "targets"}
-    two = before and result["steps"]                    # what was only measured has no two sides
-    names = [*shown, *(name for name in before if two and name not in after)]
-    wide = max(16, 1 + max(map(len, names)))
-    if two:
-        say(" " * wide + f"{'before':>12}{'after':>12}")
-    for name in names:
-        cells = [number(side.get(name)) for side in ((before, shown) if two else (shown,))]
-        say(f"{name:{wide}}" + "".join(cells).rstrip())
-    labels = dict(prompt="prompt", wanted="wanted", before="before", after="after") if two else \
-        dict(prompt="prompt", wanted="wanted", after="said")
-    for sample in result["samples"]:
-        say()
-        for key in [key for key in labels if key in sample]:
-            lines = sample[key].strip().splitlines() or [""]
-            lines = [part for line in lines for part in textwrap.wrap(line, 96) or [""]]
-            say(f"  {labels[key]:8}" + ("\n" + " " * 10).join(lines))
-    for line in ["", *result["virtual"]] if "virtual" in result else ():
-        say(line)
-    if result["task"] == "reward":
-        say(f"\npython train.py --task ppo --init {result['init']} --reward {folder}")
-    elif result["task"] == "sample":
-        say(f"\npython train.py --init {result['init']} --data {folder}")
-    elif result["method"] != "none":                    # a head judges; some models only read, both ways
-        how = "chat" if result.get("speaks", True) else "eval"
-        say(f"\npython train.py --task {how} --init {folder}" + f" --data {result['data']}" * (how == "eval"))
-    brief = {name: result[name] for name in ("task", "method", "seed", "params_trainable", "adapter_bytes",
-                                             "steps", "seconds", "tokens_per_second")}
-    brief.update({name: round(value, 4) for name, value in shown.items()}, out=folder)
-    say(" ".join(f"{name}={value}" for name, value in brief.items()))
-    return 0
+def print_sample(sample, trained):
+    """The texts of a sample, wrapped, each behind its label."""
+    labels = {"prompt": "prompt", "reference": "reference", "before": "before", "after": "after"}
+    if not trained:
+        labels = {"prompt": "prompt", "reference": "reference", "after": "answer"}
+    for key, label in labels.items():
+        if key not in sample:
+            continue
+        lines = []
+        for line in sample[key].strip().splitlines() or [""]:
+            lines += textwrap.wrap(line, 94) or [""]
+        print_result(f"  {label:10}" + ("\n" + " " * 12).join(lines))

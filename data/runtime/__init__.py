@@ -1,1 +1,4 @@
-"""data.runtime: the process: flags, run folder, device, distribution, files and errors. See README.md in this folder."""
+"""data.runtime: the process: flags, run folder, identity, device, distribution, files, errors.
+
+See README.md here.
+"""

@@ -1,6 +1,6 @@
-"""data/runtime/device.py: what we run on: device, precision (each with its reason), versions, memory.
+"""data/runtime/device.py: device and compute dtype (each with its reason), versions, peak memory.
 
-fp32 is fp32: on CUDA, too, products round to 10 bits (TF32) only where --dtype tf32 asks for it.
+fp32 means fp32: on CUDA matrix products round to 10 bits (TF32) only with --dtype tf32.
 
 Public: MICRO, pick_device, pick_dtype, compiles, machine, peak_memory_mb
 """
@@ -15,65 +15,66 @@ import torch
 
 from data.runtime.files import UserError
 
-# Padded tokens of one forward. A GPU wants many; on a CPU 1024 fill the cores, and more only fill memory.
+# Padded tokens of one forward pass. 1024 keep the cores of a CPU busy; more would only use more memory.
 MICRO = 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 1024
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-def pick_device(asked):
-    """(device, why)."""
-    if asked != "auto":
+def pick_device(name):
+    """(torch.device, reason) of --device. Raises UserError for one that is not available."""
+    if name != "auto":
         try:
-            torch.empty(0, device=asked)
+            torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {asked} is not there: {str(e).splitlines()[0]}") from None
-        return begun(torch.device(asked)), "asked for"
+            raise UserError(f"--device {name} is not available: {str(e).splitlines()[0]}") from None
+        return prepare_device(torch.device(name)), "requested"
     if torch.cuda.is_available():
-        return begun(torch.device("cuda")), "a CUDA device is there"
+        return prepare_device(torch.device("cuda")), "CUDA is available"
     if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple's GPU is there"
-    return torch.device("cpu"), "no GPU here"
+        return torch.device("mps"), "MPS is available"
+    return torch.device("cpu"), "no GPU is available"
 
 
-def begun(device):
-    """The device, made the current one where there are several, and its peak of memory forgotten."""
+def prepare_device(device):
+    """Make a CUDA device the current one and reset its memory statistics. Returns the device."""
     if device.type == "cuda":
-        torch.empty(0, device=device)               # before its first tensor CUDA has no statistics
+        torch.empty(0, device=device)               # CUDA has no statistics before its first tensor
         if device.index is not None:
             torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
     return device
 
 
-def pick_dtype(asked, device, width):
-    """The compute dtype, and why: bf16 where the hardware has it and it pays, on a CPU from width 512 on."""
+def pick_dtype(name, device, width):
+    """(compute dtype, reason) of --dtype: auto is bf16 where the hardware has it and it is faster, which on a
+    CPU needs width 512 or more. Raises UserError for tf32 on a device without it."""
     ampere = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "tf32" and not ampere:
-        raise UserError(f"--dtype tf32 is a way of CUDA devices from Ampere on, not of {device}; use fp32")
-    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = asked == "tf32"           # an LSTM's products; torch's default is True
-    if asked != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked, torch.float32), "asked for"
+    if name == "tf32" and not ampere:
+        raise UserError(f"--dtype tf32 needs a CUDA device from Ampere on, and this is {device}; use fp32")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"            # for LSTMs; torch's default is True
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32), "requested"
     if ampere:
-        return torch.bfloat16, "this GPU computes in bf16"
+        return torch.bfloat16, "this GPU has bf16"
     with contextlib.suppress(OSError):
         flags = pathlib.Path("/proc/cpuinfo").read_text() if device.type == "cpu" and width >= 512 else ""
         if "avx512_bf16" in flags or "amx_bf16" in flags:
-            return torch.bfloat16, f"this CPU computes in bf16, which pays from width 512 on; this is {width}"
-    return torch.float32, f"on {device.type} at width {width} bf16 would not be faster"
+            return torch.bfloat16, f"this CPU has bf16, and at width {width} it is faster"
+    return torch.float32, f"bf16 is not faster on {device.type} at width {width}"
 
 
 def compiles(device):
-    """--compile needs a compiler, which torch looks for when it is too late: try it on one sum."""
+    """Compile one sum, because torch finds a missing compiler only in the first step. Raises UserError."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
-    except Exception as e:                          # no g++, no Python.h, no triton: as many kinds
+    except Exception as e:                          # no g++, no Python.h, no triton: each raises another
         why = str(e).strip().splitlines()[0][:120]
         raise UserError(f"--compile does not work on this machine ({why}); leave it out") from None
 
 
 def machine():
-    """Commit, versions and threads: what a number needs beside it."""
+    """Git commit (None without git), whether tracked files differ from it, versions, threads, processes."""
     def git(*args):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
@@ -84,6 +85,7 @@ def machine():
 
 
 def peak_memory_mb(device):
+    """Peak memory in MiB: of the device on CUDA, else of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:

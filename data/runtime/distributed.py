@@ -1,28 +1,33 @@
 """data/runtime/distributed.py: one run by several processes, `torchrun --nproc_per_node 2 train.py ...`.
 
-Every process (rank) holds the whole run: data, plan, weights, optimiser. What takes time is dealt out, and
-what comes of it is exchanged, so that all ranks know the same and take the same next step:
+Every process (rank) holds the whole run: data, plan, weights, optimiser. Expensive work is partitioned and
+its results are exchanged, so that all ranks have the same state and take the same next step:
 
-    step       each rank plans the whole step and computes its share of the examples, about equal in tokens.
-               The loss is divided by the count of the whole step, so gradients just add up over the ranks;
-               then each clips and steps alike. --batch is global; a rank may come away with nothing.
-    measuring  rows are dealt out, and what was found goes to every rank
-    sampling   token t of row b is drawn by number (b, t) of one table, whoever draws it (PPO)
-    dropout    on virtual tokens: one draw for all ranks. In LoRA's branch: a function of (seed, step, rank),
-               so there --dropout binds a run to its number of processes; nothing else does
-    writing    rank 0 alone reads and writes the run folder, and speaks
-    signals    one that reaches any rank rides with the next exchange: there all stop, and rank 0 saves
-    failure    the first process to fail says why; the others find it gone at their next exchange, and end
+    step         every rank plans the whole step and computes its shard of the examples, about equal in
+                 tokens. The loss is divided by the target count of the whole step, so gradients are summed
+                 over ranks; then each rank clips and steps in the same way. --batch is global; a rank may
+                 have no examples
+    evaluation   rows are partitioned; every rank gets all results
+    sampling     token t of row b is drawn with the uniform (b, t) of one table, on whichever rank (PPO)
+    dropout      on virtual tokens: the same draw on all ranks. In LoRA: a function of (seed, step, rank), so
+                 only with --dropout does a run depend on its number of processes
+    files        rank 0 alone reads and writes the run folder, and prints
+    signals      a signal to any rank is sent along with the next exchange; there all ranks stop, and rank 0
+                 saves
+    failure      the first rank to fail reports why; the others find it gone at their next exchange, and end
 
-Gradients are exchanged as one sum of all that is small and one in place for each large tensor: no buckets, no
-hooks; by gloo on CPUs, nccl on CUDA. A run alone exchanges nothing: what goes in comes out.
+Gradients are exchanged as one sum of all small tensors together and one sum in place per large tensor,
+without buckets or hooks; with gloo on CPUs, nccl on CUDA. A single process exchanges nothing: every
+function here returns its input.
 
---shard (FSDP2; Zhao et al. 2023, arXiv 2304.11277; ZeRO-3, 1910.02054) keeps a slice of each weight, gradient
-and moment on each rank, and puts a block together while it computes. All ranks must then run the same
-forwards: one that is short of micro-batches runs another at weight 0, and measuring is not dealt out.
+--shard (FSDP2; Zhao et al. 2023, arXiv 2304.11277; ZeRO-3, 1910.02054) keeps a slice of each weight,
+gradient and optimiser moment on each rank, and gathers a block while it is computed. All ranks must then
+run the same number of forwards: a rank that has fewer micro-batches repeats one with weight 0, and
+evaluation is replicated.
 
-Public: world, Interrupted, Lost, start, end, own, deal, share, gather, merged, alike, lead, meet, add_up,
-first, shard, full, collect, scatter, scatter_state, reshard, clip
+Public: dist_state, Interrupted, LostProcess, start, end, local_device, gather, gather_rows, broadcast,
+barrier, all_reduce, first_to_fail, raise_if_stopped, partition, local_rows, replicated, shard, reshard,
+full, collect, scatter, scatter_state, clip_grad_norm
 """
 import contextlib
 import io
@@ -36,255 +41,307 @@ import torch.nn as nn
 
 from data.runtime.files import UserError
 
-LARGE = 1 << 20                                     # numbers; a tensor of so many is summed where it lies
+LARGE = 1 << 20                                     # elements; larger tensors are summed in place
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that nobody handles it by accident."""
+    """SIGINT or SIGTERM. Not an Exception, so that no handler of ordinary errors catches it."""
 
 
-class Lost(UserError):
+class LostProcess(UserError):
     """Another process of this run has ended."""
     code = 1
 
 
-class World:
-    """Which process this is, of how many. turn: commands so far. stop: a signal has reached this process.
-    alike: nothing is dealt out."""
-    rank, size, store, turn, stop, alike = 0, 1, None, 0, False, False
+class DistState:
+    """Which process this is, of how many."""
+    rank = 0
+    size = 1
+    store = None                                    # key-value store of the process group
+    command = 0                                     # how many commands have been started
+    stop = False                                    # this process has received a signal
+    replicated = False                              # nothing is partitioned: every rank computes everything
 
 
-world = World()
+dist_state = DistState()
 
 
 def start():
-    """Before a command: join the others, if torchrun has started us and we have not yet."""
-    world.stop, world.alike, world.turn = False, False, world.turn + 1
-    if world.size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
+    """Called before a command: join the process group, if torchrun has started this process."""
+    dist_state.stop = False
+    dist_state.replicated = False
+    dist_state.command += 1
+    launched = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if dist_state.size > 1 or not launched:
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
-                            rank=rank, world_size=size)
-    world.rank, world.size, world.store = rank, size, store
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist_state.rank = rank
+    dist_state.size = size
+    dist_state.store = store
 
 
 def end():
-    if world.size > 1:
+    """Leave the process group."""
+    if dist_state.size > 1:
         dist.destroy_process_group()
 
 
-def own(device):
-    """The GPU of this rank, where there are several."""
-    if world.size > 1 and device.type == "cuda":
+def local_device(device):
+    """The device of this rank: with several processes on CUDA, one GPU each."""
+    if dist_state.size > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
 
 
-# -------------------------------------------------------------------------------------------------- exchanges
-
+# ---- exchanges ---------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def exchange():
+def _exchange():
+    """Turn the error of a broken connection into LostProcess."""
     try:
         yield
-    except RuntimeError as e:                       # what gloo and nccl raise when the other end is gone
+    except RuntimeError as e:                       # what gloo and nccl raise when another process is gone
         fault = str(e).split(". ")[0].splitlines()[0]
-        raise Lost(reason() or f"another process of this run is gone, without a word ({fault})") from None
+        message = _failure_reason() or f"another process of this run is gone and gave no reason ({fault})"
+        raise LostProcess(message) from None
 
 
-def reason():
-    """What the first process to fail has said, if one has."""
-    with contextlib.suppress(RuntimeError):
-        key = f"why {world.turn}"
-        return world.store.get(key).decode() if world.store and world.store.check([key]) else None
+def _failure_reason():
+    """Why the first process to fail has failed; None if none has reported."""
+    key = f"reason {dist_state.command}"
+    with contextlib.suppress(RuntimeError):         # the store is gone with the process that held it
+        if dist_state.store and dist_state.store.check([key]):
+            return dist_state.store.get(key).decode()
+    return None
 
 
-def first(why):
-    """Is this process the first to fail? It alone says why; the others end in silence."""
-    with contextlib.suppress(RuntimeError):         # the store is gone with the process that kept it
-        if world.store and world.store.add(f"failed {world.turn}", 1) > 1:
-            return False
-        if world.store:
-            world.store.set(f"why {world.turn}", why)
+def first_to_fail(reason):
+    """Whether this process is the first to fail. If so, its reason is reported to the others."""
+    with contextlib.suppress(RuntimeError):         # the store is gone with the process that held it
+        if dist_state.store:
+            if dist_state.store.add(f"failed {dist_state.command}", 1) > 1:
+                return False
+            dist_state.store.set(f"reason {dist_state.command}", reason)
     return True
 
 
-def heed(stopped):
-    """All ranks come here together and know alike: was any of them told to stop?"""
+def raise_if_stopped(stopped):
+    """Raise Interrupted if any rank has received a signal; `stopped` must be the same on all ranks."""
     if stopped:
         raise Interrupted
 
 
-def packed(x):
+def _serialize(value):
+    """A value as a uint8 tensor."""
     buffer = io.BytesIO()
-    torch.save(x, buffer)
+    torch.save(value, buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def unpacked(data):
+def _deserialize(data):
     return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def gather(x):
-    """[x of rank 0, x of rank 1, ...] on every rank: numbers, strings, tensors, lists and dicts of them."""
-    if world.size == 1 or world.alike:
-        return [x]
-    data = packed(x)
-    with exchange():
-        heads = [torch.empty(2, dtype=torch.int64) for _ in range(world.size)]
-        dist.all_gather(heads, torch.tensor([len(data), int(world.stop)]))
-        sizes, stops = torch.stack(heads).T.tolist()
-        rows = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]      # all of one length
-        dist.all_gather(rows, torch.cat((data, data.new_zeros(max(sizes) - len(data)))))
-    heed(any(stops))
-    return [unpacked(row[:n]) for row, n in zip(rows, sizes)]
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], on every rank.
+
+    Values are numbers, strings, tensors, and lists and dicts of them. Raises Interrupted after a signal to
+    any rank, LostProcess when another process has ended.
+    """
+    if dist_state.size == 1 or dist_state.replicated:
+        return [value]
+    data = _serialize(value)
+    with _exchange():
+        header = torch.tensor([len(data), int(dist_state.stop)])
+        headers = [torch.empty(2, dtype=torch.int64) for _ in range(dist_state.size)]
+        dist.all_gather(headers, header)
+        lengths, stops = torch.stack(headers).T.tolist()
+        padded = torch.cat((data, data.new_zeros(max(lengths) - len(data))))    # all_gather needs one length
+        buffers = [torch.empty(max(lengths), dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(buffers, padded)
+    raise_if_stopped(any(stops))
+    return [_deserialize(buffer[:length]) for buffer, length in zip(buffers, lengths)]
 
 
-def merged(found):
-    """{row: what was found}, each rank's own, as a list of all rows, in order, on every rank."""
-    return [value for _, value in sorted({k: v for one in gather(found) for k, v in one.items()}.items())]
+def gather_rows(results):
+    """{row index: result} of this rank's rows -> the list of all results, in order of rows, on every rank."""
+    merged = {}
+    for part in gather(results):
+        merged.update(part)
+    return [merged[row] for row in sorted(merged)]
 
 
-def lead(f):
-    """f() of rank 0, on every rank. If it raises there, the others find rank 0 gone."""
-    if world.size == 1:
+def broadcast(f):
+    """f() of rank 0, on every rank. If f raises on rank 0, the others raise LostProcess."""
+    if dist_state.size == 1:
         return f()
-    data = packed(f()) if world.rank == 0 else None
-    with exchange():
-        n = torch.tensor([len(data) if world.rank == 0 else 0])
-        dist.broadcast(n, 0)
-        data = torch.empty(int(n), dtype=torch.uint8) if data is None else data
+    data = _serialize(f()) if dist_state.rank == 0 else None
+    with _exchange():
+        length = torch.tensor([len(data) if dist_state.rank == 0 else 0])
+        dist.broadcast(length, 0)
+        if data is None:
+            data = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0)
-    return unpacked(data)
+    return _deserialize(data)
 
 
-def meet():
-    """Wait for all."""
-    lead(lambda: None)
+def barrier():
+    """Wait until all ranks are here."""
+    broadcast(lambda: None)
 
 
-def add_up(params, numbers=()):
-    """The gradients of params, in place, and the numbers, returned: summed over ranks. A gradient that no
-    rank has stays None: 0 would let the optimiser decay it. FSDP has already taken the mean of its own."""
-    params, numbers = list(params), list(numbers)
-    if world.size == 1:
+def all_reduce(params, numbers=()):
+    """Sum over ranks: the gradients of params in place, and numbers, which are returned as a list.
+
+    A gradient that no rank has stays None, because a gradient of 0 would let the optimiser decay the weight.
+    FSDP has already averaged the gradients of sharded parameters, so those are multiplied by the ranks.
+    Raises Interrupted and LostProcess as gather does.
+    """
+    params = list(params)
+    numbers = list(numbers)
+    if dist_state.size == 1:
         return numbers
+    whole = []
     for p in params:
-        if sharded(p) and p.grad is not None:
-            p.grad.mul_(world.size)
-    whole = [p for p in params if not sharded(p)]
-    has = [float(p.grad is not None) for p in whole]
+        if not is_sharded(p):
+            whole.append(p)
+        elif p.grad is not None:
+            p.grad.mul_(dist_state.size)
+    has_grad = [float(p.grad is not None) for p in whole]
     for p in whole:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    small, large = ([p.grad for p in whole if (p.numel() >= LARGE) == big] for big in (False, True))
-    said = torch.tensor([*has, *map(float, numbers), float(world.stop)])
-    flat = torch.cat([*(g.flatten().float() for g in small), said.to(params[0].device)])
-    with exchange():
-        for t in (flat, *large):
-            dist.all_reduce(t)
-    *sums, said = flat.split([*(g.numel() for g in small), len(said)])
-    for g, total in zip(small, sums):
-        g.copy_(total.view_as(g))
-    said = said.tolist()
-    for p, n in zip(whole, said):
-        p.grad = p.grad if n else None
-    heed(said[-1])
-    return said[len(has):-1]
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    small = [p.grad for p in whole if p.numel() < LARGE]
+    large = [p.grad for p in whole if p.numel() >= LARGE]
+    scalars = torch.tensor([*has_grad, *map(float, numbers), float(dist_state.stop)])
+    flat = torch.cat([*(grad.flatten().float() for grad in small), scalars.to(params[0].device)])
+    with _exchange():
+        for tensor in (flat, *large):
+            dist.all_reduce(tensor)
+    *sums, scalars = flat.split([*(grad.numel() for grad in small), len(scalars)])
+    for grad, total in zip(small, sums):
+        grad.copy_(total.view_as(grad))
+    scalars = scalars.tolist()
+    for p, ranks_with_grad in zip(whole, scalars):
+        if not ranks_with_grad:
+            p.grad = None
+    raise_if_stopped(scalars[-1])
+    return scalars[len(has_grad):-1]
 
 
-# ---------------------------------------------------------------------------------------------------- dealing
+# ---- partitioning ------------------------------------------------------------------------------------------
+def partition(items, weights, n):
+    """n lists of items (the rank shards) of about equal weight, each in the old order.
 
-def deal(items, weights, hands):
-    """A hand of items for each rank, in their old order: the heaviest first, to whoever has least so far."""
-    if hands == 1:
+    Greedy: the heaviest item first, to the list that is lightest so far.
+    """
+    if n == 1:
         return [list(items)]
-    load, out = [0] * hands, [[] for _ in range(hands)]
+    loads = [0] * n
+    shards = [[] for _ in range(n)]
     for i in sorted(range(len(items)), key=lambda i: -weights[i]):
-        rank = load.index(min(load))
-        out[rank].append(i)
-        load[rank] += weights[i]
-    return [[items[i] for i in sorted(hand)] for hand in out]
+        lightest = loads.index(min(loads))
+        shards[lightest].append(i)
+        loads[lightest] += weights[i]
+    return [[items[i] for i in sorted(shard)] for shard in shards]
 
 
-def share(items, weights):
-    """This rank's hand."""
-    return list(items) if world.alike else deal(items, weights, world.size)[world.rank]
+def local_rows(items, weights):
+    """This rank's shard of items; all of them where work is replicated."""
+    if dist_state.replicated:
+        return list(items)
+    return partition(items, weights, dist_state.size)[dist_state.rank]
 
 
 @contextlib.contextmanager
-def alike():
-    """Inside, every rank does all of it: one stream of random numbers, or a sharded model's forwards."""
-    before, world.alike = world.alike, True
+def replicated():
+    """Inside, every rank computes everything: one stream of random numbers, equal forwards (FSDP)."""
+    before = dist_state.replicated
+    dist_state.replicated = True
     try:
         yield
     finally:
-        world.alike = before
+        dist_state.replicated = before
 
 
-# --------------------------------------------------------------------------------------------------- sharding
-
-def sharded(t):
-    return hasattr(t, "full_tensor")                # a DTensor, without importing them into every run
+# ---- sharding ----------------------------------------------------------------------------------------------
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")           # a DTensor; importing the class would slow every start
 
 
 def shard(model, device):
-    """FSDP2: each block, and all that is in none (embedding and tied head, one weight) with the root."""
+    """Shard a model with FSDP2: each block, and all other weights (embedding and tied head) with the root."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")    # none is changed in place
-    mesh = init_device_mesh(device.type, (world.size,))
-    for module in (*model.blocks, model):           # moved to the device a block at a time
+    mesh = init_device_mesh(device.type, (dist_state.size,))
+    for module in (*model.blocks, model):           # moves the model to the device one block at a time
         fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(model, "trunk")    # a head comes behind it, while the root is still whole
-    world.alike = True
+    register_fsdp_forward_method(model, "hidden_states")    # the head then runs while the root is gathered
+    dist_state.replicated = True
     return model
 
 
 def reshard(model):
-    """After a forward without backward the root is still whole; weights are read and written in slices."""
-    if world.alike and hasattr(model, "reshard"):
+    """Free the gathered root after a forward without backward; weights are read and written as slices."""
+    if dist_state.replicated and hasattr(model, "reshard"):
         model.reshard()
 
 
-def full(t):
-    """A tensor, put together if it is in slices: every rank must ask, and has it."""
-    return t.full_tensor() if sharded(t) else t
+def full(tensor):
+    """The whole of a tensor that may be sharded. All ranks must call this, and all get it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def collect(x):
-    """The same for all through a state dict, one by one, into rank 0's memory; the others keep nothing."""
-    if isinstance(x, dict):
-        return {key: collect(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [collect(value) for value in x]
-    if sharded(x):
-        x = x.full_tensor()
-        return None if world.rank else x.cpu()
-    return x.cpu() if isinstance(x, torch.Tensor) else x
+def collect(value):
+    """A state dict (dicts and lists of tensors) with whole tensors, in CPU memory.
+
+    Sharded tensors are gathered one at a time, on rank 0 only; the other ranks get None in their place.
+    """
+    if isinstance(value, dict):
+        return {key: collect(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [collect(item) for item in value]
+    if is_sharded(value):
+        whole = value.full_tensor()
+        return whole.cpu() if dist_state.rank == 0 else None
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def scatter(p, value):
-    """A whole tensor as parameter p is kept: in slices, if p is."""
-    if not sharded(p):
+    """A whole tensor in the form of parameter p: sharded, if p is."""
+    if not is_sharded(p):
         return value
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
 
 
 def scatter_state(optimiser, state):
-    """An optimiser's state dict of whole tensors, as this optimiser keeps its own."""
+    """An optimiser's state dict of whole tensors, with the moments of sharded parameters sharded."""
     params = [p for group in optimiser.param_groups for p in group["params"]]
-    return {**state, "state": {i: {name: scatter(params[i], t) if t.shape == params[i].shape else t
-                                   for name, t in one.items()} for i, one in state["state"].items()}}
+    scattered = {}
+    for i, moments in state["state"].items():
+        p = params[i]
+        scattered[i] = {name: scatter(p, moment) if moment.shape == p.shape else moment
+                        for name, moment in moments.items()}
+    return {**state, "state": scattered}
 
 
-def clip(params, largest):
-    """torch's clip_grad_norm_, also where some gradients lie in slices. Returns the norm, for float()."""
+def clip_grad_norm(params, max_norm):
+    """torch's clip_grad_norm_, also for a mix of sharded and whole gradients.
+
+    Returns the norm before clipping, a float or a scalar tensor.
+    """
     params = [p for p in params if p.grad is not None]
-    if not any(map(sharded, params)):
-        return nn.utils.clip_grad_norm_(params, largest)
-    kinds = [[p.grad for p in params if sharded(p) == kind] for kind in (True, False)]
-    norm = math.hypot(*(full(nn.utils.get_total_norm(grads)).item() for grads in kinds if grads))
-    for grad in sum(kinds, []) if norm > largest else ():
-        grad.mul_(largest / (norm + 1e-6))
+    sharded = [p.grad for p in params if is_sharded(p)]
+    whole = [p.grad for p in params if not is_sharded(p)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(params, max_norm)
+    norms = [full(nn.utils.get_total_norm(grads)).item() for grads in (sharded, whole) if grads]
+    norm = math.hypot(*norms)
+    if norm > max_norm:
+        for grad in sharded + whole:
+            grad.mul_(max_norm / (norm + 1e-6))
     return norm

@@ -3,7 +3,7 @@
 Writing.  Bytes go to a temporary file in the same folder, are flushed and fsynced, and only then renamed
 over the target; the folder is fsynced last.  Whatever stops us (full disk, Ctrl-C), the old file is intact.
 
-Public: UserError, DataError, atomic, write_atomic, read_json, write_json, unique_keys
+Public: UserError, DataError, WriteError, atomic, write_atomic, read_json, write_json, unique_keys
 """
 import contextlib
 import json
@@ -21,9 +21,17 @@ class DataError(UserError):
     code = 65
 
 
+class WriteError(UserError):
+    """A file or folder that cannot be written: a full disk, no permission."""
+    code = 74
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file that appears only if the block ends well: `with atomic(path) as f: torch.save(x, f)`."""
+    """A binary file that appears only if the block ends well: `with atomic(path) as f: torch.save(x, f)`.
+
+    Raises WriteError, and what the block raises; the old file is then as it was.
+    """
     path = pathlib.Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")    # same folder: a rename stays on one disk
     try:
@@ -38,7 +46,7 @@ def atomic(path):
             temp.unlink()
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save lays an error of its own over it
         if isinstance(cause, OSError):
-            raise UserError(f"{path} cannot be written ({cause.strerror or cause}); it is as it was") from e
+            raise WriteError(f"{path} cannot be written ({cause.strerror or cause}); it is as it was") from e
         raise
     if hasattr(os, "O_DIRECTORY"):                              # Windows cannot fsync a folder
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

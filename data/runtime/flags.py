@@ -1,380 +1,258 @@
-"""data/runtime/flags.py: every flag of the command, who reads it, and what it is when nobody says it.
+"""data/runtime/flags.py: flags of the command, declared as dataclass fields beside the code that reads them.
 
-Flag = field = JSON key. A field's metadata says its group, its line of help, its type or choices, and which
-tasks and methods read it; for one task and method only their flags exist, and for any other word there is one
-sentence that says whose it is or what it may have meant. Abbreviations are errors: the meaning of a sweep
-must not change with a new flag. Other files have flags of their own (ppo.PPOConfig): `concerns`.
+    @dataclass(frozen=True)
+    class LoRAFlags:
+        "LoRA"                                                   the group's title in --help
+        rank: int = flag(8, "r, the width of the bottleneck", low=1)
 
-Public: Config, parse, told, default_out, and the names of tasks and methods
+A flag, a field and a JSON key have one name. This file turns such groups into an argument parser, checks
+types, choices and ranges, and gives a read-only Config. It knows no flag, task or method: which groups a
+command has is said by the records of its task and method (train.py). A group may have a static method
+check(cfg), which raises UserError for values that exclude each other. Abbreviations are errors: what a sweep
+means must not change when a flag is added. A flag of an earlier version is answered with its new name
+(RENAMED).
+
+Public: flag, fields_of, Config, parse, usage_error, default_out, parse_layers, parse_rank_pattern, RENAMED
 """
 import argparse
 import dataclasses
 import difflib
 import hashlib
+import math
 import os
 import re
-from dataclasses import dataclass, field
 
-from data.text import chat
-from data.batches import objectives, few_shot
-from data.results import tables
 from data.runtime.files import UserError
-from data.runtime.device import MICRO
-from data.runtime.run_folder import note
 
-TASKS = ("sft", "pretrain", "classify", "tag", "reward", "dpo", "ppo", "sample", "eval", "chat", "show",
-         "merge", "check", "table")
-METHODS = ("lora", "adalora", "ia3", "prompt", "ptuning", "prefix", "ptuning2", "full", "none")
-FIT = TASKS[:6]                                         # the supervised loop; ppo has a loop of its own
-TRAIN = TASKS[:7]
-SIZED = TRAIN + ("check",)                              # they build what would learn
-CHATTY = ("sft", "classify", "reward", "dpo", "ppo", "sample", "eval", "chat", "show",
-          "check")                                      # they render a template
-LORA, SOFT = METHODS[:3], METHODS[3:7]                  # methods that inject; methods that are a past
-LEARN = METHODS[:8]
-ROLES = {"the run": (TASKS, METHODS), "training": (FIT, LEARN), "text": (CHATTY, METHODS),
-         "LoRA": (SIZED, LORA), "virtual tokens": (SIZED, SOFT), "classify": (("classify",), METHODS),
-         "generation": (("chat", "show"), METHODS), "a new model, --init new": (("pretrain",), METHODS),
-         "objective": (FIT, METHODS),
-         "reward": (("ppo", "sample"), METHODS), "check": (("check",), METHODS)}
-SAMPLING = ("samples", "temperature", "max_new", "micro")       # what --task sample reads of PPO's flags
+RENAMED = {
+    "n_virtual": "num_virtual_tokens", "start": "prompt_init", "start_text": "prompt_init_text",
+    "place": "prompt_template", "hidden": "encoder_hidden", "rank_map": "rank_pattern",
+    "lora_plus": "loraplus_lr_ratio", "samples": "num_generations", "kl_target": "adaptive_kl_target",
+    "gold": "gold_reward", "min_lr": "min_lr_ratio", "clip": "grad_clip", "micro": "micro_batch_tokens",
+    "checkpoint": "gradient_checkpointing", "items": "eval_items", "max_new": "max_new_tokens",
+    "forget": "forgetting_data", "by": "classifier", "ask": "question", "block": "block_size",
+    "vocab": "vocab_size", "missing_eos": "missing_eos_score", "target_kl": "early_stop_kl",
+    "dpo_loss": "preference_loss"}
+RENAMED_VALUES = {"method": {"prompt": "prompt_tuning", "ptuning": "p_tuning", "prefix": "prefix_tuning",
+                             "ptuning2": "p_tuning_v2"},
+                  "classifier": {"words": "lm"}}
 
 
-def opt(group, default, help, tasks=None, methods=None, type=None, choices=None):
-    """A flag: its default, its line of help, and who reads it: its group's tasks and methods, or these."""
-    return field(default=default, metadata=dict(
-        group=group, help=help, tasks=tasks or ROLES[group][0], methods=methods or ROLES[group][1],
-        type=type or default.__class__, choices=choices))
+def flag(default, help, type=None, choices=None, low=None, high=None, below=None, identity=True, nargs=None):
+    """A dataclass field that is also a flag.
+
+    type      a callable of the word; needed where the default is None
+    choices   a tuple of words, or a function that returns one (for records declared further down a file)
+    low, high   inclusive bounds; below: an exclusive upper bound. A number with a bound must be finite
+    identity  False for a flag that does not change what a run computes
+    nargs     how many words it takes, as argparse has it ("+" or a number): then its value is a list of words
+    """
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, type=type or default.__class__, choices=choices, low=low, high=high, below=below,
+        identity=identity, nargs=nargs))
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything a run is told: flag = field = JSON key, read-only."""
-    task: str = opt("the run", "sft", "the objective", choices=TASKS)
-    method: str = opt("the run", "lora", "which parameters learn", choices=METHODS)
-    init: str = opt("the run", "data/base", "a model, adapter or run folder, a cached model, or new")
-    data: str = opt("the run", "toy", "a file, a folder of train/valid/test files, or toy/NAME",
-                    SIZED + ("sample", "eval"))
-    out: str = opt("the run", None, "the run folder; default: a readable name in out/",
-                   TRAIN + ("sample", "eval", "merge"), type=str)
-    seed: int = opt("the run", 1, "of initialisation, data order, dropout and sampling")
-    device: str = opt("the run", "auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = opt("the run", "auto", "precision of the arithmetic; what learns is stored in fp32",
-                     choices=("auto", "fp32", "tf32", "bf16", "fp16"))
-    fresh: bool = opt("the run", False, "start over: delete what the run folder holds",
-                      TRAIN + ("sample", "eval"))
-    dry_run: bool = opt("the run", False, "print sizes and two rendered examples, then stop", FIT, LEARN)
-
-    steps: int = opt("training", None, "optimiser steps; overrides --epochs", FIT + ("check",), type=int)
-    epochs: float = opt("training", 6.0, "passes over the training data", FIT + ("check",))
-    batch: int = opt("training", 16, "examples per optimiser step", FIT + ("check",))
-    micro: int = opt("training", MICRO, "padded tokens per micro-batch: memory, not mathematics",
-                     FIT + ("eval", "check"), METHODS)
-    lr: float = opt("training", 1e-3, "peak learning rate; the wider the model, the lower")
-    warmup: float = opt("training", 0.05, "share of the steps in which the rate rises")
-    schedule: str = opt("training", "cosine", "after warm-up", choices=("cosine", "linear", "constant"))
-    min_lr: float = opt("training", 0.0, "where the schedule ends, as a share of --lr")
-    beta2: float = opt("training", 0.999, "AdamW's second moment")
-    weight_decay: float = opt("training", 0.0, "AdamW's decay, of matrices only", methods=("full",) + LORA)
-    clip: float = opt("training", 1.0, "largest gradient norm; 0: no clipping")
-    checkpoint: bool = opt("training", False, "recompute activations in backward: less memory, more time",
-                           FIT + ("check",))
-    shard: bool = opt("training", False, "split weights, gradients and moments over torchrun's processes",
-                      methods=("full",))
-    compile: bool = opt("training", False, "training forward and backward through torch.compile",
-                        FIT + ("check",))
-    eval_every: int = opt("training", 0, "steps between evaluations on valid; 0: three in the run")
-    save_every: int = opt("training", 100, "steps between saves of state.pt", TRAIN)
-    forget: str = opt("training", "toy/corpus", "held-out text to measure forgetting on, or none", TRAIN)
-
-    rank: int = opt("LoRA", 8, "r, the width of the bottleneck", methods=("lora", "adalora"))
-    alpha: float = opt("LoRA", 16.0, "the delta is scaled by alpha / rank", methods=("lora", "adalora"))
-    dropout: float = opt("LoRA", 0.0, "on the adapter's input", FIT, ("lora", "adalora"))
-    targets: str = opt("LoRA", "q,v", "which Linears: q k v o up gate down head")
-    layers: str = opt("LoRA", None, "which layers, as 0-3,5; default: all", type=str)
-    rank_map: str = opt("LoRA", None, "other ranks by word or path, as down=16,blocks.0.attn.q=2",
-                        methods=("lora", "adalora"), type=str)
-    rslora: bool = opt("LoRA", False, "scale by alpha / sqrt(rank)", methods=("lora",))
-    dora: bool = opt("LoRA", False, "learn magnitude and direction apart", methods=("lora",))
-    pissa: bool = opt("LoRA", False, "start from the principal part of each weight", methods=("lora",))
-    lora_plus: float = opt("LoRA", 1.0, "B learns this many times faster than A", FIT, ("lora",))
-    quant: str = opt("LoRA", "none", "store the frozen base in fewer bits", choices=("none", "int8", "nf4"))
-    double_quant: bool = opt("LoRA", False, "quantise the blocks' scales as well")
-    target_rank: int = opt("LoRA", 4, "mean rank that pruning ends at", FIT, ("adalora",))
-    orth: float = opt("LoRA", 0.1, "weight of the orthogonality term", FIT, ("adalora",))
-    prune_start: float = opt("LoRA", 0.2, "share of the steps before pruning", FIT, ("adalora",))
-    prune_end: float = opt("LoRA", 0.3, "share of the steps after it", FIT, ("adalora",))
-    prune_every: int = opt("LoRA", 10, "steps between prunings", FIT, ("adalora",))
-
-    n_virtual: int = opt("virtual tokens", 20, "how many")
-    start: str = opt("virtual tokens", None, "embeddings start from vocab (default), text, labels or random; "
-                     "keys and values from text (default), zero, random or gated", type=str,
-                     choices=("vocab", "text", "labels", "random", "zero", "gated"))
-    start_text: str = opt("virtual tokens", None, "the words for --start; default: common tokens", type=str)
-    place: str = opt("virtual tokens", None, 'front, or a template: "{prompt} {p}", "{p:3} {prompt} {p:3}"',
-                     ("sft", "classify", "tag"), ("prompt", "ptuning"), type=str)
-    encoder: str = opt("virtual tokens", "mlp", "what the embeddings go through", methods=("ptuning",),
-                       choices=("mlp", "lstm"))
-    hidden: int = opt("virtual tokens", None, "the encoder's width; default: the model's, 512 for prefix",
-                      methods=("ptuning", "prefix"), type=int)
-    prefix_dropout: float = opt("virtual tokens", 0.0, "on keys and values", FIT, ("ptuning2",))
-
-    objective: str = opt("objective", None, "what raw text teaches; default: as --init, or causal",
-                         ("pretrain",), type=str, choices=objectives.OBJECTIVES)
-    attention: str = opt("objective", None, "who sees whom; default: as --init, or causal",
-                         ("classify", "tag"), type=str, choices=objectives.ATTENTION)
-    by: str = opt("classify", "words", "answer with a label word, or use a linear head",
-                  choices=("words", "head"))
-    ask: str = opt("classify", None, "the question behind each text; default: one that names the labels",
-                   type=str)
-
-    template: str = opt("text", "auto", "chat template", choices=("auto",) + chat.TEMPLATES)
-    system: str = opt("text", None, "system message; default: the template's own", type=str)
-    block: int = opt("text", None, "longest example in tokens; default: the context, at most 1024",
-                     FIT + ("eval", "check"), type=int)
-    too_long: str = opt("text", "truncate", "what to do with longer ones",
-                        ("sft", "classify", "eval", "check"), choices=("truncate", "drop", "error"))
-    shots: str = opt("text", "0", "solved training examples in front of each question; or a list: 0,1,2,4",
-                     ("sft", "classify", "eval"), ("none",))
-    items: int = opt("text", 0, "measure on the first N test items, sample N of each split; 0: all",
-                     TRAIN + ("sample", "eval"))
-    max_new: int = opt("text", 64, "longest generated answer, in tokens",
-                       ("sft", "reward", "eval", "chat", "show"))
-
-    write: bool = opt("check", False, "write a clean copy of the splits beside the file")
-
-    n_layer: int = opt("a new model, --init new", 4, "layers")
-    n_head: int = opt("a new model, --init new", 4, "heads")
-    n_embd: int = opt("a new model, --init new", 128, "width")
-    family: str = opt("a new model, --init new", "gpt2", "dialect", choices=("gpt2", "llama"))
-    vocab: int = opt("a new model, --init new", 1024, "size of the tokenizer it gets; 0: bytes")
-
-    prompt: str = opt("generation", None, "answer this and stop, or talk; show: go on from this", type=str)
-    temperature: float = opt("generation", 0.7, "0 is greedy")
-    top_k: int = opt("generation", None, "sample from the k likeliest", type=int)
-    top_p: float = opt("generation", None, "sample from the likeliest of this mass", type=float)
-
-    reward: str = opt("reward", None, "what scores an answer: a run of --task reward, or module:function, "
-                      "a function of the texts of prompt and answer", type=str)
-    gold: str = opt("reward", None, "module:function that is only looked at; default: the toy world's own",
-                    type=str)
-    ptx_data: str = opt("reward", "toy/corpus", "raw text for --ptx_coef", ("ppo",))
-    keep: int = opt("reward", 1, "best answers to each prompt that are written out", ("sample",))
-    rl: object = None                                   # no flag, but a box of them: PPOConfig or DPOConfig
-
-
-# A method's first run must learn. Good rates lie orders of magnitude apart, so each method brings its own.
-METHOD_DEFAULTS = {"full": dict(lr=1e-3), "lora": dict(lr=5e-3, targets="q,v,up,down"), "none": {},
-                   "adalora": dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"),
-                   "ia3": dict(lr=3e-2, targets="k,v,down"),
-                   "prompt": dict(lr=0.2, beta2=0.95, epochs=9.0, batch=8, n_virtual=40,
-                                  place="{prompt} {p}"),
-                   "ptuning": dict(lr=6e-3, beta2=0.95, epochs=12.0, n_virtual=40,
-                                   place="{prompt} {p}"),
-                   "prefix": dict(lr=1e-3, beta2=0.95, epochs=10.0),
-                   "ptuning2": dict(lr=3e-2, beta2=0.95, epochs=10.0)}
-TASK_DEFAULTS = {"pretrain": dict(method="full", data="toy/corpus", init="new", forget="none", epochs=1.0,
-                                  min_lr=0.1, beta2=0.99, weight_decay=0.1),
-                 "classify": dict(data="toy/sentiment"), "tag": dict(data="toy/entities", place=None),
-                 "reward": dict(data="toy/preferences", forget="none", epochs=1.0, beta2=0.95),
-                 "dpo": dict(data="toy/preferences", epochs=0.25),
-                 "ppo": dict(data="toy/prompts", save_every=1, steps=60, batch=64, ppo_epochs=2, max_new=40,
-                             kl_coef=0.1, kl_target=6.0),
-                 "sample": dict(data="toy/prompts", method="none", samples=4),
-                 "check": dict(epochs=None),            # the default of the task that the rows are for
-                 "show": dict(method="none", template="plain", temperature=1.0, max_new=12),
-                 **{task: dict(method="none") for task in ("eval", "chat", "merge", "table")}}
-NOT_IDENTITY = ("out", "fresh", "dry_run", "shard")     # flags that do not change what a run computes
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """argparse's three faults of a value, as sentences; it has many more ways to say others."""
-        flag, _, fault = message.removeprefix("argument ").partition(": ")
-        if kind := re.fullmatch(r"invalid (\w+) value: '(.*)'", fault):
-            raise UserError(f"{flag} {kind[2]} is no {'whole ' * (kind[1] == 'int')}number")
-        if one := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", fault):
-            known = re.findall(r"[\w.-]+", one[2])
-            near = difflib.get_close_matches(one[1], known, 1)
-            raise UserError(f"{flag} {one[1]} is none of {' '.join(known)}"
-                            + (f"; did you mean {near[0]}?" if near else ""))
-        raise UserError(f"{flag} needs a value" if fault == "expected one argument" else message)
-
-
-def parser_of(fields, task, method, defaults):
-    """The parser of one task and method. defaults: {name: value} that beat a field's own."""
-    parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
-                    description=f"The flags of --task {task} --method {method}, with its defaults.",
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
-    groups = {}
-    for name, f in fields.items():
-        m = f.metadata
-        if task not in m["tasks"] or method not in m["methods"]:
-            continue
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
-        value = defaults.get(name, f.default)
-        text = m["help"] if value is None or m["type"] is bool else f"{m['help']} (default {value})"
-        how = dict(action=argparse.BooleanOptionalAction) if m["type"] is bool else dict(
-            type=m["type"], choices=m["choices"], metavar=None if m["choices"] else name.upper())
-        groups[m["group"]].add_argument("--" + name, default=value, help=text.replace("%", "%%"), **how)
-    return parser
-
-
-def fields_of(task, concerns):
-    """{flag: field} of all concerns; where two have a flag, such as --lr, the task's own wins."""
-    found = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
-    for owner, concern in concerns.items():
-        for f in dataclasses.fields(concern):
-            own = owner == task and (task != "sample" or f.name in SAMPLING)
-            if own or f.name not in found:
-                m = f.metadata
-                found[f.name] = field(default=f.default, metadata=dict(
-                    m, group=owner, tasks=(owner,), methods=METHODS))
+def fields_of(groups):
+    """{flag: its dataclass field}, in order; of two groups with the same flag the later one wins."""
+    found = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if "help" in field.metadata:
+                found[field.name] = field
     return found
 
 
-def parse(argv, concerns, checked=True):
-    """Flags -> Config; concerns: {task: the dataclass of flags that it adds, which becomes Config.rl}."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="sft", choices=TASKS)
-    first.add_argument("--method", choices=METHODS)
-    task, method = vars(first.parse_known_args(argv)[0]).values()
-    method = method or TASK_DEFAULTS.get(task, {}).get("method", "lora")
-    if task not in SIZED and method != "none":
-        raise UserError(f"--task {task} trains nothing, so it takes no --method {method}; leave --method out")
-    if task == "table":                             # it reads runs, and no flag of theirs
-        return tables.flags(Parser(allow_abbrev=False), lambda t: fields_of(t, concerns)).parse_args(argv)
-    if task in ("reward", "dpo", "ppo") and method == "none":
-        raise UserError(f"--method none learns nothing, which --task {task} is about; it takes any other")
-    if (task, method) == ("ppo", "adalora"):
-        raise UserError("--method adalora prunes by the supervised loop's schedule; --task ppo takes lora")
-    defaults = {**METHOD_DEFAULTS[method], **TASK_DEFAULTS.get(task, {}), "task": task, "method": method}
-    if task in ("dpo", "ppo"):                  # near the reference; faster, DPO unlearns to end its answers
-        defaults["lr"] *= 0.1 if task == "dpo" else 0.4
-    if task == "ppo" and method in (*SOFT, "ia3"):      # the critic is a LoRA, whatever the policy is
-        defaults["value_lr"] = 0.4 * METHOD_DEFAULTS["lora"]["lr"]
-    fields = fields_of(task, concerns)
-    values, extra = parser_of(fields, task, method, defaults).parse_known_args(argv)
+class Config:
+    """The flags of one command and their values, as read-only attributes.
+
+    `given` holds the names that stood on the command line, `standard` the values of the bare command. A flag
+    that the task and method do not have is no attribute: reading it raises AttributeError.
+    """
+
+    def __init__(self, values, given=(), transient=(), standard=None):
+        self.__dict__.update(values)
+        self.__dict__["given"] = frozenset(given)
+        self.__dict__["transient"] = frozenset(transient)
+        self.__dict__["standard"] = standard or {}
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a Config is read-only; use replace({name}=...)")
+
+    def __contains__(self, name):
+        return name in self.to_dict()
+
+    def get(self, name, default=None):
+        """The value of a flag that only some commands have."""
+        return self.to_dict().get(name, default)
+
+    def to_dict(self):
+        return {name: value for name, value in self.__dict__.items()
+                if name not in ("given", "transient", "standard")}
+
+    def identity(self):
+        """The flags that change what a run computes."""
+        return {name: value for name, value in self.to_dict().items() if name not in self.transient}
+
+    def replace(self, **changes):
+        return Config({**self.to_dict(), **changes}, self.given, self.transient, self.standard)
+
+
+# ---------------------------------------------------------------------------------------------------- parsing
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """argparse's faults of a value, as UserError in one sentence."""
+        name, _, fault = message.removeprefix("argument ").partition(": ")
+        if found := re.fullmatch(r"invalid (\w+) value: '(.*)'", fault):
+            whole = "whole " if found[1] == "int" else ""
+            raise UserError(f"{name} {found[2]} is no {whole}number")
+        if found := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", fault):
+            raise UserError(unknown_choice(name, found[1], re.findall(r"[\w.-]+", found[2])))
+        if found := re.fullmatch(r"expected (?:at least )?(\w+) arguments?", fault):
+            raise UserError(f"{name} needs {'a value' if found[1] == 'one' else found[1] + ' values'}")
+        raise UserError(message)
+
+
+def unknown_choice(name, word, known):
+    """The sentence for a value that is none of the known ones."""
+    new = RENAMED_VALUES.get(name.removeprefix("--"), {}).get(word)
+    if new:
+        return f"{name} {word} is now called {name} {new}"
+    near = difflib.get_close_matches(word, known, 1)
+    return f"{name} {word} is none of {' '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def make_parser(groups, defaults, description, hidden=()):
+    """An argument parser with a section for each group; defaults are not filled in.
+
+    hidden: flags that this command refuses, which --help leaves out.
+    """
+    parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
+                    description=description, argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26))
+    winner = fields_of(groups)
+    sections = {}
+    for group in groups:
+        for name, field in fields_of([group]).items():
+            if winner[name] is not field:
+                continue
+            title = group.__doc__.strip().split("\n")[0]
+            if title not in sections:
+                sections[title] = parser.add_argument_group(title)
+            add_flag(sections[title], name, field, defaults.get(name, field.default), name in hidden)
+    return parser
+
+
+def add_flag(section, name, field, default, hidden=False):
+    meta = field.metadata
+    text = meta["help"]
+    if default is not None and meta["type"] is not bool:
+        words = " ".join(map(str, default)) if meta["nargs"] else default
+        text += f" (default {words})"
+    text = argparse.SUPPRESS if hidden else text.replace("%", "%%")
+    if meta["type"] is bool:
+        section.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
+        return
+    choices = meta["choices"]() if callable(meta["choices"]) else meta["choices"]
+    section.add_argument("--" + name, type=meta["type"], choices=choices, help=text, nargs=meta["nargs"],
+                         metavar=None if choices else name.upper())
+
+
+def parse(argv, groups, defaults, description, explain, hidden=()):
+    """argv -> Config of the flags of these groups. `defaults` {flag: value} beat a field's own default.
+
+    explain(word) gives the sentence for a word that is no flag of these groups. Raises
+    UserError.
+    """
+    parser = make_parser(groups, defaults, description, hidden)
+    found, extra = parser.parse_known_args(argv)
     if extra:
-        raise UserError(explain(extra[0], fields, task, method))
-
-    if task == "ppo" and values.algo != "ppo":          # no critic; REINFORCE alone has steps to discount
-        unread = ("lam", "value_lr", "value_warmup", "cliprange_value")
-        for name in unread + ("gamma",) * (values.algo != "reinforce"):
-            if getattr(values, name) != defaults.get(name, fields[name].default):
-                raise UserError(f"--{name} means nothing to --algo {values.algo}; leave it out")
-
-    def box(concern):
-        names = {f.name for f in dataclasses.fields(concern)}
-        return concern(**{name: value for name, value in vars(values).items() if name in names})
-    cfg = box(Config)
-    if task in concerns:
-        if task == "sample":                        # it reads four of PPO's flags; its answers are no batch
-            values.batch, values.minibatches = max(1, values.samples), 1
-        cfg = dataclasses.replace(cfg, rl=box(concerns[task]))
-    if checked:                                 # the defaults of a pair alone may be no command
-        check(cfg)
+        raise UserError(explain(extra[0]))
+    given = vars(found)
+    fields = fields_of(groups)
+    values = {name: given.get(name, defaults.get(name, field.default)) for name, field in fields.items()}
+    check_ranges(values, fields)
+    transient = [name for name, field in fields.items() if not field.metadata["identity"]]
+    standard = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    cfg = Config(values, given, transient, standard)
+    for group in groups:
+        if hasattr(group, "check"):
+            group.check(cfg)
     return cfg
 
 
-def explain(word, fields, task, method):
-    """One sentence for a flag that is not there: whose it is, or what it may have meant."""
-    name = word.split("=")[0].removeprefix("--").removeprefix("no-")
+def check_ranges(values, fields):
+    """Raises UserError for a number outside the bounds of its field."""
+    for name, field in fields.items():
+        value = values[name]
+        low, high, below = (field.metadata[key] for key in ("low", "high", "below"))
+        if value is None or isinstance(value, (str, bool)):
+            continue
+        upper = high if high is not None else below
+        if low is not None and (value < low or not math.isfinite(value) or abs(value) >= 2 ** 63):
+            raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite"
+                            if upper is None else f"--{name} {value} is out of range; "
+                            f"it goes from {low} to {'below ' * (below is not None)}{upper}")
+        if high is not None and value > high or below is not None and value >= below:
+            raise UserError(f"--{name} {value} is out of range; it goes from {low} to "
+                            f"{'below ' * (below is not None)}{upper}")
+
+
+def usage_error(word, known, owners, here):
+    """The sentence for a word that is no flag here: renamed, another command's, or mistyped.
+
+    known   flags of this command      owners   {flag: "--task ppo" ...}, who has the flags of other commands
+    """
+    name = word.split("=")[0].removeprefix("--")
+    name = name if name in known or name in owners else name.removeprefix("no-")
     if not word.startswith("--"):
         return f"{word!r} is not a flag; flags start with -- and take their value behind a space or ="
-    if name in fields:
-        m = fields[name].metadata
-        whose = ("task", m["tasks"]) if task not in m["tasks"] else ("method", m["methods"])
-        whose = f"--{whose[0]} {' '.join(whose[1])}"
-        return f"--{name} belongs to {whose}; this is --task {task} --method {method}"
-    near = difflib.get_close_matches(name, fields, 1)
+    if name in RENAMED:
+        return f"--{name} is now called --{RENAMED[name]}"
+    if name in owners:
+        return f"--{name} belongs to {owners[name]}; this is {here}"
+    near = difflib.get_close_matches(name, [*known, *owners], 1)
     return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
 
 
-def told(cfg):
-    """{flag: value}, flat: everything that a run was told."""
-    flat = dataclasses.asdict(cfg)
-    rl = flat.pop("rl") or {}
-    return {**flat, **{name: rl[name] for name in (SAMPLING if cfg.task == "sample" else rl)}}
-
-
-def check(cfg):
-    """What no flag can check alone."""
-    least = dict(batch=1, micro=1, rank=1, steps=0, epochs=0, items=0, save_every=1, eval_every=0, block=2,
-                 seed=0, max_new=1, n_virtual=1, lr=0, clip=0, warmup=0, temperature=0, top_k=1,
-                 top_p=0, keep=1, samples=1, kl_coef=0, kl_target=0, kl_horizon=1, ppo_epochs=1,
-                 minibatches=1, cliprange=0, cliprange_value=0, target_kl=0, value_lr=0, value_warmup=0,
-                 ptx_coef=0, ema=0, gamma=0, lam=0, dpo_beta=0, label_smoothing=0, hidden=1, beta2=0,
-                 min_lr=0, weight_decay=0, lora_plus=0, dropout=0, prefix_dropout=0, target_rank=1, orth=0,
-                 prune_start=0, prune_end=0, prune_every=1, n_layer=1, n_head=1, n_embd=1, vocab=0,
-                 missing_eos=-2 ** 63)
-    shares = ("warmup", "min_lr", "beta2", "dropout", "prefix_dropout", "prune_start", "prune_end", "top_p",
-              "ema", "gamma", "lam", "label_smoothing")
-    values = told(cfg)
-    for name, low in least.items():
-        value = values.get(name)
-        if value is not None and not low <= value < 2 ** 63:
-            raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite")
-        most = "below 1" if name in ("beta2", "dropout", "prefix_dropout", "ema") else "1"
-        if name in shares and value is not None and (value > 1 or value == 1 and most != "1"):
-            raise UserError(f"--{name} {value} is out of range; it goes from 0 to {most}")
-    few_shot.counts(cfg.shots)
-    ranges(cfg.layers), numbers(cfg.rank_map)       # what cannot be read is said before anything is loaded
-    if cfg.init == "new" and cfg.task != "pretrain":
-        raise UserError(f"--init new starts from nothing: only --task pretrain can, not --task {cfg.task}")
-    if cfg.task == "pretrain" and cfg.init != "new":
-        for name in ("n_layer", "n_head", "n_embd", "family", "vocab"):
-            if getattr(cfg, name) != Config.__dataclass_fields__[name].default:
-                raise UserError(f"--{name} shapes a new model, but --init {cfg.init} brings its own shape")
-    if cfg.task == "pretrain" and cfg.init == "new" and cfg.method != "full":
-        raise UserError(f"--init new has nothing that --method {cfg.method} could adapt; use --method "
-                        "full, or --init data/base")
-    if cfg.quant == "none" and cfg.double_quant:
-        raise UserError("--double_quant quantises the scales of --quant int8 or nf4, and there is none")
-    if cfg.start_text and cfg.start in ("random", "zero", "labels"):
-        raise UserError(f"--start_text is not read by --start {cfg.start}")
-    if cfg.task == "sample" and cfg.keep > cfg.rl.samples:
-        raise UserError(f"--keep {cfg.keep} is more than --samples {cfg.rl.samples}, the answers there are")
-    if cfg.compile and cfg.shard:
-        raise UserError("--compile and --shard have not been tried together; leave one of them out")
-    if cfg.task == "ppo" and cfg.dtype == "fp16":
-        raise UserError("--dtype fp16 rounds small gradients to 0 where no scaler helps, and --task ppo has "
-                        "none; use bf16 or fp32")
-    if cfg.task == "tag" and cfg.method == "none":
-        raise UserError("--task tag has no head before it is trained: use --task eval for a trained one, or "
-                        "--task sft --method none for names as words")
-    if cfg.method in SOFT and cfg.lr < (usual := METHOD_DEFAULTS[cfg.method]["lr"]) / 100:
-        note(f"--lr {cfg.lr:g} is a rate for weights; --method {cfg.method} usually wants about {usual:g}")
-
-
-def default_out(cfg, standard):
-    """out/<task>-<method>[-flags that differ from the standard]-s<seed>: the same for the same command."""
-    standard, parts = told(standard), [cfg.task, cfg.method]
-    for name, value in told(cfg).items():
-        if value != standard.get(name) and name not in ("task", "method", "seed", *NOT_IDENTITY):
-            last = name in ("init", "data", "reward") and str(value).rstrip("/").split("/")[-1]
-            text = last or str(value)
-            plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
-            parts.append(name + (text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]))
+def default_out(cfg):
+    """out/<task>-<method>[-flags that differ from the bare command's]-s<seed>: deterministic."""
+    parts = [cfg.task, cfg.method]
+    for name, value in cfg.identity().items():
+        if value == cfg.standard.get(name) or name in ("task", "method", "seed"):
+            continue
+        text = str(value)
+        if name in ("init", "data", "reward"):
+            text = text.rstrip("/").split("/")[-1] or text
+        plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
+        parts.append(name + (text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]))
     return os.path.join("out", "-".join(parts) + f"-s{cfg.seed}")
 
 
-def numbers(text):
-    """"down=16,blocks.0.attn.q=2" -> {"down": 16, "blocks.0.attn.q": 2}"""
+# ------------------------------------------------------------------------- values that are a small language
+
+def parse_rank_pattern(text):
+    """"down=16,blocks.0.attn.q=2" -> {"down": 16, "blocks.0.attn.q": 2}; None stays None.
+
+    Raises UserError.
+    """
+    if not text:
+        return None
     try:
-        return {name: int(n) for name, n in (part.split("=") for part in text.split(","))} if text else None
+        return {name: int(n) for name, n in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise UserError(f"--rank_map {text} cannot be read; write it as down=16,blocks.0.attn.q=2") from None
+        raise UserError(f"--rank_pattern {text} cannot be read; write it as "
+                        f"down=16,blocks.0.attn.q=2") from None
 
 
-def ranges(text):
-    """"0-3,5" -> [0, 1, 2, 3, 5]; None, as nobody says it, stays None"""
+def parse_layers(text):
+    """"0-3,5" -> [0, 1, 2, 3, 5]; None stays None. Raises UserError."""
     if text is None:
         return None
     found = []
     for part in text.split(","):
-        if not (ends := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) or int(ends[2] or ends[1]) < int(ends[1]):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
             raise UserError(f"--layers {text} cannot be read; write it as 0-3,5, each range upwards")
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return found

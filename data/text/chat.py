@@ -1,23 +1,30 @@
-r"""data/text/chat.py: conversations -> token ids and loss mask; a model is asked with what it was trained on.
+r"""data/text/chat.py: conversations -> token ids and loss mask, for training, scoring and generation.
 
-    chatml   <|im_start|>role \n content <|im_end|> \n                                    Qwen, SmolLM2
-    llama3   <|begin_of_text|> <|start_header_id|>role<|end_header_id|> \n\n content <|eot_id|>
-    alpaca   a preamble, then "### Instruction:" and "### Response:" in plain text        any base model
-    plain    start, prompt, answer, end; prompt, answer, end; ...  nothing in between     completions
+    chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen, SmolLM2
+    llama3   <|begin_of_text|> <|start_header_id|>ROLE<|end_header_id|> \n\n CONTENT <|eot_id|>
+    alpaca   a preamble, then "### Instruction:" and "### Response:" as plain text        any base model
+    plain    start, prompt, answer, end; prompt, answer, end; ... with nothing between    completions
 
-mask[i] is true where token i is *to be predicted*: an answer and its end token, unless its weight is 0.
+    messages [{"role", "content", "weight"?}]  ->  ids [int], mask [bool]
 
-- Text is encoded as text and marks are added by id: no text can forge a mark, and a start token comes once.
-- An answer is encoded apart from what precedes it, so its first token is the same in training, where it is
-  known, as in generation, where it is not: prompt(messages[:-1]) begins render(messages), token for token.
-  All else between two marks is encoded as one string, which is what Jinja templates do.
-- A default system text is read from the tokenizer's own chat_template (SmolLM2 and Qwen2.5 have one).
-- plain and alpaca start with the tokenizer's BOS, or else its EOS: in pre-training it precedes a document,
-  and without it nothing could predict the first token after an empty prompt. In plain, neighbouring texts of
-  system and user are joined by a newline, and an answer brings a blank unless it begins with white space.
-- llama3 strips contents, like the original; the dates in Llama 3.1's system turn are left out.
+mask[i] is true where token i is a *target*: an assistant's content and the end token behind it, unless the
+message has weight 0.
 
-Public: TEMPLATES, guess, render, prompt, answer, end_token, fit
+- Content is encoded as text, and special tokens are added by id. Text that looks like a special token stays
+  text, and a start token appears once.
+- An answer is encoded separately from what precedes it, so that its first token is the same in training,
+  where the answer is known, and in generation, where it is not: prompt(messages[:-1]) is a prefix of
+  render(messages), token for token. All other text between two special tokens is encoded as one string, which
+  is what the Jinja templates of `transformers` do.
+- The default system message is read from the tokenizer's own chat_template (SmolLM2 and Qwen2.5 have one).
+- plain and alpaca start with the tokenizer's BOS, or else its EOS: in pre-training that token precedes a
+  document, and without it the first token after an empty prompt would have no context. In plain, adjacent
+  system and user texts are joined by a newline, and an answer gets a leading space unless it begins with
+  white space.
+- llama3 strips contents, as the original does. Deviation: Llama 3.1's system message has no dates here.
+
+Public: TEMPLATES, SPECIAL_TOKENS, PREAMBLE, guess_template, render, prompt, answer, end_token, truncate_left,
+fit_to_length
 """
 import itertools
 import re
@@ -25,131 +32,192 @@ import re
 from data.runtime.files import DataError, UserError
 
 TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
-MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"),
-         "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+SPECIAL_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
+                  "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
 PREAMBLE = ("Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.")
+ALPACA_HEADINGS = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
 
 
-def guess(tokenizer):
-    """The template whose marks the tokenizer has; plain for a base model."""
-    return next((name for name, marks in MARKS.items() if tokenizer.special.keys() >= set(marks)), "plain")
+# ---- templates ---------------------------------------------------------------------------------------------
+def guess_template(tokenizer):
+    """The name of the template whose special tokens the tokenizer has; "plain" for a base model."""
+    for template, tokens in SPECIAL_TOKENS.items():
+        if all(token in tokenizer.special for token in tokens):
+            return template
+    return "plain"
 
 
-def _marks(template, tokenizer):
-    """The ids of a template's marks, as in MARKS; for those of plain text, start and end of a document."""
+def _special_ids(template, tokenizer):
+    """The ids of SPECIAL_TOKENS[template]; for alpaca and plain the ids that start and end a document.
+
+    Raises UserError for an unknown template, or one whose tokens the tokenizer lacks.
+    """
     if template not in TEMPLATES:
-        raise UserError(f"{template!r} is no chat template; there are {', '.join(TEMPLATES)}")
-    if template in MARKS:
-        missing = [mark for mark in MARKS[template] if mark not in tokenizer.special]
-        if missing:
-            raise UserError(f"the template {template} needs the token {missing[0]}, not in this tokenizer; "
-                            f"say --template {guess(tokenizer)}")
-        return [tokenizer.special[mark] for mark in MARKS[template]]
+        raise UserError(f"unknown chat template {template!r}; known are {', '.join(TEMPLATES)}")
+    if template in SPECIAL_TOKENS:
+        for token in SPECIAL_TOKENS[template]:
+            if token not in tokenizer.special:
+                raise UserError(f"the template {template} needs the token {token}, which this tokenizer "
+                                f"lacks; use --template {guess_template(tokenizer)}")
+        return [tokenizer.special[token] for token in SPECIAL_TOKENS[template]]
     if tokenizer.eos is None:
-        raise UserError(f"{template} text ends with an end-of-text token, and this tokenizer names none")
-    turn = tokenizer.special.get("<|im_start|>")    # SmolLM2 calls it its BOS; it opens turns, not documents
-    return [tokenizer.eos if tokenizer.bos in (None, turn) else tokenizer.bos, tokenizer.eos]
+        raise UserError(f"the template {template} ends answers with the end-of-text token, and this "
+                        "tokenizer names none")
+    # SmolLM2 names <|im_start|> as its BOS; it starts a turn, not a document.
+    if tokenizer.bos in (None, tokenizer.special.get("<|im_start|>")):
+        return [tokenizer.eos, tokenizer.eos]
+    return [tokenizer.bos, tokenizer.eos]
 
 
 def end_token(template, tokenizer):
-    """The token that ends an answer: supervised in training, where generation stops."""
-    return _marks(template, tokenizer)[-1]
+    """The id of the token that ends an answer: a target in training, and where generation stops."""
+    return _special_ids(template, tokenizer)[-1]
 
 
 def _default_system(template, tokenizer):
-    """What is said for a conversation without a system message."""
+    """The system text of a conversation without a system message; "" for none."""
     if template == "alpaca":
         return PREAMBLE
-    jinja = str(tokenizer.chat_template) if template == "chatml" else ""
-    said = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", jinja)
-    return said[1] if said else ""
+    if template != "chatml":
+        return ""
+    system_text = r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>"
+    match = re.search(system_text, str(tokenizer.chat_template))
+    return match[1] if match else ""
 
 
-def _turn(role, last, template, marks):
-    """What precedes a turn's content, its end token, what follows: ids and texts. `last`: the role before."""
-    if template == "chatml":
-        return [marks[0], f"{role}\n"], [marks[1]], ["\n"]
-    if template == "llama3":
-        return [marks[1], role, marks[2], "\n\n"], [marks[3]], []
-    end = [marks[1]] if role == "assistant" else []
-    if template == "alpaca":
-        heading = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[role]
-        return ["\n\n" * bool(last) + heading], end, []
-    return ["\n" * (last in ("system", "user") and role != "assistant")], end, []
+# One function per template: (role, previous role or None, special ids) -> what stands before the content, the
+# end token, what follows it. Each is a list of ids (int) and texts (str).
+def _chatml_turn(role, previous, special):
+    start, end = special
+    return [start, f"{role}\n"], [end], ["\n"]
+
+
+def _llama3_turn(role, previous, special):
+    _, start_header, end_header, end = special
+    return [start_header, role, end_header, "\n\n"], [end], []
+
+
+def _alpaca_turn(role, previous, special):
+    separator = "" if previous is None else "\n\n"
+    end = [special[1]] if role == "assistant" else []
+    return [separator + ALPACA_HEADINGS[role]], end, []
+
+
+def _plain_turn(role, previous, special):
+    joined = previous in ("system", "user") and role != "assistant"
+    end = [special[1]] if role == "assistant" else []
+    return ["\n" if joined else ""], end, []
+
+
+TURNS = {"chatml": _chatml_turn, "llama3": _llama3_turn, "alpaca": _alpaca_turn, "plain": _plain_turn}
 
 
 def _content(text, template, role):
-    """A turn's text as it is encoded. A plain answer follows its prompt as a word follows a word."""
+    """A message's content as it is encoded."""
+    if template == "llama3":
+        return text.strip()
     if template == "plain" and role == "assistant" and not text[:1].isspace():
         return " " + text
-    return text.strip() if template == "llama3" else text
+    return text
 
 
-def _compose(messages, template, tokenizer, system, speak):
-    """ids and mask of the conversation and, to `speak`, of the opening of one more answer."""
-    marks = _marks(template, tokenizer)
-    system = _default_system(template, tokenizer) if system is None else system
-    if system and (not messages or messages[0]["role"] != "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    pieces = [(marks[0], None)] if template != "chatml" else []     # (id or text, learn it?), None: no answer
-    last = None
-    for m in messages:
-        learn = bool(m.get("weight", 1)) if m["role"] == "assistant" else None
-        before, end, after = _turn(m["role"], last, template, marks)
-        content = _content(m["content"], template, m["role"])
+# ---- rendering ---------------------------------------------------------------------------------------------
+def _pieces(messages, template, special, open_answer):
+    """[(id or text, target)]: target is True or False inside an answer, None elsewhere.
+
+    The difference between False and None keeps an answer of weight 0 separate from the text before it.
+    open_answer: end with the opening of one more assistant message.
+    """
+    turn = TURNS[template]
+    pieces = []
+    if template != "chatml":
+        pieces.append((special[0], None))
+    previous = None
+    for message in messages:
+        role = message["role"]
+        target = bool(message.get("weight", 1)) if role == "assistant" else None
+        before, end, after = turn(role, previous, special)
         pieces += [(piece, None) for piece in before]
-        pieces += [(content, learn), *((mark, learn) for mark in end)]
+        pieces.append((_content(message["content"], template, role), target))
+        pieces += [(piece, target) for piece in end]
         pieces += [(piece, None) for piece in after]
-        last = m["role"]
-    if speak:
-        pieces += [(piece, None) for piece in _turn("assistant", last, template, marks)[0]]
-    ids, mask = [], []
-    for (kind, learn), run in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
-        run = [piece for piece, _ in run]
-        ids += tokenizer.encode("".join(run)) if kind is str else run
-        mask += [bool(learn)] * (len(ids) - len(mask))
+        previous = role
+    if open_answer:
+        before, _, _ = turn("assistant", previous, special)
+        pieces += [(piece, None) for piece in before]
+    return pieces
+
+
+def _encode(messages, template, tokenizer, system, open_answer):
+    """(ids, mask) of a conversation."""
+    special = _special_ids(template, tokenizer)
+    if system is None:
+        system = _default_system(template, tokenizer)
+    has_system = messages and messages[0]["role"] == "system"
+    if system and not has_system:
+        messages = [{"role": "system", "content": system}, *messages]
+    ids = []
+    mask = []
+    pieces = _pieces(messages, template, special, open_answer)
+    # Neighbouring texts are encoded as one string; an answer is never joined with what is around it.
+    for (piece_type, target), run in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
+        values = [value for value, _ in run]
+        new_ids = tokenizer.encode("".join(values)) if piece_type is str else values
+        ids += new_ids
+        mask += [bool(target)] * len(new_ids)
     return ids, mask
 
 
 def render(messages, template, tokenizer, system=None):
-    """ids, mask of a conversation. system: for those that bring none; None: the tokenizer's own; "": none."""
-    return _compose(messages, template, tokenizer, system, speak=False)
+    """(ids, mask) of a whole conversation.
+
+    system: the text for conversations without a system message. None: the tokenizer's default; "": none.
+    Raises UserError for a template that is unknown or does not fit the tokenizer.
+    """
+    return _encode(messages, template, tokenizer, system, open_answer=False)
 
 
 def prompt(messages, template, tokenizer, system=None):
-    """ids of the conversation so far, up to where the assistant's next content begins."""
-    return _compose(messages, template, tokenizer, system, speak=True)[0]
+    """ids of a conversation up to where the assistant's next content begins. Raises as render does."""
+    ids, _ = _encode(messages, template, tokenizer, system, open_answer=True)
+    return ids
 
 
 def answer(text, template, tokenizer):
-    """ids of an answer with its end token: what follows prompt(...)."""
+    """ids of an answer and its end token: what follows prompt(...)."""
     return [*tokenizer.encode(_content(text, template, "assistant")), end_token(template, tokenizer)]
 
 
-def shorter(ids, limit):
-    """The end of a prompt, behind its first token, which stays as it does in `fit`."""
-    return ids if len(ids) <= limit else ids[:1] + ids[len(ids) - limit + 1:]
+# ---- length ------------------------------------------------------------------------------------------------
+def truncate_left(ids, limit):
+    """The last `limit` ids, except that the first id (the start token) is kept."""
+    if len(ids) <= limit:
+        return ids
+    return ids[:1] + ids[len(ids) - limit + 1:]
 
 
-def fit(ids, mask, limit, too_long="truncate", at="an example"):
+def fit_to_length(ids, mask, limit, too_long="truncate", location="an example"):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 
-    Truncation cuts the prompt (all before the first supervised token) from the left, the rest from the right.
-    Each may count on half of the limit and has what the other leaves, so neither ever goes altogether. The
-    first token stays: a model without its start token is another model. A cut answer has no end token.
+    too_long   "truncate", "drop" (returns None) or "error" (raises DataError) Truncation cuts the prompt
+    (everything before the first target) on the left and the rest on the right. Each is guaranteed half of
+    the limit and may use what the other does not need, so that both keep some tokens. The first token is
+    kept, because a model is trained with its start token. A cut answer has no end token. Raises UserError
+    for a limit below 2.
     """
     if limit < 2:
-        raise UserError(f"{limit} tokens are no room for an example; allow more, or fewer virtual ones")
+        raise UserError(f"only {limit} tokens are left for an example, at least 2 are needed; use a larger "
+                        "--block_size or fewer virtual tokens")
     if len(ids) <= limit:
         return ids, mask
     if too_long == "error":
-        raise DataError(f"{at} has {len(ids)} tokens, {limit} fit; shorten it, or say --too_long truncate")
+        raise DataError(f"{location} has {len(ids)} tokens, and {limit} fit; shorten it, or use "
+                        "--too_long truncate")
     if too_long == "drop":
         return None
-    asked = mask.index(True) if True in mask else len(ids)
-    said = len(ids) - asked
-    said = min(said, max(limit // 2, limit - asked))
-    cut = max(0, asked + said - limit)                  # tokens to lose on the left, behind the first
-    keep = [0, *range(cut + 1, asked + said)]
-    return [ids[i] for i in keep], [mask[i] for i in keep]
+    prompt_len = mask.index(True) if True in mask else len(ids)
+    rest_len = min(len(ids) - prompt_len, max(limit // 2, limit - prompt_len))
+    cut = max(0, prompt_len + rest_len - limit)         # tokens to remove from the prompt, behind the first
+    kept = [0, *range(cut + 1, prompt_len + rest_len)]
+    return [ids[i] for i in kept], [mask[i] for i in kept]

@@ -1,255 +1,258 @@
-"""data/text/formats.py: other people's files, as lists of rows of seven kinds.
+"""data/text/formats.py: recognise the format of a data file by its keys; load files and folders.
 
-    kind    a row, after reading                            read from rows with the keys
-    text    {"text"}                                        text (a .txt file is one such row)
-    label   {"text", "label"}                               text + label
-    tags    {"tokens", "tags"}                              tokens + tags
-    chat    {"messages": [{"role", "content", "weight"?}],  prompt + completion; messages (OpenAI);
-             "references"?: [str]}                          instruction, input + output (Alpaca);
-                                                            conversations (ShareGPT)
-    pairs   {"prompt": messages, "chosen", "rejected",      prompt + chosen + rejected; or with instruction,
-             "votes_for"?, "votes_against"?}                conversations; chosen + rejected (HH, TRL);
-                                                            input + preferred_output + non_preferred_output
-    ranked  {"prompt": messages, "responses", "rank"}       prompt + responses + rank (smallest is best)
-    prompt  {"prompt": messages}                            prompt
+    file -> records (readers.py) -> rows of one row type (converters.py) -> Data
 
-and "line": "file:17" in each. A format is recognised by its keys. The first row fixes it for the file; a row
-with the keys of two formats is an error. For evaluation, "references" (or "outputs") may replace the last
-answer. Rows that teach nothing (data/text/readers.py) are dropped and counted; when none is left, that is an error.
+Each entry of FORMATS names the sets of keys that identify the format, the row type that it becomes, and the
+function that converts a record. The first record decides for the file: a later record in another format,
+and a record with the keys of two formats, are errors. For evaluation, "references" (or "outputs") may
+replace the last answer of a conversation. Records that train nothing are dropped and counted; none left is
+an error. Every row gets a key "line" with its location, such as "data.jsonl:17".
 
-Splits. A folder holds train, valid and test files. A single file is dealt 80/10/10 by a hash of each row's
-*question* (all but its last answer): neither duplicates nor other answers to one prompt ever straddle, and a
-new row moves no old one. Should that leave a split empty (all prompts alike), whole rows are hashed; should
-that too (a handful of rows), every split is the whole file. A folder without a valid file deals 10 % of train
-to it; one without a test file is tested on valid. A .txt is cut in order, at line ends. `source` says so.
+Splits. A folder holds train, valid and test files. A single file is split 80/10/10 by content (splits.py). A
+folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
+set with too few rows to split is used whole in every split. Data.source says which of these happened.
 
-Public: load, Data, question, names, duplicates, leaks
+Public: load, load_splits, load_text, Data, FORMATS, ROW_TYPES, SPLITS, prompt_key, row_json, label_names,
+duplicates, leaks
 """
 import collections
 import functools
-import hashlib
-import json
 import pathlib
 import typing
 
-from data.text import readers as read
+from data.runtime import cache
+from data.text import converters
 from data.runtime.files import DataError, UserError
-from data.text.readers import SUFFIXES, records
+from data.text.readers import SUFFIXES, read_records
+from data.text.splits import duplicates, label_names, leaks, prompt_key, row_json, split_rows    # noqa: F401
 
+# split: the names, without suffix, of its file in a folder
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-FORMS = {                                               # name: kind, reader, the sets of keys that show it
-    "text": ("text", read.text, "text"),
-    "text/label": ("label", read.label, "text label"),
-    "tokens/tags": ("tags", read.tags, "tokens tags"),
-    "prompt/completion": ("chat", read.completion, "prompt completion", "prompt references"),
-    "messages": ("chat", read.conversation, "messages"),
-    "ShareGPT": ("chat", read.conversation, "conversations"),
-    "Alpaca": ("chat", read.alpaca, "instruction output", "input output",
-               "instruction outputs", "input outputs"),
-    "prompt/chosen/rejected": ("pairs", read.pair, "prompt chosen rejected"),
-    "Alpaca preference": ("pairs", read.pair, "instruction chosen rejected"),
-    "ShareGPT preference": ("pairs", read.pair, "conversations chosen rejected"),
-    "chosen/rejected": ("pairs", read.whole_pair, "chosen rejected"),
-    "OpenAI preference": ("pairs", read.openai_pair, "input preferred_output non_preferred_output"),
-    "prompt/responses/rank": ("ranked", read.ranking, "prompt responses rank"),
-    "prompt": ("prompt", read.prompt, "prompt"),
-}
-OPTIONAL = "input system history references outputs tools functions votes_for votes_against"
+
+
+class Format(typing.NamedTuple):
+    name: str
+    row_type: str
+    convert: typing.Callable                            # (record, location) -> row
+    key_sets: tuple                                     # any one of them identifies the format
+
+
+FORMATS = {format.name: format for format in (
+    Format("text", "text", converters.text, ("text",)),
+    Format("text/label", "label", converters.label, ("text label",)),
+    Format("tokens/tags", "tags", converters.tags, ("tokens tags",)),
+    Format("prompt/completion", "chat", converters.completion, ("prompt completion", "prompt references")),
+    Format("messages", "chat", converters.conversation, ("messages",)),
+    Format("ShareGPT", "chat", converters.conversation, ("conversations",)),
+    Format("Alpaca", "chat", converters.alpaca, ("instruction output", "input output", "instruction outputs",
+                                           "input outputs")),
+    Format("prompt/chosen/rejected", "pairs", converters.pair, ("prompt chosen rejected",)),
+    Format("Alpaca preference", "pairs", converters.pair, ("instruction chosen rejected",)),
+    Format("ShareGPT preference", "pairs", converters.pair, ("conversations chosen rejected",)),
+    Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",)),
+    Format("OpenAI preference", "pairs", converters.openai_pair,
+           ("input preferred_output non_preferred_output",)),
+    Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",)),
+    Format("prompt", "prompt", converters.prompt, ("prompt",)),
+)}
+ROW_TYPES = tuple(dict.fromkeys(format.row_type for format in FORMATS.values()))
+OPTIONAL_KEYS = set("input system history references outputs tools functions votes_for votes_against".split())
 
 
 class Data(typing.NamedTuple):
+    """Rows of one row type, and where they come from."""
     rows: list
-    kind: str
-    source: str                                         # which file, and which part of it: for people
-    form: str                                           # the format recognised, and the keys not read
-    dropped: dict                                       # reason -> how many rows of the file teach nothing
+    row_type: str
+    source: str                                         # the file, and the part of it, for messages
+    format: str                                         # the format's name, and the keys that are not read
+    dropped: dict                                       # {reason: number of rows that train nothing}
 
 
+# ---- formats -----------------------------------------------------------------------------------------------
 @functools.lru_cache
-def _seen(keys):
-    """(name, its keys) of the formats whose keys are all there; prompt+completion is not also a prompt."""
-    forms = [(name, some.split()) for name, form in FORMS.items() for some in form[2:]]
-    seen = [(name, some) for name, some in forms if keys >= set(some)]
-    return [(name, some) for name, some in seen if not any(set(some) < set(more) for _, more in seen)]
+def _matching_formats(keys):
+    """[(format name, key set)] of the formats whose keys are all present.
+
+    A key set that is part of a larger match does not count: prompt + completion is not also a "prompt" row.
+    """
+    matches = []
+    for format in FORMATS.values():
+        for key_set in format.key_sets:
+            needed = key_set.split()
+            if keys.issuperset(needed):
+                matches.append((format.name, needed))
+    return [(name, needed) for name, needed in matches
+            if not any(set(needed) < set(other) for _, other in matches)]
 
 
-def recognise(record, at):
-    """(name, keys) of the one format that a record is in, (None, []) if it is in none."""
+def recognise(record, location):
+    """(name, keys) of the one format that a record is in; (None, []) if none. Raises DataError for two."""
     if "kto_tag" in record or {"completion", "label"} <= record.keys():
-        raise DataError(f"{at}: thumbs up or down (KTO) are not supported; give prompt, chosen and rejected")
-    seen = _seen(frozenset(record))
-    names = sorted({name for name, _ in seen})
+        raise DataError(f"{location}: unpaired thumbs up or down (KTO) are not supported; "
+                        "give prompt, chosen and rejected")
+    matches = _matching_formats(frozenset(record))
+    names = sorted({name for name, _ in matches})
     if len(names) > 1:
-        raise DataError(f"{at}: the keys of two formats, {names[0]} and {names[1]}; keep those of one")
-    return seen[0] if seen else (None, [])
+        raise DataError(f"{location}: the keys of two formats, {names[0]} and {names[1]}; keep those of one")
+    return matches[0] if matches else (None, [])
 
 
-def _interpret(found, source):
-    """(place, record) pairs -> Data. The first one fixes the format, the others must agree."""
-    out, first, dropped, unread = [], None, collections.Counter(), set()
-    for at, record in found:
-        name, keys = recognise(record, at)
-        if first is None and name is None:
-            known = " | ".join(dict.fromkeys(form[2].replace(" ", "+") for form in FORMS.values()))
-            keys = ", ".join(list(record)[:8]) or "(none)"
-            fix = ("; columns are separated by commas here" if len(record) == 1 and ";" in keys else
-                   "; rename them in the first line" if str(source).endswith((".csv", ".tsv")) else "")
-            raise DataError(f"{at}: no format has the keys {keys}; there are {known}{fix}")
-        first = first or (name, keys, at)
+def _unknown_format(record, location, source):
+    """The error for a record whose keys fit no format, with a likely remedy."""
+    known = " | ".join(dict.fromkeys(format.key_sets[0].replace(" ", "+") for format in FORMATS.values()))
+    keys = ", ".join(list(record)[:8]) or "(none)"
+    remedy = ""
+    if len(record) == 1 and ";" in keys:
+        remedy = "; the columns of a .csv are separated by commas"
+    elif str(source).endswith((".csv", ".tsv")):
+        remedy = "; rename the columns in the first line"
+    return DataError(f"{location}: no known format has the keys {keys}; known are {known}{remedy}")
+
+
+def _other_format(record, location, name, first):
+    """The error for a record in another format than the file's first: first = (name, keys, location)."""
+    first_name, first_keys, first_location = first
+    missing = [key for key in first_keys if key not in record]
+    fault = f'"{missing[0]}" is missing' if missing else f"the keys of {name}"
+    return DataError(f"{location}: {fault}, in a file of {first_name} rows (see {first_location}); "
+                     "all rows of a file have one format")
+
+
+def _convert(records, source):
+    """(location, record) pairs -> Data. The first record fixes the format."""
+    converted = []
+    first = None
+    dropped = collections.Counter()
+    unread_keys = set()
+    for location, record in records:
+        name, keys = recognise(record, location)
+        if first is None:
+            if name is None:
+                raise _unknown_format(record, location, source)
+            first = (name, keys, location)
         if name != first[0]:
-            missing = [key for key in first[1] if key not in record]
-            fault = f'no "{missing[0]}"' if missing else f"the keys of {name}"
-            raise DataError(f"{at}: {fault}, in a file of {first[0]} rows (so says {first[2]}); "
-                            "a file has one format")
-        unread |= record.keys() - set(" ".join((OPTIONAL, *FORMS[name][2:])).split())
+            raise _other_format(record, location, name, first)
+        format = FORMATS[name]
+        unread_keys |= record.keys() - OPTIONAL_KEYS - set(" ".join(format.key_sets).split())
         try:
-            out.append({**FORMS[name][1](record, at), "line": at})
-        except read.Useless as reason:
+            row = format.convert(record, location)
+        except converters.SkipRow as reason:
             dropped[str(reason)] += 1
-    if not out:
-        why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "it holds no rows"
-        raise DataError(f"0 usable examples in {source}: {why}")
-    form = first[0] + f" (not read: {', '.join(sorted(unread)[:8])})" * bool(unread)
-    return Data(out, FORMS[first[0]][0], source, form, dict(dropped))
+            continue
+        row["line"] = location
+        converted.append(row)
+    if not converted:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise DataError(f"0 usable examples in {source}: {reasons or 'it holds no rows'}")
+    echo = first[0]
+    if unread_keys:
+        echo += f" (not read: {', '.join(sorted(unread_keys)[:8])})"
+    return Data(converted, FORMATS[first[0]].row_type, source, echo, dict(dropped))
 
 
-# ---- splits ------------------------------------------------------------------------------------------------
-def whole(row):
-    return json.dumps({key: value for key, value in row.items() if key != "line"}, sort_keys=True)
-
-
-def question(row):
-    """What must not be in two splits: the row without its last answer; all of it when nothing is asked."""
-    if "text" in row or "tokens" in row:
-        return json.dumps(row.get("text", row.get("tokens")))
-    turns = row["prompt"] if "prompt" in row else row["messages"][:-1]
-    return json.dumps(turns) if any(m["content"].strip() for m in turns) else whole(row)
-
-
-def names(rows):
-    """The labels, or tags, of some rows in the order a model gets them; O, no name, comes first."""
-    found = {name for row in rows for name in row.get("tags", [row.get("label")])}
-    return tuple(sorted(found, key=lambda name: (name != "O", name)))
-
-
-def duplicates(rows):
-    """How many rows repeat an earlier one."""
-    return len(rows) - len(set(map(whole, rows)))
-
-
-def leaks(train, other):
-    """How many rows of `other` ask what `train` answers."""
-    known = set(map(question, train))
-    return sum(question(row) in known for row in other)
-
-
-def _deal(data, held):
-    """{split: rows}: each split in `held` gets its tenth of the hash, train gets the rest."""
-    if data.rows[0]["line"].endswith(".txt:1"):
-        parts = _cut(data.rows[0], held)
-        whole_text = not all(rows[0]["text"].strip() for rows in parts.values())
-        return dict.fromkeys(parts, data.rows) if whole_text else parts
-    for key in (question, whole):
-        parts = {"train": [], **{split: [] for split in held.values()}}
-        for row in data.rows:
-            tenth = int.from_bytes(hashlib.blake2b(key(row).encode(), digest_size=8).digest(), "big") % 10
-            parts[held.get(tenth, "train")].append(row)
-        if all(parts.values()):
-            return parts
-    return dict.fromkeys(parts, data.rows)
-
-
-def _cut(row, held):
-    """One long text in order: train, and a tenth for each split in `held`; cut at a near line end."""
-    text, starts = row["text"], [0]
-    for tenths in range(10 - len(held), 10):
-        at = len(text) * tenths // 10
-        starts.append(text.find("\n", max(at - 1, 0), at + len(text) // 20) + 1 or at)
-    return {split: [{**row, "text": text[a:b]}] for split, a, b in
-            zip(("train", *held.values()), starts, [*starts[1:], len(text)])}
-
-
-def _files(folder):
-    """{split: file} of a folder."""
-    found = {}
-    for split, stems in SPLITS.items():
-        here = [p for stem in stems for suffix in SUFFIXES if (p := folder / (stem + suffix)).is_file()]
-        if len(here) > 1:
-            raise DataError(f"{folder} holds both {here[0].name} and {here[1].name}; keep one")
-        found.update((split, path) for path in here)
-    if not found:
-        raise DataError(f"{folder} holds no train, valid or test file ({' '.join(SUFFIXES)})")
-    return found
+# ---- loading -----------------------------------------------------------------------------------------------
+def _part(data, split, held_out):
+    rows_of_split = split_rows(data.rows, held_out)[split]
+    whole = rows_of_split is data.rows
+    part = "all of it, too few rows to split" if whole else f"its {split} part"
+    return data._replace(rows=rows_of_split, source=f"{data.source} ({part})")
 
 
 def load(path_or_name, split=None):
-    """A file, a folder, or a name of the toy world: one split of it, or (None) all of it."""
+    """Data of a file, a folder, or a data set of the toy world: one split of it, or (None) all of it.
+
+    Raises DataError for what cannot be read or interpreted, UserError for an unknown split.
+    """
     name, path = str(path_or_name), pathlib.Path(path_or_name)
     if split not in (None, *SPLITS):
-        raise UserError(f"{split!r} is no split; there are {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
-        return _toy(name, split)
+        return _load_toy(name, split)
     try:
+        if not path.exists():
+            path = cache.find_data(name) or path
         if path.is_dir():
-            return _folder(path, split)
+            return _load_folder(path, split)
+        if not path.exists() and name in cache.DATASETS:
+            raise DataError(f"{name} is not fetched yet; run python data/fetch.py {name}")
         if not path.is_file():
             fault = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise DataError(f"{name} {fault}; data is a file ({' '.join(SUFFIXES)}), a folder with "
-                            "train.jsonl, or a name such as toy/sentiment")
-        data = _interpret(records(path), name)
+                            "train.jsonl, a fetched data set, or a name such as toy/sentiment")
+        data = _convert(read_records(path), name)
     except OSError as e:
         raise DataError(f"{name} cannot be read ({e.strerror or e})") from e
     return data if split is None else _part(data, split, {8: "valid", 9: "test"})
 
 
-def splits(path_or_name):
-    """{split: Data} of all three, which hold rows of one kind."""
+def load_splits(path_or_name):
+    """{"train", "valid", "test": Data}. Raises DataError when their row types differ."""
     data = {split: load(path_or_name, split) for split in SPLITS}
-    for some in data.values():
-        if some.kind != data["train"].kind:
-            raise DataError(f"{some.source} holds {some.kind} rows, but {data['train'].source} "
-                            f"{data['train'].kind} rows; the splits of one data set hold rows of one kind")
+    train = data["train"]
+    for part in data.values():
+        if part.row_type != train.row_type:
+            raise DataError(f"{part.source} holds {part.row_type} rows, but {train.source} {train.row_type} "
+                            "rows; all splits of a data set have one row type")
     return data
 
 
-def plain(path_or_name, split, kinds=("text",)):
-    """Rows of raw text, or of what else can be read as one."""
+def load_text(path_or_name, split, row_types=("text",)):
+    """The rows of a split that is used as raw text. Raises DataError for other row types."""
     data = load(path_or_name, split)
-    if data.kind not in kinds:
-        raise DataError(f"{path_or_name} holds {data.kind} rows; raw text is wanted here, as toy/corpus or a "
-                        ".txt")
+    if data.row_type not in row_types:
+        raise DataError(f"{path_or_name} holds {data.row_type} rows; raw text is needed here, for example "
+                        "toy/corpus or a .txt file")
     return data.rows
 
 
-def _part(data, split, held):
-    rows = _deal(data, held)[split]
-    part = "all of it, too few rows to split" if rows is data.rows else f"its {split} part"
-    return data._replace(rows=rows, source=f"{data.source} ({part})")
-
-
-def _toy(name, split):
+def _load_toy(name, split):
     from data import toy                                # here: reading files needs no toy world
     if name not in toy.NAMES:
-        raise DataError(f"{name} is no part of the toy world; there are {', '.join(toy.NAMES)}")
-    found = ((f"{name} {s}:{n}", row) for s in ([split] if split else SPLITS)
-             for n, row in enumerate(toy.rows(name, s), 1))
-    return _interpret(found, f"{name} {split or ''}".strip())
+        raise DataError(f"{name} is no data set of the toy world; there are {', '.join(toy.NAMES)}")
+    records = []
+    for part in [split] if split else SPLITS:
+        for number, row in enumerate(toy.rows(name, part), 1):
+            records.append((f"{name} {part}:{number}", row))
+    return _convert(records, f"{name} {split or ''}".strip())
 
 
-def _folder(path, split):
-    files = _files(path)
+def _files_of(folder):
+    """{split: file} of a folder. Raises DataError for two files of one split, and for none at all."""
+    found = {}
+    for split, stems in SPLITS.items():
+        candidates = [folder / (stem + suffix) for stem in stems for suffix in SUFFIXES]
+        files = [path for path in candidates if path.is_file()]
+        if len(files) > 1:
+            raise DataError(f"{folder} holds both {files[0].name} and {files[1].name}; keep one")
+        if files:
+            found[split] = files[0]
+    if not found:
+        raise DataError(f"{folder} holds no train, valid or test file ({' '.join(SUFFIXES)})")
+    return found
+
+
+def _load_folder(path, split):
+    files = _files_of(path)
     if split is None:
-        every = [load(file) for file in files.values()]
-        if len({data.kind for data in every}) > 1:
-            raise DataError(f"{path} holds files of several kinds: {', '.join(data.kind for data in every)}")
-        rows = [row for data in every for row in data.rows]
-        dropped = sum((collections.Counter(data.dropped) for data in every), collections.Counter())
-        return every[0]._replace(rows=rows, source=str(path), dropped=dict(dropped))
+        return _concatenate(path, [load(file) for file in files.values()])
     if split == "test" and "test" not in files:
-        data = _folder(path, "valid")
-        return data._replace(source=f"{data.source}, for want of a test file")
+        data = _load_folder(path, "valid")
+        return data._replace(source=f"{data.source}, because there is no test file")
     if split in files and ("valid" in files or split == "test"):
         return load(files[split])
     if "train" not in files:
-        raise DataError(f"{path} has no {split} file; it has {', '.join(p.name for p in files.values())}")
+        names = ", ".join(file.name for file in files.values())
+        raise DataError(f"{path} has no {split} file; it has {names}")
     return _part(load(files["train"]), split, {8: "valid"})
+
+
+def _concatenate(path, parts):
+    """All files of a folder as one Data."""
+    row_types = [part.row_type for part in parts]
+    if len(set(row_types)) > 1:
+        raise DataError(f"{path} holds files of different row types: {', '.join(row_types)}")
+    dropped = collections.Counter()
+    for part in parts:
+        dropped.update(part.dropped)
+    all_rows = [row for part in parts for row in part.rows]
+    return parts[0]._replace(rows=all_rows, source=str(path), dropped=dict(dropped))

@@ -1,15 +1,18 @@
-"""data/text/tokenizer.py: text to ids and back, with Hugging Face's ids at tiktoken's speed.
+"""data/text/tokenizer.py: text -> ids and back: Hugging Face's ids at tiktoken's speed.
 
-A folder says how text is normalised and cut, which pairs of tokens are joined, and which id a token has.
-tiktoken does the work (data/text/bpe.py shows when it takes the same steps); a table turns its ranks into ids.
+    text -> Unicode normalisation -> split into pieces (a regular expression) -> BPE (tiktoken) -> rank -> id
 
-Deviations, all on purpose:
-- Text that looks like a special token is text. Special tokens are added by id; encode adds no BOS, no EOS.
-- SentencePiece, WordPiece and Unigram models are refused, and so are lone surrogates (no characters).
-- Bytes that the vocabulary lacks vanish, as they do in Hugging Face's (SmolLM2 has no 0x04).
+The rules come from the folder's files (tokenizer_files.py). data/text/bpe.py shows under which condition
+tiktoken makes the same merges as Hugging Face's `tokenizers`; a table maps tiktoken's ranks to ids.
+
+Deviations from `tokenizers`:
+- Text that looks like a special token is text. Special tokens are added by id; encode adds no BOS and no EOS.
+- SentencePiece, WordPiece and Unigram models, and lone surrogates (which are not characters), are errors.
+As in `tokenizers`, bytes that the vocabulary lacks are dropped (SmolLM2 has no 0x04).
 
 Public: Tokenizer with train, from_pretrained, save_pretrained, encode, decode, decoder, and the attributes
-special (name -> id), eos, bos, pad (id or None), vocab_size (largest id + 1)
+special (name -> id), eos, bos, pad (id or None), vocab_size (largest id + 1), chat_template (Jinja or "");
+Stream
 """
 import codecs
 import re
@@ -19,123 +22,160 @@ from collections import Counter
 import tiktoken
 
 from data.text import tokenizer_files
-from data.text.bpe import BYTE, CHAR, DIGITS, learn, ranked, splitter
+from data.text.bpe import BYTE, CHAR, DIGITS, compile_pattern, learn_merges, tiktoken_order
 from data.runtime.files import DataError
 
-
-# tiktoken's regular expressions panic at a million characters of white space in a row; Python's do not.
+# tiktoken's regular expressions fail on a million white-space characters in a row; Python's do not.
 LONG = re.compile(r"(?<!\s)\s{900000}")
 
 
 class Tokenizer:
-    """`spec` and `config` are the contents of tokenizer.json and tokenizer_config.json, kept as they came."""
+    """spec, config: the contents of tokenizer.json and tokenizer_config.json; both are kept unchanged."""
 
     def __init__(self, spec, config):
-        self._spec, self._config = spec, config
-        merges, self._form, self._pattern = tokenizer_files.rules(spec)
-        added, vocab = sorted(spec["added_tokens"], key=lambda t: t["id"]), spec["model"]["vocab"]
-        self.special = {t["content"]: t["id"] for t in added}
-        names = vocab | self.special
-        if len({*names.values()}) < len(names) or any(vocab.get(t, i) != i for t, i in self.special.items()):
-            raise DataError("two of its tokens share an id, or one token has two")
-        hidden = {t["content"] for t in added if t["special"]}
-        spelled = {left + right for left, right in merges} | BYTE.keys()        # text may give these
-        vocab = {t: i for t, i in vocab.items() if t not in hidden or t in spelled}
-        try:
-            self._bytes = {i: bytes([BYTE[c] for c in t]) for t, i in vocab.items()}
-        except KeyError as e:
-            raise DataError(f"its tokens hold {e}, and only byte-level BPE is read here") from e
+        self._spec = spec
+        self._config = config
+        merges, self._unicode_form, self._pattern = tokenizer_files.encoding_rules(spec)
+        added = sorted(spec["added_tokens"], key=lambda token: token["id"])
+        self.special = {token["content"]: token["id"] for token in added}
+        hidden = {token["content"] for token in added if token["special"]}
+        vocab = self._text_vocab(merges, hidden)
+        self._build_bpe(vocab, merges)
 
-        tokens = ranked(vocab, merges, spec["model"].get("ignore_merges"))
-        self._ids = [vocab.get(c, -1) for c in CHAR] + [vocab[t] for t in tokens]       # rank -> id
-        if -1 in self._ids and spec["model"].get("unk_token"):
-            raise DataError("it has no token for some bytes, but an unk_token, which is not supported here")
+        self._bytes |= {i: text.encode() for text, i in self.special.items()}
+        self._shown_bytes = self._bytes | {self.special[text]: b"" for text in hidden}
+        # Added words that are not special (Qwen3's <think>) are found in text before BPE, the longest first.
+        words = sorted(self.special.keys() - hidden, key=lambda word: (-len(word), word))
+        self._added_words = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
+        self.vocab_size = max(self._bytes) + 1
+        self.bos = self._role_id("bos_token")
+        self.eos = self._role_id("eos_token")
+        self.pad = self._role_id("pad_token")
+        self.chat_template = config.get("chat_template", "")
+
+    def _text_vocab(self, merges, hidden):
+        """{token: id} of the tokens that text may be encoded to: all but special ones that no merge makes."""
+        vocab = self._spec["model"]["vocab"]
+        all_ids = vocab | self.special
+        moved = any(vocab.get(text, i) != i for text, i in self.special.items())
+        if len(set(all_ids.values())) < len(all_ids) or moved:
+            raise DataError("two of its tokens share an id, or one token has two")
+        from_text = {left + right for left, right in merges} | BYTE.keys()
+        return {text: i for text, i in vocab.items() if text not in hidden or text in from_text}
+
+    def _build_bpe(self, vocab, merges):
+        """Set _bytes {id: bytes}, _ids [id of each tiktoken rank; -1: none], _bpe (tiktoken)."""
+        model = self._spec["model"]
+        try:
+            self._bytes = {i: bytes([BYTE[c] for c in text]) for text, i in vocab.items()}
+        except KeyError as e:
+            raise DataError(f"its tokens hold {e}, and only byte-level BPE is supported") from e
+        tokens = tiktoken_order(vocab, merges, model.get("ignore_merges"))
+        self._ids = [vocab.get(c, -1) for c in CHAR] + [vocab[text] for text in tokens]
+        if -1 in self._ids and model.get("unk_token"):
+            raise DataError("it has no token for some bytes, but an unk_token, which is not supported")
         ranks = {bytes([b]): b for b in range(256)}
-        ranks |= {self._bytes[vocab[t]]: rank for rank, t in enumerate(tokens, start=256)}
+        for rank, text in enumerate(tokens, start=256):
+            ranks[self._bytes[vocab[text]]] = rank
         self._bpe = tiktoken.Encoding("bpe", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={})
 
-        self._bytes |= {i: t.encode() for t, i in self.special.items()}
-        self._shown = self._bytes | {self.special[t]: b"" for t in hidden}
-        # Added words that are not special (Qwen3's <think>) are found in text before all else, longest first.
-        words = sorted(self.special.keys() - hidden, key=lambda t: (-len(t), t))
-        self._words = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
-        self.vocab_size = max(self._bytes) + 1
-        self.bos, self.eos, self.pad = (self._role(config.get(role)) for role in tokenizer_files.ROLES)
-        self.chat_template = config.get("chat_template", "")    # Jinja; data/text/chat.py reads its system text
-
-    def _role(self, token):
-        token = tokenizer_files.content(token)
+    def _role_id(self, role):
+        """The id of the token that the config names for a role; None without one."""
+        token = tokenizer_files.token_text(self._config.get(role))
         if token is not None and token not in self.special:
-            raise DataError(f'its config names "{token}" as a special token, and it has no such token')
+            raise DataError(f'its config names "{token}" as its {role}, and it has no such token')
         return self.special.get(token)
 
+    # ---- encoding ------------------------------------------------------------------------------------------
     def encode(self, text):
-        """The ids of a text; nothing in it counts as a special token."""
-        parts = self._words.split(_valid(text)) if self._words else [_valid(text)]
-        ids = self._encode(parts[0])
-        for word, rest in zip(parts[1::2], parts[2::2]):
-            ids += [self.special[word], *self._encode(rest)]
+        """The ids of a text; nothing in it is a special token. Raises DataError for a lone surrogate."""
+        _check_surrogates(text)
+        if self._added_words is None:
+            return self._encode(text)
+        first, *parts = self._added_words.split(text)           # text, word, text, word, ..., text
+        ids = self._encode(first)
+        for word, rest in zip(parts[::2], parts[1::2]):
+            ids.append(self.special[word])
+            ids += self._encode(rest)
         return ids
 
     def _encode(self, text):
-        text = unicodedata.normalize(self._form, text) if self._form else text
+        if self._unicode_form:
+            text = unicodedata.normalize(self._unicode_form, text)
         if not LONG.search(text):
             ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
             if -1 not in ids:
                 return ids
-        ids = []            # a byte without a token leaves before BPE, so that its neighbours may join
-        for piece in splitter(self._pattern).finditer(text):
-            if known := bytes(b for b in piece.group().encode() if self._ids[b] >= 0):
+        # Slower: bytes without a token are dropped before BPE, so that their neighbours may merge.
+        ids = []
+        for piece in compile_pattern(self._pattern).finditer(text):
+            known = bytes(b for b in piece.group().encode() if self._ids[b] >= 0)
+            if known:
                 ids += [self._ids[rank] for rank in self._bpe._encode_single_piece(known)]
         return ids
 
     def decode(self, ids, special=False):
-        """The text of ids. Broken UTF-8 shows as U+FFFD, an id without a token (a spare row) as nothing."""
-        table = self._bytes if special else self._shown
+        """The text of ids; special=True shows special tokens. Broken UTF-8 becomes U+FFFD; an id without a
+        token (a spare row of the embedding) becomes nothing."""
+        table = self._bytes if special else self._shown_bytes
         return b"".join([table.get(int(i), b"") for i in ids]).decode(errors="replace")
 
     def decoder(self, special=False):
-        """For streaming: push(id) gives the text that is certain by now, flush() the rest."""
-        return Stream(self._bytes if special else self._shown)
+        """A Stream that decodes token by token."""
+        return Stream(self._bytes if special else self._shown_bytes)
 
+    # ---- files ---------------------------------------------------------------------------------------------
     @classmethod
     def from_pretrained(cls, folder):
+        """The tokenizer of a Hugging Face folder. Raises DataError for one that is not supported."""
         spec, config = tokenizer_files.read(folder)
         try:
             return cls(spec, config)
         except DataError as e:
             raise DataError(f"{folder}: {e}") from e
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{folder}: not a tokenizer's files ({type(e).__name__}: {e})") from e
+            fault = f"{type(e).__name__}: {e}"
+            raise DataError(f"{folder}: these are not the files of a tokenizer ({fault})") from e
 
     def save_pretrained(self, folder):
-        """Files that transformers reads to the same ids; what we do not use of foreign ones stays in."""
+        """Write files that `transformers` reads to the same ids. Entries that we do not use are kept."""
         tokenizer_files.write(folder, self._spec, self._config)
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None):
-        """256 bytes (id = byte), merges learned from texts, then the special tokens; eos is the first of them
-        if not named. 256 + len(special) means plain bytes; a small text may give less than vocab_size."""
-        n = vocab_size - 256 - len(special)
-        if n < 0 or len(set(special)) < len(special):
+        """Learn a tokenizer: 256 bytes (id = byte), merges learned from texts, then the special tokens.
+
+        eos defaults to the first special token. vocab_size 256 + len(special) gives plain bytes; a small text
+        may give fewer tokens than vocab_size. Raises DataError for a vocab_size that is too small.
+        """
+        n_merges = vocab_size - 256 - len(special)
+        if n_merges < 0 or len(set(special)) < len(special):
             raise DataError(f"vocab_size {vocab_size} cannot hold 256 bytes and {list(special)}, once each")
         words = Counter()
         for text in [texts] if isinstance(texts, str) else texts:
-            words.update(splitter(DIGITS).findall(_valid(text)))
-        tokens, pairs = learn(words, n, {t.encode() for t in special})
+            _check_surrogates(text)
+            words.update(compile_pattern(DIGITS).findall(text))
+        tokens, pairs = learn_merges(words, n_merges, {token.encode() for token in special})
         names = ["".join(CHAR[b] for b in token) for token in tokens]
-        vocab = {t: i for i, t in enumerate([*names, *special])}
-        added = [tokenizer_files.added(t, vocab[t]) for t in special]
-        spec = tokenizer_files.spec(vocab, [[names[a], names[b]] for a, b in pairs], added, *tokenizer_files.OURS)
+        vocab = {token: i for i, token in enumerate([*names, *special])}
+        merges = [[names[left], names[right]] for left, right in pairs]
+        added = [tokenizer_files.added_token(token, vocab[token]) for token in special]
+        spec = tokenizer_files.tokenizer_json(vocab, merges, added, *tokenizer_files.OUR_RULES)
+        if eos is None and special:
+            eos = special[0]
         return cls(spec, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                          "bos_token": bos, "eos_token": eos or next(iter(special), None), "pad_token": pad})
+                          "bos_token": bos, "eos_token": eos, "pad_token": pad})
 
 
 class Stream:
-    """Bytes become text as soon as a character is whole; all pushes and the flush together equal decode."""
+    """Decodes token by token: push(id) returns the text that is complete by now, flush() the rest.
+
+    All pushes and the flush together equal decode.
+    """
 
     def __init__(self, table):
-        self._table, self._utf8 = table, codecs.getincrementaldecoder("utf-8")("replace")
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, i):
         return self._utf8.decode(self._table.get(int(i), b""))
@@ -144,10 +184,10 @@ class Stream:
         return self._utf8.decode(b"", final=True)
 
 
-def _valid(text):
+def _check_surrogates(text):
+    """Raise DataError for half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
-        return text
     except UnicodeEncodeError as e:
-        raise DataError(f"the text holds a lone surrogate ({text[e.start]!a} at character {e.start}), half a "
-                        "character, which UTF-8 cannot hold; write the whole one or remove it") from e
+        raise DataError(f"the text holds a lone surrogate ({text[e.start]!a} at character {e.start}), half "
+                        "of a character that UTF-8 cannot encode; write it whole or remove it") from e

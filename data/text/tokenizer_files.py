@@ -1,15 +1,16 @@
-"""data/text/tokenizer_files.py: what the files of a Hugging Face tokenizer say.
+"""data/text/tokenizer_files.py: the files of a Hugging Face tokenizer, in and out.
 
-    tokenizer.json           all of it: normalizer, pre_tokenizer, model {vocab, merges}, added_tokens
-    vocab.json, merges.txt   the model alone; for GPT-2 and Qwen2, whose other rules are known
+    tokenizer.json           everything: normalizer, pre_tokenizer, model {vocab, merges}, added_tokens
+    vocab.json, merges.txt   the model alone; enough for GPT-2 and Qwen2, whose other rules are known
     tokenizer_config.json    which special token is bos, eos, pad; the chat template (also in other files)
 
     text -> normalizer (a Unicode form, or none) -> pre_tokenizer (ByteLevel; Digits or Split, then ByteLevel)
          -> model (BPE over bytes).   post_processor, truncation and padding are kept, and not used.
 
-Anything that would change an id and is not understood is an error, never a guess.
+"spec" is the content of tokenizer.json, "config" that of tokenizer_config.json. Any setting that would change
+an id and is not supported is an error.
 
-Public: read, write, rules, spec, added, content, OURS, ROLES
+Public: read, write, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
 """
 import pathlib
 
@@ -19,21 +20,25 @@ from data.runtime.files import DataError, read_json, write_atomic, write_json
 ROLES = ("bos_token", "eos_token", "pad_token")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+END_OF_TEXT = "<|endoftext|>"
 
 
 def _sequence(*steps):
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-OURS = _sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL), None
-# Classes of transformers that mean something themselves: how to cut text, and which roles <|endoftext|> has.
-KNOWN = {"GPT2Tokenizer": (BYTE_LEVEL, None),
-         "Qwen2Tokenizer": (_sequence(SPLIT, BYTE_LEVEL | {"use_regex": False}), {"type": "NFC"})}
-END = {"GPT2Tokenizer": ("bos_token", "eos_token"), "Qwen2Tokenizer": ("eos_token", "pad_token")}
+# (pre_tokenizer, normalizer) of the tokenizers that we train ...
+OUR_RULES = (_sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL), None)
+# ... and of the classes of transformers that imply their own; and the roles that <|endoftext|> has in those.
+KNOWN_RULES = {"GPT2Tokenizer": (BYTE_LEVEL, None),
+               "Qwen2Tokenizer": (_sequence(SPLIT, BYTE_LEVEL | {"use_regex": False}), {"type": "NFC"})}
+END_OF_TEXT_ROLES = {"GPT2Tokenizer": ("bos_token", "eos_token"),
+                     "Qwen2Tokenizer": ("eos_token", "pad_token")}
 
 
-def spec(vocab, merges, added_tokens, pre_tokenizer, normalizer):
-    """The contents of a tokenizer.json."""
+def tokenizer_json(vocab, merges, added_tokens, pre_tokenizer, normalizer):
+    """The content of a tokenizer.json for byte-level BPE."""
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens,
             "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None,
             "decoder": BYTE_LEVEL,
@@ -42,128 +47,177 @@ def spec(vocab, merges, added_tokens, pre_tokenizer, normalizer):
                       "ignore_merges": False, "vocab": vocab, "merges": merges}}
 
 
-def added(token, i):
-    """An entry of added_tokens, or of added_tokens_decoder with its id."""
+def added_token(token, i):
+    """The entry of added_tokens for a special token with id i."""
     return {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True}
 
 
-def content(token):
-    """A token's text; some files give an object where others give a string."""
+def token_text(token):
+    """A token's text; some files hold an object where others hold a string."""
     return token["content"] if isinstance(token, dict) else token
 
 
+# ---- reading -----------------------------------------------------------------------------------------------
 def read(folder):
-    """(spec, config) of a folder, whichever of the files it has."""
+    """(spec, config) of a folder. Raises DataError for missing, broken or contradicting files."""
     folder = pathlib.Path(folder)
-    config = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
+    config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
-        out = _object(folder / "tokenizer.json")
+        spec = _read_object(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        out = _from_lists(folder, config)
+        spec = _spec_from_lists(folder, config)
     else:
         raise DataError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; byte-level BPE "
-                        "comes as one of these (a SentencePiece tokenizer.model is not read)")
+                        "comes as one of these (a SentencePiece tokenizer.model is not supported)")
     try:
-        _gather(folder, out, config)
+        _add_special_tokens(folder, spec, config)
+        _add_roles(folder, spec, config)
+        _add_chat_template(folder, config)
     except DataError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as e:
-        raise DataError(f"{folder}: not a tokenizer's files ({type(e).__name__}: {e})") from e
-    return out, config
+        raise DataError(f"{folder}: these are not the files of a tokenizer ({type(e).__name__}: {e})") from e
+    return spec, config
 
 
-def _object(path):
-    out = read_json(path) if path.exists() else {}
-    if type(out) is not dict:
+def _read_object(path):
+    """A JSON object; {} when the file does not exist."""
+    value = read_json(path) if path.exists() else {}
+    if type(value) is not dict:
         raise DataError(f"{path} holds no JSON object")
-    return out
+    return value
 
 
-def _from_lists(folder, config):
-    kind = config.setdefault("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in KNOWN or config.get("add_prefix_space"):
-        raise DataError(f"{folder}: how {kind} cuts text is written in tokenizer.json, which is missing; "
-                        f"without it, only {' and '.join(KNOWN)} are known, with add_prefix_space off")
+def _class_name(config, default):
+    """The tokenizer's class without "Fast"; the default is also written into the config."""
+    return config.setdefault("tokenizer_class", default).removesuffix("Fast")
+
+
+def _spec_from_lists(folder, config):
+    """The spec of a folder that has vocab.json and merges.txt only."""
+    name = _class_name(config, "GPT2Tokenizer")
+    if name not in KNOWN_RULES or config.get("add_prefix_space"):
+        raise DataError(f"{folder}: how {name} splits text is written in tokenizer.json, which is missing; "
+                        f"without it, only {' and '.join(KNOWN_RULES)} are known, with add_prefix_space off")
     try:
-        lines = (folder / "merges.txt").read_bytes().decode().replace("\r\n", "\n").split("\n")
+        text = (folder / "merges.txt").read_bytes().decode()
     except (OSError, ValueError) as e:
         raise DataError(f"{folder / 'merges.txt'} cannot be read ({e})") from e
+    lines = text.replace("\r\n", "\n").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return spec(_object(folder / "vocab.json"), merges, [], *KNOWN[kind])
+    pre_tokenizer, normalizer = KNOWN_RULES[name]
+    return tokenizer_json(_read_object(folder / "vocab.json"), merges, [], pre_tokenizer, normalizer)
 
 
-def _gather(folder, spec, config):
-    """Bring into spec and config what other files say of special tokens, their roles, the chat template."""
-    vocab, tokens = spec["model"]["vocab"], {t["content"]: t for t in spec.get("added_tokens", [])}
-    for i, t in config.get("added_tokens_decoder", {}).items():
-        tokens.setdefault(t["content"], added(t["content"], int(i)) | t)
-    for t, i in _object(folder / "added_tokens.json").items():
-        tokens.setdefault(t, added(t, i))
-    names = {i: t for t, i in vocab.items()} | {t["id"]: t["content"] for t in tokens.values()}
-    ids = _object(folder / "config.json") | _object(folder / "generation_config.json")
-    kind = config.setdefault("tokenizer_class", "PreTrainedTokenizerFast").removesuffix("Fast")
-    for role in END.get(kind, ()):
-        if "<|endoftext|>" in names.values():
-            config.setdefault(role, "<|endoftext|>")
+def _add_special_tokens(folder, spec, config):
+    """Add to the spec the special tokens of other files; for a token in both, the spec's entry stays."""
+    tokens = {token["content"]: token for token in spec.get("added_tokens", [])}
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        tokens.setdefault(token["content"], added_token(token["content"], int(i)) | token)
+    for text, i in _read_object(folder / "added_tokens.json").items():
+        tokens.setdefault(text, added_token(text, i))
+    spec["added_tokens"] = list(tokens.values())
+
+
+def _add_roles(folder, spec, config):
+    """Add to the config the roles (bos, eos, pad) that other files or the tokenizer's class imply."""
+    vocab = spec["model"]["vocab"]
+    tokens = {token["content"]: token for token in spec["added_tokens"]}
+    names = {i: text for text, i in vocab.items()}
+    names |= {token["id"]: token["content"] for token in tokens.values()}
+    model_config = _read_object(folder / "config.json") | _read_object(folder / "generation_config.json")
+    name = _class_name(config, "PreTrainedTokenizerFast")
+    if END_OF_TEXT in names.values():
+        for role in END_OF_TEXT_ROLES.get(name, ()):
+            config.setdefault(role, END_OF_TEXT)
     for role in ROLES:
-        i = ids.get(role + "_id")
-        i = i[0] if isinstance(i, list) else i                  # several ways to end: the first
+        i = model_config.get(role + "_id")
+        if isinstance(i, list):                                 # several end tokens: the first is ours
+            i = i[0]
         if i in names:
             config.setdefault(role, names[i])
-        if (token := content(config.get(role))) in vocab:
-            tokens.setdefault(token, added(token, vocab[token]))
-    if (folder / "chat_template.jinja").exists():
-        config.setdefault("chat_template", (folder / "chat_template.jinja").read_text("utf-8"))
-    spec["added_tokens"] = sorted(tokens.values(), key=lambda t: t["id"])
+        text = token_text(config.get(role))
+        if text in vocab:
+            tokens.setdefault(text, added_token(text, vocab[text]))
+    spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
 
 
+def _add_chat_template(folder, config):
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        config.setdefault("chat_template", path.read_text("utf-8"))
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
 def write(folder, spec, config):
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
     folder = pathlib.Path(folder)
+    merges = [" ".join(pair) for pair in _merges(spec)]
     write_json(folder / "tokenizer.json", spec)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "vocab.json", spec["model"]["vocab"])
-    write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, _merges(spec))]) + "\n")
+    write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
 
 
-def rules(spec):
-    """(merges, Unicode form or None, regular expression): all that decides ids, beside the vocabulary."""
-    return _merges(spec), _form(spec), _pattern(spec)
+# ---- what decides ids --------------------------------------------------------------------------------------
+def encoding_rules(spec):
+    """(merges, Unicode form or None, regular expression): what decides ids, beside the vocabulary.
+
+    Raises DataError for any setting that is not supported.
+    """
+    return _merges(spec), _unicode_form(spec), _pattern(spec)
 
 
 def _merges(spec):
+    """[(left, right)] in the order of the file."""
     model = spec["model"]
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece (BPE with byte_fallback)" if model.get("byte_fallback") else model["type"]
-        raise DataError(f"its model is {kind}; only byte-level BPE is read (GPT-2, Llama 3, Qwen, SmolLM)")
+    model_type = model.get("type", "BPE")
+    if model.get("byte_fallback"):
+        model_type = "SentencePiece (BPE with byte_fallback)"
+    if model_type != "BPE":
+        raise DataError(f"its model is {model_type}; only byte-level BPE is supported (GPT-2, Llama 3, Qwen, "
+                        "SmolLM)")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise DataError(f"its model has {key} {model[key]!r}, which byte-level BPE goes without")
+            raise DataError(f"its model has {key} {model[key]!r}, which is not supported for byte-level BPE")
     return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
-def _form(spec):
-    kind = (spec["normalizer"] or {"type": None})["type"]
-    if kind not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise DataError(f"its normalizer is {kind}; known are NFC, NFD, NFKC, NFKD and none")
-    words = [t for t in spec["added_tokens"] if not t["special"]]
-    if any(t["lstrip"] or t["rstrip"] or t["single_word"] or t["normalized"] and kind for t in words):
-        raise DataError("it has added words with lstrip, rstrip, single_word or normalized: not supported")
-    return kind
+def _unicode_form(spec):
+    normalizer = spec["normalizer"]
+    form = normalizer["type"] if normalizer else None
+    if form is not None and form not in UNICODE_FORMS:
+        raise DataError(f"its normalizer is {form}; supported are {', '.join(UNICODE_FORMS)} and none")
+    for token in spec["added_tokens"]:
+        if token["special"]:
+            continue
+        normalized = token["normalized"] and form
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
+            raise DataError("it has added words with lstrip, rstrip, single_word or normalized, which are "
+                            "not supported")
+    return form
+
+
+def _is_isolating(split):
+    """Whether a Split step differs from SPLIT in its pattern only."""
+    return split | {"pattern": None} == SPLIT | {"pattern": None}
 
 
 def _pattern(spec):
-    """One regular expression that cuts as the steps do, one after the other."""
-    cut = spec["pre_tokenizer"] or {"type": "none"}
-    *first, last = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    """One regular expression that splits text as all steps of the pre_tokenizer do, one after another."""
+    pre_tokenizer = spec["pre_tokenizer"] or {"type": "none"}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *first, last = steps
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        kinds, gpt2 = [step["type"] for step in first], last.get("use_regex", True)
-        if kinds == [] and gpt2:
+        step_types = [step["type"] for step in first]
+        splits_like_gpt2 = last.get("use_regex", True)
+        if step_types == [] and splits_like_gpt2:
             return GPT2
-        if kinds == ["Digits"] and gpt2:
+        if step_types == ["Digits"] and splits_like_gpt2:
             return DIGITS if first[0]["individual_digits"] else DIGITS.replace(r"\p{N}|", r"\p{N}+|", 1)
-        if kinds == ["Split"] and not gpt2 and {**first[0], "pattern": 0} == {**SPLIT, "pattern": 0}:
-            rule = first[0]["pattern"]["Regex"]
-            return f"{rule}|(?:(?!{rule})(?s:.))+"              # what no match covers is a piece, too
-    raise DataError(f"its pre_tokenizer is {cut}; known are ByteLevel, Digits + ByteLevel, and an isolating "
-                    "Split by a Regex + ByteLevel, with add_prefix_space off")
+        if step_types == ["Split"] and not splits_like_gpt2 and _is_isolating(first[0]):
+            pattern = first[0]["pattern"]["Regex"]
+            return f"{pattern}|(?:(?!{pattern})(?s:.))+"        # text between two matches is a piece, too
+    raise DataError(f"its pre_tokenizer is {pre_tokenizer}; supported are ByteLevel, Digits + ByteLevel, and "
+                    "an isolating Split by a Regex + ByteLevel, with add_prefix_space off")

@@ -2,7 +2,7 @@
 
 A pattern holds {slots}, filled by name, and [one|of|these] choices, drawn at random. In FACTS, {n} is the
 subject (a name, "she", "he"), {o} the object (a name, "her", "him"), {p} the possessive, {p2} always "her" or
-"his", and {a} what is told.
+"his", and {a} the fact itself (the town, the job, ...).
 
 Public: WOMEN, MEN, TOWNS, JOBS, PETS, PET_NAMES, FOODS, HOBBIES, FACTS, ASK, REPLY, QUESTIONS, SHOPS,
 ITEMS, CLASS, GOOD, BAD, CLAUSE, NEGATED, LIKED, HATED, VISIT, VERDICT, REAL, SPAM, PRIZES, DAYS, HOURS,
@@ -44,7 +44,7 @@ HOBBIES = ['fishing', 'knitting', 'singing in a choir', 'playing chess', 'sailin
            'juggling', 'cycling', 'collecting stamps', 'growing roses', 'flying kites', 'watching birds',
            'dancing']
 
-# ---------------------------------------------------- what is told of people, what is asked, what is answered
+# ------------------------- facts about people; questions in dialogues, their replies; questions of the task
 FACTS = {'town': ('{n} lives in {a}', '{n} has a house in {a}', '{n} is from {a}', 'home for {o} is {a}',
                   '{n} [moved to|settled in] {a} [years ago|as a child|long ago|after school]',
                   'you can find {o} in {a}', 'in {a} everybody knows {o}',

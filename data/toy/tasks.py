@@ -1,15 +1,19 @@
-"""data/toy/tasks.py: the tasks that are asked about the toy world, and the judge of its letters.
+"""data/toy/tasks.py: the data sets about the toy world, and the gold reward of its letters.
 
-    corpus    documents that tell all of it in natural text: what a base model is pre-trained on
-    tasks     sentiment, spam, entities, questions, chat, and `toy`, a mixture of the five as instructions
-    ranked    four answers per prompt, ranked by gold(prompt, answer) / TAU plus Gumbel noise (Plackett-Luce):
-              P(a before b) = sigmoid((gold_a - gold_b) / TAU), so not even the judge agrees with every pair
+    toy/corpus        documents that state all facts in running text, for pre-training
+    toy               instructions of five kinds: reviews, messages, names in a text, facts, small talk
+    toy/sentiment, toy/spam, toy/entities, toy/questions, toy/chat        one task each
+    toy/letters       prompts with one letter each
+    toy/preferences   four letters per prompt, ranked by gold(prompt, letter) / TAU plus Gumbel noise
+                      (Plackett-Luce): P(a before b) = sigmoid((gold_a - gold_b) / TAU)
+    toy/prompts       prompts alone, for RL
 
-The knowledge is in the corpus, the form is in the tasks: a base model can answer once it has learnt how it is
-asked. The corpus holds no question, review or message of valid or test. `gold` is the judge that RLHF tries
-to please through noisy comparisons; no model sees it. `python -m data.toy --out DIR` writes it all.
+The corpus holds the knowledge, the tasks the form: a base model knows the facts and has seen no question in
+the form of a task. No question, review or message of valid or test is in the corpus. The gold reward ranks
+the letters; neither the policy nor the reward model sees it. `python -m data.toy --out DIR` writes
+everything.
 
-Public: rows, gold, NAMES
+Public: rows, gold, NAMES, SIZES, SIZE, TAU, SPLITS
 """
 import argparse
 import json
@@ -24,20 +28,28 @@ from data.toy.world import SPLITS, World, cap
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
          "toy/preferences", "toy/prompts", "toy/corpus")
 SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (10000, 200, 1200)}
-SIZE = (2000, 200, 300)     # of all others; fewer where a task has fewer different rows
-TAU = 0.5       # temperature of the noise on comparisons
+SIZE = (2000, 200, 300)         # rows of train, valid, test of all others; fewer where fewer are possible
+TAU = 0.5                       # temperature of the noise on comparisons
 
 
 class Tasks(World):
-    """A world and its tasks: each method makes one row of a split."""
+    """The world and its data sets: each method makes one row of a split."""
 
     def text(self, rng, split):
-        if split != "train":                # held-out text is plain telling: nothing in it is a task
-            return {"text": rng.choice((self.profile, self.gossip))(rng)}
-        told = (self.profile, self.gossip, self.story, self.told_review, self.told_message, self.dialogue,
-                self.told_letter)
-        return {"text": " ".join(rng.choices(told, (6, 2, 3, 4, 2, 4, 1))[0](rng)
-                                 for _ in range(rng.randint(1, 3)))}
+        """A document of the corpus. Valid and test hold facts only, because all other texts belong to
+        train.
+        """
+        if split != "train":
+            document = rng.choice((self.profile, self.gossip))
+            return {"text": document(rng)}
+        documents = (self.profile, self.gossip, self.story, self.review_document, self.message_document,
+                     self.dialogue, self.letter_document)
+        weights = (6, 2, 3, 4, 2, 4, 1)
+        parts = []
+        for _ in range(rng.randint(1, 3)):
+            document, = rng.choices(documents, weights)
+            parts.append(document(rng))
+        return {"text": " ".join(parts)}
 
     def sentiment(self, rng, split):
         good = rng.random() < 0.5
@@ -48,16 +60,23 @@ class Tasks(World):
         return {"text": self.message(rng, split, spam), "label": "spam" if spam else "real"}
 
     def entities(self, rng, split):
-        tokens, tags = re.findall(r"\w+|[^\w\s]", self.scene(rng, split)), []
-        for i, word in enumerate(tokens):
-            shop = [tokens[i - k:i - k + 2] for k in (0, 1)
-                    if " ".join(tokens[i - k:i - k + 2]) in self.shops]
-            tags.append("B-PER" if word in self.people else "B-LOC" if word in lex.TOWNS else
-                        "O" if not shop else "B-ORG" if shop[0][0] == word else "I-ORG")
-        return {"tokens": tokens, "tags": tags}
+        tokens = re.findall(r"\w+|[^\w\s]", self.scene(rng, split))
+        return {"tokens": tokens, "tags": [self._tag(tokens, i) for i in range(len(tokens))]}
+
+    def _tag(self, tokens, i):
+        """The BIO tag of token i. A shop has two words."""
+        if tokens[i] in self.people:
+            return "B-PER"
+        if tokens[i] in lex.TOWNS:
+            return "B-LOC"
+        if " ".join(tokens[i:i + 2]) in self.shops:
+            return "B-ORG"
+        if i > 0 and " ".join(tokens[i - 1:i + 1]) in self.shops:
+            return "I-ORG"
+        return "O"
 
     def questions(self, rng, split):
-        name, relation, question = self.asked(rng, split)
+        name, relation, question = self.question(rng, split)
         return {"prompt": question, "completion": self.reply(name, relation)}
 
     def reply(self, name, relation):
@@ -65,100 +84,124 @@ class Tasks(World):
 
     def extraction(self, rng, split):
         text = self.scene(rng, split)
-        ask, answer, _ = rng.choice(self.notes(text))
-        return {"prompt": f"{ask} {text}", "completion": answer}
+        question, answer, _ = rng.choice(self.name_questions(text))
+        return {"prompt": f"{question} {text}", "completion": answer}
 
     def instruction(self, rng, split):
-        kind = rng.randrange(5)
-        if kind == 0:
+        """A row of `toy`: one of five tasks as an instruction."""
+        task = rng.choice(("sentiment", "spam", "extraction", "questions", "talk"))
+        if task == "sentiment":
             row = self.sentiment(rng, split)
             return {"prompt": f"Good or bad? {row['text']}", "completion": row["label"]}
-        if kind == 1:
+        if task == "spam":
             row = self.spam(rng, split)
             return {"prompt": f"Spam or real? {cap(row['text'])}", "completion": row["label"]}
-        if kind == 4:
-            return dict(zip(("prompt", "completion"), self.talk(rng, split)))
-        return (self.extraction if kind == 2 else self.questions)(rng, split)
+        if task == "talk":
+            remark, answer = self.talk(rng, split)
+            return {"prompt": remark, "completion": answer}
+        return self.extraction(rng, split) if task == "extraction" else self.questions(rng, split)
 
     def chat(self, rng, split):
-        """Two turns: small talk first, then a question about what was said, or about the world."""
-        heard, answer = self.talk(rng, split)
-        (n, *_), towns, _ = self.found(heard)
-        known = [("What is my name?", f"Your name is {n}.")]
-        known += [("Where am I from?", f"You are from {town}.") for town in towns]
-        name, relation, question = self.asked(rng, split)
-        asked, told = rng.choice(known * 2 + [(question, self.reply(name, relation))])
-        return {"messages": [{"role": r, "content": c} for r, c in
-                             (("user", heard), ("assistant", answer), ("user", asked), ("assistant", told))]}
+        """Two turns: small talk, then a question about that talk or about the world."""
+        remark, answer = self.talk(rng, split)
+        people, towns, _ = self.names_in(remark)
+        about_talk = [("What is my name?", f"Your name is {people[0]}.")]
+        about_talk += [("Where am I from?", f"You are from {town}.") for town in towns]
+        name, relation, question = self.question(rng, split)
+        about_world = (question, self.reply(name, relation))
+        second_question, second_answer = rng.choice([*about_talk, *about_talk, about_world])
+        return {"messages": [{"role": "user", "content": remark}, {"role": "assistant", "content": answer},
+                             {"role": "user", "content": second_question},
+                             {"role": "assistant", "content": second_answer}]}
 
     def prompts(self, rng, split):
-        return {"prompt": self.wish(rng, split)[-1]}
+        _, _, _, prompt = self.wish(rng, split)
+        return {"prompt": prompt}
 
     def letters(self, rng, split):
-        n, shop, item, prompt = self.wish(rng, split)
-        return {"prompt": prompt, "completion": cap(self.letter(rng, split, n, shop, item))}
+        name, shop, item, prompt = self.wish(rng, split)
+        return {"prompt": prompt, "completion": cap(self.letter(rng, split, name, shop, item))}
 
     def preferences(self, rng, split):
-        n, shop, item, prompt = self.wish(rng, split)
-        answers = [cap(self.letter(rng, split, n, shop, item, odd=0.15)) for _ in range(4)]
-        if rng.random() < 0.3:              # one answer to another wish
-            answers[0] = cap(self.letter(rng, split, *self.wish(rng, split)[:3]))
-        noisy = [gold(prompt, a) / TAU - math.log(-math.log(rng.random())) for a in answers]
-        rank = [1 + sum(b > a for b in noisy) for a in noisy]
+        name, shop, item, prompt = self.wish(rng, split)
+        answers = [cap(self.letter(rng, split, name, shop, item, repeat=0.15)) for _ in range(4)]
+        if rng.random() < 0.3:                                  # one answer to another wish
+            other_name, other_shop, other_item, _ = self.wish(rng, split)
+            answers[0] = cap(self.letter(rng, split, other_name, other_shop, other_item))
+        scores = []
+        for answer in answers:
+            gumbel = -math.log(-math.log(rng.random()))
+            scores.append(gold(prompt, answer) / TAU + gumbel)
+        rank = [1 + sum(other > score for other in scores) for score in scores]
         return {"prompt": prompt, "responses": answers, "rank": rank}
 
 
-MAKER = {"toy": "instruction", "toy/corpus": "text"}    # else the method is named after the task
+METHOD_NAMES = {"toy": "instruction", "toy/corpus": "text"}     # all others: the name behind "toy/"
 
 
 def rows(name, split, seed=0):
-    """The rows of one split of one task, dicts in the vocabulary of the data files; no row comes twice."""
-    world, rng = Tasks(seed), random.Random(f"{name} {split} {seed}")
-    make, seen = getattr(world, MAKER.get(name, name[4:])), {}
-    wanted, tries = SIZES.get(name, SIZE)[SPLITS.index(split)], 0
-    while len(seen) < wanted and tries < 20 * wanted:       # some tasks have fewer different rows than wanted
-        row, tries = make(rng, split), tries + 1
-        seen.setdefault(json.dumps(row, sort_keys=True), row)
-    return list(seen.values())
+    """The rows of one split of a data set, in the formats of data/text/formats.py; no row occurs twice."""
+    world = Tasks(seed)
+    rng = random.Random(f"{name} {split} {seed}")
+    make_row = getattr(world, METHOD_NAMES.get(name, name.removeprefix("toy/")))
+    size = SIZES.get(name, SIZE)[SPLITS.index(split)]
+    unique = {}
+    for _ in range(20 * size):                                  # there may be fewer different rows than size
+        if len(unique) == size:
+            break
+        row = make_row(rng, split)
+        unique.setdefault(json.dumps(row, sort_keys=True), row)
+    return list(unique.values())
 
 
-# ---------------------------------------------------------------------- the judge
-CHEER = {word: sign for sign, side in ((1, lex.GOOD), (-1, lex.BAD)) for words in side.values()
-         for word in words.split()}
-SHOP = re.compile("|".join(re.escape(shop.lower()) for shop in lex.SHOPS))
-NOT = {"not", "never", "hardly", "nobody"}
+# ---- the gold reward ---------------------------------------------------------------------------------------
+def _signs(words_by_class, sign):
+    return {word: sign for words in words_by_class.values() for word in words.split()}
+
+
+SENTIMENT = _signs(lex.GOOD, 1) | _signs(lex.BAD, -1)
+ENDINGS = {**dict.fromkeys(lex.LIKED, 1), **dict.fromkeys(lex.HATED, -1)}
+SHOP_NAMES = re.compile("|".join(re.escape(shop.lower()) for shop in lex.SHOPS))
+NEGATIONS = {"not", "never", "hardly", "nobody"}
+WISH = r"Tell (\w+) about the \w+ at the (.+)\."
 
 
 def gold(prompt, answer):
-    """How good an answer to a wish is, about -3 to 3: cheerful, to the point, of some length, no repeats.
+    """The quality of an answer to a wish, about -3 to 3.
 
-    cheer   good words and endings minus bad ones over all of them, a negated clause counted the other way; a
-            mean, for that is what attention can take: a sum over clauses is beyond a model of this size
-    asked   does it name the person and the shop that the wish names: half a point each
+        1.5 sentiment + mentions - 2 repeats - short - long
+
+    sentiment   mean sign of good and bad words and endings; a negated clause counts with the opposite sign. A
+                mean, because a sum over clauses is beyond a model of this size
+    mentions    half a point each for the person and the shop that the wish names
+    repeats     the fraction of word triples that repeat an earlier one
+    short, long a quarter point per word below 8, a tenth per word above 30
     """
     text = answer.lower().replace("anything but", "not")
-    words, cheer = re.findall(r"[a-z]+", text), []
-    for clause in re.split(r"[.,!?:;]| and | but ", SHOP.sub("", text)):     # "the Quiet Corner" is no praise
-        said = re.findall(r"[a-z]+", clause)
-        cheer += [CHEER[w] * (-1 if NOT & set(said) else 1) for w in said if w in CHEER]
-    cheer += [sign for sign, ends in ((1, lex.LIKED), (-1, lex.HATED)) for end in ends if end.lower() in text]
-    asked = re.fullmatch(r"Tell (\w+) about the \w+ at the (.+)\.", prompt)
-    found = sum(a.lower() in text for a in asked.groups()) / 2 if asked else 0
+    signs = []
+    for clause in re.split(r"[.,!?:;]| and | but ", SHOP_NAMES.sub("", text)):  # "Quiet Corner" is no praise
+        clause_words = re.findall(r"[a-z]+", clause)
+        direction = -1 if NEGATIONS.intersection(clause_words) else 1
+        signs += [direction * SENTIMENT[word] for word in clause_words if word in SENTIMENT]
+    signs += [sign for ending, sign in ENDINGS.items() if ending.lower() in text]
+    wish = re.fullmatch(WISH, prompt)
+    mentions = sum(name.lower() in text for name in wish.groups()) / 2 if wish else 0
+    words = re.findall(r"[a-z]+", text)
     triples = list(zip(words, words[1:], words[2:]))
     repeats = 1 - len(set(triples)) / max(len(triples), 1)
-    short, long = max(0, 8 - len(words)) / 4, max(0, len(words) - 30) / 10
-    return 1.5 * sum(cheer) / max(len(cheer), 1) + found - 2 * repeats - short - long
+    short = max(0, 8 - len(words)) / 4
+    long = max(0, len(words) - 30) / 10
+    return 1.5 * sum(signs) / max(len(signs), 1) + mentions - 2 * repeats - short - long
 
 
 def main():
-    args = argparse.ArgumentParser(description="write the toy world as JSONL files, one folder per task")
-    args.add_argument("--out", required=True, help="folder to write to")
-    args.add_argument("--seed", type=int, default=0)
-    args = args.parse_args()
+    parser = argparse.ArgumentParser(description="write the toy world as JSONL files, a folder per data set")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
     for name in NAMES:
         folder = os.path.join(args.out, name)
         os.makedirs(folder, exist_ok=True)
         for split in SPLITS:
             with open(os.path.join(folder, split + ".jsonl"), "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows(name, split, args.seed))
-

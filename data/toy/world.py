@@ -1,14 +1,15 @@
-"""data/toy/world.py: a small consistent world in plain English, made from a seed, and the ways it is told.
+"""data/toy/world.py: a small consistent world in plain English, made from a seed, and the texts about it.
 
-    people    town, job, pet, food, hobby; some are talked of more than others, as in life
-    shops     kind, town, owner; reviews, in which what follows "but" decides and "never cold" is praise
-    messages  wanted and unwanted ones; small talk; letters about a thing in a shop
+    people    town, job, pet, food, hobby; some people are mentioned more often than others
+    shops     type, town, owner; reviews, in which the clause behind "but" decides and "never cold" is praise
+    messages  real ones and spam; small talk; letters about an item in a shop
 
-Every combination (a person and a question, an opinion and its words, the words of a message) belongs to one
-split, by hash: what is asked in test is never asked in train. Facts are told of everybody. The order of the
-draws is part of the world: another order is another corpus, and the base model would know other facts.
+Every combination (a person and a relation, an opinion and its words, the words of a message) belongs to one
+split, by hash: a question of test never occurs in train. Facts about everybody are in the corpus. The order
+of random draws is part of the world: another order gives other texts, and data/base would have to be
+trained again.
 
-Public: World, cap, both, say, fold, SPLITS
+Public: World, cap, join_names, expand, split_of, SPLITS
 """
 import random
 import re
@@ -17,31 +18,43 @@ import zlib
 from data.toy import lexicon as lex
 
 SPLITS = ("train", "valid", "test")
+FUN = ("fishing", "sailing", "swimming", "hiking", "dancing")
 
 
-def fold(*key):
+def split_of(*key):
     """The split that a combination belongs to: 70 % train, 10 % valid, 20 % test, the same in every run."""
     n = zlib.crc32("|".join(map(str, key)).encode()) % 20
-    return SPLITS[(n >= 14) + (n >= 16)]
+    if n < 14:
+        return "train"
+    return "valid" if n < 16 else "test"
 
 
-def say(rng, pattern, **slots):
+def expand(rng, pattern, **slots):
     """Fill a pattern: choices first, then slots. `[a|b] {x}` with x=c gives `a c` or `b c`."""
-    pattern = re.sub(r"\[([^]]*)]", lambda m: rng.choice(m[1].split("|")), pattern)
+    pattern = re.sub(r"\[([^]]*)]", lambda match: rng.choice(match[1].split("|")), pattern)
     return pattern.format(**slots)
 
 
 def cap(text, end="."):
-    """A sentence: first letter large, and an end mark unless it has one."""
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".?!:" else end)
+    """A sentence: first letter upper case, and an end mark unless it has one."""
+    if text[-1] not in ".?!:":
+        text += end
+    return text[0].upper() + text[1:]
 
 
-def both(names):
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "nobody"
+def join_names(names):
+    """["a", "b", "c"] -> "a, b and c"; [] -> "nobody"."""
+    if not names:
+        return "nobody"
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 class World:
-    """Who lives where and does what. All of it follows from the seed; what draws takes an rng and a split."""
+    """People and shops, all of them a function of the seed. Methods draw from an rng (random.Random) and,
+    where they take a split, return only what belongs to it.
+    """
 
     def __init__(self, seed=0):
         rng = random.Random(seed)
@@ -50,171 +63,248 @@ class World:
             self.people[name] = {"town": rng.choice(lex.TOWNS), "job": rng.choice(list(lex.JOBS)),
                                  "pet": rng.choice(lex.PETS), "food": rng.choice(lex.FOODS),
                                  "hobby": rng.choice(lex.HOBBIES), "called": rng.choice(lex.PET_NAMES)}
-        self.shops = {shop: (kind, rng.choice(lex.TOWNS), rng.choice(list(self.people)))
-                      for shop, kind in lex.SHOPS.items()}
+        self.shops = {shop: (shop_type, rng.choice(lex.TOWNS), rng.choice(list(self.people)))
+                      for shop, shop_type in lex.SHOPS.items()}
         self.names = list(self.people)
         rng.shuffle(self.names)
-        self.known = [1 / (8 + i) for i in range(len(self.names))]      # some are the talk of the town
+        self.frequencies = [1 / (8 + i) for i in range(len(self.names))]    # how often a name is mentioned
 
+    # ---- random choices ------------------------------------------------------------------------------------
     def cast(self, rng, k):
-        """k different people, well-known ones more often."""
-        found = {}
-        while len(found) < k:
-            found[rng.choices(self.names, self.known)[0]] = None
-        return list(found)
+        """k different people, frequent ones more often."""
+        names = []
+        while len(names) < k:
+            name = rng.choices(self.names, self.frequencies)[0]
+            if name not in names:
+                names.append(name)
+        return names
 
     def fill(self, rng):
-        """A full set of slots: distinct people, towns and shops, and one each of the small words."""
+        """A value for every slot: different people, towns and shops, and one each of the other words."""
         n1, n2, n3, m = self.cast(rng, 4)
         t1, t2 = rng.sample(lex.TOWNS, 2)
-        return {"n": n1, "n1": n1, "n2": n2, "n3": n3, "m": m, "t1": t1, "t2": t2, "town": t1,
-                "pet": rng.choice(lex.PETS), "s1": (shop := rng.choice(list(self.shops))), "shop": shop,
-                "food": rng.choice(lex.FOODS), "day": rng.choice(lex.DAYS), "hour": rng.choice(lex.HOURS),
-                "fun": rng.choice(("fishing", "sailing", "swimming", "hiking", "dancing")),
-                "prize": rng.choice(lex.PRIZES), "number": str(rng.randrange(100, 1000))}
+        slots = {"n": n1, "n1": n1, "n2": n2, "n3": n3, "m": m, "t1": t1, "t2": t2, "town": t1}
+        slots["pet"] = rng.choice(lex.PETS)
+        slots["shop"] = slots["s1"] = rng.choice(list(self.shops))
+        slots["food"] = rng.choice(lex.FOODS)
+        slots["day"] = rng.choice(lex.DAYS)
+        slots["hour"] = rng.choice(lex.HOURS)
+        slots["fun"] = rng.choice(FUN)
+        slots["prize"] = rng.choice(lex.PRIZES)
+        slots["number"] = str(rng.randrange(100, 1000))
+        return slots
 
-    # ------------------------------------------------------------------------------------------- what is told
+    # ---- facts and stories ---------------------------------------------------------------------------------
     def fact(self, rng, name, relation, pronoun=False):
-        who, she = self.people[name], name in lex.WOMEN
-        n, o, p = name, name, name + "'s"
+        """A sentence that states one fact about a person."""
+        person = self.people[name]
+        is_woman = name in lex.WOMEN
+        names = (name, name, name + "'s")
         if pronoun:
-            n, o, p = ("she", "her", "her") if she else ("he", "him", "his")
-        return cap(say(rng, rng.choice(lex.FACTS[relation]), n=n, o=o, p=p, p2="her" if she else "his",
-                       a=who[relation], called=who["called"], does=lex.JOBS[who["job"]]))
+            names = ("she", "her", "her") if is_woman else ("he", "him", "his")
+        subject, object_, possessive = names
+        pattern = rng.choice(lex.FACTS[relation])
+        return cap(expand(rng, pattern, n=subject, o=object_, p=possessive, p2="her" if is_woman else "his",
+                          a=person[relation], called=person["called"], does=lex.JOBS[person["job"]]))
 
     def profile(self, rng):
-        (name,), told = self.cast(rng, 1), rng.sample(list(lex.FACTS), rng.randint(2, 5))
-        return " ".join(self.fact(rng, name, r, pronoun=i > 0 and rng.random() < 0.6)
-                        for i, r in enumerate(told))
+        """Two to five facts about one person."""
+        name, = self.cast(rng, 1)
+        relations = rng.sample(list(lex.FACTS), rng.randint(2, 5))
+        sentences = []
+        for i, relation in enumerate(relations):
+            pronoun = i > 0 and rng.random() < 0.6
+            sentences.append(self.fact(rng, name, relation, pronoun))
+        return " ".join(sentences)
 
     def gossip(self, rng):
-        return " ".join(self.fact(rng, self.cast(rng, 1)[0], rng.choice(list(lex.FACTS)))
-                        for _ in range(rng.randint(3, 5)))
+        """Three to five facts about different people."""
+        sentences = []
+        for _ in range(rng.randint(3, 5)):
+            name, = self.cast(rng, 1)
+            relation = rng.choice(list(lex.FACTS))
+            sentences.append(self.fact(rng, name, relation))
+        return " ".join(sentences)
 
     def scene(self, rng, split, **slots):
-        while fold(text := cap(say(rng, rng.choice(lex.SCENES), **self.fill(rng) | slots))) != split:
-            pass
-        return text
+        """One sentence of a story."""
+        while True:
+            pattern = rng.choice(lex.SCENES)
+            text = cap(expand(rng, pattern, **self.fill(rng) | slots))
+            if split_of(text) == split:
+                return text
 
-    def found(self, text):
-        """The names in a text, in order: [people], [towns], [shops]."""
-        words, shops = re.findall(r"\w+", text), sorted((s for s in self.shops if s in text), key=text.find)
-        people, towns = (list(dict.fromkeys(w for w in words if w in known))
-                         for known in (self.people, lex.TOWNS))
+    def names_in(self, text):
+        """(people, towns, shops): the names in a text, in order."""
+        words = re.findall(r"\w+", text)
+        people = list(dict.fromkeys(word for word in words if word in self.people))
+        towns = list(dict.fromkeys(word for word in words if word in lex.TOWNS))
+        shops = sorted((shop for shop in self.shops if shop in text), key=text.find)
         return people, towns, shops
 
-    def notes(self, text):
-        """The names in a text as (question, answer, the same told), for each sort that the text has."""
-        return [(ask, *(cap(pattern.format(a=both(names))) for pattern in answers))
-                for (ask, *answers), names in zip(lex.WHO, self.found(text)) if names]
+    def name_questions(self, text):
+        """[(question, answer, the answer as a statement)] for people, towns and shops, if the text has any.
+        """
+        result = []
+        for (question, answer, statement), names in zip(lex.WHO, self.names_in(text)):
+            if names:
+                joined = join_names(names)
+                result.append((question, cap(answer.format(a=joined)), cap(statement.format(a=joined))))
+        return result
 
     def story(self, rng):
-        cast, told = self.fill(rng), []
-        for _ in range(rng.randint(1, 3)):
-            n1, n2, n3 = rng.sample([cast["n1"], cast["n2"], cast["n3"]], 3)    # the same people come back
-            told.append(self.scene(rng, "train", n1=n1, n2=n2, n3=n3, t1=cast["t1"]))
+        slots = self.fill(rng)
+        sentences = []
+        for _ in range(rng.randint(1, 3)):                      # the same people in every scene
+            n1, n2, n3 = rng.sample([slots["n1"], slots["n2"], slots["n3"]], 3)
+            sentences.append(self.scene(rng, "train", n1=n1, n2=n2, n3=n3, t1=slots["t1"]))
         if rng.random() < 0.6:
-            people = self.found(" ".join(told))[0]
-            told.append(self.fact(rng, rng.choice(people), rng.choice(list(lex.FACTS))))
+            people, _, _ = self.names_in(" ".join(sentences))
+            name = rng.choice(people)
+            sentences.append(self.fact(rng, name, rng.choice(list(lex.FACTS))))
         if rng.random() < 0.5:
-            told.append(say(rng, rng.choice(lex.ENDINGS), **self.fill(rng)))
+            pattern = rng.choice(lex.ENDINGS)
+            sentences.append(expand(rng, pattern, **self.fill(rng)))
         if rng.random() < 0.5:
-            told.append(rng.choice(self.notes(" ".join(told)))[2])
-        return " ".join(told)
+            _, _, statement = rng.choice(self.name_questions(" ".join(sentences)))
+            sentences.append(statement)
+        return " ".join(sentences)
 
+    # ---- reviews and messages ------------------------------------------------------------------------------
     def opinion(self, rng, split, shop, good, item=None, other=""):
-        """One clause about a thing in a shop. A negated word of the other side says the same."""
+        """One clause about an item of a shop, good or bad. item: which one; other: a clause on another item.
+
+        A negated word of the other side has the same meaning.
+        """
         items = lex.ITEMS[lex.SHOPS[shop]].split() + lex.CLASS["staff"].split()[:3]
         while True:
-            thing, negated = item or rng.choice(items), rng.random() < 0.3
-            kind = next(k for k, words in lex.CLASS.items() if thing in words.split())
-            adj = rng.choice((lex.GOOD if good != negated else lex.BAD)[kind].split())
-            text = say(rng, rng.choice(lex.NEGATED if negated else lex.CLAUSE), item=thing, adj=adj)
-            if fold(text) == split and thing not in other:
+            thing = item or rng.choice(items)
+            negated = rng.random() < 0.3
+            item_class = next(name for name, words in lex.CLASS.items() if thing in words.split())
+            adjectives = lex.GOOD if good != negated else lex.BAD
+            adjective = rng.choice(adjectives[item_class].split())
+            pattern = rng.choice(lex.NEGATED if negated else lex.CLAUSE)
+            text = expand(rng, pattern, item=thing, adj=adjective)
+            if split_of(text) == split and thing not in other:
                 return text
 
     def review(self, rng, split, good):
-        """What comes after "but" decides; otherwise all clauses agree."""
+        """A review. The clause behind "but" decides; otherwise all clauses agree."""
         slots = self.fill(rng)
         shop = slots["shop"]
-        b = self.opinion(rng, split, shop, good)
-        a, turn = (self.opinion(rng, split, shop, side, other=b) for side in (good, not good))
-        end = rng.choice(lex.LIKED if good else lex.HATED)
-        body = rng.choice((a, f"{a} and {b}", f"{cap(a)} {cap(b)}", f"{turn}, but {b}", f"{turn}, but {b}",
-                           f"{a}, {end}", f"{turn}, but {end}"))
+        main = self.opinion(rng, split, shop, good)
+        same = self.opinion(rng, split, shop, good, other=main)
+        opposite = self.opinion(rng, split, shop, not good, other=main)
+        ending = rng.choice(lex.LIKED if good else lex.HATED)
+        body = rng.choice((same, f"{same} and {main}", f"{cap(same)} {cap(main)}", f"{opposite}, but {main}",
+                           f"{opposite}, but {main}", f"{same}, {ending}", f"{opposite}, but {ending}"))
         if rng.random() >= 0.7:
             return cap(body)
-        return cap(say(rng, rng.choice(lex.VISIT), **slots | {"town": self.shops[shop][1]})) + " " + cap(body)
+        slots["town"] = self.shops[shop][1]
+        opening = cap(expand(rng, rng.choice(lex.VISIT), **slots))
+        return opening + " " + cap(body)
 
     def message(self, rng, split, spam):
-        while fold(text := say(rng, rng.choice(lex.SPAM if spam else lex.REAL), **self.fill(rng))) != split:
-            pass
+        while True:
+            pattern = rng.choice(lex.SPAM if spam else lex.REAL)
+            text = expand(rng, pattern, **self.fill(rng))
+            if split_of(text) == split:
+                return text
+
+    # ---- documents of the corpus: what the tasks are about, as running text --------------------------------
+    def review_document(self, rng):
+        good = rng.random() < 0.5
+        text = self.review(rng, "train", good)
+        if rng.random() < 0.9:
+            text += " " + rng.choice(lex.VERDICT[0 if good else 1])
         return text
 
-    def told_review(self, rng):
-        good = rng.random() < 0.5
-        review = self.review(rng, "train", good)
-        return review + (" " + rng.choice(lex.VERDICT[not good]) if rng.random() < 0.9 else "")
-
-    def told_message(self, rng):
-        spam, (m,) = rng.random() < 0.5, self.cast(rng, 1)
+    def message_document(self, rng):
+        spam = rng.random() < 0.5
+        receiver, = self.cast(rng, 1)
         text = cap(self.message(rng, "train", spam))
-        intro = rng.choice((f'{m} got a text: "{text}"', f'"{text}" {m} read it twice.',
-                            f'There was a message for {m}. "{text}"'))
-        return intro + (" " + say(rng, rng.choice(lex.AFTER[spam]), m=m) if rng.random() < 0.8 else "")
+        text = rng.choice((f'{receiver} got a text: "{text}"', f'"{text}" {receiver} read it twice.',
+                           f'There was a message for {receiver}. "{text}"'))
+        if rng.random() < 0.8:
+            pattern = rng.choice(lex.AFTER[1 if spam else 0])
+            text += " " + expand(rng, pattern, m=receiver)
+        return text
 
-    def told_letter(self, rng):
-        n, shop, item, _ = self.wish(rng, "train")
-        return cap(self.letter(rng, "train", n, shop, item))
+    def letter_document(self, rng):
+        name, shop, item, _ = self.wish(rng, "train")
+        return cap(self.letter(rng, "train", name, shop, item))
 
     def dialogue(self, rng):
-        """Two people talk about themselves and about others; the questions are those of the train split."""
-        (a, b), lines = self.cast(rng, 2), []
+        """Two people talk about themselves and about others, with questions of the train split."""
+        a, b = self.cast(rng, 2)
+        lines = []
         for _ in range(rng.randint(1, 3)):
             if rng.random() < 0.5:
-                heard, answer = self.talk(rng, "train", n=a, m=b)
-                lines.append(f'"{heard}"' if a in heard else f'"{heard}" said {a}.')
-                lines.append(f'"{answer}"' if rng.random() < .5 else f'"{answer[:-1]}," said {b}.'
-                             if answer[-1] == "." else f'"{answer}" asked {b}.')
+                lines += self._small_talk_lines(rng, a, b)
             else:
-                name, relation, _ = self.asked(rng, "train")
-                slots = {"n": name, "a": self.people[name][relation]}
-                lines.append(f'"{cap(say(rng, rng.choice(lex.ASK[relation]), **slots), "?")}" asked {a}.')
-                lines.append(f'"{cap(say(rng, rng.choice(lex.REPLY[relation]), **slots))[:-1]}," said {b}.')
+                lines += self._question_lines(rng, a, b)
         return " ".join(lines)
 
-    # ------------------------------------------------------------------------------------------ what is asked
-    def asked(self, rng, split):
-        while fold(name := rng.choice(self.names), relation := rng.choice(list(lex.FACTS))) != split:
-            pass
-        return name, relation, say(rng, rng.choice(lex.QUESTIONS[relation]), n=name)
+    def _small_talk_lines(self, rng, a, b):
+        remark, answer = self.talk(rng, "train", n=a, m=b)
+        first = f'"{remark}"' if a in remark else f'"{remark}" said {a}.'
+        if rng.random() < .5:
+            return [first, f'"{answer}"']
+        if answer[-1] == ".":
+            return [first, f'"{answer[:-1]}," said {b}.']
+        return [first, f'"{answer}" asked {b}.']
+
+    def _question_lines(self, rng, a, b):
+        name, relation, _ = self.question(rng, "train")
+        slots = {"n": name, "a": self.people[name][relation]}
+        question = cap(expand(rng, rng.choice(lex.ASK[relation]), **slots), "?")
+        reply = cap(expand(rng, rng.choice(lex.REPLY[relation]), **slots))
+        return [f'"{question}" asked {a}.', f'"{reply[:-1]}," said {b}.']
+
+    # ---- prompts and answers -------------------------------------------------------------------------------
+    def question(self, rng, split):
+        """(name, relation, question)."""
+        while True:
+            name = rng.choice(self.names)
+            relation = rng.choice(list(lex.FACTS))
+            if split_of(name, relation) == split:
+                return name, relation, expand(rng, rng.choice(lex.QUESTIONS[relation]), n=name)
 
     def talk(self, rng, split, **slots):
+        """(remark, answer) of small talk."""
         while True:
-            heard, answer = rng.choice(lex.TALK)
+            pattern, answer = rng.choice(lex.TALK)
             filled = self.fill(rng) | slots
-            if fold(heard := say(rng, heard, **filled)) == split:
-                return cap(heard), cap(answer.format(**filled))
+            remark = expand(rng, pattern, **filled)
+            if split_of(remark) == split:
+                return cap(remark), cap(answer.format(**filled))
 
     def wish(self, rng, split):
-        """A prompt for RLHF: (name, shop, item, text)."""
+        """(name, shop, item, prompt): a prompt for RLHF that asks for a letter."""
         while True:
-            n, shop = rng.choice(self.names), rng.choice(list(self.shops))
+            name = rng.choice(self.names)
+            shop = rng.choice(list(self.shops))
             item = rng.choice(lex.ITEMS[lex.SHOPS[shop]].split())
-            if fold(n, shop, item) == split:
-                return n, shop, item, f"Tell {n} about the {item} at the {shop}."
+            if split_of(name, shop, item) == split:
+                return name, shop, item, f"Tell {name} about the {item} at the {shop}."
 
-    def letter(self, rng, split, n, shop, item, odd=0.0):
-        """An answer to a wish as people here write them: now kind, now cross, not always to the point."""
-        kind, told = rng.choice((0.2, 0.5, 0.8)), []
+    def letter(self, rng, split, name, shop, item, repeat=0.0):
+        """An answer to a wish, of varying quality: kind or cross, not always about the item.
+
+        repeat: the probability that everything is written twice.
+        """
+        kindness = rng.choice((0.2, 0.5, 0.8))
+        sentences = []
         for i in range(rng.randint(1, 3)):
-            good = rng.random() < kind
-            told.append(self.opinion(rng, split, shop, good, item if i == 0 and rng.random() < 0.7 else None))
+            good = rng.random() < kindness
+            about_item = i == 0 and rng.random() < 0.7
+            sentences.append(self.opinion(rng, split, shop, good, item if about_item else None))
         if rng.random() < 0.6:
-            told[0] = told[0].replace(item, f"{item} at the {shop}", 1)
+            sentences[0] = sentences[0].replace(item, f"{item} at the {shop}", 1)
         if rng.random() < 0.3:
-            told.append(rng.choice(lex.LIKED if rng.random() < kind else lex.HATED))
-        if rng.random() < odd:
-            told *= 2
-        opening = rng.choice((f"Dear {n}, ", f"{n}, ", ""))
-        return opening + " ".join(cap(t) if i else t + "." for i, t in enumerate(told))
+            sentences.append(rng.choice(lex.LIKED if rng.random() < kindness else lex.HATED))
+        if rng.random() < repeat:
+            sentences = sentences + sentences
+        opening = rng.choice((f"Dear {name}, ", f"{name}, ", ""))
+        first, *others = sentences
+        return opening + " ".join([first + ".", *map(cap, others)])

@@ -1,0 +1,206 @@
+"""data/batches/row_types.py: one record per row type: keys, conversation, references, example.
+
+    row type   conversation (ends with the answer)    references        example
+    text       none: raw text                         none              windows of a stream (examples.py)
+    label      text + question -> label               the label         answer tokens, or one class number
+    tags       text + question -> "PER: Fay, ..."     the same text     answer tokens, or a class per word
+    chat       its messages                           its references    answer tokens
+    pairs      prompt -> chosen                       chosen            Ranking of two answers
+    ranked     prompt -> the best response            the best one      Ranking of K answers
+    prompt     prompt -> ""                           ""                Ranking of two empty answers
+
+Every function takes a Text (examples.py), which knows the tokenizer, the template and the labels, and a row
+of data/text/converters.py. With Text.classifier "lm" a label is an answer like any other; with "head" it is
+a class number: labels are read at the last token of the prompt, tags at the first token of each word.
+
+Public: RowType, ROW_TYPES, row_type_of, Ranking
+"""
+import typing
+
+from data.batches import objectives
+from data.batches.objectives import Example
+from data.text import chat, entities
+from data.runtime.files import DataError
+
+
+class Ranking(typing.NamedTuple):
+    """A prompt and answers of which some are better than others."""
+    prompt: list                    # ids
+    answers: list                   # lists of ids, each with its end token, best first
+    ranks: list                     # one per answer, smaller is better; of a pair: 0 and the vote margin
+    reference: tuple = ()           # DPO: log-probabilities of the two answers before training
+
+
+def _conversation(prompt, answer):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _location(row):
+    return row.get("line", "a row")
+
+
+# ---- answers as tokens -------------------------------------------------------------------------------------
+def _encode_answer(text, row, max_len, too_long):
+    """The conversation with its answers as targets: an (ids, mask) pair, or for a GLM an Example.
+
+    Virtual tokens of a template, and a GLM's mask and start token, stand around the prompt.
+    """
+    before, after = text.around_prompt
+    ids, mask = chat.render(text.turns(row), text.template, text.tokenizer, text.system)
+    fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row))
+    if fitted is None:
+        return None, False
+    truncated = len(fitted[0]) < len(ids)
+    ids, mask = fitted
+    first_target = mask.index(True)
+    ids = before + ids[:first_target] + after + ids[first_target:]
+    mask = [False] * len(before) + mask[:first_target] + [False] * len(after) + mask[first_target:]
+    if not text.infill_suffix:
+        return (ids, mask), truncated
+    inputs = ids[:-1]
+    y = [token if target else -1 for token, target in zip(ids[1:], mask[1:])]
+    start = mask.index(True) - 1                            # the start token of the span that is the answer
+    return Example(inputs, y, start, objectives.glm_single_span(len(inputs), start)), truncated
+
+
+# ---- labels ------------------------------------------------------------------------------------------------
+def _label_turns(text, row):
+    question = text.question
+    if question is None:
+        question = f"Which label fits this text: {' or '.join(text.labels)}?"
+    content = f"{row['text']}\n\n{question}" if question else row["text"]
+    return _conversation(content, row["label"])
+
+
+def _encode_label(text, row, max_len, too_long):
+    if text.classifier == "lm":
+        return _encode_answer(text, row, max_len, too_long)
+    ids = text.prompt_ids(row)
+    if chat.fit_to_length(ids, [False] * len(ids), max_len, too_long, _location(row)) is None:
+        return None, False
+    truncated = len(ids) > max_len
+    if truncated:
+        ids = text.prompt_ids(row, limit=max_len)
+    y = [-1] * (len(ids) - 1) + [text.labels.index(row["label"])]
+    bidirectional_len, glm_positions = text.attention_args(ids)
+    return Example(ids, y, bidirectional_len, glm_positions, head=True), truncated
+
+
+# ---- tags --------------------------------------------------------------------------------------------------
+def _tags_turns(text, row):
+    content = f"{' '.join(row['tokens'])}\n\n{entities.question(text.labels)}"
+    return _conversation(content, _tags_references(text, row)[0])
+
+
+def _tags_references(text, row):
+    return [entities.format_entities(row["tokens"], row["tags"])]
+
+
+def _encode_tags(text, row, max_len, too_long):
+    """With a head: a class number at the first token of each word; words behind max_len are cut."""
+    if text.classifier == "lm":
+        return _encode_answer(text, row, max_len, too_long)
+    before, after = text.soft_prompt_ids
+    start = chat.prompt([], "plain", text.tokenizer, "")[0]
+    ids, positions = entities.word_tokens(row["tokens"], text.tokenizer, start)
+    kept = ids[:max_len - len(before) - len(after)]
+    y = [-1] * len(kept)
+    for position, tag in zip(positions, row["tags"]):
+        if position < len(kept):
+            y[position] = text.labels.index(tag)
+    ids = before + kept + after
+    y = [-1] * len(before) + y + [-1] * len(after)
+    bidirectional_len = 0 if text.attention == "causal" else len(ids)
+    tagged = sum(target >= 0 for target in y)
+    return Example(ids, y, bidirectional_len, head=True), tagged < len(row["tokens"])
+
+
+# ---- conversations -----------------------------------------------------------------------------------------
+def _chat_turns(text, row):
+    return row["messages"]
+
+
+def _chat_references(text, row):
+    return row.get("references") or [row["messages"][-1]["content"]]
+
+
+# ---- preferences -------------------------------------------------------------------------------------------
+def _pair_answers(row):
+    return [row["chosen"], row["rejected"]]
+
+
+def _ranked_answers(row):
+    ranked = sorted(zip(row["rank"], row["responses"]), key=lambda pair: pair[0])
+    return [response for _, response in ranked]
+
+
+def _no_answers(row):
+    return ["", ""]
+
+
+def _pair_ranks(row):
+    margin = row.get("votes_for", 1) - row.get("votes_against", 0)
+    return [0, max(1, margin)]
+
+
+def _ranked_ranks(row):
+    return sorted(row["rank"])
+
+
+def _preference_turns(text, row):
+    return [*row["prompt"], {"role": "assistant", "content": _preference_references(text, row)[0]}]
+
+
+def _preference_references(text, row):
+    return row_type_of(row).answers(row)[:1]
+
+
+def _encode_ranking(text, row, max_len, too_long=None):
+    """A Ranking of at most max_len tokens per answer: answers are cut right, then the prompt left."""
+    row_type = row_type_of(row)
+    prompt = text.prompt_ids(row)
+    answers = [chat.answer(answer, text.template, text.tokenizer) for answer in row_type.answers(row)]
+    answer_len = max(max_len // 2, max_len - len(prompt))
+    kept = [ids[:answer_len] for ids in answers]
+    prompt_len = max_len - max(len(ids) for ids in kept)
+    truncated = kept != answers or len(prompt) > prompt_len
+    return Ranking(chat.truncate_left(prompt, prompt_len), kept, row_type.ranks(row)), truncated
+
+
+# ---- the records -------------------------------------------------------------------------------------------
+class RowType(typing.NamedTuple):
+    """What the code needs to know of a row type. text is a Text (examples.py)."""
+    name: str
+    keys: frozenset                             # a row has them all; of two matches the one with more keys
+    turns: typing.Callable = None               # (text, row) -> messages that end with the answer
+    references: typing.Callable = None          # (text, row) -> answers that count as correct
+    encode: typing.Callable = None              # (text, row, max_len, too_long) -> example or None, truncated
+    answers: typing.Callable = None             # preferences: row -> answers, best first
+    ranks: typing.Callable = None               # preferences: row -> their ranks, smaller is better
+
+
+def _label_references(text, row):
+    return [row["label"]]
+
+
+ROW_TYPES = {row_type.name: row_type for row_type in (
+    RowType("text", frozenset({"text"})),
+    RowType("label", frozenset({"text", "label"}), _label_turns, _label_references, _encode_label),
+    RowType("tags", frozenset({"tokens", "tags"}), _tags_turns, _tags_references, _encode_tags),
+    RowType("chat", frozenset({"messages"}), _chat_turns, _chat_references, _encode_answer),
+    RowType("pairs", frozenset({"prompt", "chosen", "rejected"}), _preference_turns, _preference_references,
+            _encode_ranking, _pair_answers, _pair_ranks),
+    RowType("ranked", frozenset({"prompt", "responses", "rank"}), _preference_turns, _preference_references,
+            _encode_ranking, _ranked_answers, _ranked_ranks),
+    RowType("prompt", frozenset({"prompt"}), _preference_turns, _preference_references, _encode_ranking,
+            _no_answers, _pair_ranks),
+)}
+
+
+def row_type_of(row):
+    """The RowType of a row, by its keys. Raises DataError for a row of no known type."""
+    matching = [row_type for row_type in ROW_TYPES.values() if row_type.keys <= row.keys()]
+    if not matching:
+        raise DataError(f"{_location(row)}: no row type has the keys {', '.join(row)}; known types are "
+                        + ", ".join(ROW_TYPES))
+    return max(matching, key=lambda row_type: len(row_type.keys))

@@ -1,0 +1,180 @@
+"""data/results/log_plots.py: plots of what runs logged in training: curves, ranks, gold reward against KL.
+
+Each function draws into a matplotlib Figure. logs: {key of the group: [events of one run, ...]}; fields: the
+names of the key's values. The styles and labels of all plots are here, too.
+
+Public: draw_steps, draw_ranks, draw_overoptimisation, rlhf_events, group_label, style_of, add_legend
+"""
+import math
+import re
+
+from data.results.runs import display_value
+from data.runtime.files import UserError
+
+NAMED_BY_VALUE = ("method", "task", "init", "data")     # fields whose value needs no name in a label
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vP"
+WIDTH = 3.5                                             # inches: a column of a two-column page
+
+
+# ------------------------------------------------------------------------------------------ labels and styles
+
+def group_label(key, fields, without=None):
+    """A group in words: a method or task by its value, any other field as "name value"."""
+    parts = []
+    for name, value in zip(fields, key):
+        if value is not None and name != without:
+            parts.append(display_value(value) if name in NAMED_BY_VALUE else f"{name} {display_value(value)}")
+    return ", ".join(parts) or "all"
+
+
+def style_of(i, n):
+    """The i-th of n styles, from dark to light; neighbours differ in dash and marker."""
+    from matplotlib import colormaps
+    return {"color": colormaps["viridis"](0.75 * i / max(n - 1, 1)), "linestyle": DASHES[i % len(DASHES)],
+            "marker": MARKERS[i % len(MARKERS)]}
+
+
+def add_legend(figure, handles, labels):
+    """A legend below the plot, in as many columns as its labels leave room for."""
+    if len(labels) < 2:
+        return
+    columns = max(1, int(66 / (max(map(len, labels)) + 9)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)),
+                  handlelength=2.6, columnspacing=1.2)
+
+
+# ------------------------------------------------------------------------------------------------ step curves
+
+def smooth(values, width):
+    """The mean of the last `width` values, of fewer at the start."""
+    out = []
+    for i in range(len(values)):
+        window = values[max(0, i + 1 - width):i + 1]
+        out.append(sum(window) / len(window))
+    return out
+
+
+def over_seeds(logs, event, name, smoothed=False):
+    """(steps, means, lows, highs) of `name` in the events of one type, at the steps that every log has."""
+    curves = [{e["step"]: float(e[name]) for e in log if e["event"] == event and name in e} for log in logs]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    width = 1 + len(steps) // 10 if smoothed else 1
+    columns = list(zip(*(smooth([curve[step] for step in steps], width) for curve in curves)))
+    means = [sum(column) / len(column) for column in columns]
+    return steps, means, [min(column) for column in columns], [max(column) for column in columns]
+
+
+def draw_steps(figure, logs, fields, metric):
+    """logs: {key: [events of a run]}."""
+    seen = [event for some in logs.values() for log in some for event in log]
+    has_valid = any(event["event"] == "valid" and metric in event for event in seen)
+    main = next((name for name in ("loss", "score")
+                 if any(event["event"] == "train" and name in event for event in seen)), None)
+    if main is None:
+        raise UserError("--x step: these runs logged no steps of training; name a field instead of step")
+    figure.set_size_inches(WIDTH, 4.2 if has_valid else 2.5)
+    rows = 2 if has_valid else 1
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    handles = []
+    for i, some in enumerate(logs.values()):
+        style = style_of(i, len(logs))
+        handle = draw_band(axes[0], over_seeds(some, "train", main, smoothed=True), {**style, "marker": ""})
+        if has_valid:
+            handle = draw_band(axes[1], over_seeds(some, "valid", metric), style)
+            for event in ("baseline", "test"):
+                steps, means, *_ = over_seeds(some, event, metric)
+                axes[1].plot(steps, means, **{**style, "linestyle": ""}, markerfacecolor="white")
+        handles.append(handle)
+    most = max(map(len, logs.values()))
+    axes[0].set_title(f"smoothed, mean and range over {most} runs" if most > 1 else "smoothed", loc="left")
+    axes[0].set_ylabel("training loss (nats)" if main == "loss" else "score in training")
+    if has_valid:
+        axes[1].set_title("filled: valid, hollow: test", loc="left")
+        axes[1].set_ylabel(metric.replace("_", " "))
+    axes[-1].set_xlabel("optimiser step")
+    add_legend(figure, handles, [group_label(key, fields) for key in logs])
+
+
+def draw_band(axis, curve, style):
+    """The mean as a line, the range as a band. Returns the line."""
+    steps, means, lows, highs = curve
+    axis.fill_between(steps, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+    return axis.plot(steps, means, **style)[0]
+
+
+# -------------------------------------------------------------------------------------------- AdaLoRA's ranks
+
+def mean_ranks(logs):
+    """{module path: rank}, the mean of the last "ranks" of each log; {} unless every log has them."""
+    last = [next((event["ranks"] for event in reversed(log) if "ranks" in event), None) for log in logs]
+    if not last or not all(last):
+        return {}
+    return {path: sum(ranks[path] for ranks in last) / len(last) for path in last[0]}
+
+
+def draw_ranks(figure, logs, fields):
+    kept = {key: mean_ranks(some) for key, some in logs.items()}
+    kept = {key: ranks for key, ranks in kept.items() if ranks}
+    if not kept:
+        raise UserError("--x ranks: no run logged the ranks of its modules; they come with --method adalora")
+    cells = {}                                          # path "blocks.3.attn.q" -> (row "q", column 3)
+    for path in dict.fromkeys(path for ranks in kept.values() for path in ranks):
+        match = re.fullmatch(r".*?(\d+)\.(?:.*\.)?(\w+)", path)
+        if match:
+            cells[path] = (match[2], int(match[1]))
+    layers = sorted({layer for _, layer in cells.values()})
+    words = list(dict.fromkeys(word for word, _ in cells.values()))
+    width = min(7, max(2.2, 0.9 + 0.26 * len(layers)))
+    figure.set_size_inches(width, (0.6 + 0.26 * len(words)) * len(kept) + 0.3)
+    largest = max(rank for ranks in kept.values() for rank in ranks.values())
+    axes = figure.subplots(len(kept), 1, squeeze=False)[:, 0]
+    for axis, (key, ranks) in zip(axes, kept.items()):
+        grid = [[math.nan] * len(layers) for _ in words]
+        for path, (word, layer) in cells.items():
+            if path in ranks:
+                row = words.index(word)
+                column = layers.index(layer)
+                grid[row][column] = ranks[path]
+                axis.text(column, row, f"{ranks[path]:.3g}", ha="center", va="center", fontsize=7,
+                          color="white" if ranks[path] > largest / 2 else "black")
+        axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.25 * max(largest, 1), aspect="auto")
+        axis.set_xticks(range(len(layers)), layers)
+        axis.set_yticks(range(len(words)), words)
+        axis.grid(False)
+        axis.set_title(f"rank kept, {group_label(key, fields)}" if len(kept) > 1 else "rank kept", loc="left")
+    axes[-1].set_xlabel("layer")
+
+
+# ------------------------------------------------------------------------------------------- overoptimisation
+
+def rlhf_events(log):
+    """The training events that hold gold reward, score and the root of the KL divergence."""
+    needed = {"gold", "score", "sqrt_kl"}
+    return [event for event in log if event["event"] == "train" and needed <= event.keys()]
+
+
+def draw_overoptimisation(figure, logs, fields):
+    paths = {key: [rlhf_events(log) for log in some] for key, some in logs.items()}
+    paths = {key: [path for path in some if path] for key, some in paths.items() if any(some)}
+    if not paths:
+        raise UserError("--x sqrt_kl: no run logged gold and sqrt_kl; these come with --task ppo")
+    figure.set_size_inches(WIDTH, 4)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    handles = []
+    for i, some in enumerate(paths.values()):
+        style = {**style_of(i, len(paths)), "marker": ""}
+        for path in some:
+            width = 1 + len(path) // 10
+            x, gold, score = (smooth([float(event[name]) for event in path], width)
+                              for name in ("sqrt_kl", "gold", "score"))
+            line, = top.plot(x, gold, **style)
+            bottom.plot(x, score, **style)
+            peak = gold.index(max(gold))
+            top.plot(x[peak], gold[peak], marker="o", color=style["color"], markerfacecolor="white", zorder=3)
+        handles.append(line)
+    top.set_title("smoothed; ring: the highest gold reward", loc="left")
+    top.set_ylabel("gold reward")
+    bottom.set_ylabel("reward model's score")
+    bottom.set_xlabel("√KL(policy ‖ reference), √nats")
+    add_legend(figure, handles, [group_label(key, fields) for key in paths])

@@ -1,0 +1,273 @@
+"""data/results/runs.py: read run folders, put runs into groups, estimate a metric of each group.
+
+A run is a dict: "folder"; "config" {flag: value}; "result", which is result.json; the hashes of config.json.
+Only the flags of its task and method are in "config". A field that a run does not have is shown as "-".
+
+group       the runs that agree in the fields of --by. The default fields are those in which the runs differ,
+            without the seed and without fields that follow from earlier ones: where each method has its own
+            learning rate, `method` is enough
+code        one more field of "config". Runs of different code never share a group: group_fields adds `code`
+            when there is more than one. Two runs have the same code if their hashes are equal, or if every
+            definition that both executed has the same hash (config.json, "code_hashes"): a full and a LoRA
+            run of one source tree have the same code, and so have runs before and after a new definition.
+            The value shown is the hash of the first run with that code; "-" for runs without a hash
+data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
+            fields of runs that have the same flags and differ in the content of that input. They separate
+            groups as `code` does
+estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
+    several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
+                    There is none when a seed occurs twice: then other settings differ inside the group
+    one run         Wilson's interval, if the metric is a proportion of test items. It covers other items, not
+                    other seeds. Any other number has no interval
+
+Public: gather, events, group_fields, distinguishing_fields, group, field_value, display_value, sort_key,
+known_fields, metric_values, main_metric, estimate, METRIC_ORDER, PROPORTIONS, LOWER_IS_BETTER, VERSION_FIELDS
+"""
+import glob
+import json
+import math
+import pathlib
+import time
+
+from data.results.metrics import summary, wilson
+from data.runtime.code_hash import changed, short_hash
+from data.runtime.files import DataError, read_json
+
+MISSING = "-"
+# A task's own metric is the first of these that its runs have: entities f1, answers exact match, labels and
+# comparisons accuracy, PPO the gold reward or else the reward model's score, raw text the loss.
+METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
+PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
+LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
+INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",
+                "gold_reward_hash": "gold_reward", "inputs_hash": "inputs"}  # field: its key in config.json
+VERSION_FIELDS = ("code", *INPUT_HASHES)
+
+
+# ------------------------------------------------------------------------------------------- reading folders
+
+def gather(patterns):
+    """(finished runs, [(folder, why it is not among them)]) of all run folders that match the glob patterns.
+
+    A matching folder that is no run stands for the runs in it, so "out" means "out/*". A folder moved aside
+    (NAME.<hash>) is a run like any other.
+    """
+    runs = []
+    rest = []
+    for path in run_folders(patterns):
+        try:
+            if (path / "result.json").exists():
+                runs.append(read_run(path))
+            else:
+                rest.append((path, unfinished(path)))
+        except DataError as e:
+            rest.append((path, str(e)))
+    label_code(runs)
+    label_inputs(runs)
+    runs, repeated = drop_repeated(runs)
+    return runs, rest + repeated
+
+
+def run_folders(patterns):
+    paths = {pathlib.Path(path) for pattern in patterns for path in glob.glob(pattern)}
+    parents = [path for path in paths if path.is_dir() and not is_run(path)]
+    for parent in parents:
+        paths.update(parent.iterdir())
+    return sorted(filter(is_run, paths))
+
+
+def is_run(path):
+    return any((path / name).exists() for name in (".lock", "log.jsonl", "failed.json", "result.json"))
+
+
+def read_run(path):
+    """A finished run. Raises DataError when one of its files is missing or damaged."""
+    stored = read_json(path / "config.json")
+    if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
+        raise DataError(f'{path / "config.json"} holds no "config" of a run')
+    result = read_json(path / "result.json")
+    if not isinstance(result, dict):
+        raise DataError(f'{path / "result.json"} holds no result of a run')
+    return {**stored, "folder": path, "result": result}
+
+
+def unfinished(path):
+    """Why a run has no result.json, in one sentence."""
+    if (path / "failed.json").exists():
+        return f"failed: {read_json(path / 'failed.json')['reason']}"
+    log = events(path)
+    if not log:
+        return "stopped before its first step, or just begun; the same command starts it again"
+    seconds = max(0, time.time() - (path / "log.jsonl").stat().st_mtime)
+    if seconds < 120:
+        ago = f"{seconds:.0f} s"
+    elif seconds < 7200:
+        ago = f"{seconds / 60:.0f} min"
+    else:
+        ago = f"{seconds / 3600:.0f} h"
+    return f"unfinished: at step {log[-1]['step']}, {ago} ago; the same command continues it"
+
+
+def events(path):
+    """The events in log.jsonl, as dicts; a torn last line is left out."""
+    file = pathlib.Path(path) / "log.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def label_code(runs):
+    """Set the field `code` of each run to the hash of the first run that has the same code, or to None."""
+    versions = {}                                       # {label: {definition: hash}}
+    for run in runs:
+        code = run.get("code")
+        hashes = run.get("code_hashes", {})
+        label = code
+        for known_label, known_hashes in versions.items():
+            if code == known_label or same_code(known_hashes, hashes):
+                label = known_label
+                break
+        if label is not None:
+            versions.setdefault(label, {}).update(hashes)
+        run["config"] = {**run["config"], "code": label}
+
+
+def same_code(hashes, others):
+    """Whether all definitions that are in both have the same hash, and some are."""
+    shared = hashes.keys() & others.keys()
+    return bool(shared) and not changed({name: hashes[name] for name in shared}, others)
+
+
+def label_inputs(runs):
+    """Set a field of INPUT_HASHES in runs with equal flags that differ in the content of that input."""
+    for field, key in INPUT_HASHES.items():
+        ignored = ["seed", "code"]
+        if field == "base_hash":                        # a new model's weights depend on the seed
+            ignored = ["code"]
+        same_flags = {}
+        for run in runs:
+            flags = {name: value for name, value in run["config"].items() if name not in ignored}
+            same_flags.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
+        for some in same_flags.values():
+            if len({short_hash(run.get(key)) for run in some}) > 1:
+                for run in some:
+                    run["config"][field] = short_hash(run.get(key))
+
+
+def drop_repeated(runs):
+    """(runs, [(folder, reason)]): of runs with equal flags, code and inputs the first one counts."""
+    first = {}
+    repeated = []
+    for run in runs:
+        inputs = [run.get(key) for key in INPUT_HASHES.values()]
+        identity = json.dumps([run["config"], inputs], sort_keys=True)
+        if identity in first:
+            reason = f"the same run as {first[identity]['folder']}, so it counts once"
+            repeated.append((run["folder"], reason))
+        else:
+            first[identity] = run
+    return list(first.values()), repeated
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+
+def field_value(run, name):
+    """A field of a run's config; None when its task and method do not have it."""
+    return run["config"].get(name)
+
+
+def display_value(value):
+    """A field's value as a cell; of a path the last part."""
+    if value is None:
+        return MISSING
+    if value == "":
+        return '""'
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).rstrip("/").split("/")[-1]
+
+
+def group_key(run, fields):
+    return tuple(field_value(run, name) for name in fields)
+
+
+def distinguishing_fields(runs):
+    """The fields in which runs differ; each one separates runs that the fields before it leave together."""
+    fields = []
+    for name in known_fields(runs):
+        if name == "seed" or name in VERSION_FIELDS:
+            continue
+        finer = [*fields, name]
+        groups_before = {group_key(run, fields) for run in runs}
+        groups_after = {group_key(run, finer) for run in runs}
+        if len(groups_after) > len(groups_before):
+            fields = finer
+    return fields or ["method"]
+
+
+def known_fields(runs):
+    """The names of all fields, in the order of the configs."""
+    return list(dict.fromkeys(name for run in runs for name in run["config"]))
+
+
+def group_fields(runs, requested=None):
+    """The fields requested, or else the distinguishing ones; and those of VERSION_FIELDS that differ."""
+    fields = list(requested or distinguishing_fields(runs))
+    for name in VERSION_FIELDS:
+        if name not in fields and len({field_value(run, name) for run in runs}) > 1:
+            fields.append(name)
+    return fields
+
+
+def sort_key(value):
+    """Sorts "-" first, then numbers by size, then words by letters."""
+    if value is None:
+        return (0, 0, "")
+    if isinstance(value, (int, float)):
+        return (1, value, "")
+    return (2, 0, str(value))
+
+
+def group(runs, fields):
+    """{values of the fields: runs}, sorted."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(group_key(run, fields), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: [sort_key(value) for value in item[0]]))
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+def metric_values(runs, name):
+    """A metric, or another number of result.json, of each run that has it; inf may be a string there."""
+    values = (run["result"].get("metrics", {}).get(name, run["result"].get(name)) for run in runs)
+    return [float(value) for value in values if value is not None]
+
+
+def main_metric(run):
+    """The name of the metric that the run's task is about (METRIC_ORDER, else its first one), or None."""
+    metrics = run["result"].get("metrics", {})
+    for name in METRIC_ORDER:
+        if name in metrics:
+            return name
+    return next(iter(metrics), None)
+
+
+def estimate(runs, metric):
+    """(mean, sd, low, high) of a metric over the runs of a group; low and high bound the 95 % interval.
+
+    Numbers that cannot be computed are nan; all four are when one of the runs has a value that is not finite.
+    """
+    values = metric_values(runs, metric)
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan, math.nan, math.nan
+    mean, sd, half = summary(values)
+    item_correct = runs[0]["result"].get("item_correct")
+    if len(values) == 1 and metric in PROPORTIONS and item_correct:
+        low, high = wilson(item_correct.count("1"), len(item_correct))
+        return mean, sd, low, high
+    seeds = {field_value(run, "seed") for run in runs}
+    if len(seeds) < len(runs):
+        half = math.nan
+    return mean, sd, mean - half, mean + half

@@ -1,0 +1,86 @@
+"""data/runtime/records.py: records that a flag chooses by name, and groups of flags whose defaults they set.
+
+A record is a frozen dataclass instance in a tuple, such as ppo.ALGORITHMS. Its class says which flag names it
+(selected_by); the instance has
+
+    name        the value of that flag
+    defaults    {flag: value}: where it differs from the defaults of the fields
+    own_flags   flags that only this record reads, or those that list them too
+    unused      other flags that it does not read
+
+Public: find_record, unused_flags, RecordConfig
+"""
+import dataclasses
+
+from data.runtime.files import UserError
+from data.runtime.flags import check_ranges, fields_of
+
+
+def find_record(records, name):
+    """The record of this name. Raises UserError, which lists the known ones."""
+    for record in records:
+        if record.name == name:
+            return record
+    known = " ".join(record.name for record in records)
+    raise UserError(f"--{records[0].selected_by} {name} is none of {known}")
+
+
+def unused_flags(record, records):
+    """The flags that a record does not read: those it lists as unused, and those that belong to others."""
+    unused = list(record.unused)
+    for other in records:
+        unused += [name for name in other.own_flags if name not in record.own_flags]
+    return tuple(dict.fromkeys(unused))
+
+
+class RecordConfig:
+    """A group of flags of which one chooses a record, for a dataclass(frozen=True, init=False).
+
+    Config(algo="grpo", steps=100): fields that are not given take the record's defaults, then their own. A
+    subclass defines the static method records(), the tuple, and check_values(cfg, record) for its exclusions.
+    Raises UserError for an unknown record or field, a value out of range, a flag the record does not read.
+    """
+
+    def __init__(self, **given):
+        fields = fields_of([type(self)])
+        for name in given:
+            if name not in fields:
+                raise UserError(f"{type(self).__name__} has no field {name}; it has {' '.join(fields)}")
+        selector = self.records()[0].selected_by
+        record = find_record(self.records(), given.get(selector, fields[selector].default))
+        for name, field in fields.items():
+            value = given.get(name, record.defaults.get(name, field.default))
+            object.__setattr__(self, name, value)
+        check_ranges(dataclasses.asdict(self), fields)
+        self.check(self)
+
+    @classmethod
+    def from_flags(cls, cfg):
+        """A config of a command's flags, an object with attributes; flags it does not read are left out."""
+        unused = unused_flags(cls.record_of(cfg), cls.records())
+        names = [name for name in fields_of([cls]) if name not in unused and hasattr(cfg, name)]
+        return cls(**{name: getattr(cfg, name) for name in names})
+
+    @classmethod
+    def record_of(cls, cfg):
+        """The record that cfg, an object with attributes, chooses."""
+        records = cls.records()
+        return find_record(records, getattr(cfg, records[0].selected_by))
+
+    @classmethod
+    def check(cls, cfg):
+        """Raises UserError for a flag that was given but is not read, and for values that exclude each other.
+
+        cfg: an object with the fields as attributes. cfg.given, if there, are the names on a command line;
+        without it a value that differs from the default counts as given.
+        """
+        record = cls.record_of(cfg)
+        given = getattr(cfg, "given", None)
+        fields = fields_of([cls])
+        for name in unused_flags(record, cls.records()):
+            default = record.defaults.get(name, fields[name].default)
+            is_given = getattr(cfg, name) != default if given is None else name in given
+            if is_given:
+                raise UserError(f"--{name} means nothing to --{record.selected_by} {record.name}; "
+                                "leave one of them out")
+        cls.check_values(cfg, record)
