@@ -54,8 +54,8 @@ from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Tex
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags
 from data.checkpoints.hf import FAMILIES, read_config
-from data.checkpoints.model_folders import (base_of, find, hash_folder, portable, root_model, settings,
-                                            weights_folder)
+from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, root_model,
+                                            settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.results import cost_model, evaluate, inspect_data, next_token, tables
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
@@ -65,12 +65,11 @@ from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
 from data.results.report import describe, describe_virtual_tokens, report
 from data.runtime import command, distributed
-from data.runtime.code_hash import code_hashes, function_hashes
+from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype
 from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, atomic, read_json, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
-from data.runtime.identity import hash_json
 from data.runtime.records import find_record
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
@@ -145,9 +144,8 @@ class AdamWFlags:
 
 
 @dataclass(frozen=True)
-class FullFlags:
+class ShardFlags:
     """training"""
-    weight_decay: float = flag(0.0, "decay of matrices", low=0)
     shard: bool = flag(False, "split weights, gradients and moments over torchrun's processes",
                        identity=False)
 
@@ -202,8 +200,7 @@ class KeepBestFlags:
     def check(cfg):
         if cfg.keep_best > cfg.num_generations:
             raise UserError(f"--keep_best {cfg.keep_best} is more than --num_generations "
-                            f"{cfg.num_generations}, "
-                            "the answers there are")
+                            f"{cfg.num_generations}, the answers there are")
 
 
 @dataclass(frozen=True)
@@ -307,8 +304,7 @@ def open_context(cfg):
         if prompt.template:
             if not task.reads_templates:            # ppo.py takes ids, and these tokens have none
                 raise UserError(f"--init {cfg.init} is a soft prompt inside a template, which --task "
-                                f"{cfg.task} "
-                                "cannot use; train it with --prompt_template front")
+                                f"{cfg.task} cannot use; train it with --prompt_template front")
             text.soft_prompt_ids = prompt.template_ids(tokenizer.encode)
     if made_by and made_by.load_head:
         labels_by_head = stored.get("classifier") == "head" and text.classifier == "head"
@@ -437,7 +433,7 @@ class FullMethod:
     selected_by = "method"
     help = "everything"
     flags = ()
-    loop_flags = (FullFlags,)
+    loop_flags = (lora.DecayFlags, ShardFlags)
     defaults = dict(lr=1e-3)
     refuses = {}
     peft_types = ()
@@ -811,12 +807,7 @@ def run_supervised(cfg):
     if cfg.get("dry_run"):
         return dry_run(cfg, *open_data(cfg))
     rows, row_type, run, identity = open_run(cfg)
-    result = run.finished(identity)
-    if result is None:
-        with run.opened(identity) as result:
-            if result is None:
-                result = train_and_measure(cfg, run, rows, row_type)
-    return report(result, run.folder, result["next_command"])
+    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type))
 
 
 def train_and_measure(cfg, run, rows, row_type):
@@ -1048,6 +1039,16 @@ def open_run(cfg):
         raise
 
 
+def report_once(run, identity, compute):
+    """Print the result of a run, which compute() makes unless the folder holds it. Returns the exit code."""
+    result = run.finished(identity)
+    if result is None:
+        with run.opened(identity) as result:            # another process may have finished it meanwhile
+            if result is None:
+                result = compute()
+    return report(result, run.folder, result["next_command"])
+
+
 def identity_of(cfg, rows):
     """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
     identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
@@ -1065,10 +1066,9 @@ def methods_used(cfg):
     if find_task(cfg.task).config:                  # PPO's critic is a LoRA
         used.append(lora.METHODS[0])
     for name in (cfg.init, cfg.get("reward")):
-        folder = None if name in (None, "new") or ":" in name else weights_folder(name)
-        while folder is not None and base_of(folder) is not None:
-            used.append(method_of(folder))
-            folder = base_of(folder)
+        if name not in (None, "new") and ":" not in name:
+            *adapters, _ = folders(name)
+            used += map(method_of, adapters)
     return used
 
 
@@ -1281,6 +1281,9 @@ def tuned_role(ctx, model, prompt):
     return enter_model(ctx, model, "default" if lora.adapters(model) else None, prompt)
 
 
+REWARD_FUNCTION = "a function of the texts of a prompt and an answer that returns a number"
+
+
 def reward_function(word, ctx, texts):
     """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}.
 
@@ -1291,19 +1294,17 @@ def reward_function(word, ctx, texts):
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"{word} cannot be imported ({e}); it must be module:function, a function of the "
-                        "texts of a prompt and an answer that returns a number") from None
+        raise UserError(f"{word} cannot be imported ({e}); it must be module:function, "
+                        f"{REWARD_FUNCTION}") from None
     if not callable(function):
-        raise UserError(f"{word} is a {type(function).__name__}; it must be a function of the texts of a "
-                        "prompt and an answer that returns a number")
+        raise UserError(f"{word} is a {type(function).__name__}; it must be {REWARD_FUNCTION}")
 
     def score_one(prompt, answer):
         try:
             return float(function(prompt, answer))
         except Exception as e:
             raise UserError(f"{word} failed on the answer {answer[:40]!r} ({type(e).__name__}: {e}); it "
-                            "must be a "
-                            "function of the texts of a prompt and an answer that returns a number") from e
+                            f"must be {REWARD_FUNCTION}") from e
 
     def score(prompt_ids, answers):
         def call():                                     # it may draw random numbers, or ask another program
@@ -1436,12 +1437,7 @@ def run_ppo(cfg):
     if (cfg.init, cfg.reward) == ("data/base", None):
         return run_three_stages(cfg)
     rows, _, run, identity = open_run(cfg)
-    result = run.finished(identity)
-    if result is None:
-        with run.opened(identity) as result:
-            if result is None:
-                result = train_policy(cfg, run, rows)
-    return report(result, run.folder, result["next_command"])
+    return report_once(run, identity, lambda: train_policy(cfg, run, rows))
 
 
 def train_policy(cfg, run, rows):
@@ -1516,14 +1512,12 @@ def iterate(cfg, run, setup, roles, trained, state):
     """ppo.train_ppo to its end: log, save, show."""
     config = setup.config
     bar = tqdm(total=config.steps, initial=trained.step, disable=dist_state.rank > 0 or None,
-               unit="iteration",
-               mininterval=0.5)
+               unit="iteration", mininterval=0.5)
     began = time.monotonic()
     spoke = -math.inf
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
-                                  setup.banned,
-                                  setup.gold_reward)
+                                  setup.banned, setup.gold_reward)
     for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
         with defer_signals:
             now = time.monotonic()
@@ -1553,12 +1547,7 @@ def sample_answers(cfg):
     `--task sft --data FOLDER` on them is FeedME (Ouyang et al. 2022).
     """
     rows, _, run, identity = open_run(cfg)
-    result = run.finished(identity)
-    if result is None:
-        with run.opened(identity) as result:
-            if result is None:
-                result = write_samples(cfg, run, rows)
-    return report(result, run.folder, result["next_command"])
+    return report_once(run, identity, lambda: write_samples(cfg, run, rows))
 
 
 def write_samples(cfg, run, rows):
@@ -1672,8 +1661,8 @@ def run_merge(cfg):
         largest = adapted.abs().max().item()
     if not difference <= 1e-3 * max(1.0, largest):      # fp32 rounding is about 1e-5
         raise RunError(f"--init {cfg.init}: merged logits differ from the adapted model's by "
-                       f"{difference:.2g}, so the "
-                       "variant's merged() is not its forward(); nothing was written")
+                       f"{difference:.2g}, so the variant's merged() is not its forward(); nothing was "
+                       "written")
     plain.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
     stored = settings(cfg.init)
@@ -1891,7 +1880,7 @@ def main(argv=None):
     try:
         distributed.start()
         with defer_signals.installed():
-            task = command.choose(TASKS, command.word_after(argv, "task", "sft"), "task")
+            task = find_task(command.word_after(argv, "task", "sft"))
             if dist_state.size > 1 and task.one_process:
                 raise UserError(f"--task {task.name} is work for one process: leave torchrun out")
             if task.parses_itself and not {"-h", "--help"} & set(argv):
@@ -1915,8 +1904,8 @@ def main(argv=None):
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise  # torch.OutOfMemoryError says the first, a CPU the second
         log_progress(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower "
-                     "--micro_batch_tokens or "
-                     "--block_size, and --gradient_checkpointing, need less", dist_state.rank)
+                     "--micro_batch_tokens or --block_size, and --gradient_checkpointing, need less",
+                     dist_state.rank)
         return 1
 
 

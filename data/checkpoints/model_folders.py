@@ -3,7 +3,7 @@
     name         a path, a path inside this repository, or the name of a fetched model
     run folder   its weights are in adapter/ or model/; an adapter names its base in adapter_config.json
 
-Public: find, weights_folder, base_of, root_model, settings, portable, hash_folder
+Public: find, weights_folder, base_of, folders, root_model, settings, portable, hash_folder
 """
 import hashlib
 import pathlib
@@ -62,14 +62,18 @@ def base_of(folder):
     return weights_folder(base, folder)
 
 
+def folders(name):
+    """The folder of a model's weights, then those that it stands on, down to the plain model."""
+    folder = weights_folder(name)
+    while folder is not None:
+        yield folder
+        folder = base_of(folder)
+
+
 def root_model(name):
     """The plain model under any number of adapters."""
-    folder = weights_folder(name)
-    base = base_of(folder)
-    while base is not None:
-        folder = base
-        base = base_of(folder)
-    return folder
+    *_, root = folders(name)
+    return root
 
 
 def settings(name):
@@ -90,11 +94,9 @@ def hash_folder(name):
     DataError.
     """
     digest = hashlib.sha256()
-    folder = weights_folder(name)
-    while folder is not None:
+    for folder in folders(name):
         for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
                 with open(path, "rb") as f:
                     digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
-        folder = base_of(folder)
     return digest.hexdigest()

@@ -249,9 +249,8 @@ def read_adapter(model, folder, variants, force):
         was = side.get("base_fingerprint")
         if was and not force and not same_base(was, base_fingerprint(model)):
             raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here "
-                            "(it "
-                            f"names {config.get('base_model_name_or_path') or 'none'}); load that one, or "
-                            "force it")
+                            f"(it names {config.get('base_model_name_or_path') or 'none'}); load that one, "
+                            "or force it")
         tensors = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
         read = read_own_format if variant.peft_type is None else read_peft_format
         modules = read(model, folder, config, side, variant, tensors)

@@ -126,14 +126,14 @@ def _view(buffer, data_start, name, entry):
     return raw.view(dtype).reshape(entry["shape"])
 
 
-def write_tensors(path, tensors, metadata=None):
+def write_tensors(path, tensors):
     """Write {name: tensor} as safetensors, atomically; memory holds one extra copy of a tensor at a time.
 
     Tied weights are stored once, under one name, and tied again by the code that reads them. Raises
     ValueError for two names of one memory, UserError for a disk that cannot be written.
     """
     widest_first = sorted(tensors, key=lambda name: (-list(NAMES).index(tensors[name].dtype), name))
-    header = {"__metadata__": metadata or {"format": "pt"}}
+    header = {"__metadata__": {"format": "pt"}}
     owner = {}                                                  # (device, address) -> name
     end = 0
     for name in widest_first:

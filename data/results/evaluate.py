@@ -88,8 +88,7 @@ class ModelContext:
         room = self.max_text_len()
         if requested is not None and requested > room:
             raise UserError(f"--block_size {requested} does not fit: the context of "
-                            f"{self.model.config.block_size} "
-                            f"leaves {room} tokens for text")
+                            f"{self.model.config.block_size} leaves {room} tokens for text")
         return requested or min(room, 1024)
 
     def max_prompt_len(self):

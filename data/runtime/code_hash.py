@@ -27,7 +27,7 @@ overrides an inherited one, or a special method. Flags (`x: int = flag(...)`) ar
 compared as flags. Where the graph is unsure, it includes. It cannot see __subclasses__(), names that are
 computed while the program runs, or a member that was added for a getattr to find.
 
-Public: code_hashes, function_hashes, changed, short_hash, EXCLUDED
+Public: code_hashes, function_hashes, changed, hash_json, short_hash, EXCLUDED
 """
 import ast
 import builtins
@@ -136,9 +136,14 @@ def changed(old, new):
     return [name for name, value in old.items() if name not in new or not same(value, new[name])]
 
 
+def hash_json(value):
+    """A hash of anything that JSON can hold: rows of data, say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def short_hash(value, digits=8):
-    """The first hexadecimal digits of a hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
+    """The first hexadecimal digits of `hash_json`."""
+    return hash_json(value)[:digits]
 
 
 # ------------------------------------------------------------------------------------------------- call graph

@@ -14,9 +14,9 @@ Public: Program, parse, groups_of
 from typing import Callable, NamedTuple
 
 from data.runtime.files import UserError
-from data.runtime.flags import fields_of, unknown_choice, usage_error
+from data.runtime.flags import fields_of, usage_error
 from data.runtime.flags import parse as parse_flags
-from data.runtime.records import unused_flags
+from data.runtime.records import find_record, unused_flags
 from data.runtime.run_folder import log_progress
 
 
@@ -77,19 +77,11 @@ def chosen_variants(method, argv):
     return [v for v in getattr(method, "variants", ())[1:] if f"--{v.name}" in argv]
 
 
-def choose(records, name, flag_name):
-    """The record of this name. Raises UserError, with a suggestion."""
-    for record in records:
-        if record.name == name:
-            return record
-    raise UserError(unknown_choice("--" + flag_name, name, [record.name for record in records]))
-
-
 def choose_method(argv, task, program):
     """The method record of a command line. Raises UserError for one that the task does not take."""
     word = word_after(argv, "method", None)
     name = word or task.defaults.get("method", "lora" if task.trains else "none")
-    method = choose(program.methods, name, "method")
+    method = find_record(program.methods, name)
     if not task.trains and method.trains:
         raise UserError(f"--task {task.name} trains nothing, so it takes no --method {name}; leave --method "
                         "out")
@@ -104,7 +96,7 @@ def choose_method(argv, task, program):
 
 def parse(argv, program):
     """argv -> Config. Raises UserError."""
-    task = choose(program.tasks, word_after(argv, "task", "sft"), "task")
+    task = find_record(program.tasks, word_after(argv, "task", "sft"))
     method = choose_method(argv, task, program)
     groups = groups_of(program, task, method)
     defaults = defaults_of(task, method, argv)
@@ -113,7 +105,7 @@ def parse(argv, program):
         declared = fields_of(groups).get(name)
         if declared:
             word = word_after(argv, name, defaults.get(name, declared.default))
-            chosen = choose(records, word, name)
+            chosen = find_record(records, word)
             groups += getattr(chosen, "flags", ())
             defaults = {**defaults, **getattr(chosen, "defaults", {})}
             hidden += unused_flags(chosen, records) if hasattr(chosen, "unused") else ()

@@ -5,6 +5,7 @@ over the target; the folder is fsynced last.  Whatever stops us (full disk, Ctrl
 
 Public: UserError, DataError, WriteError, atomic, write_atomic, read_json, write_json, unique_keys
 """
+import collections
 import contextlib
 import json
 import os
@@ -65,11 +66,10 @@ def write_atomic(path, content):
 
 def unique_keys(pairs):
     """A JSON object with every key once; of two, Python would keep the last in silence."""
-    out = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f'"{key}" appears twice')
-        out[key] = value
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f'the key "{key}" appears twice')
     return out
 
 

@@ -170,10 +170,10 @@ def parse(argv, groups, defaults, description, explain, hidden=()):
         raise UserError(explain(extra[0]))
     given = vars(found)
     fields = fields_of(groups)
-    values = {name: given.get(name, defaults.get(name, field.default)) for name, field in fields.items()}
+    standard = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    values = {**standard, **given}
     check_ranges(values, fields)
     transient = [name for name, field in fields.items() if not field.metadata["identity"]]
-    standard = {name: defaults.get(name, field.default) for name, field in fields.items()}
     cfg = Config(values, given, transient, standard)
     for group in groups:
         if hasattr(group, "check"):
@@ -188,14 +188,13 @@ def check_ranges(values, fields):
         low, high, below = (field.metadata[key] for key in ("low", "high", "below"))
         if value is None or isinstance(value, (str, bool)):
             continue
-        upper = high if high is not None else below
-        if low is not None and (value < low or not math.isfinite(value) or abs(value) >= 2 ** 63):
-            raise UserError(f"--{name} {value} is out of range; it starts at {low} and is finite"
-                            if upper is None else f"--{name} {value} is out of range; "
-                            f"it goes from {low} to {'below ' * (below is not None)}{upper}")
-        if high is not None and value > high or below is not None and value >= below:
-            raise UserError(f"--{name} {value} is out of range; it goes from {low} to "
-                            f"{'below ' * (below is not None)}{upper}")
+        too_low = low is not None and (value < low or not math.isfinite(value) or abs(value) >= 2 ** 63)
+        too_high = high is not None and value > high or below is not None and value >= below
+        if too_low or too_high:
+            span = f"it starts at {low} and is finite"
+            if high is not None or below is not None:
+                span = f"it goes from {low} to {high if below is None else f'below {below}'}"
+            raise UserError(f"--{name} {value} is out of range; {span}")
 
 
 def usage_error(word, known, owners, here):

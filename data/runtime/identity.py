@@ -7,10 +7,8 @@
 config.json stores it as `code` (a short hash of all definitions), `code_hashes`, `data_sha256`,
 `base_sha256`, `reward`, `gold_reward` and `inputs` (the others).
 
-Public: Change, compare_identity, compare_flags, to_config, from_config, code_of, has_code, hash_json,
-UNKNOWN_CODE
+Public: Change, compare_identity, compare_flags, to_config, from_config, code_of, has_code, UNKNOWN_CODE
 """
-import hashlib
 import json
 from typing import NamedTuple
 
@@ -98,8 +96,3 @@ def compare_flags(old, new, defaults):
             raise UserError(f"holds a run with --{name} {before}; this command says --{name} {new[name]}. "
                             "Use another --out, or --fresh to start over")
     return [f"--{name} (gone)" for name, value in old.items() if name not in new and value is not None]
-
-
-def hash_json(obj):
-    """A hash of what JSON can hold: rows of data, say."""
-    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()

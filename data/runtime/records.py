@@ -13,16 +13,15 @@ Public: find_record, unused_flags, RecordConfig
 import dataclasses
 
 from data.runtime.files import UserError
-from data.runtime.flags import check_ranges, fields_of
+from data.runtime.flags import check_ranges, fields_of, unknown_choice
 
 
 def find_record(records, name):
-    """The record of this name. Raises UserError, which lists the known ones."""
+    """The record of this name. Raises UserError, with a suggestion."""
     for record in records:
         if record.name == name:
             return record
-    known = " ".join(record.name for record in records)
-    raise UserError(f"--{records[0].selected_by} {name} is none of {known}")
+    raise UserError(unknown_choice("--" + records[0].selected_by, str(name), [r.name for r in records]))
 
 
 def unused_flags(record, records):

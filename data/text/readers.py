@@ -12,13 +12,12 @@ A location is "FILE:LINE", or "FILE:item N" in an array. Every error message sta
 
 Public: read_records, describe_type, SUFFIXES, MAX_LINE
 """
-import collections
 import csv
 import io
 import json
 import re
 
-from data.runtime.files import DataError
+from data.runtime.files import DataError, unique_keys
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 MAX_LINE = 32 << 20                                     # bytes; longer means: a file without line ends
@@ -102,7 +101,7 @@ def _read_lines(f, path):
 def _parse_json(text, path, line, rule):
     """The value of a JSON text that begins at a line; `rule` is what an error message reminds of."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
         if re.search(r"\\u[dD][89a-fA-F]", text):       # only an escape can spell half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -113,15 +112,6 @@ def _parse_json(text, path, line, rule):
         raise DataError(f"{path}:{line}: {half} is half of a surrogate pair, not a character") from e
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}:{line}: not JSON ({e})") from e
-
-
-def _unique_keys(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):                           # json itself keeps the last of two equal keys
-        counts = collections.Counter(key for key, _ in pairs)
-        key = counts.most_common(1)[0][0]
-        raise ValueError(f'the key "{key}" appears twice')
-    return row
 
 
 def _refuse_constant(name):
@@ -137,7 +127,7 @@ def _read_table(path):
         reader = csv.reader(text, strict=True)
     try:
         header = next(reader, [])
-        _unique_keys([(key, None) for key in header])
+        unique_keys([(key, None) for key in header])
         for cells in reader:
             if not cells:                               # a blank line
                 continue
