@@ -45,7 +45,8 @@ import torch.nn.functional as F
 
 from data.checkpoints.peft import (base_fingerprint, fused, peft_type_of, read_adapter,        # noqa: F401
                                    write_adapter)
-from data.checkpoints.quantization import QuantizedWeight, QuantProduct, compute_dtype, keep_wide
+from data.checkpoints.quantization import (QUANT_TYPES, QuantizedWeight, QuantProduct, compute_dtype,
+                                           keep_wide)
 from data.runtime.files import DataError, UserError
 from data.runtime.flags import flag, parse_layers, parse_rank_pattern
 
@@ -439,9 +440,10 @@ def use_adapter(model, name):
     With activation checkpointing, run backward inside too: it computes the forward again, and must find the
     same adapter.
     """
-    if name is not None and not adapters(model, name):
+    wrapped = wrapped_linears(model).values()
+    if name is not None and not any(name in m.adapters for m in wrapped):
         raise UserError(f"this model has no adapter called {name!r}")
-    before = [(m, m.active) for m in wrapped_linears(model).values()]
+    before = [(m, m.active) for m in wrapped]
     try:
         for m, _ in before:
             m.active = name
@@ -638,8 +640,8 @@ def quantize(model, dtype, double=False):
     The head stays: it is often the embedding, too. Returns bits per weight, everything counted. Raises
     UserError for another dtype.
     """
-    if dtype not in ("int8", "nf4"):
-        raise UserError(f"a base cannot be quantized to {dtype!r}; int8 and nf4 are known")
+    if dtype not in QUANT_TYPES:
+        raise UserError(f"a base cannot be quantized to {dtype!r}; {' and '.join(QUANT_TYPES)} are known")
     count = 0
     bits = 0
     for path, module in linears(model).items():
@@ -716,7 +718,7 @@ class AdapterFlags:
     """LoRA"""
     targets: str = flag("q,v", "which Linears: q k v o up gate down head")
     layers: str = flag(None, "which layers, as 0-3,5; default: all", type=str)
-    quant: str = flag("none", "store the frozen base in fewer bits", choices=("none", "int8", "nf4"))
+    quant: str = flag("none", "store the frozen base in fewer bits", choices=("none", *QUANT_TYPES))
     double_quant: bool = flag(False, "quantize the blocks' scales as well")
 
     @staticmethod
@@ -859,7 +861,7 @@ class LoRAMethod:
         """What run.json keeps so that `load` can rebuild the model."""
         return {} if cfg.quant == "none" else dict(quant=cfg.quant, double_quant=cfg.double_quant)
 
-    def cost(self, cfg, model):
+    def cost(self, cfg):
         """What data/results/cost_model.py needs to know."""
         targets = tuple(word for word in cfg.targets.split(",") if word != "head")
         keeps_output = "lora_magnitude_vector" in [g.parameter for g in self.variant(cfg).groups]

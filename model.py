@@ -31,7 +31,7 @@ needs. Every reader goes through `embed` and `logits`; nothing else calls wte or
 B batch  T tokens  C width  V vocabulary  nh heads  nkv kv heads  hs head size  P virtual tokens  r rank
 S columns of a KV cache  N selected positions
 Public: GPTConfig, GPT, Past, past_length, KVCache, generate, sample, filter_logits, token_logprobs,
-glm_position_ids
+glm_position_ids, prompt_view
 """
 import functools
 import math
@@ -708,11 +708,8 @@ def read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infi
         T = max(len(prompts[i]) for i in part)
         padded = [prompts[i] + [0] * (T - len(prompts[i])) for i in part]
         x = torch.tensor(padded, device=device)                         # (b, T)
-        view = {"select": (torch.arange(len(part), device=device), n - 1)}
-        if bidirectional_prompt:
-            view["bidirectional_len"] = n - 1 if infill_suffix else n   # the start token is causal
-        if infill_suffix:
-            view["glm_positions"] = glm_position_ids(torch.arange(T, device=device), n)
+        view = prompt_view(T, n, bidirectional_prompt, infill_suffix)
+        view["select"] = torch.arange(len(part), device=device), n - 1
         hidden, made = model.hidden_states(embed(x) if embed else x, past, **view)      # (b, C)
         if layers is None:
             free = columns - max(entry.k.size(2) for entry in made)
@@ -723,6 +720,16 @@ def read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infi
         for i, h in zip(part, hidden):
             last[i] = h
     return KVCache(layers, P + sizes), torch.stack(last)
+
+
+def prompt_view(T, n, bidirectional_prompt, infill_suffix):
+    """How `hidden_states` reads prompts of n (B,) tokens in T columns: keywords of it."""
+    view = {}
+    if bidirectional_prompt:
+        view["bidirectional_len"] = n - 1 if infill_suffix else n       # the start token is causal
+    if infill_suffix:
+        view["glm_positions"] = glm_position_ids(torch.arange(T, device=n.device), n)
+    return view
 
 
 def empty_cache(entry, rows, free):

@@ -67,7 +67,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches.batching import split_by_token_budget
-from data.results.ppo_metrics import average_minibatches, describe, merge_parts
+from data.results.ppo_metrics import average_minibatches, describe, merge_parts, ranked_pairs
 from data.runtime import distributed
 from data.runtime.device import MICRO
 from data.runtime.files import UserError
@@ -391,7 +391,7 @@ def rank_loss(scores, rank, mask=None):
     pair (InstructGPT, eq. 1). scores, rank (B, K), smaller rank = better; equal ranks are no pair; mask says
     which answers exist. Returns the loss (B,) and the number of pairs (B,)."""
     mask = torch.ones_like(rank, dtype=torch.bool) if mask is None else mask
-    pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]             # (B, K, K)
+    pair = ranked_pairs(rank, mask)                                             # (B, K, K)
     pairs = pair.sum((1, 2))
     s = scores.masked_fill(~mask, 0)
     loss = pairwise_loss(s[:, :, None], s[:, None, :]).masked_fill(~pair, 0)
@@ -604,7 +604,7 @@ class PolicyDistribution:
     def __init__(self, model, temperature=1.0, banned=()):
         self.model = model
         self.temperature = temperature
-        self.banned = list(banned)
+        self.banned = torch.tensor(list(banned), device=model.wte.weight.device, dtype=torch.long)
 
     def __getattr__(self, name):                            # hidden_states, config, wte: the model's own
         return getattr(self.model, name)
@@ -612,8 +612,7 @@ class PolicyDistribution:
     def logits(self, hidden):                               # (..., C) -> (..., V), at least fp32
         logits = self.model.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        banned = torch.tensor(self.banned, device=logits.device, dtype=torch.long)
-        return logits.index_fill(-1, banned, -torch.inf)
+        return logits.index_fill(-1, self.banned, -torch.inf)
 
 
 def action_hidden_states(model, batch, past):
@@ -825,8 +824,7 @@ class Environment(NamedTuple):
 
 class Experience(NamedTuple):
     """One rollout with its scores."""
-    prompts: list                               # B lists of ids: each prompt num_generations times
-    answers: list                               # B lists of ids
+    answers: list                               # B lists of ids, num_generations for each prompt
     batch: Batch
     scores: torch.Tensor                        # (B,)
     ended: torch.Tensor                         # (B,)      bool: the answer ends with an end token
@@ -1056,7 +1054,7 @@ def collect(cfg, roles, environment, step, device):
         metrics["gold"] = gold.mean().item()
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
-    return Experience(prompts, answers, batch, s, ended, metrics)
+    return Experience(answers, batch, s, ended, metrics)
 
 
 def compute_advantages(cfg, batch, scores, beta):

@@ -421,7 +421,7 @@ def prompt_type_of(prompt_class):
     return prompt_class.peft_type or "PLAINTUNE_" + prompt_class.__name__.upper()
 
 
-def save_prompt(prompt, folder, base="", task_type="CAUSAL_LM"):
+def save_prompt(prompt, folder, base=""):
     """Write the virtual tokens as peft does, in fp32; an encoder is not in the file (to train on, keep
     state_dict()).
 
@@ -429,9 +429,9 @@ def save_prompt(prompt, folder, base="", task_type="CAUSAL_LM"):
     get a peft_type of their own, which it refuses, not one that it would run as something else. A soft prompt
     with peft_type None is written as its state dict and the arguments that it was built with.
     """
-    config = dict(peft_type=prompt_type_of(type(prompt)), task_type=task_type,
-                  base_model_name_or_path=str(base),
-                  inference_mode=True, num_virtual_tokens=prompt.num_virtual_tokens)
+    config = dict(peft_type=prompt_type_of(type(prompt)), task_type="CAUSAL_LM",
+                  base_model_name_or_path=str(base), inference_mode=True,
+                  num_virtual_tokens=prompt.num_virtual_tokens)
     if prompt.peft_type is None:
         config["settings"] = prompt.settings
         tensors = prompt.state_dict()
@@ -632,9 +632,9 @@ class PromptMethod:
     def run_settings(self, cfg):
         return {}
 
-    def cost(self, cfg, model):
+    def cost(self, cfg):
         """What data/results/cost_model.py needs to know."""
-        return dict(kind="prompt", targets=(), rank=0, keeps_output=False, quant="none", first_layer=0)
+        return dict(kind="prompt")
 
 
 METHODS = (

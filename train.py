@@ -472,8 +472,8 @@ class FullMethod:
     def run_settings(self, cfg):
         return {}
 
-    def cost(self, cfg, model):
-        return dict(kind="full", targets=(), rank=0, keeps_output=False, quant="none", first_layer=0)
+    def cost(self, cfg):
+        return dict(kind="full")
 
 
 class NoneMethod:
@@ -993,7 +993,7 @@ def dry_run(cfg, rows, row_type):
 
 def plan_of(ctx, cfg, trainable, examples, block):
     """The numbers from which data/results/cost_model.py estimates memory and arithmetic."""
-    costs = find_method(cfg.method).cost(cfg, ctx.model)
+    costs = find_method(cfg.method).cost(cfg)
     logits_on_answers = find_task(cfg.task).logits_on_answers
     return cost_model.planned(ctx, cfg, trainable, examples, block, costs, logits_on_answers)
 
@@ -1209,7 +1209,7 @@ def add_reference_logprobs(ctx, cfg, examples):
     past = ctx.past()
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, list(map(size, examples))):
-            both = ppo.pair_logprobs(adapter_context(ctx, past), [examples[i] for i in part])[:2]
+            both = ppo.pair_logprobs(adapter_context(ctx, past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
                 found[i] = pair
     return [e._replace(reference=tuple(pair)) for e, pair in zip(examples, distributed.gather_rows(found))]
@@ -1699,7 +1699,7 @@ def run_check(argv):
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
     method = find_method(cfg.method)
-    costs = method.cost(cfg, ctx.model) if method.trains else None
+    costs = method.cost(cfg) if method.trains else None
     return inspect_data.examine(ctx, cfg, data, probe if method.trains else None, costs, clean_copy)
 
 

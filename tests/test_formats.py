@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from data.text import readers
+from data.text import formats, readers
 from data.runtime.files import DataError, UserError
 from data.text.formats import duplicates, leaks, load, prompt_key
 
@@ -576,3 +576,18 @@ def test_real_data(assets):
     assert len(load(assets / "e2e", "valid").rows[0]["references"]) > 1
     assert leaks(load(assets / "instruct", "train").rows, load(assets / "instruct", "test").rows) == 2
     assert load(assets / "tinyshakespeare" / "input.txt", "train").row_type == "text"
+
+
+def test_a_file_of_all_splits_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p {i}", "completion": "c"}) + "\n" for i in range(100)))
+    reads = []
+    read_records = formats.read_records
+
+    def counted(file):
+        reads.append(file)
+        return read_records(file)
+    monkeypatch.setattr(formats, "read_records", counted)
+    data = formats.load_splits(path)
+    assert len(reads) == 1
+    assert all(part == formats.load(path, split) for split, part in data.items())

@@ -137,6 +137,10 @@ class Text:
         """A preference row as (Ranking of at most `block` tokens per answer, whether anything was cut)."""
         return row_type_of(row).encode(self, row, block, "truncate")
 
+    def label_answers(self):
+        """The ids of each label as an answer, its end token last."""
+        return [chat.answer(label, self.template, self.tokenizer) for label in self.labels]
+
     # ---- many rows -----------------------------------------------------------------------------------------
     def encode(self, rows, block, too_long="truncate"):
         """Rows -> (examples of at most `block` tokens, {"truncated": how many, "dropped": how many}).
@@ -273,7 +277,7 @@ class Feed:
         if epoch != self.epoch:
             self.epoch = epoch
             self.steps = self._plan(epoch)
-        selected = self.steps[number % len(self.steps)]
+        selected = self.steps[number]
         if self.stride is None:
             return [self.examples[i] for i in selected]
         return self.text.windows(self.examples, selected, self.stride, 1, self.seed, step)

@@ -13,7 +13,6 @@ Public: parse_shots, fit_shots, shot_ladder, print_ladder
 """
 from dataclasses import dataclass
 
-from data.text import chat
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import log_progress, print_result
@@ -69,8 +68,7 @@ def fit_shots(ctx, row, shots):
     limit = ctx.max_prompt_len()
     if "label" in row:
         if ctx.head is None:                            # every label must fit behind the question
-            answers = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]
-            hard_limit = ctx.max_text_len() - max(len(answer) for answer in answers)
+            hard_limit = ctx.max_text_len() - max(map(len, text.label_answers()))
         limit = hard_limit
     if shots and len(ids) > limit:
         count = _most_that_fit(text, row, shots, limit)

@@ -92,8 +92,7 @@ def prefix(ids, rng, special=None):
 def mlm(ids, rng, special):
     inputs = list(ids)
     y = [-1] * len(ids)
-    words = set(special.words.tolist())
-    candidates = [i for i, token in enumerate(ids) if token in words]
+    candidates = np.flatnonzero(np.isin(ids, special.words))
     count = max(1, round(CORRUPTION_RATE * len(candidates)))
     for i in rng.permutation(candidates)[:count]:
         y[i] = ids[i]

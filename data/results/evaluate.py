@@ -11,10 +11,9 @@ no number depends on how they were batched, because attention does not reach the
 processes share the rows, and all of them get all results.
 
 B batch  T tokens  C width  V vocabulary  N target positions
-Public: ModelContext, summed_loss, mean_loss, sample, answer, evaluate_rows, item_correct, fingerprint
+Public: ModelContext, summed_loss, mean_loss, sample, answer, evaluate_rows, item_correct
 """
 import contextlib
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -28,10 +27,10 @@ from data.batches.few_shot import fit_shots
 from data.batches.objectives import Example, collate
 from data.results import metrics
 from data.runtime.device import MICRO
-from data.runtime.distributed import full, gather, gather_rows, local_rows
+from data.runtime.distributed import gather, gather_rows, local_rows
 from data.runtime.files import UserError
 from data.runtime.flags import flag
-from data.text import chat, entities
+from data.text import entities
 from model import GPT, KVCache, generate, glm_position_ids, past_length, token_logprobs
 
 
@@ -171,6 +170,16 @@ def length_batches(ctx, lengths, extra=0, times=2):
     return batching.split_by_token_budget(order, [n + extra for n in lengths], times * ctx.micro_batch_tokens)
 
 
+def by_row(ctx, items, lengths, compute, extra=0, times=2):
+    """compute(some of the items, past) -> a result each; the results of all items, on every process."""
+    results = {}
+    with ctx.autocast():
+        past = ctx.past()
+        for index in length_batches(ctx, lengths, extra, times):
+            results.update(zip(index, compute([items[i] for i in index], past)))
+    return gather_rows(results)
+
+
 @torch.no_grad()
 def mean_loss(ctx, examples):
     """(mean -log p over all targets, their number)."""
@@ -187,17 +196,14 @@ def mean_loss(ctx, examples):
 def sample(ctx, prompts, **sampling):
     """The model's answer to each prompt, ids to ids; greedy unless `sampling` says otherwise."""
     ctx.require_causal()
-    answers = {}
     sampling = {"temperature": 0, **sampling}
-    with ctx.autocast():
-        past = ctx.past()
-        # a cache is small
-        for rows in length_batches(ctx, list(map(len, prompts)), ctx.max_new_tokens, times=8):
-            new = generate(ctx.model, [prompts[i] for i in rows], ctx.max_new_tokens, eos=ctx.text.end_token,
-                           past=past, embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
-                           infill_suffix=bool(ctx.text.infill_suffix), **sampling)
-            answers.update(zip(rows, new))
-    return gather_rows(answers)
+
+    def continuations(some, past):
+        return generate(ctx.model, some, ctx.max_new_tokens, eos=ctx.text.end_token, past=past,
+                        embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
+                        infill_suffix=bool(ctx.text.infill_suffix), **sampling)
+    # a cache is small, so more rows fit
+    return by_row(ctx, prompts, list(map(len, prompts)), continuations, ctx.max_new_tokens, times=8)
 
 
 def answer(ctx, prompts, **sampling):
@@ -212,18 +218,13 @@ def word_scores(ctx, prompts):
     A prompt runs once; each label then uses the same cache columns behind it.
     """
     ctx.require_causal()
-    text = ctx.text
-    words = [chat.answer(label, text.template, text.tokenizer) for label in text.labels]    # end token last
+    words = ctx.text.label_answers()
     longest = max(map(len, words))
-    scores = {}
-    with ctx.autocast():
-        past = ctx.past()
-        for index in length_batches(ctx, list(map(len, prompts)), longest):
-            rows = [prompts[i] for i in index]
-            first, cache = fill_cache(ctx, rows, past, longest)
-            nll = [word_nll(ctx, word, first, past, cache) for word in words]
-            scores.update(zip(index, torch.stack(nll, 1).tolist()))
-    return torch.tensor(gather_rows(scores))
+
+    def scores(some, past):
+        first, cache = fill_cache(ctx, some, past, longest)
+        return torch.stack([word_nll(ctx, word, first, past, cache) for word in words], 1).tolist()
+    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores, longest))
 
 
 def fill_cache(ctx, rows, past, longest):
@@ -255,28 +256,26 @@ def head_scores(ctx, prompts):
     """
     if ctx.head is None:
         return torch.full((len(prompts), len(ctx.text.labels)), math.log(len(ctx.text.labels)))
-    scores = {}
-    with ctx.autocast():
-        past = ctx.past()
-        for index in length_batches(ctx, list(map(len, prompts))):
-            hidden, _ = ctx.run_prompts([prompts[i] for i in index], past)
-            scores.update(zip(index, (-ctx.head(hidden.float()).log_softmax(-1)).tolist()))
-    return torch.tensor(gather_rows(scores))
+
+    def scores(some, past):
+        hidden, _ = ctx.run_prompts(some, past)
+        return (-ctx.head(hidden.float()).log_softmax(-1)).tolist()
+    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores))
 
 
 def word_tags(ctx, examples):
     """The tag of every word by the head, a list per example. Before there is a head, all are the first: O."""
     if ctx.head is None:
         return [[ctx.text.labels[0]] * targets(e) for e in examples]
-    tags = {}
-    with ctx.autocast():
-        past = ctx.past()
-        for index in length_batches(ctx, [len(e.ids) for e in examples]):
-            hidden, _, _ = ctx.run_examples([examples[i] for i in index], past)
-            for i, h in zip(index, hidden):
-                at_words = [j for j, tag in enumerate(examples[i].y) if tag >= 0]
-                tags[i] = [ctx.text.labels[k] for k in ctx.head(h[at_words].float()).argmax(-1).tolist()]
-    return gather_rows(tags)
+
+    def tags(some, past):
+        hidden, _, _ = ctx.run_examples(some, past)
+        found = []
+        for example, h in zip(some, hidden):
+            at_words = [j for j, tag in enumerate(example.y) if tag >= 0]
+            found.append([ctx.text.labels[k] for k in ctx.head(h[at_words].float()).argmax(-1).tolist()])
+        return found
+    return by_row(ctx, examples, [len(e.ids) for e in examples], tags)
 
 
 @torch.no_grad()
@@ -358,11 +357,3 @@ def item_correct(ctx, rows, answers):
         return ""
     correct = [metrics.exact_match(a, ctx.text.references(row)) for a, row in zip(answers, rows)]
     return "".join("1" if one else "0" for one in correct)
-
-
-def fingerprint(model):
-    """A hash over the shape of a model and a thin sample of every weight."""
-    digest = hashlib.sha256(str(model.config).encode())
-    for p in model.parameters():
-        digest.update(full(p.detach()).flatten()[::997].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -50,7 +50,7 @@ def load_for_check(path, write=False):
     """(data, row_type, clean_copy) of --data.
 
     data         {"train", "valid", "test": data/text/formats.Data}
-    row_type     of all three, a name in formats.ROW_TYPES
+    row_type     of all three, a name in row_types.ROW_TYPES
     clean_copy   (folder, {split: rows}) for --write, else None; nothing is written yet
 
     Raises DataError for data that cannot be read; UserError where --write cannot make a copy.
@@ -148,22 +148,30 @@ def count_tokens(ctx, rows, row_type):
 
 
 def print_counts(ctx, data, row_type):
-    """Print a line for each split. Returns ({split: tokens of each row}, share of targets or None)."""
+    """Print a line for each split.
+
+    Returns ({split: tokens of each row}, share of targets or None, repeated rows, leaked rows).
+    """
     print_result(" " * 8 + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
     lengths = {}
     supervised = 0
+    repeated = 0
+    leaked = 0
     for split, part in data.items():
         lengths[split], count = count_tokens(ctx, part.rows, row_type)
         supervised = None if count is None else supervised + count
         leaks = 0 if split == "train" else formats.leaks(data["train"].rows, part.rows)
+        repeats = formats.duplicates(part.rows)
+        repeated += repeats
+        leaked += leaks
         percentiles = np.percentile(lengths[split], (0, 50, 90, 99, 100), method="higher")
-        numbers = [len(part.rows), formats.duplicates(part.rows), leaks, sum(lengths[split]), *percentiles]
+        numbers = [len(part.rows), repeats, leaks, sum(lengths[split]), *percentiles]
         print_result(f"{split:8}" + "".join(f"{n:{width},}" for n, width in zip(numbers, COLUMNS.values())))
     if supervised is None:
-        return lengths, None
+        return lengths, None, repeated, leaked
     total = sum(map(sum, lengths.values()))
     print_result(f"supervised: {percent(supervised, total)} of the tokens, {supervised:,} of {total:,}")
-    return lengths, supervised / total
+    return lengths, supervised / total, repeated, leaked
 
 
 def print_training(ctx, cfg, rows, probe, costs):
@@ -188,16 +196,13 @@ def print_training(ctx, cfg, rows, probe, costs):
 
 # ------------------------------------------------------------------------------------------------- the advice
 
-def advice_on_rows(data, row_type):
-    """Sentences about repeated, leaked, ambiguous and too few rows."""
-    train = data["train"].rows
-    repeated = sum(formats.duplicates(part.rows) for part in data.values())
-    leaks = sum(formats.leaks(train, data[split].rows) for split in ("valid", "test"))
+def advice_on_rows(train, row_type, repeated, leaked):
+    """Sentences about repeated, leaked, ambiguous and too few rows. train: the rows of that split."""
     parts = []
     if repeated:
         parts.append(f"{repeated:,} rows repeat another row of their split")
-    if leaks:
-        parts.append(f"{leaks:,} rows of valid and test have a prompt of train, so test scores are too high")
+    if leaked:
+        parts.append(f"{leaked:,} rows of valid and test have a prompt of train, so test scores are too high")
     if parts:
         yield "; ".join(parts) + ": --write makes a copy without them"
     if row_type in ("chat", "label"):
@@ -258,7 +263,7 @@ def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
     if names:
         ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])
     print_result()
-    lengths, supervised = print_counts(ctx, data, row_type)
+    lengths, supervised, repeated, leaked = print_counts(ctx, data, row_type)
     if names:
         total = sum(count for _, count in names)
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
@@ -267,7 +272,7 @@ def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
     if probe is not None and row_type != "prompt":
         seconds = print_training(ctx, cfg, train, probe, costs)
     block_size = ctx.block_size(cfg.get("block_size"))
-    advice = [*advice_on_rows(data, row_type), *advice_on_names(names, train, row_type),
+    advice = [*advice_on_rows(train, row_type, repeated, leaked), *advice_on_names(names, train, row_type),
               *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]
     print_result()
     for line in advice or ["nothing to change"]:

@@ -19,7 +19,7 @@ import torch
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result
-from model import KVCache, filter_logits, glm_position_ids, past_length
+from model import KVCache, filter_logits, glm_position_ids, past_length, prompt_view
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,9 @@ def walk(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top_
     """(logits (V,) of the first token, [(token, the probability it was sampled with)]) of a continuation."""
     x = torch.tensor([ids], device=model.wte.weight.device)                         # (1, T)
     n = torch.tensor([len(ids)], device=x.device)
-    attention = {}
-    if bidirectional_prompt:
-        attention["bidirectional_len"] = n - 1 if infill_suffix else n
-    if infill_suffix:
-        attention["glm_positions"] = glm_position_ids(torch.arange(len(ids), device=x.device), n)
+    view = prompt_view(len(ids), n, bidirectional_prompt, infill_suffix)
     P = past_length(past)
-    hidden, filled = model.hidden_states(embed(model, x) if embed else x, past, **attention)
+    hidden, filled = model.hidden_states(embed(model, x) if embed else x, past, **view)
     limit = min(max_new_tokens, model.config.block_size - P - len(ids) + 1)  # the last token needs no column
     cache = KVCache.extend(filled, n + P, limit - 1)
     tokens = []

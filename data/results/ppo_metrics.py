@@ -8,8 +8,8 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
-Public: correlation, explained_variance, describe, merge_parts, average_minibatches, health, reward_report,
-show
+Public: correlation, explained_variance, describe, merge_parts, average_minibatches, health, ranked_pairs,
+reward_report, show
 """
 from collections import defaultdict
 
@@ -129,13 +129,18 @@ def health(metrics, tolerance=1e-4):
     return [text.format_map(m) for wrong, text in checks if wrong]
 
 
+def ranked_pairs(rank, mask):
+    """rank, mask (B, K) -> (B, K, K) bool: answers i and j exist, and i is ranked before j."""
+    return (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+
+
 def reward_report(parts):
     """[(scores, rank, mask, length), ...], each (B, K), as `ppo.reward_step` returns them -> accuracy over
     pairs (equal scores count half), also by the difference of the ranks, which for votes is their margin; and
     the correlation of score and length."""
     by_margin = defaultdict(list)
     for s, rank, mask, _ in parts:
-        pair = (rank[:, :, None] < rank[:, None, :]) & mask[:, :, None] & mask[:, None, :]         # (B, K, K)
+        pair = ranked_pairs(rank, mask)                                                 # (B, K, K)
         correct = (s[:, :, None] - s[:, None, :]).sign() / 2 + 0.5
         margin = rank[:, None, :] - rank[:, :, None]
         for m, x in zip(margin[pair].tolist(), correct[pair].tolist()):

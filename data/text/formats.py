@@ -12,7 +12,7 @@ Splits. A folder holds train, valid and test files. A single file is split 80/10
 folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
 set with too few rows to split is used whole in every split. Data.source says which of these happened.
 
-Public: load, load_splits, load_text, Data, FORMATS, ROW_TYPES, SPLITS, prompt_key, row_json, label_names,
+Public: load, load_splits, load_text, Data, FORMATS, SPLITS, prompt_key, row_json, label_names,
 duplicates, leaks
 """
 import collections
@@ -55,7 +55,6 @@ FORMATS = {format.name: format for format in (
     Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",)),
     Format("prompt", "prompt", converters.prompt, ("prompt",)),
 )}
-ROW_TYPES = tuple(dict.fromkeys(format.row_type for format in FORMATS.values()))
 OPTIONAL_KEYS = set("input system history references outputs tools functions votes_for votes_against".split())
 
 
@@ -163,16 +162,21 @@ def load(path_or_name, split=None):
 
     Raises DataError for what cannot be read or interpreted, UserError for an unknown split.
     """
-    name, path = str(path_or_name), pathlib.Path(path_or_name)
     if split not in (None, *SPLITS):
         raise UserError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
+    return _load(path_or_name, [split])[0]
+
+
+def _load(path_or_name, splits):
+    """[Data of each of `splits`]; a file that holds all of them is read once."""
+    name, path = str(path_or_name), pathlib.Path(path_or_name)
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
-        return _load_toy(name, split)
+        return [_load_toy(name, split) for split in splits]
     try:
         if not path.exists():
             path = cache.find_data(name) or path
         if path.is_dir():
-            return _load_folder(path, split)
+            return [_load_folder(path, split) for split in splits]
         if not path.exists() and name in cache.DATASETS:
             raise DataError(f"{name} is not fetched yet; run python data/fetch.py {name}")
         if not path.is_file():
@@ -182,12 +186,12 @@ def load(path_or_name, split=None):
         data = _convert(read_records(path), name)
     except OSError as e:
         raise DataError(f"{name} cannot be read ({e.strerror or e})") from e
-    return data if split is None else _part(data, split, {8: "valid", 9: "test"})
+    return [data if split is None else _part(data, split, {8: "valid", 9: "test"}) for split in splits]
 
 
 def load_splits(path_or_name):
     """{"train", "valid", "test": Data}. Raises DataError when their row types differ."""
-    data = {split: load(path_or_name, split) for split in SPLITS}
+    data = dict(zip(SPLITS, _load(path_or_name, SPLITS)))
     train = data["train"]
     for part in data.values():
         if part.row_type != train.row_type:
