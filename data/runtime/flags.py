@@ -7,7 +7,7 @@
 
 A flag, a field and a JSON key have one name. This file turns such groups into an argument parser, checks
 types, choices and ranges, and gives a read-only Config. It knows no flag, task or method: which groups a
-command has is said by the records of its task and method (train.py). A group may have a static method
+command has stands in the records of its task and method (train.py). A group may have a static method
 check(cfg), which raises UserError for values that exclude each other. Abbreviations are errors: what a sweep
 means must not change when a flag is added. A flag of an earlier version is answered with its new name
 (RENAMED).
