@@ -1909,8 +1909,13 @@ def main(argv=None):
         return 1
 
 
-if __name__ == "__main__":
+def run_and_exit():
+    """main, as a process: it leaves the process group before it exits."""
     code = main()
     if code in (0, 75):                                 # nccl would wait for a process that is gone
         distributed.end()
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_and_exit()

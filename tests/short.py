@@ -34,4 +34,4 @@ def short_default_out(cfg):
 if __name__ == "__main__":
     train.parse = short_parse
     train.default_out = short_default_out
-    sys.exit(train.main(sys.argv[1:]))
+    train.run_and_exit()
