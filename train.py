@@ -25,17 +25,18 @@ stdout: results; stderr: progress. Exit codes: 0 done, 1 unexpected, 2 usage, 65
 
 Public: main, load, parse, TASKS, METHODS, OPTIMIZERS, SCHEDULES
 """
+import os
 import signal
 
-if __name__ == "__main__":  # until `defer_signals` takes over, Ctrl-C ends the process
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until `defer_signals` takes over, Ctrl-C ends the process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch is loaded: see data/runtime/device.py
 
 import contextlib
 import copy
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -66,7 +67,7 @@ from data.results.ppo_metrics import health, reward_report
 from data.results.report import describe, describe_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
-from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype
+from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, atomic, read_json, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
@@ -99,6 +100,8 @@ class CommonFlags:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "precision of the arithmetic; trainable parameters are stored in fp32",
                       type=dtype_name, choices=("auto", "fp32", "tf32", "bf16", "fp16"))
+    threads: int = flag(0, "CPU threads; 0: one for a small model, every core for others", low=0,
+                        identity=False)
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ def open_context(cfg):
                         "generate; --task eval measures it, and the model below it can generate")
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
     dtype, because = pick_dtype(cfg.dtype, device, width)
+    threads, by = pick_threads(cfg.threads, width)
     if cfg.get("compile"):
         compiles(device)
     model, prompt, tokenizer = open_model(cfg, dtype)
@@ -291,7 +295,8 @@ def open_context(cfg):
         guess = "plain" if cfg.init == "new" else chat.guess_template(tokenizer)
         template = stored.get("template") or guess
     several = f", {dist_state.size} processes" if dist_state.size > 1 else ""
-    log_progress(f"{device} ({why}), {str(dtype)[6:]} ({because}), chat template {template}{several}")
+    on_cpu = f", {threads} thread{'s' * (threads > 1)} ({by})" if device.type == "cpu" else ""
+    log_progress(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
     model = place_model(model, cfg, device, dtype)
     text = open_text(cfg, task, tokenizer, template, stored)
     ctx = evaluate.ModelContext(model.eval(), text, device, dtype, prompt=prompt,

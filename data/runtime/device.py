@@ -2,7 +2,12 @@
 
 fp32 means fp32: on CUDA matrix products round to 10 bits (TF32) only with --dtype tf32.
 
-Public: MICRO, pick_device, pick_dtype, compiles, machine, peak_memory_mb
+Threads. Two threads that wait for each other need two free cores: beside another process they are slower
+than one. So small models run on one thread; large ones on every core, and train.py sets
+OMP_WAIT_POLICY=PASSIVE, with which a waiting thread sleeps and does not spin. Another number of threads may
+change the last bits of a result.
+
+Public: MICRO, pick_device, pick_dtype, pick_threads, compiles, machine, peak_memory_mb
 """
 import contextlib
 import os
@@ -17,6 +22,7 @@ from data.runtime.files import UserError
 
 # Padded tokens of one forward pass. 1024 keep the cores of a CPU busy; more would only use more memory.
 MICRO = 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 1024
+WIDE = 512                                          # the width from which bf16 and threads are faster on a CPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
@@ -58,10 +64,27 @@ def pick_dtype(name, device, width):
     if ampere:
         return torch.bfloat16, "this GPU has bf16"
     with contextlib.suppress(OSError):
-        flags = pathlib.Path("/proc/cpuinfo").read_text() if device.type == "cpu" and width >= 512 else ""
+        flags = pathlib.Path("/proc/cpuinfo").read_text() if device.type == "cpu" and width >= WIDE else ""
         if "avx512_bf16" in flags or "amx_bf16" in flags:
             return torch.bfloat16, f"this CPU has bf16, and at width {width} it is faster"
     return torch.float32, f"bf16 is not faster on {device.type} at width {width}"
+
+
+def pick_threads(threads, width):
+    """Set torch's threads; returns (their number, reason). threads: 0 for the rule of this file's header."""
+    if threads:
+        reason = "requested"
+    elif "OMP_NUM_THREADS" in os.environ:
+        threads = torch.get_num_threads()
+        reason = "OMP_NUM_THREADS"
+    elif width < WIDE:
+        threads = 1
+        reason = f"width {width} is below {WIDE}"
+    else:
+        threads = torch.get_num_threads()
+        reason = "every core"
+    torch.set_num_threads(threads)
+    return threads, reason
 
 
 def compiles(device):
