@@ -58,7 +58,7 @@ from data.checkpoints.hf import FAMILIES, read_config
 from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, root_model,
                                             settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.results import cost_model, evaluate, inspect_data, next_token, tables
+from data.results import cost_model, evaluate, inspect_data, next_token, tables, untrained
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
@@ -915,6 +915,7 @@ def train(ctx, cfg, run, rows, row_type, state):
     if task.prepare:
         examples = {split: task.prepare(ctx, cfg, some) for split, some in examples.items()}
     feed = Feed(examples["train"], cfg.batch, cfg.micro_batch_tokens, cfg.seed,
+    untrained.warn(ctx, cfg, examples["train"])
                 block if row_type == "text" else None, ctx.text)
     total = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
     count = sum(p.numel() for p in trainable.values())
