@@ -53,7 +53,7 @@ from data.batches import batching, few_shot, objectives
 from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, TooLongFlags,
                                    size, targets)
 from data.batches.few_shot import ShotFlags
-from data.batches.objectives import AttentionFlags, ObjectiveFlags
+from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
 from data.checkpoints.hf import FAMILIES, read_config
 from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, root_model,
                                             settings, weights_folder)
@@ -360,14 +360,17 @@ def open_text(cfg, task, tokenizer, template, stored):
     attention, objective = objectives.resolve_objective(task, cfg.get("attention"), cfg.get("objective"),
                                                         stored)
     return Text(tokenizer, template, system, tuple(stored.get("labels", ())), question, classifier, attention,
-                objective)
+                objective, cfg.get("parse_special", False))
 
 
 def new_model(cfg):
     """A tokenizer trained on the data (--vocab_size 0: bytes), a model of the flagged shape."""
-    special = [f"<|{word}|>" for word in "endoftext im_start im_end mask start spare_0 spare_1".split()]
+    words = ("endoftext im_start im_end mask start begin_of_text start_header_id end_header_id eot_id "
+             "spare_0 spare_1")
+    special = [f"<|{word}|>" for word in words.split()]
     texts = [row["text"] for row in formats.load_text(cfg.data, "train")]
-    tokenizer = Tokenizer.train(texts, cfg.vocab_size or 256 + len(special), special)
+    tokenizer = Tokenizer.train(texts, cfg.vocab_size or 256 + len(special), special,
+                                skip_special=cfg.parse_special)
     shape = GPTConfig(tokenizer.vocab_size, cfg.block_size or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
                       eos=tokenizer.eos).as_family(cfg.family)
     if shape.mlp == "swiglu":                       # three matrices at 8/3 of the width: GPT-2's size
@@ -912,10 +915,10 @@ def train(ctx, cfg, run, rows, row_type, state):
     trainable = apply_method(ctx, cfg)
     block = ctx.block_size(cfg.block_size)
     examples = ctx.text.encode_splits(rows, block, cfg.get("too_long", "truncate"))
+    untrained.warn(ctx, cfg, examples["train"])
     if task.prepare:
         examples = {split: task.prepare(ctx, cfg, some) for split, some in examples.items()}
     feed = Feed(examples["train"], cfg.batch, cfg.micro_batch_tokens, cfg.seed,
-    untrained.warn(ctx, cfg, examples["train"])
                 block if row_type == "text" else None, ctx.text)
     total = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
     count = sum(p.numel() for p in trainable.values())
@@ -1806,7 +1809,8 @@ TASKS = (
          training_flags=LOOP, baseline_flags=(ShotFlags,), baseline=True, templates=True, loss=answer_loss,
          next_tokens=True, metric="exact_match"),
     Task("pretrain", "next token on raw text, masked text, blank infilling", run_supervised, reads=("text",),
-         flags=(*RUN, MicroBatchFlags, BlockFlags, EvalFlags, ObjectiveFlags, NewModelFlags),
+         flags=(*RUN, MicroBatchFlags, BlockFlags, EvalFlags, ObjectiveFlags, RawTextFlags,
+                NewModelFlags),
          training_flags=LOOP,
          defaults=dict(method="full", data="toy/corpus", init="new", forgetting_data="none", epochs=1.0,
                        min_lr_ratio=0.1, beta2=0.99, weight_decay=0.1),
@@ -1839,7 +1843,7 @@ TASKS = (
          loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", baseline_metrics=False,
          prepare=add_reference_logprobs),
     Task("ppo", "RL: PPO with a KL penalty to the reference, and relatives (--algo)", run_ppo, reads=PROMPTS,
-         flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags),
+         flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags, RawTextFlags),
          config=ppo.PPOConfig,
          defaults=dict(data="toy/prompts", save_every=1), lr_scale=0.4, generates=True, reads_templates=False,
          needs_causal=True,

@@ -66,6 +66,7 @@ class Text:
     classifier: str = "lm"                  # "lm": a label is generated; "head": it is a class number
     attention: str = "causal"               # "causal", "prefix" (prompt bidirectional), "bidirectional"
     objective: str = "causal"               # of raw text: causal, prefix, mlm, glm
+    parse_special: bool = False             # raw text names special tokens (<|im_end|>), which are read as such
     soft_prompt_ids: tuple = ([], [])       # virtual tokens before and after a prompt (--prompt_template)
 
     def __post_init__(self):
@@ -191,7 +192,7 @@ class Text:
         end = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
         ids = []
         for row in rows:
-            ids += self.tokenizer.encode(row["text"])
+            ids += self.tokenizer.encode(row["text"], special=self.parse_special)
             ids += end
         return ids
 

@@ -52,6 +52,12 @@ class ObjectiveFlags:
 
 
 @dataclass(frozen=True)
+class RawTextFlags:
+    """objective"""
+    parse_special: bool = flag(False, "raw text names special tokens (<|im_end|>): read them as such")
+
+
+@dataclass(frozen=True)
 class AttentionFlags:
     """objective"""
     attention: str = flag(None, "the attention mask; default: as --init, or causal", type=str,

@@ -45,8 +45,7 @@ class Tokenizer:
         self._bytes |= {i: text.encode() for text, i in self.special.items()}
         self._shown_bytes = self._bytes | {self.special[text]: b"" for text in hidden}
         # Added words that are not special (Qwen3's <think>) are found in text before BPE, the longest first.
-        words = sorted(self.special.keys() - hidden, key=lambda word: (-len(word), word))
-        self._added_words = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
+        self._added_words = _any_of(self.special.keys() - hidden)
         self.vocab_size = max(self._bytes) + 1
         self.bos = self._role_id("bos_token")
         self.eos = self._role_id("eos_token")
@@ -87,12 +86,16 @@ class Tokenizer:
         return self.special.get(token)
 
     # ---- encoding ------------------------------------------------------------------------------------------
-    def encode(self, text):
-        """The ids of a text; nothing in it is a special token. Raises DataError for a lone surrogate."""
+    def encode(self, text, special=False):
+        """The ids of a text. special=True reads special tokens that it names; otherwise they are text.
+
+        Raises DataError for a lone surrogate.
+        """
         _check_surrogates(text)
-        if self._added_words is None:
+        words = _any_of(self.special) if special else self._added_words
+        if words is None:
             return self._encode(text)
-        first, *parts = self._added_words.split(text)           # text, word, text, word, ..., text
+        first, *parts = words.split(text)                       # text, word, text, word, ..., text
         ids = self._encode(first)
         for word, rest in zip(parts[::2], parts[1::2]):
             ids.append(self.special[word])
@@ -142,19 +145,23 @@ class Tokenizer:
         tokenizer_files.write(folder, self._spec, self._config)
 
     @classmethod
-    def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None):
+    def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None,
+              skip_special=False):
         """Learn a tokenizer: 256 bytes (id = byte), merges learned from texts, then the special tokens.
 
-        eos defaults to the first special token. vocab_size 256 + len(special) gives plain bytes; a small text
+        eos defaults to the first special token. skip_special: the texts name special tokens, from which no
+        merge is learned. vocab_size 256 + len(special) gives plain bytes; a small text
         may give fewer tokens than vocab_size. Raises DataError for a vocab_size that is too small.
         """
         n_merges = vocab_size - 256 - len(special)
         if n_merges < 0 or len(set(special)) < len(special):
             raise DataError(f"vocab_size {vocab_size} cannot hold 256 bytes and {list(special)}, once each")
         words = Counter()
+        skipped = _any_of(special) if skip_special else None
         for text in [texts] if isinstance(texts, str) else texts:
             _check_surrogates(text)
-            words.update(compile_pattern(DIGITS).findall(text))
+            for part in skipped.split(text)[::2] if skipped else [text]:
+                words.update(compile_pattern(DIGITS).findall(part))
         tokens, pairs = learn_merges(words, n_merges, {token.encode() for token in special})
         names = ["".join(CHAR[b] for b in token) for token in tokens]
         vocab = {token: i for i, token in enumerate([*names, *special])}
@@ -182,6 +189,12 @@ class Stream:
 
     def flush(self):
         return self._utf8.decode(b"", final=True)
+
+
+def _any_of(words):
+    """A regular expression that finds the words, the longest first, as a group; None without words."""
+    words = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
 
 
 def _check_surrogates(text):
