@@ -55,8 +55,8 @@ from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Tex
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
 from data.checkpoints.hf import FAMILIES, read_config
-from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, root_model,
-                                            settings, weights_folder)
+from data.checkpoints.model_folders import (adapter_config, base_of, find, folders, hash_folder, portable,
+                                            root_model, settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.results import cost_model, evaluate, inspect_data, next_token, tables, untrained
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
@@ -72,6 +72,7 @@ from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, atomic, read_json, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
 from data.runtime.records import find_record
+from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
 from data.text import chat, formats
@@ -257,7 +258,7 @@ def merged(model):
 
 def method_of(folder):
     """The method that reads an adapter folder. Raises DataError for a peft_type that none reads."""
-    peft_type = read_json(folder / "adapter_config.json").get("peft_type")
+    peft_type = adapter_config(folder).get("peft_type")
     for method in METHODS:
         if peft_type in method.peft_types:
             return method
@@ -980,7 +981,7 @@ def initial_prompt(folder, device="auto"):
     """The soft prompt that a run began with, made again from its flags and seed; None if those are lost."""
     # no config.json, no base, other flags
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
-        stored = read_json(find(folder) / "config.json")["config"]
+        stored = read_run_config(find(folder))["config"]
         cfg = Config({**stored, "device": device, "compile": False})
         ctx = open_context(cfg)
         ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
@@ -1055,7 +1056,7 @@ def report_once(run, identity, compute):
         with run.opened(identity) as result:            # another process may have finished it meanwhile
             if result is None:
                 result = compute()
-    return report(result, run.folder, result["next_command"])
+    return report(result, run.folder, result.get("next_command"))
 
 
 def identity_of(cfg, rows):

@@ -16,6 +16,7 @@ import torch
 from data.runtime import distributed, run_folder
 from data.runtime.code_hash import short_hash
 from data.runtime.files import DataError, UserError, WriteError, read_json, write_json
+from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
 from data.runtime.run_folder import Interrupted, Run, RunError, defer_signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ def complete(folder, identity=SAME, flags=FLAGS, value=1.0, **settings):
         run.rewind(state["step"] if state else -1)
         run.log(event="train", step=3)
         run.save({"step": 3})
-        return run.finish({"status": "done", "metrics": {"loss": value}, "samples": ["long"]}), False, state
+        return run.finish({"status": "done", "metrics": {"loss": value}, "samples": [{"prompt": "long"}]}), False, state
 
 
 def aside(folder):
@@ -551,6 +552,65 @@ def test_the_log_forgets_what_will_happen_again(folder):
     run.rewind(2)
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == [
         {"event": "train", "step": 1}, {"event": "train", "step": 2}]
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+DAMAGED = {                                             # file: (content, what the sentence says)
+    "config.json": (("[]", "holds [], and an object belongs there"), ("null", "holds null"), ("{", "is not valid JSON"),
+                    ("{}", 'has no "config"'), ('{"config": 3}', '"config" is 3, and an object of strings'),
+                    ('{"config": {"task": ["sft"]}}', '"config": "task" is ["sft"], and a string belongs there'),
+                    ('{"config": {"rank": {"a": 1}}}', '"config" is {"rank": {"a": 1}}'),
+                    ('{"config": {}, "code_hashes": ["a"]}', '"code_hashes" is ["a"], and an object of hashes'),
+                    ('{"config": {}, "kept": [1]}', '"kept" is [1], and a list of strings')),
+    "result.json": (("[]", "holds []"), ("{}", 'has no "metrics"'), ('{"metrics": [1]}', '"metrics" is [1]'),
+                    ('{"metrics": {"loss": "low"}}', "an object of numbers"), ('{"metrics": {"loss": true}}', "numbers"),
+                    ('{"metrics": {"loss": 1%s}}' % ("0" * 400), "an object of numbers"),
+                    ('{"metrics": {}, "samples": [["a"]]}', "a list of objects of strings"),
+                    ('{"metrics": {}, "item_correct": 101}', '"item_correct" is 101, and a string belongs there')),
+    "failed.json": (("3", "holds 3"), ("{}", 'has no "reason"'), ('{"reason": null}', '"reason" is null'))}
+READERS = {"config.json": read_run_config, "result.json": read_result, "failed.json": failure_reason}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_one_sentence(name, tmp_path):
+    for content, says in DAMAGED[name]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError) as e:
+            READERS[name](tmp_path)
+        assert says in str(e.value) and str(e.value).startswith(str(tmp_path / name)) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_run_with_a_damaged_file_can_start_over(name, folder):
+    for content, says in DAMAGED[name]:
+        complete(folder, fresh=True)
+        (folder / name).write_text(content)
+        with pytest.raises(DataError) as e:
+            complete(folder)
+        assert says in str(e.value) and str(e.value).endswith("; use --fresh to start over")
+        assert not complete(folder, fresh=True)[1] and complete(folder)[1]
+
+
+def test_whole_files_are_read_as_they_were_written(folder):
+    result = complete(folder)[0]
+    assert read_result(folder) == result and read_run_config(folder) == read_json(folder / "config.json")
+    assert failure_reason(folder) is None
+    write_json(folder / "result.json", {"metrics": {"kl": "inf", "loss": 1.5}})
+    assert read_result(folder)["metrics"] == {"kl": math.inf, "loss": 1.5}
+
+
+def test_lines_of_the_log_that_are_no_event_are_left_out(tmp_path):
+    good = b'{"event": "train", "step": 1, "loss": "nan"}\n'
+    bad = [b'{"event": "train", "step": 2, "ranks": {"q": 1}', b'{"event": "train"}', b'{"step": 3}', b"[]", b"\xff",
+           b'{"event": "train", "step": "4"}', b'{"event": "train", "step": "nan"}', b"[" * 99999, b'{"event": "tr']
+    (tmp_path / "log.jsonl").write_bytes(good + b"\n".join(bad) + b"\n" + good)
+    assert read_events(tmp_path) == ([json.loads(good)] * 2, len(bad))
+    (tmp_path / "log.jsonl").unlink()
+    assert read_events(tmp_path) == ([], 0)
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(DataError, match="log.jsonl cannot be read .Is a directory."):
+        read_events(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- signals and the terminal

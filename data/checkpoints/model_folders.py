@@ -3,15 +3,21 @@
     name         a path, a path inside this repository, or the name of a fetched model
     run folder   its weights are in adapter/ or model/; an adapter names its base in adapter_config.json
 
-Public: find, weights_folder, base_of, folders, root_model, settings, portable, hash_folder
+Public: find, weights_folder, base_of, adapter_config, folders, root_model, settings, portable, hash_folder
 """
 import hashlib
 import pathlib
 
 from data.runtime import cache
-from data.runtime.files import DataError, read_json
+from data.runtime.files import DataError
+from data.runtime.run_files import read_object
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ADAPTER_CONFIG = {"base_model_name_or_path": "a string or null", "peft_type": "a string"}
+SETTINGS = {"task": "a string", "method": "a string", "template": "a string", "system": "a string or null",
+            "labels": "a list of strings", "question": "a string or null", "classifier": "a string",
+            "attention": "a string", "objective": "a string", "quant": "a string",
+            "double_quant": "true or false"}
 
 
 def find(name, beside=None):
@@ -56,10 +62,15 @@ def base_of(folder):
     config = folder / "adapter_config.json"
     if not config.exists():
         return None
-    base = read_json(config).get("base_model_name_or_path")
+    base = adapter_config(folder).get("base_model_name_or_path")
     if not base:
         raise DataError(f"{config} has no base_model_name_or_path; add the folder of the base model")
     return weights_folder(base, folder)
+
+
+def adapter_config(folder):
+    """adapter_config.json of an adapter folder, an object. Raises DataError."""
+    return read_object(pathlib.Path(folder) / "adapter_config.json", ADAPTER_CONFIG)
 
 
 def folders(name):
@@ -77,9 +88,12 @@ def root_model(name):
 
 
 def settings(name):
-    """What a run has saved beside its weights (template, labels, ...); {} for a folder of another tool."""
+    """What a run has saved beside its weights (template, labels, ...); {} for a folder of another tool.
+
+    Raises DataError for a damaged run.json.
+    """
     path = weights_folder(name) / "run.json"
-    return read_json(path) if path.exists() else {}
+    return read_object(path, SETTINGS) if path.exists() else {}
 
 
 def portable(name):

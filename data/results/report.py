@@ -102,16 +102,17 @@ def mean_norm(tensor):
 def report(result, folder, next_command=None):
     """Print the end of a run on stdout: metrics, samples, the next command, one line of key=value. Returns 0.
 
-    result         result.json of the run in `folder`; its optional "virtual_tokens" are lines of text
+    result         result.json of the run in `folder`, perhaps of an earlier version, which had fewer keys;
+                   "virtual_tokens" are lines of text
     next_command   the command line that uses what the run made, or None
     """
     before = {**result.get("baseline_metrics", {})}
     after = {**result["metrics"]}
     for metrics in (before, after):
         metrics.pop("targets", None)                    # how many tokens, not how good
-    trained = bool(before and result["steps"])          # otherwise nothing changed between before and after
+    trained = bool(before and result.get("steps"))          # otherwise nothing changed between before and after
     print_metrics(before if trained else None, after)
-    for sample in result["samples"]:
+    for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
     if "virtual_tokens" in result:
@@ -120,7 +121,7 @@ def report(result, folder, next_command=None):
             print_result(line)
     if next_command is not None:
         print_result("\n" + next_command)
-    brief = {name: result[name] for name in BRIEF}
+    brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
     print_result(" ".join(f"{name}={value}" for name, value in brief.items()))

@@ -31,7 +31,8 @@ import time
 
 from data.results.metrics import summary, wilson
 from data.runtime.code_hash import changed, short_hash
-from data.runtime.files import DataError, read_json
+from data.runtime.files import DataError
+from data.runtime.run_files import failure_reason, read_run_config, read_events, read_result
 
 MISSING = "-"
 # A task's own metric is the first of these that its runs have: entities f1, answers exact match, labels and
@@ -82,19 +83,14 @@ def is_run(path):
 
 def read_run(path):
     """A finished run. Raises DataError when one of its files is missing or damaged."""
-    stored = read_json(path / "config.json")
-    if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
-        raise DataError(f'{path / "config.json"} holds no "config" of a run')
-    result = read_json(path / "result.json")
-    if not isinstance(result, dict):
-        raise DataError(f'{path / "result.json"} holds no result of a run')
-    return {**stored, "folder": path, "result": result}
+    return {**read_run_config(path), "folder": path, "result": read_result(path)}
 
 
 def unfinished(path):
-    """Why a run has no result.json, in one sentence."""
-    if (path / "failed.json").exists():
-        return f"failed: {read_json(path / 'failed.json')['reason']}"
+    """Why a run has no result.json, in one sentence. Raises DataError."""
+    reason = failure_reason(path)
+    if reason is not None:
+        return f"failed: {reason}"
     log = events(path)
     if not log:
         return "stopped before its first step, or just begun; the same command starts it again"
@@ -109,12 +105,8 @@ def unfinished(path):
 
 
 def events(path):
-    """The events in log.jsonl, as dicts; a torn last line is left out."""
-    file = pathlib.Path(path) / "log.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The events in log.jsonl, as dicts; torn lines are left out."""
+    return read_events(path)[0]
 
 
 def label_code(runs):

@@ -47,10 +47,11 @@ from data.runtime import distributed
 from data.runtime.code_hash import short_hash
 from data.runtime.device import machine
 from data.runtime.distributed import Interrupted, dist_state
-from data.runtime.files import DataError, UserError, WriteError, atomic, read_json, write_json
+from data.runtime.files import DataError, UserError, WriteError, atomic, write_json
 from data.runtime.flags import flag
 from data.runtime.identity import (UNKNOWN_CODE, Change, code_of, compare_flags, compare_identity,
                                    from_config, has_code, to_config)
+from data.runtime.run_files import read_result, read_run_config
 
 try:
     import fcntl                                    # a lock that dies with its process; absent on Windows
@@ -70,6 +71,15 @@ NOT_IN_RESULTS = ("samples", "item_correct", "virtual_tokens")        # long, in
 WEIGHTS = ("adapter", "model")                      # folders; a run writes one of them
 WRITTEN = ("result.json", "log.jsonl", "state.pt", "state.prev.pt", "state.new.pt", "failed.json",
            "config.json")
+
+
+@contextlib.contextmanager
+def or_start_over():
+    """Name the remedy for a damaged file."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(f"{e}; use --fresh to start over") from None
 
 
 class RunError(UserError):
@@ -185,9 +195,8 @@ class Run:
             return None
         if change:
             self.accept(change, identity)
-        result = read_json(self.result)
-        if not isinstance(result, dict):
-            raise DataError(f"{self.result} holds no result of a run; use --fresh to start over")
+        with or_start_over():
+            result = read_result(self.folder)
         if result.get("adapter_bytes") and not any((self.folder / name).is_dir() for name in WEIGHTS):
             raise DataError(f"{self.folder} is a finished run whose weights are gone; use --fresh to start "
                             "over")
@@ -198,21 +207,17 @@ class Run:
 
         Raises as `finished`.
         """
-        try:
-            config = read_json(self.config)
-        except DataError as e:
-            if self.config.exists():
-                if self.fresh:
-                    return None
-                raise DataError(f"{e}; use --fresh to start over") from None
-            names = os.listdir(self.folder) if self.folder.is_dir() else []
-            if any(name != "failed.json" and not name.startswith(".") for name in names):
-                raise UserError(f"{self.folder} exists and is not a run folder; use another --out") from None
+        names = set(os.listdir(self.folder)) if os.path.isdir(self.folder) else set()
+        if self.config.name not in names:
+            if any(name != self.failed.name and not name.startswith(".") for name in names):
+                raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
             return None
-        if "config" not in config:                  # --fresh would delete it
-            raise UserError(f"{self.folder} holds a model, not a run; use another --out")
+        if not names & {"log.jsonl", self.state.name, self.result.name}:
+            self.require_run_config()
         if self.fresh:
             return None
+        with or_start_over():
+            config = read_run_config(self.folder)
         try:
             gone = compare_flags(config["config"], self.flag_values, self.defaults)
         except UserError as e:
@@ -227,6 +232,13 @@ class Run:
                             "--keep accepts changed code only; leave it out to move the old run aside and "
                             "start anew")
         return Change(gone + change.code, change.inputs)
+
+    def require_run_config(self):
+        """Raises UserError for the config.json of a model, which --fresh would delete."""
+        try:
+            read_run_config(self.folder)
+        except DataError:
+            raise UserError(f"{self.folder} holds a model, not a run; use another --out") from None
 
     def check_ranks(self, identity):
         """Raises DataError where this process has another identity than process 0."""
@@ -324,7 +336,7 @@ class Run:
         if pathlib.Path.cwd().is_relative_to(self.folder.resolve()):
             raise UserError(f"{self.folder} holds a run from before this changed: {change}; it is not moved "
                             "aside while it is the working directory: use another --out, or --fresh")
-        config = read_json(self.config)
+        config = read_run_config(self.folder)
         name = f"{self.folder.name}.{short_hash(from_config(config) if has_code(config) else config, 6)}"
         aside = self.folder.with_name(name)
         n = 1
@@ -345,11 +357,11 @@ class Run:
 
     def accept(self, change, identity):
         """--keep: note what changed, in result.json first; until config.json follows, nothing is accepted."""
-        config = read_json(self.config)
+        config = read_run_config(self.folder)
         config["kept"] = list(dict.fromkeys([*config.get("kept", ()), *change.code]))
         config.update(config=self.flag_values, **to_config(identity))
         if self.result.exists():
-            write_json(self.result, {**read_json(self.result), **code_of(config)})
+            write_json(self.result, {**read_result(self.folder), **code_of(config)})
         write_json(self.config, config)
         log_progress(f"{self.folder} is kept, although it was made before this changed: {change}")
 
@@ -367,7 +379,7 @@ class Run:
     def add_facts(self, **facts):
         """More for config.json, known later: parameter counts, say. Raises WriteError."""
         if not dist_state.rank:
-            write_json(self.config, {**read_json(self.config), **facts})
+            write_json(self.config, {**read_run_config(self.folder), **facts})
 
     def load_state(self):
         for path in (self.state, self.before):
@@ -417,7 +429,7 @@ class Run:
         Raises WriteError.
         """
         if not dist_state.rank:
-            result = {**result, **code_of(read_json(self.config))}
+            result = {**result, **code_of(read_run_config(self.folder))}
             write_json(self.result, result)
             self.before.unlink(missing_ok=True)
             self.record(result)
