@@ -29,7 +29,8 @@ import os
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until `defer_signals` takes over, Ctrl-C ends the process
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:   # until `defer_signals` takes over, Ctrl-C ends it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch is loaded: see data/runtime/device.py
 
 import contextlib
@@ -620,7 +621,8 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
                 with ctx.autocast():
                     (0 * compute_loss(ctx, cfg, micro_batch, past)).backward()
             finish_prompt()
-            loss, = distributed.all_reduce(trainable.values(), [float(loss)])   # gradients in place, too
+            # gradients in place, too; all processes save when one finds that it is time
+            loss, due = distributed.all_reduce(trainable.values(), [float(loss), run.save_is_due()])
             penalty = add_penalty(loop)
             if step == 0:
                 require_gradients(cfg, trainable)
@@ -644,7 +646,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
                     run.log(event="train", **loop.clock(), loss=loss, lr=lr, grad_norm=grad_norm,
                             skipped=loop.skipped, **penalty)
             progress.show(loop, loss)
-            if loop.step % cfg.save_every == 0 or loop.step == total:
+            if due or loop.step % cfg.save_every == 0 or loop.step == total:
                 save_state(run, loop, trainable, state)
         return loop
     except Interrupted:
@@ -697,7 +699,7 @@ def save_state(run, loop, trainable, state):
                                      "optimizer": loop.optimizer.state_dict()})
         run.save({**state, **whole, "scaler": loop.scaler.state_dict(), "counters": counters,
                   "processes": dist_state.size,
-                  "allocator": loop.allocator.state_dict() if loop.allocator else {}})
+                  "allocator": loop.allocator.state_dict() if loop.allocator else {}}, **loop.clock())
 
 
 def step_seed(seed, step):
@@ -1535,8 +1537,10 @@ def iterate(cfg, run, setup, roles, trained, state):
             state["tokens"] += int(batch.lengths.sum())
             began = now
             run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
-            if trained.step % cfg.save_every == 0 or trained.step == config.steps:
-                run.save({**state, "trained": trained.state_dict()})
+            is_last = trained.step == config.steps
+            if is_last or trained.step % cfg.save_every == 0 or run.save_is_due():
+                run.save({**state, "trained": trained.state_dict()}, step=trained.step,
+                         tokens=state["tokens"], seconds=state["seconds"])
         bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
         bar.update()
         warnings = health(metrics, tolerance)
@@ -1565,6 +1569,7 @@ def write_samples(cfg, run, rows):
     began = time.monotonic()
     ctx = open_context(cfg)
     run.start(facts_of(ctx))
+    run.rewind(-1)                                      # of a run that was killed before its result
     rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
     config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})
     setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
@@ -1902,10 +1907,10 @@ def main(argv=None):
         if distributed.first_to_fail(str(e)):
             log_progress(f"train.py: {e}", dist_state.rank)
         return e.code
-    except Interrupted:
+    except Interrupted as e:
         if cfg is None or not task.resumes or cfg.get("dry_run"):
             return 128 + defer_signals.pending          # there was nothing to save
-        log_progress("train.py: interrupted; the same command continues from where it last saved")
+        log_progress(f"train.py: interrupted; {e or 'the same command starts again'}")
         with contextlib.suppress(distributed.LostProcess):
             distributed.barrier()                       # a process that leaves first has the others killed
         return 75

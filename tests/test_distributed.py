@@ -181,7 +181,7 @@ def test_a_sharded_run_leaves_a_plain_folder(many):
 def test_rank_0_alone_writes_and_prints(many):
     folder, err, found = many
     events = [json.loads(line)["event"] for line in (folder / "lora" / "log.jsonl").open()]
-    assert events == ["baseline", "train", "train", "valid", "train", "train", "valid", "train", "test"]
+    assert events == ["baseline", "train", "train", "valid", "train", "train", "valid", "train", "save", "test"]
     lines = [json.loads(line)["out"] for line in (folder / "results.jsonl").open()]
     assert len(lines) == len(set(lines)) == len(QUICK) + 1
     assert read_json(folder / "lora" / "config.json")["machine"]["processes"] == 2
@@ -216,7 +216,7 @@ def signalled(world, tmp_path, words, rank):
     tiny.wait_for(tmp_path / "cut" / "state.pt", p)
     os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGTERM)
     found, err = codes(tmp_path, p)
-    assert found == [75] and err.count("the same command continues from where it last saved") == 1, err
+    assert found == [75] and err.count("interrupted; the same command continues from step ") == 1, err
     assert not (tmp_path / "cut" / "result.json").exists()
     return torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["counters"]["step"]
 

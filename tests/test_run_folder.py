@@ -1,4 +1,5 @@
 """The run folder: identity, moving aside, --keep, locks, signals, saves. No model, no training: Run alone."""
+import builtins
 import io
 import itertools
 import json
@@ -37,7 +38,7 @@ def begin(folder, identity=SAME, flags=FLAGS, steps=2, **settings):
         run.start({"device": "cpu"})
         for step in range(1, steps + 1):
             run.log(event="train", step=step)
-        run.save({"step": steps})
+        run.save({"step": steps}, step=steps)
     return run
 
 
@@ -52,7 +53,7 @@ def complete(folder, identity=SAME, flags=FLAGS, value=1.0, **settings):
         state = run.start({"device": "cpu"})
         run.rewind(state["step"] if state else -1)
         run.log(event="train", step=3)
-        run.save({"step": 3})
+        run.save({"step": 3}, step=3)
         return run.finish({"status": "done", "metrics": {"loss": value}, "samples": [{"prompt": "long"}]}), False, state
 
 
@@ -78,7 +79,8 @@ def test_an_interrupted_run_continues(folder):
     begin(folder)
     _, _, state = complete(folder)
     assert state == {"step": 2} and not aside(folder)
-    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    events = [(e["event"], e["step"]) for e in read_events(folder)[0]]
+    assert events == [("train", 1), ("train", 2), ("save", 2), ("train", 3), ("save", 3)]
 
 
 def test_added_definitions_leave_a_run_as_it_is(folder):
@@ -333,7 +335,8 @@ def process(folder, patch=""):
 KILLS = {"before the move": "os.rename = lambda *a: os._exit(9)",
          "after the move": "rename = os.rename\nos.rename = lambda *a: (rename(*a), os._exit(9))",
          "before the new lock": "run_folder.log_progress = lambda *a: os._exit(9)",
-         "before config.json": "run_folder.Run.start = lambda *a: os._exit(9)",
+         "before it starts": "run_folder.Run.start = lambda *a: os._exit(9)",
+         "before config.json": "run_folder.Run.begin = lambda *a: os._exit(9)",
          "inside config.json": "os.replace = lambda *a: os._exit(9)"}
 
 
@@ -346,6 +349,50 @@ def test_a_kill_at_any_step_loses_nothing(when, folder):
     assert complete(folder, EDITED, value=2.0)[0]["metrics"]["loss"] == 2.0
     name, = aside(folder)
     assert read_json(folder.parent / name / "result.json")["metrics"]["loss"] == 1.0
+
+
+OPERATIONS = ((os, "replace"), (os, "rename"), (os, "open"), (builtins, "open"), (os, "unlink"), (os, "mkdir"),
+              (os, "write"), (os, "fsync"))
+AGAIN = {                                               # what is in the folder, the arguments of the command
+    "new": (lambda folder: None, {}), "interrupted": (begin, {}), "interrupted, --keep": (begin, dict(keep=True)),
+    "finished, --fresh": (complete, dict(fresh=True)), "finished, other code": (complete, {})}
+
+
+def killed_at(n, act):
+    """act() in a child that is killed before its n-th file operation. Returns whether it came to that."""
+    child = os.fork()
+    if not child:
+        calls = itertools.count(1)
+
+        def killing(original):
+            return lambda *a, **k: os._exit(9) if next(calls) == n else original(*a, **k)
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.fsync = lambda descriptor: None
+        for module, name in OPERATIONS:
+            setattr(module, name, killing(getattr(module, name)))
+        io.open = builtins.open
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_a_kill_at_any_file_operation_leaves_nothing_behind(case, tmp_path, monkeypatch):
+    """The same command then ends with the right result, one line in results.jsonl and no other file."""
+    before, settings = AGAIN[case]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for n in itertools.count(1):
+        folder = tmp_path / str(n) / "r"
+        before(folder)
+        if not killed_at(n, lambda: complete(folder, EDITED, value=2.0, **settings)):
+            break
+        assert complete(folder, EDITED, value=2.0, **settings)[0]["metrics"]["loss"] == 2.0, n
+        left = {path.name for path in folder.iterdir()}
+        assert left == {"config.json", "log.jsonl", "state.pt", "result.json", ".lock"}, n
+        lines = (tmp_path / str(n) / "results.jsonl").read_text().splitlines()
+        assert sum('"loss": 2.0' in line for line in lines) == 1 + ("fresh" in case and len(lines) > 2), n
+    assert n > 30
 
 
 def test_parallel_starts_move_the_old_run_once(folder):
@@ -425,11 +472,16 @@ def test_a_move_that_fails_is_a_sentence(folder, monkeypatch):
     assert complete(folder)[1]
 
 
-def test_a_kill_while_config_is_written_leaves_our_folder(folder):
+@pytest.mark.parametrize("settings", [{}, {"fresh": True}])
+def test_a_kill_while_config_is_written_leaves_our_folder(settings, folder):
     folder.mkdir()
-    (folder / ".config.json.123.tmp").write_text("{")
+    left = [folder / ".config.json.123.tmp", folder / ".state.new.pt.4.tmp"]
+    for path in left:
+        path.write_text("{")
     (folder / ".lock").write_text("")
-    assert not complete(folder)[1]
+    (folder / ".mine.tmp").write_text("")
+    assert not complete(folder, **settings)[1]
+    assert not any(path.exists() for path in left) and (folder / ".mine.tmp").exists()
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -476,19 +528,63 @@ def test_two_processes_decide_alike(folder):
 def test_a_failed_run_says_why_and_the_next_try_starts_clean(folder):
     """Also where it failed before config.json; a signal is no failure; nor is a folder in use."""
     run = Run(folder, {"rank": 4})
-    for error, reason in ((UserError("no such file"), "no such file"), (KeyError("x"), "KeyError: 'x'")):
+    for error, reason in ((RunError("not finite"), "not finite"), (KeyError("x"), "KeyError: 'x'")):
         with pytest.raises(type(error)), run.opened():
+            run.start({})
             assert not run.failed.exists()
             raise error
         assert read_json(run.failed) == {"reason": reason, "config": {"rank": 4}}
         assert run.finished() is None                   # the folder is ours, to be tried again
     with run.opened():
+        run.start({})
         with pytest.raises(UserError), Run(folder, {"rank": 4}).opened():
             pass
         assert not run.failed.exists()
-    with pytest.raises(KeyboardInterrupt), run.opened():
-        raise KeyboardInterrupt
+    with pytest.raises(Interrupted), run.opened():
+        raise Interrupted
     assert not run.failed.exists()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_mistake_before_the_first_step_leaves_no_folder(begins, tmp_path):
+    """Nor the folders around it; where a step was done, or an earlier command has begun, it is recorded."""
+    folder = tmp_path / "a" / "b" / "r"
+
+    def fail(event):
+        run = Run(folder, FLAGS)
+        with pytest.raises(UserError), run.opened(SAME):
+            if begins:
+                run.start({})
+                run.log(event=event, step=1)
+            raise UserError("no such label")
+
+    fail("baseline")
+    assert not (tmp_path / "a").exists()
+    if begins:
+        fail("train")
+        assert read_json(folder / "failed.json")["reason"] == "no such label"
+    begin(folder, steps=0, fresh=True)
+    fail("baseline")
+    assert read_json(folder / "failed.json")["reason"] == "no such label"
+
+
+def test_a_mistake_leaves_the_run_that_is_there_alone(folder):
+    """With --fresh, or after an edit: until the command has shown that it can begin."""
+    complete(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for settings in (dict(fresh=True), {}):
+        run = Run(folder, FLAGS, **settings)
+        with pytest.raises(UserError), run.opened(EDITED):
+            raise UserError("no such template")
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not aside(folder)
+
+
+def test_a_failure_is_not_recorded_in_a_run_that_another_process_has_finished(folder, monkeypatch):
+    run = begin(folder)
+    locked = run.locked
+    monkeypatch.setattr(run, "locked", lambda: (complete(folder), locked())[1])
+    run.record_failure(DataError("later does not exist"))
+    assert (folder / "result.json").exists() and not (folder / "failed.json").exists()
 
 
 def test_every_finished_run_has_its_line(tmp_path):
@@ -509,14 +605,91 @@ def test_every_finished_run_has_its_line(tmp_path):
     assert len(lines.read_text().splitlines()) == 3
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(folder, capsys):
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_save_never_becomes_other_numbers(folder, capsys):
+    """Each tenth of the file: the save before it is used, or the bit stands for nothing."""
     run = begin(folder)
-    run.save({"step": 3})
+    run.save({"step": 3, "weights": torch.arange(64.0)}, step=3)
+    whole = run.state.read_bytes()
+    used = []
+    for byte in range(0, len(whole), len(whole) // 40):
+        run.state.write_bytes(whole)
+        flip(run.state, 8 * byte + 5)
+        state = Run(folder, FLAGS).load_state()
+        used.append(state["step"])
+        assert used[-1] == 2 or torch.equal(state["weights"], torch.arange(64.0))
+    assert used.count(2) > 20 and "state.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_save_falls_back_to_the_one_before_or_starts_over(folder, capsys):
+    run = begin(folder)
+    run.save({"step": 3}, step=3)
     run.state.write_bytes(run.state.read_bytes()[:100])
-    assert complete(folder)[2] == {"step": 2} and "state.pt is damaged" in capsys.readouterr().err
-    begin(folder, fresh=True)
-    run.state.write_bytes(b"")
+    assert Run(folder, FLAGS).load_state() == {"step": 2}
+    assert "state.pt is damaged (BadZipFile); the save before it is used" in capsys.readouterr().err
+    (folder / "state.prev.pt").unlink()
     assert complete(folder)[2] is None
+    assert "state.pt is damaged (BadZipFile); starting over" in capsys.readouterr().err
+
+
+def test_a_save_of_another_run_is_an_error(folder):
+    begin(folder, steps=2)
+    begin(folder.parent / "other", steps=3)
+    for content in ((folder.parent / "other" / "state.pt").read_bytes(), pickled([1]), pickled({"step": 1})):
+        (folder / "state.pt").write_bytes(content)
+        with pytest.raises(DataError, match="state.pt is of another run than .*config.json; put the right file there"):
+            complete(folder)
+    assert not complete(folder, fresh=True)[1]
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_run_from_before_saves_had_an_id_continues(folder):
+    run = begin(folder)
+    write_json(folder / "config.json", {k: v for k, v in read_json(folder / "config.json").items() if k != "id"})
+    run.state.write_bytes(pickled({"step": 2}))
+    assert complete(folder)[2] == {"step": 2}
+
+
+def test_saves_tell_from_which_step_the_run_continues(folder):
+    assert resume_step(folder) is None
+    run = begin(folder, steps=0)
+    assert resume_step(folder) == 0
+    run.log(event="train", step=7)
+    assert resume_step(folder) == 0
+    run.save({"step": 7}, step=7)
+    assert resume_step(folder) == 7
+    for name in ("state.pt", "state.prev.pt"):
+        (folder / name).unlink()
+    assert resume_step(folder) is None
+
+
+def test_a_save_is_due_after_two_minutes_or_twenty_times_its_own_time(folder, monkeypatch):
+    run = begin(folder)
+    clock = [run.saved_at]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    clock[0] += 119
+    assert not run.save_is_due()
+    clock[0] += 2
+    assert run.save_is_due()
+    run.save({"step": 3}, step=3)
+    assert not run.save_is_due()
+    run.save_seconds = 30.0
+    clock[0] += 599
+    assert not run.save_is_due()
+    clock[0] += 2
+    assert run.save_is_due()
+    monkeypatch.setattr(distributed.dist_state, "rank", 1)
+    assert not run.save_is_due()
 
 
 def test_what_cannot_be_written_is_code_74(folder, monkeypatch):
@@ -531,8 +704,8 @@ def test_what_cannot_be_written_is_code_74(folder, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left on device") as e:
         patch.setattr(torch, "save", full)
-        run.save({"step": 9})
-    assert e.value.code == 74 and torch.load(run.state, weights_only=True) == {"step": 2}
+        run.save({"step": 9}, step=9)
+    assert e.value.code == 74 and torch.load(run.state, weights_only=True)["step"] == 2
     assert not list(folder.glob(".*.tmp"))
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="log.jsonl cannot be written"):
         patch.setattr("builtins.open", full)

@@ -24,6 +24,7 @@ import prompts
 import train
 from data.text import chat
 from data.results import evaluate
+from data.runtime.run_files import resume_step
 from data.runtime import flags, run_folder
 from data.runtime.command import groups_of
 from data.batches.examples import Text
@@ -360,7 +361,7 @@ def test_a_signal_leaves_no_hole_in_the_log(where, world, tmp_path, monkeypatch)
         return look(*args, **kw)
 
     def line(run, **event):
-        if event.get("step") == 3 and where != "a valid look":
+        if (event["event"], event["step"]) == ("train", 3) and where != "a valid look":
             signal.raise_signal(signal.SIGTERM)
         return log(run, **event)
 
@@ -444,14 +445,15 @@ def launch(world, out, *flags):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_goes_on(number, world, tmp_path):
     flags = ["--steps", "400", "--save_every", "5"]
     p = launch(world, tmp_path / "cut", *flags)
     wait_for(tmp_path / "cut" / "state.pt", p)
     p.send_signal(number)
     _, err = p.communicate(timeout=300)
-    assert p.returncode == 75 and "the same command continues" in err, err
+    step = resume_step(tmp_path / "cut")
+    assert p.returncode == 75 and f"interrupted; the same command continues from step {step}\n" in err, err
     assert not (tmp_path / "cut" / "result.json").exists()
     run(world, tmp_path / "cut", *flags)
     run(world, tmp_path / "whole", *flags)
@@ -921,9 +923,15 @@ def test_recorded_failures_do_not_count_as_done(world, tmp_path, monkeypatch):
     assert not (tmp_path / "r" / "result.json").exists()
 
 
-def test_data_that_cannot_be_read_is_a_recorded_failure(world, tmp_path):
+def test_data_that_cannot_be_read_is_recorded_where_a_run_has_begun(world, tmp_path, monkeypatch):
     args = command(world, tmp_path / "r")
     args[3] = str(tmp_path / "later")
+    assert train.main(args) == 65 and not (tmp_path / "r").exists()
+    shutil.copytree(world / "chat", tmp_path / "later")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(evaluate, "summed_loss", lambda *a: (_ for _ in ()).throw(Stop()))
+        train.main(args)
+    shutil.rmtree(tmp_path / "later")
     assert train.main(args) == 65
     assert "later does not exist" in read_json(tmp_path / "r" / "failed.json")["reason"]
     (tmp_path / "mine").mkdir()

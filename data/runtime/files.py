@@ -1,15 +1,27 @@
 """data/runtime/files.py: files that are either whole or not there.
 
-Writing.  Bytes go to a temporary file in the same folder, are flushed and fsynced, and only then renamed
-over the target; the folder is fsynced last.  Whatever stops us (full disk, Ctrl-C), the old file is intact.
+Writing.  Bytes go to a temporary file .NAME.PID.tmp in the same folder, are flushed and fsynced, and only
+then renamed over the target; the folder is fsynced last.  Whatever stops us (full disk, Ctrl-C), the old file
+is intact. A writer holds a lock on its temporary file, which ends with its process: a temporary file that
+nobody has locked is from a killed writer, and the next writer of the same file deletes it.
 
-Public: UserError, DataError, WriteError, atomic, write_atomic, read_json, write_json, unique_keys
+Public: UserError, DataError, WriteError, cannot_write, atomic, atomic_folder, write_atomic,
+remove_abandoned, try_lock, read_json, write_json, unique_keys
 """
 import collections
 import contextlib
+import errno
+import glob
 import json
 import os
 import pathlib
+import re
+import shutil
+
+try:
+    import fcntl                                    # locks that die with their process; absent on Windows
+except ImportError:
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -27,6 +39,48 @@ class WriteError(UserError):
     code = 74
 
 
+def cannot_write(path, error):
+    """The WriteError for an OSError. Only where space is missing does it ask for some."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; free some space and give the same command again" if full else ""
+    return WriteError(f"{path} cannot be written ({error.strerror or error}){remedy}")
+
+
+def try_lock(file):
+    """Lock a file or folder, an object with fileno() or a descriptor. False if another process has locked it."""
+    if not fcntl:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def temporary(path):
+    """Where a file or folder is written before it gets its name: beside it, so that a rename is one step."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_abandoned(folder, name="*"):
+    """Delete what killed writers of folder/name (a glob pattern) have left."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
+        if re.search(r"\.\d+\.tmp$", path):
+            with contextlib.suppress(OSError), opened_path(path) as descriptor:
+                if try_lock(descriptor):
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+
+@contextlib.contextmanager
+def opened_path(path, flags=os.O_RDONLY):
+    """The descriptor of a file or folder."""
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """A binary file that appears only if the block ends well: `with atomic(path) as f: torch.save(x, f)`.
@@ -34,10 +88,12 @@ def atomic(path):
     Raises WriteError, and what the block raises; the old file is then as it was.
     """
     path = pathlib.Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")    # same folder: a rename stays on one disk
+    temp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, glob.escape(path.name))
         with open(temp, "wb") as f:
+            try_lock(f)
             yield f
             f.flush()
             os.fsync(f.fileno())                                # else the new name may outlive its data
@@ -47,14 +103,38 @@ def atomic(path):
             temp.unlink()
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save lays an error of its own over it
         if isinstance(cause, OSError):
-            raise WriteError(f"{path} cannot be written ({cause.strerror or cause}); it is as it was") from e
+            raise cannot_write(path, cause) from e
         raise
-    if hasattr(os, "O_DIRECTORY"):                              # Windows cannot fsync a folder
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Make renames in a folder durable, where the system can (Windows cannot)."""
+    with contextlib.suppress(OSError, AttributeError), opened_path(path, os.O_RDONLY | os.O_DIRECTORY) as folder:
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A folder that appears only if the block ends well: `with atomic_folder(path) as folder: ...`.
+
+    `path` must be new or an empty folder. Raises WriteError, and what the block raises; nothing is then left.
+    """
+    path = pathlib.Path(path).absolute()
+    temp = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, glob.escape(path.name))
+        temp.mkdir()
+        with opened_path(temp) if fcntl else contextlib.nullcontext() as descriptor:
+            try_lock(descriptor)
+            yield temp
+        os.replace(temp, path)
+    except OSError as e:
+        raise cannot_write(path, e) from e
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    sync_folder(path.parent)
 
 
 def write_atomic(path, content):

@@ -1,10 +1,15 @@
 """data/runtime/run_folder.py: a run is a folder, and it survives whatever happens to the process.
 
     config.json   flags, identity, versions, device        log.jsonl    one object per event, flushed
-    state.pt      what is needed to continue (and state.prev.pt, the save before it)
+    state.pt      what is needed to continue (state.prev.pt: the save before it, until the run is finished)
     result.json   written last of all, atomically: its existence means done
     failed.json   why it stopped, if it failed; the next try removes it
-    .lock         held by the process that works here; a killed process leaves nothing behind
+    .lock         held by the process that works here; a killed process leaves nothing behind, but perhaps
+                  temporary files, which the next one deletes
+
+Saves.  state.pt is written every --save_every steps, and every two minutes; each save is an event of
+log.jsonl, with the step from which it goes on. A damaged one (its parts have checksums) is left for the one
+before it, with a line on stderr. A save has the id of its run: that of another run is an error.
 
 Identity.  A run is its flags, its code (code_hash.py: definition by definition), its data, its base model and
 its reward. The same command again compares them with config.json:
@@ -23,7 +28,7 @@ its reward. The same command again compares them with config.json:
 A stored flag that no longer exists is compared under its new name, if it was renamed; otherwise a value other
 than None counts as changed code. In a folder from before code was recorded the code counts as changed.
 
-`defer_signals` turns SIGINT and SIGTERM into Interrupted at any point, except inside `with defer_signals:`,
+`defer_signals` turns SIGINT, SIGTERM and SIGHUP into Interrupted at any point, except inside `with defer_signals:`,
 for the lines that change weights, optimiser, counters or files. So nothing polls: the step that was
 interrupted is dropped and computed again. Of several processes rank 0 alone reads, writes and prints; a
 signal waits for the next exchange.
@@ -31,6 +36,7 @@ signal waits for the next exchange.
 Public: Run, RunError, Interrupted, defer_signals, print_result, log_progress
 """
 import contextlib
+import errno
 import json
 import math
 import os
@@ -38,6 +44,9 @@ import pathlib
 import shutil
 import signal
 import sys
+import time
+import uuid
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +56,12 @@ from data.runtime import distributed
 from data.runtime.code_hash import short_hash
 from data.runtime.device import machine
 from data.runtime.distributed import Interrupted, dist_state
-from data.runtime.files import DataError, UserError, WriteError, atomic, write_json
+from data.runtime.files import (DataError, UserError, WriteError, atomic, cannot_write, fcntl,
+                                remove_abandoned, sync_folder, try_lock, write_json)
 from data.runtime.flags import flag
 from data.runtime.identity import (UNKNOWN_CODE, Change, code_of, compare_flags, compare_identity,
                                    from_config, has_code, to_config)
-from data.runtime.run_files import read_result, read_run_config
-
-try:
-    import fcntl                                    # a lock that dies with its process; absent on Windows
-except ImportError:
-    fcntl = None
+from data.runtime.run_files import read_events, read_result, read_run_config, resume_step
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ class RunFolderFlags:
 
 NOT_IN_RESULTS = ("samples", "item_correct", "virtual_tokens")        # long, in result.json alone
 WEIGHTS = ("adapter", "model")                      # folders; a run writes one of them
-WRITTEN = ("result.json", "log.jsonl", "state.pt", "state.prev.pt", "state.new.pt", "failed.json",
-           "config.json")
+STATES = ("state.new.pt", "state.pt", "state.prev.pt")          # newest first
+WRITTEN = ("result.json", "log.jsonl", *STATES, "failed.json", "config.json")
+SAVE_SECONDS = 120                                  # a killed process loses no more than this, or one step
 
 
 @contextlib.contextmanager
@@ -89,13 +95,18 @@ class RunError(UserError):
 
 # ---------------------------------------------------------------------------------------------------- signals
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class DeferSignals:
-    """Signals raise Interrupted at once, or at the end of a `with` block of this object. A second one kills.
+    """Signals raise Interrupted at once, or at the end of a `with` block of this object. A second one kills,
+    except SIGHUP: a terminal that closes sends several.
 
     pending   the number of the signal that came, None before
     """
     depth = 0
     pending = None
+    terminals = ()
 
     def __enter__(self):
         self.depth += 1
@@ -106,28 +117,42 @@ class DeferSignals:
             raise Interrupted
 
     def handler(self, number, frame):
+        self.leave_closed_terminals()
         if dist_state.size > 1:                     # torchrun sends a second one: it must not kill
             dist_state.stop = True
             return
         if self.pending:
-            os._exit(128 + number)
+            if number in (signal.SIGINT, signal.SIGTERM):
+                os._exit(128 + number)
+            return
         self.pending = number
         if not self.depth:
             raise Interrupted
 
+    def leave_closed_terminals(self):
+        """Send output to nowhere where the terminal is gone: writing to it would be an error."""
+        for descriptor in self.terminals:
+            if not os.isatty(descriptor):
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
+
     @contextlib.contextmanager
     def installed(self):
-        """Handle SIGINT and SIGTERM inside this block. Outside the main thread nothing is installed."""
+        """Handle SIGINT, SIGTERM and SIGHUP inside this block, but for those that are ignored (nohup, a job
+        in the background of a script). Outside the main thread nothing is installed."""
         self.depth = 0
         self.pending = None
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         old = {}
         with contextlib.suppress(ValueError):       # not the main thread
-            old = {s: signal.signal(s, self.handler) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    old[number] = signal.signal(number, self.handler)
         try:
             yield
         finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
 
 defer_signals = DeferSignals()
@@ -173,11 +198,15 @@ class Run:
         self.defaults = defaults or {}
         self.identity = None
         self.lock = None
+        self.made = []                              # folders that `locked` has made
+        self.id = None                              # of this run, in config.json and in each save
+        self.begun = False                          # by this command, not by an earlier one
+        self.saved_at = time.monotonic()
+        self.save_seconds = 0.0                     # how long the last save took
         self.config = self.folder / "config.json"
         self.result = self.folder / "result.json"
         self.failed = self.folder / "failed.json"
         self.state = self.folder / "state.pt"
-        self.before = self.folder / "state.prev.pt"
 
     # ---- is it there already?
     def finished(self, identity=None):
@@ -187,7 +216,7 @@ class Run:
         have changed and keep=True; DataError if the processes of one run do not have the same code and files.
         """
         self.check_ranks(identity)
-        return distributed.broadcast(lambda: self.find_result(identity))
+        return distributed.broadcast(lambda: self.recorded(self.find_result(identity)))
 
     def find_result(self, identity):
         change = self.change(identity)
@@ -200,7 +229,7 @@ class Run:
         if result.get("adapter_bytes") and not any((self.folder / name).is_dir() for name in WEIGHTS):
             raise DataError(f"{self.folder} is a finished run whose weights are gone; use --fresh to start "
                             "over")
-        return self.recorded(result)
+        return result
 
     def change(self, identity):
         """What has changed since the run in the folder began; None for no run, or fresh=True.
@@ -253,10 +282,10 @@ class Run:
     def opened(self, identity=None):
         """Own the folder, one process at a time: `with run.opened(identity) as done:`.
 
-        A changed run is moved aside first. `done` is None, or the result, if another process has finished
-        this very run since `finished` was called. An error in the block is written to failed.json,
-        Interrupted is not. Raises as `finished`, UserError if the folder is in use, WriteError if it cannot
-        be written.
+        `done` is None, or the result, if another process has finished this very run since `finished` was
+        called. An error in the block is written to failed.json; but one sentence for the user before the
+        first step of a new run leaves no folder behind. Interrupted says from which step the same command
+        goes on. Raises as `finished`, UserError if the folder is in use, WriteError if it cannot be written.
         """
         self.check_ranks(identity)
         self.identity = identity
@@ -265,16 +294,14 @@ class Run:
             return
         self.lock = self.locked()
         try:
-            with defer_signals:
-                self.prepare(identity)
             done = distributed.broadcast(lambda: None if self.fresh else self.find_result(identity))
             try:
                 yield done
+            except Interrupted:
+                raise Interrupted(self.what_comes_next()) from None
             except Exception as e:
-                reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-                reason = reason.strip().split("\n")[0]
-                with contextlib.suppress(UserError):        # a full disk may be the reason
-                    write_json(self.failed, {"reason": reason, "config": self.flag_values})
+                with contextlib.suppress(UserError, OSError):       # a full disk may be the reason
+                    self.note_failure(e)
                 raise
         finally:
             self.lock.close()
@@ -282,54 +309,89 @@ class Run:
     def record_failure(self, error):
         """Write failed.json for a UserError from before the run is opened: its data cannot be read, say.
 
-        Only where this run could begin or continue; with fresh=True and in several processes nothing is
-        written.
+        Only into the folder of this very run; with fresh=True and in several processes nothing is written.
         """
-        if self.fresh or dist_state.size > 1:
+        if self.fresh or dist_state.size > 1 or not os.path.exists(self.config):
             return
         with contextlib.suppress(UserError):        # the error itself, or another folder's reason to refuse
-            if self.finished() is None:
-                with self.opened():
+            with self.opened() as done:
+                if done is None:
                     raise error
+
+    def what_comes_next(self):
+        """What the same command will do with an interrupted run."""
+        with contextlib.suppress(UserError):
+            step = resume_step(self.folder)
+            if step is not None:
+                return f"the same command continues from step {step}"
+        return "nothing was saved yet, so the same command starts again"
+
+    def note_failure(self, error):
+        """failed.json; nothing at all for a mistake before the first step of a new run."""
+        is_new = self.begun or not os.path.exists(self.config)
+        is_mistake = isinstance(error, UserError) and error.code != 1
+        if is_new and is_mistake and self.remove():
+            return
+        if not is_new and (self.fresh or self.change(self.identity)):
+            return                                  # another run is still in the folder
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        write_json(self.failed, {"reason": reason.strip().split("\n")[0], "config": self.flag_values})
+
+    def remove(self):
+        """Remove the folder again, if no step was done and nothing else is in it. Returns whether it is gone."""
+        if set(os.listdir(self.folder)) - {*WRITTEN, ".lock"} or any(map(os.path.exists, self.states())):
+            return False
+        if any(event["event"] == "train" for event in read_events(self.folder)[0]):
+            return False
+        for name in (*WRITTEN, ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in self.made or [self.folder]:
+            with contextlib.suppress(OSError):      # another run has begun in it
+                folder.rmdir()
+        return True
 
     def locked(self):
         """The folder's lock file, locked. Raises UserError, WriteError."""
         attempts = 0
         while True:
             attempts += 1
+            missing = [path for path in (self.folder, *self.folder.parents) if not os.path.exists(path)]
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = open(self.folder / ".lock", "w")
             except OSError as e:
                 if isinstance(e, FileNotFoundError) and attempts < 100:     # another process moved it aside
                     continue
-                raise WriteError(f"{self.folder} cannot be written ({e.strerror}); use another --out") from e
-            if not fcntl:
-                return lock
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                raise WriteError(f"{cannot_write(self.folder, e)}; use another --out") from e
+            self.made += missing
+            if not try_lock(lock):
                 lock.close()
                 raise UserError(f"{self.folder} is in use by another process; wait for it, or use another "
-                                "--out") from None
+                                "--out")
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.folder / ".lock")):
+                if not fcntl or os.path.samestat(os.fstat(lock.fileno()), os.stat(self.folder / ".lock")):
                     return lock
             lock.close()                            # the lock of a folder that was moved aside
 
-    def prepare(self, identity):
-        """Under the lock: leave what can be continued, or nothing. Raises as `finished`."""
-        change = self.change(identity)
-        if self.fresh:                              # only what a run writes; nothing else in there is ours
-            for name in WEIGHTS:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in WRITTEN:                    # config.json last: until then it is a run folder
-                (self.folder / name).unlink(missing_ok=True)
-        elif change and self.keep:
-            self.accept(change, identity)
-        elif change:
-            self.move_aside(change)
-        self.failed.unlink(missing_ok=True)
+    def prepare(self):
+        """Under the lock: leave what can be continued, or nothing. Raises as `finished`, and WriteError."""
+        change = self.change(self.identity)
+        try:
+            if self.fresh:                          # only what a run writes; nothing else in there is ours
+                for name in WEIGHTS:
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                for name in WRITTEN:                # config.json last: until then it is a run folder
+                    (self.folder / name).unlink(missing_ok=True)
+            elif change and self.keep:
+                self.accept(change, self.identity)
+            elif change:
+                self.move_aside(change)
+            self.failed.unlink(missing_ok=True)
+        except OSError as e:
+            raise WriteError(f"{e.filename or self.folder} cannot be removed ({e.strerror}); use another "
+                             "--out") from e
+        for folder in (self.folder, *(self.folder / name for name in WEIGHTS)):
+            remove_abandoned(folder)
 
     def move_aside(self, change):
         """Rename the folder, which is one step, and own a new one. Raises UserError, WriteError."""
@@ -340,7 +402,7 @@ class Run:
         name = f"{self.folder.name}.{short_hash(from_config(config) if has_code(config) else config, 6)}"
         aside = self.folder.with_name(name)
         n = 1
-        while aside.exists():
+        while os.path.exists(aside):
             n += 1
             aside = self.folder.with_name(f"{name}.{n}")
         old = self.lock
@@ -366,28 +428,52 @@ class Run:
         log_progress(f"{self.folder} is kept, although it was made before this changed: {change}")
 
     def start(self, facts):
-        """Write config.json of a new run, with `facts` in it; return the state of one that continues.
+        """Begin or continue: write config.json of a new run, with `facts` in it, or return the last save.
 
-        None if there is no state yet. Raises WriteError.
+        What is in the way is deleted (fresh=True) or moved aside here and not before, when the command has
+        shown that it can be run. Returns None if there is no save yet. Raises as `finished`, WriteError, and
+        DataError for a save of another run.
         """
-        return distributed.broadcast(lambda: self.load_state() if self.config.exists() else self.begin(facts))
+        def begin_or_continue():
+            with defer_signals:
+                self.prepare()
+            if os.path.exists(self.config):
+                return self.load_state()
+            self.begin(facts)
+        state = distributed.broadcast(begin_or_continue)
+        self.saved_at = time.monotonic()
+        return state
 
     def begin(self, facts):
-        write_json(self.config, {"config": self.flag_values, "argv": sys.argv, "machine": machine(), **facts,
-                                 **to_config(self.identity)})
+        self.id = uuid.uuid4().hex
+        self.begun = True
+        write_json(self.config, {"config": self.flag_values, "argv": sys.argv, "id": self.id,
+                                 "machine": machine(), **facts, **to_config(self.identity)})
 
     def add_facts(self, **facts):
         """More for config.json, known later: parameter counts, say. Raises WriteError."""
         if not dist_state.rank:
             write_json(self.config, {**read_run_config(self.folder), **facts})
 
+    # ---- saves and the log
+    def states(self):
+        return [self.folder / name for name in STATES]
+
     def load_state(self):
-        for path in (self.state, self.before):
-            if path.exists():
-                try:
-                    return torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as e:              # a torn zip raises many kinds; the one before is whole
-                    log_progress(f"{path} is damaged ({type(e).__name__}); the save before it is used")
+        """The newest save that is whole, without its id; None if there is none. Raises DataError."""
+        self.id = read_run_config(self.folder).get("id")
+        saves = [path for path in self.states() if os.path.exists(path)]
+        for path, older in zip(saves, [*saves[1:], None]):
+            try:
+                state = read_state(path)
+            except Exception as e:                  # a damaged archive raises many kinds
+                instead = "starting over" if older is None else "the save before it is used"
+                log_progress(f"{path} is damaged ({type(e).__name__}); {instead}")
+                continue
+            if not isinstance(state, dict) or state.pop("id", None) != self.id:
+                raise DataError(f"{path} is of another run than {self.config}; put the right file there, or "
+                                "use --fresh to start over")
+            return state
         return None
 
     def log(self, **event):
@@ -395,32 +481,59 @@ class Run:
         if dist_state.rank:
             return
         event = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+        path = self.folder / "log.jsonl"
         try:
-            with open(self.folder / "log.jsonl", "a") as f:
+            with open(path, "a") as f:
                 f.write(json.dumps(event) + "\n")
         except OSError as e:
-            raise WriteError(f"{self.folder}/log.jsonl cannot be written ({e.strerror}); "
-                             "free some space and give the same command again") from e
+            raise cannot_write(path, e) from e
 
     def rewind(self, step):
-        """Drop the events after `step`, where the run continues (they come again), and a torn last line."""
-        path = self.folder / "log.jsonl"
-        if path.exists() and not dist_state.rank:
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if (e := json.loads(line))["step"] < step
-                    or e["step"] == step and e["event"] not in ("valid", "test")]
-            with atomic(path) as f:
-                f.write("".join(line + "\n" for line in kept).encode())
-
-    def save(self, state):
-        """state.pt; the one before it stays until this one is whole. Raises WriteError."""
+        """Drop the events after `step`, where the run continues: they come again. Raises DataError, WriteError."""
         if dist_state.rank:
             return
-        with atomic(self.folder / "state.new.pt") as f:
-            torch.save(state, f)
-        if self.state.exists():
-            os.replace(self.state, self.before)
-        os.replace(self.folder / "state.new.pt", self.state)
+        path = self.folder / "log.jsonl"
+        events, unread = read_events(self.folder)
+        if not os.path.exists(path):
+            if step > 0:
+                log_progress(f"{path} is missing; the new one begins at step {step}")
+            return
+        if unread > 0:
+            log_progress(f"{path}: {unread} of {unread + len(events)} lines cannot be read and are left out")
+        kept = [e for e in events
+                if e["step"] < step or e["step"] == step and e["event"] not in ("valid", "test")]
+        with atomic(path) as f:
+            f.write("".join(json.dumps(event) + "\n" for event in kept).encode())
+
+    def save_is_due(self):
+        """Whether the last save was SAVE_SECONDS ago; longer where saves take more than 5 % of the time.
+
+        In process 0 alone: the others are told.
+        """
+        wait = max(SAVE_SECONDS, 20 * self.save_seconds)
+        return not dist_state.rank and time.monotonic() - self.saved_at > wait
+
+    def save(self, state, **clock):
+        """state.pt, and an event with the step from which it goes on: clock has `step`, as every event has.
+
+        The save before stays until this one is whole. Raises WriteError.
+        """
+        if dist_state.rank:
+            return
+        began = time.monotonic()
+        new, current, before = self.states()
+        with atomic(new) as f:
+            torch.save({**state, "id": self.id}, f)
+        try:
+            if current.exists():
+                os.replace(current, before)
+            os.replace(new, current)
+        except OSError as e:
+            raise cannot_write(current, e) from e
+        sync_folder(self.folder)
+        self.log(event="save", **clock)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - began
 
     # ---- the end
     def finish(self, result):
@@ -430,8 +543,11 @@ class Run:
         """
         if not dist_state.rank:
             result = {**result, **code_of(read_run_config(self.folder))}
+            for path in self.states():
+                if path != self.state:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
             write_json(self.result, result)
-            self.before.unlink(missing_ok=True)
             self.record(result)
         distributed.barrier()                       # other processes may read the folder after this
         return result
@@ -443,18 +559,53 @@ class Run:
     def record(self, result):
         """Append to results.jsonl in one write, so that parallel runs never mix lines. Raises WriteError."""
         path = self.folder.parent / "results.jsonl"
+        line = (self.line(result) + "\n").encode()
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(fd, (self.line(result) + "\n").encode())
+                if ends_torn(descriptor):
+                    line = b"\n" + line
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
-                os.close(fd)
+                os.close(descriptor)
         except OSError as e:
-            raise WriteError(f"{path} cannot be written ({e.strerror})") from e
+            raise cannot_write(path, e) from e
 
     def recorded(self, result):
-        """The result. A kill just before `record` is repaired here: every finished run has its line."""
-        lines = self.folder.parent / "results.jsonl"
-        if self.line(result) not in (lines.read_text().splitlines() if lines.exists() else ()):
-            self.record(result)
+        """The result. A kill just before `record` is repaired here: every finished run has its line.
+
+        Not while another process works in the folder, nor where the line cannot be written.
+        """
+        if result is not None and not self.has_line(result):
+            with contextlib.suppress(UserError), self.locked():
+                if not self.has_line(result):
+                    self.record(result)
         return result
+
+    def has_line(self, result):
+        """Whether results.jsonl has the line of this result; True if it cannot be read."""
+        try:
+            lines = (self.folder.parent / "results.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return self.line(result).encode() in lines
+
+
+def read_state(path):
+    """What `save` has written. Raises one of many errors for a damaged file: each part has a CRC-32."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise DataError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def ends_torn(descriptor):
+    """Whether a file has a last line without an end: a full disk has cut it."""
+    if os.fstat(descriptor).st_size == 0:
+        return False
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1) != b"\n"
