@@ -1018,7 +1018,7 @@ def open_data(cfg):
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
     counts = [f"{len(r)} {split}" for split, r in rows.items()]
-    counts += [f"{n} dropped {why}" for why, n in train.dropped.items()]
+    counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     task = find_task(cfg.task)
     if train.row_type not in task.reads:

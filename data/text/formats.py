@@ -2,11 +2,14 @@
 
     file -> records (readers.py) -> rows of one row type (converters.py) -> Data
 
-Each entry of FORMATS names the sets of keys that identify the format, the row type that it becomes, and the
-function that converts a record. The first record decides for the file: a later record in another format,
-and a record with the keys of two formats, are errors. For evaluation, "references" (or "outputs") may
-replace the last answer of a conversation. Records that train nothing are dropped and counted; none left is
-an error. Every row gets a key "line" with its location, such as "data.jsonl:17".
+Each entry of FORMATS names the sets of keys that identify the format, other keys that it reads, the row type
+that it becomes, and the function that converts a record. The first record decides for the file: a later
+record in another format is an error, and so is a record with the keys of two formats, unless one repeats the
+texts of the other (a conversation that is also rendered as "text"): then the later one in FORMATS is read.
+Keys that are not read are named with the format; one that is nearly the key of another format ("labels") is
+an error. For evaluation, "references" (or "outputs") may replace the last answer of a conversation. Records
+that train nothing are dropped and counted; none left is an error. Every row gets a key "line" with its
+location, such as "data.jsonl:17".
 
 Splits. A folder holds train, valid and test files. A single file is split 80/10/10 by content (splits.py). A
 folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
@@ -16,46 +19,68 @@ Public: load, load_splits, load_text, Data, FORMATS, SPLITS, prompt_key, row_jso
 duplicates, leaks
 """
 import collections
+import difflib
 import functools
 import pathlib
 import typing
 
 from data.runtime import cache
-from data.text import converters
-from data.runtime.files import DataError, UserError
-from data.text.readers import SUFFIXES, read_records
+from data.runtime.files import DataError, UserError, check_path, printable
+from data.text import converters, messages
+from data.text.readers import SUFFIXES, file_type, read_records
 from data.text.splits import duplicates, label_names, leaks, prompt_key, row_json, split_rows    # noqa: F401
 
 # split: the names, without suffix, of its file in a folder
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
 
+BESIDE = "system system_prompt " + " ".join(messages.UNSUPPORTED)      # what a conversation may have beside it
+ANSWERS = "references outputs"
+VOTES = "votes_for votes_against"
+QUESTION = f"{BESIDE} {ANSWERS} instruction input history"
+
+
 class Format(typing.NamedTuple):
     name: str
     row_type: str
-    convert: typing.Callable                            # (record, location) -> row
+    convert: typing.Callable                            # (record with these keys only, location) -> row
     key_sets: tuple                                     # any one of them identifies the format
+    optional: str = ""                                  # keys that are read, too
+    fallback: bool = False                              # raw text aside, any other format comes before it
+
+    @property
+    def reads(self):
+        """All its keys."""
+        return set(" ".join((*self.key_sets, self.optional)).split())
 
 
 FORMATS = {format.name: format for format in (
+    Format("prompt", "prompt", converters.prompt, ("prompt",), BESIDE),
     Format("text", "text", converters.text, ("text",)),
     Format("text/label", "label", converters.label, ("text label",)),
     Format("tokens/tags", "tags", converters.tags, ("tokens tags",)),
-    Format("prompt/completion", "chat", converters.completion, ("prompt completion", "prompt references")),
-    Format("messages", "chat", converters.conversation, ("messages",)),
-    Format("ShareGPT", "chat", converters.conversation, ("conversations",)),
-    Format("Alpaca", "chat", converters.alpaca, ("instruction output", "input output", "instruction outputs",
-                                           "input outputs")),
-    Format("prompt/chosen/rejected", "pairs", converters.pair, ("prompt chosen rejected",)),
-    Format("Alpaca preference", "pairs", converters.pair, ("instruction chosen rejected",)),
-    Format("ShareGPT preference", "pairs", converters.pair, ("conversations chosen rejected",)),
-    Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",)),
+    Format("prompt/completion", "chat", converters.completion,
+           ("prompt completion", "prompt response", "prompt references"), f"{BESIDE} {ANSWERS}"),
+    Format("Alpaca", "chat", converters.instruction, ("instruction output", "input output",
+                                                      "instruction outputs", "input outputs"), QUESTION),
+    Format("Dolly", "chat", converters.instruction, ("instruction response",), f"{QUESTION} context", True),
+    Format("question/answer", "chat", converters.instruction,
+           ("question answer", "question response", "query response"), f"{QUESTION} context", True),
+    Format("messages", "chat", converters.conversation, ("messages",), f"{BESIDE} {ANSWERS}"),
+    Format("ShareGPT", "chat", converters.conversation, ("conversations",), f"{BESIDE} {ANSWERS}"),
+    Format("prompt/chosen/rejected", "pairs", converters.pair,
+           ("prompt chosen rejected", "question chosen rejected"), f"{BESIDE} {VOTES}"),
+    Format("Alpaca preference", "pairs", converters.pair, ("instruction chosen rejected",),
+           f"{BESIDE} {VOTES} input history"),
+    Format("ShareGPT preference", "pairs", converters.pair, ("conversations chosen rejected",),
+           f"{BESIDE} {VOTES}"),
+    Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",), f"{BESIDE} {VOTES}"),
     Format("OpenAI preference", "pairs", converters.openai_pair,
-           ("input preferred_output non_preferred_output",)),
-    Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",)),
-    Format("prompt", "prompt", converters.prompt, ("prompt",)),
+           ("input preferred_output non_preferred_output",), f"{BESIDE} {VOTES}"),
+    Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",), BESIDE),
 )}
-OPTIONAL_KEYS = set("input system history references outputs tools functions votes_for votes_against".split())
+KEYS = sorted({key for format in FORMATS.values() for key in " ".join(format.key_sets).split()})
+READ = set().union(*(format.reads for format in FORMATS.values()))
 
 
 class Data(typing.NamedTuple):
@@ -64,13 +89,18 @@ class Data(typing.NamedTuple):
     row_type: str
     source: str                                         # the file, and the part of it, for messages
     format: str                                         # the format's name, and the keys that are not read
-    dropped: dict                                       # {reason: number of rows that train nothing}
+    dropped: dict                                       # {reason: locations of rows that train nothing}
+
+    def count_dropped(self):
+        """One sentence for each reason: "2 dropped with an empty answer (data.jsonl:3 is the first)"."""
+        return [f"{len(places)} dropped {reason} ({places[0]} is the first)"
+                for reason, places in self.dropped.items()]
 
 
 # ---- formats -----------------------------------------------------------------------------------------------
 @functools.lru_cache
 def _matching_formats(keys):
-    """[(format name, key set)] of the formats whose keys are all present.
+    """((format name, keys), ...) of the formats whose keys are all present, one key set for each.
 
     A key set that is part of a larger match does not count: prompt + completion is not also a "prompt" row.
     """
@@ -80,30 +110,81 @@ def _matching_formats(keys):
             needed = key_set.split()
             if keys.issuperset(needed):
                 matches.append((format.name, needed))
-    return [(name, needed) for name, needed in matches
-            if not any(set(needed) < set(other) for _, other in matches)]
+    largest = {}
+    for name, needed in matches:
+        if not any(set(needed) < set(other) for _, other in matches):
+            largest.setdefault(name, needed)
+    if any(not FORMATS[name].fallback and name != "text" for name in largest):
+        largest = {name: needed for name, needed in largest.items() if not FORMATS[name].fallback}
+    return tuple(largest.items())
+
+
+@functools.lru_cache
+def _near_miss(keys):
+    """(key, what it should be) of a key that is misspelt and would decide the format, or None."""
+    for key in sorted(keys - READ):
+        word = key.strip().lower()
+        similar = [word] if word in READ else []
+        if not similar and word.isalpha():              # "response_2" is no misspelt "response"
+            similar = difflib.get_close_matches(word, KEYS, 1, 0.8)
+        for meant in similar:
+            fits = _matching_formats(keys - {key} | {meant})
+            if meant not in keys and len(fits) == 1 and meant in FORMATS[fits[0][0]].reads:
+                return key, meant
+    return None
+
+
+def _texts(record, keys):
+    """All strings under some keys, blanks around them removed, without names of roles."""
+    found = []
+    waiting = [record[key] for key in keys]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [inner for key, inner in value.items() if key not in ("role", "from")]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and value.strip():
+            found.append(value.strip())
+    return found
+
+
+def _repeats(record, keys, others):
+    """Whether the texts under one of two lists of keys are texts under the other, or are all in a single one."""
+    ours = _texts(record, set(keys) - set(others))
+    theirs = _texts(record, set(others) - set(keys))
+    for some, whole in ((ours, theirs), (theirs, ours)):
+        rendered = len(whole) == 1 and all(text in whole[0] for text in some)
+        if some and (set(some) <= set(whole) or rendered):
+            return True
+    return False
 
 
 def recognise(record, location):
     """(name, keys) of the one format that a record is in; (None, []) if none. Raises DataError for two."""
-    if "kto_tag" in record or {"completion", "label"} <= record.keys():
+    replies = record.keys() & {"completion", "response"}
+    if "kto_tag" in record or "label" in record and (
+            "completion" in replies or replies and isinstance(record["label"], bool)):
         raise DataError(f"{location}: unpaired thumbs up or down (KTO) are not supported; "
                         "give prompt, chosen and rejected")
     matches = _matching_formats(frozenset(record))
-    names = sorted({name for name, _ in matches})
-    if len(names) > 1:
-        raise DataError(f"{location}: the keys of two formats, {names[0]} and {names[1]}; keep those of one")
-    return matches[0] if matches else (None, [])
+    if not matches:
+        return None, []
+    name, keys = matches[-1]
+    for other, other_keys in matches[:-1]:
+        if not _repeats(record, keys, other_keys):
+            raise DataError(f"{location}: the keys of two formats, {other} and {name}; keep those of one")
+    return name, keys
 
 
 def _unknown_format(record, location, source):
     """The error for a record whose keys fit no format, with a likely remedy."""
     known = " | ".join(dict.fromkeys(format.key_sets[0].replace(" ", "+") for format in FORMATS.values()))
-    keys = ", ".join(list(record)[:8]) or "(none)"
+    keys = ", ".join(map(printable, list(record)[:8])) or "(none)"
     remedy = ""
     if len(record) == 1 and ";" in keys:
         remedy = "; the columns of a .csv are separated by commas"
-    elif str(source).endswith((".csv", ".tsv")):
+    elif file_type(pathlib.Path(source)) in (".csv", ".tsv"):
         remedy = "; rename the columns in the first line"
     return DataError(f"{location}: no known format has the keys {keys}; known are {known}{remedy}")
 
@@ -117,14 +198,27 @@ def _other_format(record, location, name, first):
                      "all rows of a file have one format")
 
 
+def _echo(name, unread):
+    """The name of a format, and the keys that are not read."""
+    if not unread:
+        return name
+    names = ", ".join(printable(key, 40) for key in sorted(unread)[:8])
+    more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+    return f"{name} (not read: {names}{more})"
+
+
 def _convert(records, source):
     """(location, record) pairs -> Data. The first record fixes the format."""
     converted = []
     first = None
-    dropped = collections.Counter()
-    unread_keys = set()
+    dropped = collections.defaultdict(list)
+    unread = set()
     for location, record in records:
         name, keys = recognise(record, location)
+        near = _near_miss(frozenset(record))
+        if near:
+            raise DataError(f'{location}: the key "{printable(near[0])}" is not read; "{near[1]}" is meant, or '
+                            "another name is needed; rename it")
         if first is None:
             if name is None:
                 raise _unknown_format(record, location, source)
@@ -132,21 +226,25 @@ def _convert(records, source):
         if name != first[0]:
             raise _other_format(record, location, name, first)
         format = FORMATS[name]
-        unread_keys |= record.keys() - OPTIONAL_KEYS - set(" ".join(format.key_sets).split())
+        known = {key: record[key] for key in (*keys, *format.optional.split()) if key in record}
+        unread |= record.keys() - known.keys()
+        if format.optional:
+            messages.check_supported(known, location)
+        known = messages.decode_lists(known, location)
+        for key, value in known.items():
+            unread |= messages.unread_keys(value, key)
         try:
-            row = format.convert(record, location)
+            row = format.convert(known, location)
         except converters.SkipRow as reason:
-            dropped[str(reason)] += 1
+            dropped[str(reason)].append(location)
             continue
         row["line"] = location
         converted.append(row)
     if not converted:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        reasons = ", ".join(f"{len(places)} {reason} ({places[0]} is the first)"
+                            for reason, places in dropped.items())
         raise DataError(f"0 usable examples in {source}: {reasons or 'it holds no rows'}")
-    echo = first[0]
-    if unread_keys:
-        echo += f" (not read: {', '.join(sorted(unread_keys)[:8])})"
-    return Data(converted, FORMATS[first[0]].row_type, source, echo, dict(dropped))
+    return Data(converted, FORMATS[first[0]].row_type, source, _echo(first[0], unread), dict(dropped))
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -170,6 +268,7 @@ def load(path_or_name, split=None):
 def _load(path_or_name, splits):
     """[Data of each of `splits`]; a file that holds all of them is read once."""
     name, path = str(path_or_name), pathlib.Path(path_or_name)
+    check_path(name)
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
         return [_load_toy(name, split) for split in splits]
     try:
@@ -224,7 +323,8 @@ def _files_of(folder):
     """{split: file} of a folder. Raises DataError for two files of one split, and for none at all."""
     found = {}
     for split, stems in SPLITS.items():
-        candidates = [folder / (stem + suffix) for stem in stems for suffix in SUFFIXES]
+        candidates = [folder / (stem + suffix + packed) for stem in stems for suffix in SUFFIXES
+                      for packed in ("", ".gz")]
         files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
             raise DataError(f"{folder} holds both {files[0].name} and {files[1].name}; keep one")
@@ -255,8 +355,9 @@ def _concatenate(path, parts):
     row_types = [part.row_type for part in parts]
     if len(set(row_types)) > 1:
         raise DataError(f"{path} holds files of different row types: {', '.join(row_types)}")
-    dropped = collections.Counter()
+    dropped = {}
     for part in parts:
-        dropped.update(part.dropped)
+        for reason, places in part.dropped.items():
+            dropped[reason] = dropped.get(reason, []) + places
     all_rows = [row for part in parts for row in part.rows]
-    return parts[0]._replace(rows=all_rows, source=str(path), dropped=dict(dropped))
+    return parts[0]._replace(rows=all_rows, source=str(path), dropped=dropped)
