@@ -217,7 +217,9 @@ def test_images_beside_raw_text_are_named(tmp_path):
 @pytest.mark.parametrize("rows, key, meant", [
     ([dict(text="a", labels="b")], "labels", "label"), ([{"text": "a", " label": "b"}], " label", "label"),
     ([dict(text="a", Label="b")], "Label", "label"), ([dict(text="a", lable="b")], "lable", "label"),
-    ([dict(Text="a", label="b")], "Text", "text"), ([dict(prompt="a", completions="b")], "completions", "completion"),
+    ([dict(Text="a", label="b")], "Text", "text"), ([dict(Text="a", Label="b")], "Text", "text"),
+    ([{"text": "a", "lab\x00el": "b"}], "lab\\x00el", "label"), ([dict(prompt="a", Messages=[])], "Messages", "messages"),
+    ([dict(Prompt="a", Completions="b", id=1)], "Prompt", "prompt"), ([dict(prompt="a", completions="b")], "completions", "completion"),
     ([dict(prompt="a", chosen="b", reject="c")], "reject", "rejected"), ([dict(message=[])], "message", "messages"),
     ([dict(instruction="a", inputs="b", output="c")], "inputs", "input"), ([dict(QA, System="a")], "System", "system"),
     ([dict(token=["a"], tags=["O"])], "token", "tokens"), ([dict(question="a", answers="b")], "answers", "answer"),
@@ -350,7 +352,8 @@ def test_damaged_compressed_files(tmp_path):
     whole = gzip.compress(os.urandom(3000).hex().encode())
     flipped = whole[:1000] + bytes([whole[1000] ^ 8]) + whole[1001:]
     wrong_sum = whole[:-8] + bytes(4) + whole[-4:]
-    for bad in (b"not packed", whole[:1000], flipped, wrong_sum, whole + b"rest"):
+    cut_and_no_text = gzip.compress(b"\xff" * 3000 + os.urandom(3000))[:1000]
+    for bad in (b"not packed", whole[:1000], flipped, wrong_sum, whole + b"rest", cut_and_no_text):
         message = fault(tmp_path, bad, "a.txt.gz")
         assert message.startswith("a.txt.gz: not a whole .gz file (") and "compress it again" in message
     assert "a.txt.gz:2: byte 0xff" in fault(tmp_path, gzip.compress(b"a\n\xff"), "a.txt.gz")
@@ -400,7 +403,10 @@ def test_04_06_08_marks_line_ends_blank_lines_arrays(tmp_path, content):
 
 def test_04_a_mark_is_no_part_of_a_text_or_a_header(tmp_path):
     assert read(tmp_path, b"\xef\xbb\xbfOnce.", "data.txt").rows[0]["text"] == "Once."
-    assert read(tmp_path, b"\xef\xbb\xbftext,label\na,b\n", "data.csv").row_type == "label"
+    for mark in (b"\xef\xbb\xbf", b"\xef\xbb\xbf" * 2):
+        assert read(tmp_path, mark + b"text,label\na,b\n", "data.csv").row_type == "label"
+        assert read(tmp_path, mark + b'[{"text": "a"}]', "data.json").row_type == "text"
+        assert read(tmp_path, (mark + b'{"text": "a"}\n') * 2, "data.json").row_type == "text"
 
 
 def test_columns_that_no_format_has_come_with_a_remedy(tmp_path):

@@ -22,6 +22,7 @@ import collections
 import difflib
 import functools
 import pathlib
+import re
 import typing
 
 from data.runtime import cache
@@ -122,15 +123,22 @@ def _matching_formats(keys):
 @functools.lru_cache
 def _near_miss(keys):
     """(key, what it should be) of a key that is misspelt and would decide the format, or None."""
+    exact = {}                                          # other case, blanks or marks: surely the same word
+    similar = {}
     for key in sorted(keys - READ):
-        word = key.strip().lower()
-        similar = [word] if word in READ else []
-        if not similar and word.isalpha():              # "response_2" is no misspelt "response"
-            similar = difflib.get_close_matches(word, KEYS, 1, 0.8)
-        for meant in similar:
-            fits = _matching_formats(keys - {key} | {meant})
-            if meant not in keys and len(fits) == 1 and meant in FORMATS[fits[0][0]].reads:
-                return key, meant
+        word = re.sub(r"\W", "", key.lower()).strip("_")
+        if word in READ:
+            exact[key] = word
+        elif word.isalpha():                            # "response_2" is no misspelt "response"
+            similar.update((key, known) for known in difflib.get_close_matches(word, KEYS, 1, 0.8))
+    for meant in [{key: word} for key, word in {**exact, **similar}.items()] + [{**exact, **similar}]:
+        names = set(meant.values())
+        if len(names - keys) < len(meant):              # the right name is there, too
+            continue
+        fits = _matching_formats(keys - set(meant) | names)
+        if (meant.keys() <= exact.keys() or len(fits) == 1) and any(
+                names & FORMATS[name].reads for name, _ in fits):
+            return next(iter(meant.items()))
     return None
 
 

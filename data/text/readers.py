@@ -64,22 +64,26 @@ def read_records(path):
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown file type; a data file ends in {' '.join(SUFFIXES)}, perhaps with "
                         ".gz behind it")
-    if suffix == ".txt":
-        records = _read_text(path)
-    elif suffix in (".csv", ".tsv"):
-        records = _read_table(path, suffix)
-    else:
-        records = _read_json(path)
     try:
-        for location, record in records:
+        for location, record in _read(path, suffix):
             if not isinstance(record, dict):
                 raise DataError(f"{location}: {describe_type(record)}; a row is an object such as {EXAMPLE}")
             yield location, record
-    except UnicodeDecodeError as e:
-        raise _not_utf8(path) from e
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise DataError(f"{path}: not a whole .gz file ({printable(str(e))}); compress it again, or give the "
                         "file as it is") from e
+
+
+def _read(path, suffix):
+    try:
+        if suffix == ".txt":
+            yield from _read_text(path)
+        elif suffix in (".csv", ".tsv"):
+            yield from _read_table(path, suffix)
+        else:
+            yield from _read_json(path)
+    except UnicodeDecodeError as e:
+        raise _not_utf8(path) from e
 
 
 # ---- bytes and lines ---------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ def _read_text(path):
 # ---- JSON --------------------------------------------------------------------------------------------------
 def _read_json(path):
     with _open_text(path, None) as f:
-        start = f.read(4096).lstrip()
+        start = f.read(4096).lstrip("\ufeff").lstrip()
         f.seek(0)
         if start.startswith("["):
             yield from _read_array(f, path)
@@ -128,7 +132,7 @@ def _read_json(path):
 
 
 def _read_array(f, path):
-    rows = parse_json(f.read(), lambda line: f"{path}:{line}", "a file that starts with [ is one array of rows")
+    rows = parse_json(f.read().lstrip("\ufeff"), lambda line: f"{path}:{line}", "a file that starts with [ is one array of rows")
     for n, row in enumerate(rows, 1):
         yield f"{path}:item {n}", row
 
@@ -175,7 +179,7 @@ def _refuse_constant(name):
 # ---- tables ------------------------------------------------------------------------------------------------
 def _read_table(path, suffix):
     with _open_text(path, "") as f:
-        text = f.read()
+        text = f.read().lstrip("\ufeff")                # a mark twice
     csv.field_size_limit(MAX_LINE)
     dialect = {"strict": True}
     if suffix == ".tsv":
