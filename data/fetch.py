@@ -9,8 +9,8 @@ data/sources.tsv pins every file: an address that names a commit, a largest size
 checked too; --unverified accepts one with another sha256, warns, and notes it in source.json.
 
 Bytes go to FILE.part, which is renamed once its sha256 is right; a part is resumed with a Range request, also
-by the next command. Cuts, time-outs and statuses 408, 429 and 5xx are retried after 1, 2, 4 and 8 seconds; all
-attempts at a file together end after a minute and its largest size at MIN_RATE.
+by the next command. Cuts, time-outs and statuses 408, 429 and 5xx are retried after 1, 2, 4 and 8 seconds.
+All attempts at a file together end after a minute and the time that its largest size takes at MIN_RATE.
 Every hop of a redirect is https (or http within this machine). HF_TOKEN is sent to https://huggingface.co
 only. HF_ENDPOINT (a mirror of the hub), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured.
 
@@ -62,7 +62,7 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 ATTEMPTS = 5
 PAUSE = 1.0                                             # seconds; doubles with each attempt
 TIMEOUT = 30                                            # seconds without a byte
-MIN_RATE = 100_000                                      # bytes a second; a server may be slow, not drip for ever
+MIN_RATE = 100_000                                      # bytes a second; a server that drips is ended
 CHUNK = 1 << 20                                         # bytes
 MAX_MEMBERS = 1000                                      # of a zip
 MAX_BYTES = 10 ** 9                                     # of an unpacked zip
@@ -122,7 +122,7 @@ class TimedReader(io.RawIOBase):
 
 
 def make_opener(deadline):
-    """An opener whose answers end at the deadline, head and body; a socket's own time-out is only for silence."""
+    """An opener whose answers, head and body, end at the deadline; a socket's time-out ends silence only."""
     def timed_response(sock, *args, **kwargs):
         response = http.client.HTTPResponse(sock, *args, **kwargs)
         response.fp = io.BufferedReader(TimedReader(response.fp.detach(), deadline))
@@ -238,8 +238,8 @@ def read_zip(path):
                 outside = name.startswith("/") or ":" in name or ".." in name.split("/")
                 regular = mode in (0, stat.S_IFREG, stat.S_IFDIR)
                 if not name or outside or name in files or not regular:
-                    raise DataError(f"{path}: member '{printable(name)}' has no name, leads out of it, is a link "
-                                    "or a device, or is there twice; get another copy")
+                    raise DataError(f"{path}: member '{printable(name)}' has no name, leads out of it, is a "
+                                    "link or a device, or is there twice; get another copy")
                 files[name] = archive.read(m)
     except DataError:
         raise
@@ -321,7 +321,8 @@ def e2e(path):
 def e2e_ratings(path):
     """A group of five texts, known by its input, texts and systems, is rated by one or three people."""
     table = read_csv(read_text(path))
-    column = {name: i for i, name in enumerate(next(table)) if not name.startswith("_")}    # _: about a rater
+    header = next(table, [])
+    column = {name: i for i, name in enumerate(header) if not name.startswith("_")}     # _: about a rater
     group_columns = ["mr", *(f"ref{i}" for i in range(1, 6)), *(f"sys{i}" for i in range(1, 6))]
     groups = {}
     for cells in table:
@@ -425,22 +426,26 @@ def fetch_data(name, out, source, unverified):
     paths = [local_copy(name, file, source, unverified) if source else remote_copy(file, folder)
              for file in files]
     try:
-        splits = CONVERTERS[name](*paths)
+        files_of = {}
+        for split, rows in CONVERTERS[name](*paths).items():
+            if isinstance(rows, str):
+                files_of[f"{split}.txt"] = rows.encode()
+            else:
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                files_of[f"{split}.jsonl"] = "".join(lines).encode()
+        if not any(files_of.values()):
+            raise ValueError("it holds no rows")
     except UserError:
         raise
-    except (ValueError, TypeError, LookupError, RecursionError, OSError, EOFError, zlib.error,
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OSError, EOFError, zlib.error,
             csv.Error) as e:
-        raise DataError(f"{source or folder}: a file of {name} is damaged ({printable(repr(e))}); get another "
-                        "copy") from e
-    for split, rows in splits.items():
-        target = folder / f"{split}.jsonl"
-        if isinstance(rows, str):
-            target = folder / f"{split}.txt"
-        else:
-            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if target.exists() and target.read_bytes() != rows.encode():
+        fault = printable(repr(e))
+        raise DataError(f"{source or folder}: a file of {name} is damaged ({fault}); get another copy") from e
+    for file_name, content in files_of.items():
+        target = folder / file_name
+        if target.exists() and target.read_bytes() != content:
             raise DataError(f"{target} is not a file of {name}; move it away, or choose another --out")
-        write_atomic(target, rows)
+        write_atomic(target, content)
     came_from = {file.url: sha256(path) for file, path in zip(files, paths) if path}
     verified = all(came_from.get(file.url, file.sha256) == file.sha256 for file in files)
     for path in [] if source else paths:
@@ -455,8 +460,8 @@ def fetch(name, out=None, source=None, unverified=False):
     Raises UserError for a name or a combination that is not accepted, DataError for bad or missing files.
     """
     if name not in cache.SOURCES:
-        raise UserError(f"{printable(name)} is not known here; known are {', '.join(cache.SOURCES)}; give the folder of "
-                        "any other model to --init, any other data to --data")
+        raise UserError(f"{printable(name)} is not known here; known are {', '.join(cache.SOURCES)}; give the "
+                        "folder of any other model to --init, any other data to --data")
     for path in (out, source):
         check_path(path or "")
     out = pathlib.Path(out) if out else None

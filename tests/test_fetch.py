@@ -657,10 +657,12 @@ def test_e2e(here, given, tmp_path):
 def test_damaged_contents(here, given, tmp_path):
     for name, *bodies in (("hh-rlhf", b"?", b"?"), ("hh-rlhf", gzip.compress(b"[1}\n"), gzip.compress(b"")),
                           ("sms_spam", b"ham x\n"), ("sms_spam", b"ham\t\xff\n"), ("alpaca", b"{"),
-                          ("alpaca", b"[" * 100_000), ("alpaca", b"[1]"),
+                          ("alpaca", b"[" * 100_000), ("alpaca", b"[1]"), ("alpaca", b'[{"instruction": 1}]'),
+                          ("alpaca", b'[{"instruction": "a", "output": "\\ud800"}]'),
                           ("instruct_pref", b'[{"input": ""}]'),
                           ("e2e", make_zip(tmp_path / "z", ("x", b"", 0)).read_bytes()),
-                          ("e2e_ratings", b"a,b\n1,2\n"), ("wnut17", b"word\n", b"", b"")):
+                          ("e2e_ratings", b"a,b\n1,2\n"), ("e2e_ratings", b""), ("alpaca", b"[]"),
+                          ("wnut17", b"word\n", b"", b"")):
         with pytest.raises(DataError, match="a file of .* is damaged .*; get another copy$"):
             F.fetch(name, "out", given(name, *bodies))
         assert not list((here / "out").iterdir())

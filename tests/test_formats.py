@@ -214,6 +214,22 @@ def test_images_beside_raw_text_are_named(tmp_path):
     assert read(tmp_path, [dict(text="a", image="a.png")]).format == "text (not read: image)"
 
 
+def test_text_that_is_json_stays_text(tmp_path):
+    turns = json.dumps(user("Hi", "Ho"))
+    assert read(tmp_path, [dict(text=turns)]).rows[0]["text"] == turns
+    assert read(tmp_path, [dict(text="a", tags="[x")]).format == "text (not read: tags)"
+    row = read(tmp_path, [dict(instruction="Write a chat.", output=turns)]).rows[0]
+    assert row["messages"] == user("Write a chat.", turns)
+
+
+def test_a_conversation_in_a_table_beside_its_prompt(tmp_path):
+    out = io.StringIO(newline="")
+    turns = user('Say "Hi",\nplease', "Hi")
+    csv.writer(out).writerows([["prompt", "messages"], [turns[0]["content"], json.dumps(turns)]])
+    data = read(tmp_path, out.getvalue(), "a.csv")
+    assert data.format == "messages (not read: prompt)" and data.rows[0]["messages"] == turns
+
+
 @pytest.mark.parametrize("rows, key, meant", [
     ([dict(text="a", labels="b")], "labels", "label"), ([{"text": "a", " label": "b"}], " label", "label"),
     ([dict(text="a", Label="b")], "Label", "label"), ([dict(text="a", lable="b")], "lable", "label"),
@@ -709,7 +725,7 @@ def test_31_the_keys_of_two_formats(tmp_path, row):
 
 def test_31_unpaired_feedback_is_refused(tmp_path):
     for row in (dict(QA, label=False), dict(conversations=[], kto_tag=True),
-                dict(prompt="a", response="b", label=False)):
+                dict(prompt="a", response="b", label=False), dict(prompt="a", response="b", label="True")):
         assert "unpaired thumbs up or down (KTO) are not supported" in fault(tmp_path, [row])
 
 

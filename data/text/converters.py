@@ -10,7 +10,7 @@ r"""data/text/converters.py: records in the formats of other tools -> canonical 
     prompt     {"prompt": [message]}                                  does not end with an assistant message
     message    {"role", "content", "weight"?}: see messages.py
 
-A record comes with the keys of its format only (formats.py). Blanks around labels and tags are removed.
+A record comes with the keys of its format only (recognise.py). Blanks around labels and tags are removed.
 
 Two kinds of bad record. A record that cannot be interpreted (a number for a string, an unknown role, a tool
 call) raises DataError with its location. A record that can be interpreted but trains nothing (an empty or
@@ -59,8 +59,8 @@ def tags(record, location):
         raise DataError(f"{location}: {len(tokens)} tokens and {len(names)} tags; every token needs one tag")
     for name in names:
         if "-" in name and name[:2] not in ("B-", "I-"):            # other schemes, such as BIOES
-            raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity is B-TYPE, "
-                            "the others are I-TYPE, and words outside entities are O")
+            raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity is "
+                            "B-TYPE, the others are I-TYPE, and words outside entities are O")
     if not tokens:
         raise SkipRow("without tokens")
     return {"tokens": tokens, "tags": names}

@@ -27,10 +27,12 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
 TARGET_KEYS = ("weight", "loss_weight", "loss", "train", "trainable", "training")
 MESSAGE_KEYS = {"role", "from", "content", "value", *TARGET_KEYS}
-UNSUPPORTED = {"tools": "no chat template here renders them", "functions": "no chat template here renders them",
+UNSUPPORTED = {**dict.fromkeys(("tools", "functions"), "no chat template here renders them"),
                **dict.fromkeys(("images", "image", "videos", "audios"), "the models here read text only")}
 TEXT_PARTS = (None, "text", "input_text", "output_text")
-LISTS = {"messages", "conversations", "tokens", "tags", "responses", "rank", "references", "outputs", "history"}
+LISTS = {"messages", "conversations", "tokens", "tags", "responses", "rank", "references", "outputs",
+         "history"}
+CONVERSATIONS = {"prompt", "completion", "chosen", "rejected", "preferred_output", "non_preferred_output"}
 MAX_NUMBER = 10 ** 6                                    # ranks and votes: exact in fp32
 
 
@@ -81,12 +83,14 @@ def either(record, keys, location):
 def decode_lists(record, location):
     """The record, with lists that are written as a JSON string (a cell of a table) as lists.
 
-    Under a key of LISTS every string that begins like JSON is decoded, under any other key only a list of
-    messages: [{"role": "user", "content": ...}, ...].
+    Under a key of LISTS every string that begins like JSON is decoded, under one of CONVERSATIONS only a list
+    of messages: [{"role": "user", "content": ...}, ...].
     """
     decoded = {}
     for key, value in record.items():
-        if isinstance(value, str) and re.match(r"\s*[\[{]", value) and (key in LISTS or _is_messages(value)):
+        if not isinstance(value, str) or not re.match(r"\s*[\[{]", value):
+            continue
+        if key in LISTS or key in CONVERSATIONS and _is_messages(value):
             decoded[key] = parse_json(value, lambda _: f'{location}: "{key}" is a string',
                                       "a list in a string is written as by json.dumps")
     return {**record, **decoded} if decoded else record
@@ -215,8 +219,7 @@ def answer(record, key, location):
 
 # ---- what is not read --------------------------------------------------------------------------------------
 def check_supported(record, location):
-    """Raises DataError for a record or message with tools, images or sound: without them it means another
-    thing."""
+    """Raises DataError for a record or message with tools, images or sound, which change what it means."""
     for key, reason in UNSUPPORTED.items():
         if record.get(key):
             raise DataError(f'{location}: "{key}" is not supported, because {reason}; remove such rows, or '

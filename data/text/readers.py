@@ -94,7 +94,8 @@ def _open(path):
 
 def _open_text(path, newline):
     """newline None: every line end becomes \n; "": they stay as they are."""
-    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)    # -sig drops a byte order mark
+    # -sig drops a byte order mark
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
 
 
 def _count_line_ends(raw):
@@ -110,7 +111,8 @@ def _not_utf8(path):
                 raw.decode("utf-8")
             except UnicodeDecodeError as e:
                 line += _count_line_ends(raw[:e.start])
-                return DataError(f"{path}:{line}: byte 0x{raw[e.start]:02x} is not UTF-8; save the file as UTF-8")
+                byte = raw[e.start]
+                return DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8")
             line += _count_line_ends(raw)
     return DataError(f"{path}:{line}: the last character is not whole; save the file as UTF-8")
 
@@ -132,7 +134,8 @@ def _read_json(path):
 
 
 def _read_array(f, path):
-    rows = parse_json(f.read().lstrip("\ufeff"), lambda line: f"{path}:{line}", "a file that starts with [ is one array of rows")
+    rows = parse_json(f.read().lstrip("\ufeff"), lambda line: f"{path}:{line}",
+                      "a file that starts with [ is one array of rows")
     for n, row in enumerate(rows, 1):
         yield f"{path}:item {n}", row
 
