@@ -1021,12 +1021,14 @@ def open_data(cfg):
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
     counts = [f"{len(r)} {split}" for split, r in rows.items()]
-    counts += [f"{n} dropped {why}" for why, n in train.dropped.items()]
+    counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     task = find_task(cfg.task)
     if train.row_type not in task.reads:
+        others = [other.name for other in TASKS if other.trains and train.row_type in other.reads]
         raise DataError(f"{cfg.data} holds {train.row_type} rows; --task {cfg.task} reads "
-                        f"{' or '.join(task.reads)} rows")
+                        f"{' or '.join(task.reads)} rows; {train.row_type} rows are for --task "
+                        f"{' or '.join(others)}")
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")

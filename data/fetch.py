@@ -10,6 +10,7 @@ checked too; --unverified accepts one with another sha256, warns, and notes it i
 
 Bytes go to FILE.part, which is renamed once its sha256 is right; a part is resumed with a Range request, also
 by the next command. Cuts, time-outs and statuses 408, 429 and 5xx are retried after 1, 2, 4 and 8 seconds.
+All attempts at a file together end after a minute and the time that its largest size takes at MIN_RATE.
 Every hop of a redirect is https (or http within this machine). HF_TOKEN is sent to https://huggingface.co
 only. HF_ENDPOINT (a mirror of the hub), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured.
 
@@ -39,6 +40,7 @@ import os
 import pathlib
 import re
 import stat
+import struct
 import sys
 import time
 import urllib.error
@@ -52,13 +54,15 @@ from tqdm import tqdm
 if __name__ == "__main__":                              # a script's path starts in data/, not beside train.py
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from data.runtime import cache                                                  # noqa: E402
-from data.runtime.files import DataError, UserError, write_atomic, write_json   # noqa: E402
+from data.runtime.files import (DataError, UserError, check_path, printable,    # noqa: E402
+                                write_atomic, write_json)
 
 HUB = "https://huggingface.co"
 LOCAL = ("127.0.0.1", "::1", "localhost")
 ATTEMPTS = 5
 PAUSE = 1.0                                             # seconds; doubles with each attempt
-TIMEOUT = 30                                            # seconds
+TIMEOUT = 30                                            # seconds without a byte
+MIN_RATE = 100_000                                      # bytes a second; a server that drips is ended
 CHUNK = 1 << 20                                         # bytes
 MAX_MEMBERS = 1000                                      # of a zip
 MAX_BYTES = 10 ** 9                                     # of an unpacked zip
@@ -81,7 +85,8 @@ def request_for(url, headers, previous=None):
     parts = urllib.parse.urlsplit(url)
     local = parts.scheme == "http" and parts.hostname in LOCAL and (previous or url).startswith("http:")
     if "@" in parts.netloc or not (parts.scheme == "https" or local):
-        raise DataError(f"an address at {parts.hostname} is not plain https and is not followed; {USE_COPY}")
+        host = printable(str(parts.hostname))
+        raise DataError(f"an address at {host} is not plain https and is not followed; {USE_COPY}")
     request = urllib.request.Request(url, headers=headers)
     token = re.sub("[^!-~]", "", os.environ.get("HF_TOKEN", ""))    # else an error might quote it
     if token and url.startswith(HUB + "/"):
@@ -96,7 +101,48 @@ class Redirect(urllib.request.HTTPRedirectHandler):
         return request_for(url, request.headers, previous=request.full_url)
 
 
-opener = urllib.request.build_opener(Redirect)
+class TimedReader(io.RawIOBase):
+    """The bytes of a socket, until a deadline (of time.monotonic). Then it raises TimeoutError."""
+
+    def __init__(self, raw, deadline):
+        self.raw = raw
+        self.deadline = deadline
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"it sends less than {MIN_RATE // 1000} kB a second")
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def make_opener(deadline):
+    """An opener whose answers, head and body, end at the deadline; a socket's time-out ends silence only."""
+    def timed_response(sock, *args, **kwargs):
+        response = http.client.HTTPResponse(sock, *args, **kwargs)
+        response.fp = io.BufferedReader(TimedReader(response.fp.detach(), deadline))
+        return response
+
+    class TimedHTTP(http.client.HTTPConnection):
+        response_class = staticmethod(timed_response)
+
+    class TimedHTTPS(http.client.HTTPSConnection):
+        response_class = staticmethod(timed_response)
+
+    class HTTPHandler(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(TimedHTTP, request)
+
+    class HTTPSHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(TimedHTTPS, request)
+
+    return urllib.request.build_opener(Redirect, HTTPHandler, HTTPSHandler)
 
 
 def receive(response, url, part, start, limit):
@@ -108,7 +154,7 @@ def receive(response, url, part, start, limit):
     size = start if resumed else 0
     length = response.headers.get("Content-Length", "")
     total = size + int(length) if length.isdecimal() else None
-    chunk = response.read(CHUNK)
+    chunk = response.read1(CHUNK)
     html = not resumed and re.match(rb"\s*<(!doctype|html)", chunk[:64], re.I)
     if html or response.headers.get_content_type() == "text/html":
         raise DataError(f"{url} answers with a web page (a login? a proxy?), not data; {USE_COPY}")
@@ -121,7 +167,7 @@ def receive(response, url, part, start, limit):
                 raise DataError(f"{url} is larger than the {limit} bytes expected; {USE_COPY}")
             f.write(chunk)
             bar.update(len(chunk))
-            chunk = response.read(CHUNK)
+            chunk = response.read1(CHUNK)
         f.flush()
         os.fsync(f.fileno())
     if total not in (None, size):
@@ -132,10 +178,14 @@ def download(url, target, expected, limit):
     """Fetch `url` as the file `target` of sha256 `expected`. Raises DataError; `target` is then as it was."""
     part = target.with_name(target.name + ".part")
     problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            log(f"{url}: {problem}; attempt {attempt + 1} of {ATTEMPTS}")
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+    deadline = time.monotonic() + 2 * TIMEOUT + limit / MIN_RATE
+    opener = make_opener(deadline)
+    attempt = 0
+    while attempt < ATTEMPTS and time.monotonic() < deadline:
+        attempt += 1
+        if attempt > 1:
+            log(f"{url}: {problem}; attempt {attempt} of {ATTEMPTS}")
+            time.sleep(PAUSE * 2 ** (attempt - 2))
         start = part.stat().st_size if part.exists() else 0
         headers = {"User-Agent": "fetch.py"}
         if start:
@@ -154,7 +204,7 @@ def download(url, target, expected, limit):
                 gated = "accept the licence on its page and set HF_TOKEN, " if e.code in (401, 403) else ""
                 raise DataError(f"{url} answers with {problem}; {gated}{USE_COPY}") from e
         except (OSError, http.client.HTTPException, ValueError) as e:   # ValueError: a malformed redirect
-            problem = str(getattr(e, "reason", e)) or type(e).__name__
+            problem = printable(str(getattr(e, "reason", e))) or type(e).__name__
             continue
         found = sha256(part)
         if found == expected:
@@ -164,14 +214,16 @@ def download(url, target, expected, limit):
         problem = f"its sha256 begins with {found[:12]}, that of the pinned file with {expected[:12]}"
         if not start:                                   # only a resumed part can mix two versions
             raise DataError(f"{url} is not the pinned file: {problem}; nothing was kept, {USE_COPY}")
-    raise DataError(f"{url} failed {ATTEMPTS} times ({problem}); the same command resumes, {USE_COPY}")
+    times = "once" if attempt == 1 else f"{attempt} times"
+    raise DataError(f"{url} failed {times} ({problem}); the same command resumes, {USE_COPY}")
 
 
 # ---- converters: paths of the files -> {split: rows, or a text} --------------------------------------------
 def read_zip(path):
     """{name: bytes} of a zip whose members are all sound; nothing is extracted to disk.
 
-    Raises DataError for a damaged zip, a bomb, a path that leads out, a link or device, and a name twice.
+    Raises DataError for a damaged zip, a bomb, a member without a name, a path that leads out, a link or
+    device, and a name twice.
     """
     limit = min(MAX_BYTES, MAX_RATIO * path.stat().st_size)
     files = {}
@@ -184,12 +236,16 @@ def read_zip(path):
                 name = m.filename.replace("\\", "/")
                 mode = stat.S_IFMT(m.external_attr >> 16)       # 0: made on a system without modes
                 outside = name.startswith("/") or ":" in name or ".." in name.split("/")
-                if outside or name in files or mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise DataError(f"{path}: member {name!r} leads out of it, is a link or a device, or is "
-                                    "there twice; get another copy")
+                regular = mode in (0, stat.S_IFREG, stat.S_IFDIR)
+                if not name or outside or name in files or not regular:
+                    raise DataError(f"{path}: member '{printable(name)}' has no name, leads out of it, is a "
+                                    "link or a device, or is there twice; get another copy")
                 files[name] = archive.read(m)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as e:
-        raise DataError(f"{path} cannot be read as a zip ({e}); get another copy") from e
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError, LookupError,
+            struct.error) as e:
+        raise DataError(f"{path} cannot be read as a zip ({printable(str(e))}); get another copy") from e
     return files
 
 
@@ -265,7 +321,8 @@ def e2e(path):
 def e2e_ratings(path):
     """A group of five texts, known by its input, texts and systems, is rated by one or three people."""
     table = read_csv(read_text(path))
-    column = {name: i for i, name in enumerate(next(table)) if not name.startswith("_")}    # _: about a rater
+    header = next(table, [])
+    column = {name: i for i, name in enumerate(header) if not name.startswith("_")}     # _: about a rater
     group_columns = ["mr", *(f"ref{i}" for i in range(1, 6)), *(f"sys{i}" for i in range(1, 6))]
     groups = {}
     for cells in table:
@@ -369,21 +426,26 @@ def fetch_data(name, out, source, unverified):
     paths = [local_copy(name, file, source, unverified) if source else remote_copy(file, folder)
              for file in files]
     try:
-        splits = CONVERTERS[name](*paths)
+        files_of = {}
+        for split, rows in CONVERTERS[name](*paths).items():
+            if isinstance(rows, str):
+                files_of[f"{split}.txt"] = rows.encode()
+            else:
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                files_of[f"{split}.jsonl"] = "".join(lines).encode()
+        if not any(files_of.values()):
+            raise ValueError("it holds no rows")
     except UserError:
         raise
-    except (ValueError, TypeError, LookupError, RecursionError, OSError, EOFError, zlib.error,
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OSError, EOFError, zlib.error,
             csv.Error) as e:
-        raise DataError(f"{source or folder}: a file of {name} is damaged ({e!r}); get another copy") from e
-    for split, rows in splits.items():
-        target = folder / f"{split}.jsonl"
-        if isinstance(rows, str):
-            target = folder / f"{split}.txt"
-        else:
-            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if target.exists() and target.read_bytes() != rows.encode():
+        fault = printable(repr(e))
+        raise DataError(f"{source or folder}: a file of {name} is damaged ({fault}); get another copy") from e
+    for file_name, content in files_of.items():
+        target = folder / file_name
+        if target.exists() and target.read_bytes() != content:
             raise DataError(f"{target} is not a file of {name}; move it away, or choose another --out")
-        write_atomic(target, rows)
+        write_atomic(target, content)
     came_from = {file.url: sha256(path) for file, path in zip(files, paths) if path}
     verified = all(came_from.get(file.url, file.sha256) == file.sha256 for file in files)
     for path in [] if source else paths:
@@ -398,8 +460,10 @@ def fetch(name, out=None, source=None, unverified=False):
     Raises UserError for a name or a combination that is not accepted, DataError for bad or missing files.
     """
     if name not in cache.SOURCES:
-        raise UserError(f"{name} is not known here; known are {', '.join(cache.SOURCES)}; give the folder of "
-                        "any other model to --init, any other data to --data")
+        raise UserError(f"{printable(name)} is not known here; known are {', '.join(cache.SOURCES)}; give the "
+                        "folder of any other model to --init, any other data to --data")
+    for path in (out, source):
+        check_path(path or "")
     out = pathlib.Path(out) if out else None
     source = pathlib.Path(source) if source else None
     if name in cache.MODELS and (source or unverified):

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import urllib.response
 import zipfile
@@ -213,6 +214,48 @@ def test_nobody_listens(server, tmp_path):
         F.download(f"{server.url}/f", tmp_path / "f", SHA, 10)
 
 
+def drip(h, head, body=b""):
+    """Bytes one by one, for seconds, each well before the time-out of the socket."""
+    with contextlib.suppress(ConnectionError):
+        for byte in head + body * 1000:
+            h.wfile.write(bytes([byte]))
+            h.wfile.flush()
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("head, body", [
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 10240\r\n\r\n", b"x"),                       # a body that drips
+    (b"HTTP/1.0 200 OK\r\n", b"X-A: b\r\n")])                                            # a head that drips
+def test_a_server_that_drips_is_ended(get, server, monkeypatch, head, body):
+    monkeypatch.setattr(F, "TIMEOUT", 0.5)
+    monkeypatch.setattr(F, "MIN_RATE", 20_000)                                           # 1 s, and 0.5 s for the size
+    began = time.monotonic()
+    with pytest.raises(DataError, match="failed once .it sends less than 20 kB a second.; the same command resumes"):
+        get(lambda h: drip(h, head, body))
+    assert 1.4 < time.monotonic() - began < 5
+
+
+def test_a_slow_server_has_time_in_proportion_to_the_size(get, server, monkeypatch):
+    monkeypatch.setattr(F, "TIMEOUT", 0.1)
+    monkeypatch.setattr(F, "MIN_RATE", 5_000)                                            # 0.2 s, and 2 s for the size
+
+    def slow(h):
+        status(200, **{"Content-Length": str(len(BODY))})(h)
+        for start in range(0, len(BODY), 1024):
+            h.wfile.write(BODY[start:start + 1024])
+            time.sleep(0.05)
+    assert get(slow) == BODY
+
+
+@pytest.mark.parametrize("line", [b"\x1b[2J\x00HTTP\r\n", b"HTTP/1.1 2\x1b[31m0 OK\r\n\r\n", b"\xff" * 4000 + b"\r\n"])
+def test_bytes_of_a_server_in_a_message_are_escaped_and_cut(get, server, capsys, line):
+    with pytest.raises(DataError) as e:
+        get(lambda h: h.wfile.write(line))
+    said = str(e.value) + capsys.readouterr().err
+    assert "failed 5 times" in said and all(c.isprintable() or c == "\n" for c in said)
+    assert max(map(len, said.splitlines())) < 400 and "\n" not in str(e.value)
+
+
 # ---- redirects and the token -------------------------------------------------------------------------------
 def test_redirects_are_followed_but_not_for_ever(get, server):
     server.answers["/a%20b"] = [good()]
@@ -258,7 +301,7 @@ def web(monkeypatch):
             response.msg = ""
             return response
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), F.Redirect, Pages)
-    monkeypatch.setattr(F, "opener", opener)
+    monkeypatch.setattr(F, "make_opener", lambda deadline: opener)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     return seen, pages
 
@@ -614,10 +657,12 @@ def test_e2e(here, given, tmp_path):
 def test_damaged_contents(here, given, tmp_path):
     for name, *bodies in (("hh-rlhf", b"?", b"?"), ("hh-rlhf", gzip.compress(b"[1}\n"), gzip.compress(b"")),
                           ("sms_spam", b"ham x\n"), ("sms_spam", b"ham\t\xff\n"), ("alpaca", b"{"),
-                          ("alpaca", b"[" * 100_000), ("alpaca", b"[1]"),
+                          ("alpaca", b"[" * 100_000), ("alpaca", b"[1]"), ("alpaca", b'[{"instruction": 1}]'),
+                          ("alpaca", b'[{"instruction": "a", "output": "\\ud800"}]'),
                           ("instruct_pref", b'[{"input": ""}]'),
                           ("e2e", make_zip(tmp_path / "z", ("x", b"", 0)).read_bytes()),
-                          ("e2e_ratings", b"a,b\n1,2\n"), ("wnut17", b"word\n", b"", b"")):
+                          ("e2e_ratings", b"a,b\n1,2\n"), ("e2e_ratings", b""), ("alpaca", b"[]"),
+                          ("wnut17", b"word\n", b"", b"")):
         with pytest.raises(DataError, match="a file of .* is damaged .*; get another copy$"):
             F.fetch(name, "out", given(name, *bodies))
         assert not list((here / "out").iterdir())
@@ -663,12 +708,29 @@ def test_a_good_zip(tmp_path):
 
 @pytest.mark.parametrize("name, mode", [
     ("../x", 0), ("d/../../x", 0), ("/tmp/x", 0), ("..\\x", 0), ("\\x", 0), ("C:x", 0), ("d/..", 0),
-    ("x", 0o120777), ("x", 0o020666), ("x", 0o010644), ("good", 0)])
+    ("x", 0o120777), ("x", 0o020666), ("x", 0o010644), ("good", 0), ("", 0)])
 def test_hostile_members(tmp_path, name, mode):                                        # [74]
     with pytest.warns(UserWarning) if name == "good" else contextlib.nullcontext():     # there twice
         make_zip(tmp_path / "a", ("good", b"1", 0), (name, b"2", mode))
     with pytest.raises(DataError, match="leads out of it, is a link or a device, or is there twice; get"):
         F.read_zip(tmp_path / "a")
+
+
+def test_names_of_members_that_are_no_text(tmp_path):
+    whole = make_zip(tmp_path / "a", ("é", b"1", 0)).read_bytes()
+    assert F.read_zip(tmp_path / "a") == {"é": b"1"}
+    (tmp_path / "a").write_bytes(whole.replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(DataError, match="cannot be read as a zip .*codec can't decode"):
+        F.read_zip(tmp_path / "a")
+
+
+@pytest.mark.parametrize("path, sentence", [
+    ("a\0b", r"the path a\\x00b holds the character NUL"), ("\udcff", r"\\udcff is no path in UTF-8"),
+    ("a" * 300, "has a name of 300 bytes, over 255")])
+def test_paths_that_no_file_can_have(here, path, sentence):
+    for flags in ({"out": path}, {"source": path}):
+        with pytest.raises(DataError, match=sentence):
+            F.fetch("alpaca", **flags)
 
 
 def test_bombs(tmp_path, monkeypatch):                                                 # [75]

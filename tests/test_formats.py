@@ -1,5 +1,8 @@
 """Reading data files: every format, every fault (numbered as in the list of bad inputs), every split."""
 import collections
+import csv
+import gzip
+import io
 import json
 import os
 
@@ -84,6 +87,24 @@ CHAT = {
     "input and output": (dict(input="2 2", output="4"), user("2 2", "4")),
     "ShareGPT": (dict(conversations=[human("Hi"), gpt("Ho")], system="Sing."),
                  [system("Sing."), *user("Hi", "Ho")]),
+    "prompt and response": (dict(prompt="2+2?", response="4"), user("2+2?", "4")),
+    "Dolly": (dict(instruction="Add.", context="2 2", response="4", category="open_qa"), user("Add.\n2 2", "4")),
+    "Dolly, empty context": (dict(instruction="Add.", context="", response="4"), user("Add.", "4")),
+    "GSM8K": (dict(question="2+2?", answer="2+2=<<2+2=4>>4\n#### 4"), user("2+2?", "2+2=<<2+2=4>>4\n#### 4")),
+    "question and context": (dict(context="2 2", question="Sum?", answer="4"), user("Sum?\n2 2", "4")),
+    "OpenOrca": (dict(system_prompt="Add.", question="2+2?", response="4"), [system("Add."), *user("2+2?", "4")]),
+    "query": (dict(query="2+2?", response="4"), user("2+2?", "4")),
+    "tatsu-lab": (dict(instruction="Add.", input="2 2", output="4 ", text="Below is an instruction that ...\n\n"
+                       "### Instruction:\nAdd.\n\n### Input:\n2 2\n\n### Response:\n4"), user("Add.\n2 2", "4 ")),
+    "UltraChat": (dict(prompt="2+2?", prompt_id="1f", messages=user("2+2?", "4")), user("2+2?", "4")),
+    "Magpie": (dict(conversations=[human("Hi"), gpt("Ho")], instruction="Hi", response="Ho"), user("Hi", "Ho")),
+    "messages, JSON in a string": (dict(messages=json.dumps(user("Hi", "Ho"))), user("Hi", "Ho")),
+    "completion, JSON in a string": (dict(prompt=json.dumps(user("Hi")), completion=json.dumps([bot("Ho")])),
+                                     user("Hi", "Ho")),
+    "completion, JSON that is no conversation": (dict(prompt="[1]", completion='[{"role": "boss"}]'),
+                                                 user("[1]", '[{"role": "boss"}]')),
+    "system message twice": (dict(system="Add.", messages=[system("Add."), *user("2", "4")]),
+                             [system("Add."), *user("2", "4")]),
 }
 REFERENCES = {
     "references alone": (dict(prompt="2+2?", references=["4", "four"]), user("2+2?", "4")),
@@ -100,6 +121,13 @@ PAIRS = {
     "ShareGPT": dict(conversations=[human("Hi")], chosen=gpt("Ho"), rejected=gpt("Hm")),
     "OpenAI": dict(input=dict(messages=user("Hi"), tools=[]), preferred_output=[bot("Ho")],
                    non_preferred_output=[bot("Hm")]),
+}
+PAIRS |= {
+    "UltraFeedback": dict(prompt="Hi", prompt_id="1f", messages=user("Hi", "Ho"), chosen=user("Hi", "Ho"),
+                          rejected=user("Hi", "Hm"), score_chosen=8.5, score_rejected=8.5),
+    "prompt in messages beside conversations": pair(user("Hi"), user("Hi", "Ho"), user("Hi", "Hm")),
+    "a question": dict(question="Hi", chosen="Ho", rejected="Hm"),
+    "JSON in strings": dict(chosen=json.dumps(user("Hi", "Ho")), rejected=json.dumps(user("Hi", "Hm"))),
 }
 RANKED = dict(prompt="Hi", responses=["a", "b", "c"], rank=[2, 1, 2])
 OTHER = {
@@ -139,6 +167,90 @@ def test_the_format_is_echoed_with_the_keys_that_are_not_read(tmp_path):
     assert read(tmp_path, [dict(instruction="a", input="", output="b")]).format == "Alpaca"
 
 
+def test_what_stands_beside_the_keys_of_a_format_is_named(tmp_path):
+    assert read(tmp_path, [dict(text="a", label="b", system="c")]).format == "text/label (not read: system)"
+    assert read(tmp_path, [dict(QA, input="x", history=[["a", "b"]])]).format == \
+        "prompt/completion (not read: history, input)"
+    assert read(tmp_path, [dict(PAIRS["UltraFeedback"])]).format == \
+        "prompt/chosen/rejected (not read: messages, prompt_id, score_chosen, score_rejected)"
+    assert read(tmp_path, [dict(prompt="Hi", question="Hi", answer="72")]).format == \
+        "prompt (not read: answer, question)"
+    assert read(tmp_path, [dict(QA, response="five")]).format == "prompt/completion (not read: response)"
+    many = {f"key{i}": i for i in range(12)}
+    assert read(tmp_path, [dict(QA, **many)]).format.endswith("key2, key3, key4, key5 and 4 more)")
+    assert read(tmp_path, [{**QA, "a\n\x1b[2J" + "b" * 50: 1}]).format == \
+        "prompt/completion (not read: a\\n\\x1b[2J" + "b" * 34 + "...)"
+
+
+def test_keys_inside_a_message_are_named_too(tmp_path):
+    turns = [dict(user("Hi")[0], name="Ann", images=[]), bot("Ho", thinking="Well", refusal=None, tool_calls=None)]
+    data = read(tmp_path, [dict(messages=turns, id=7)])
+    assert data.format == "messages (not read: id, messages[].name, messages[].thinking)"
+    assert data.rows[0]["messages"] == user("Hi", "Ho")
+    data = read(tmp_path, [pair(chosen=[bot("Ho", reasoning_content="a")], rejected=bot("Hm", tool_call_id="1"))])
+    assert data.format == "prompt/chosen/rejected (not read: chosen[].reasoning_content, rejected.tool_call_id)"
+    parts = [dict(type="text", text="a", cache_control=1)]
+    data = read(tmp_path, [dict(messages=[dict(role="user", content=parts), bot("b")])])
+    assert data.format == "messages (not read: messages[].content[].cache_control)"
+    data = read(tmp_path, [dict(PAIRS["OpenAI"], input=dict(messages=user("Hi"), parallel_tool_calls=True))])
+    assert data.format == "OpenAI preference (not read: input.parallel_tool_calls)"
+    data = read(tmp_path, [dict(messages=json.dumps([*user("Hi"), bot("Ho", thinking="a")]))])
+    assert data.format == "messages (not read: messages[].thinking)"
+
+
+@pytest.mark.parametrize("row", [
+    dict(messages=[dict(user("a")[0], images=["a.png"]), bot("b")]), dict(messages=user("a", "b"), images=["a"]),
+    dict(conversations=[human("<image>"), gpt("a")], image="a.png"), pair(videos=["a.mp4"]), dict(QA, audios=["a"]),
+    dict(instruction="a", output="b", images=["a"]), dict(instruction="a", output="b", tools=["f"]),
+    dict(PAIRS["OpenAI"], input=dict(messages=user("Hi"), tools=["f"])),
+    dict(messages=[dict(role="user", content=[dict(type="image", text=None)]), bot("b")])])
+def test_what_a_text_model_cannot_see_is_refused(tmp_path, row):
+    message = fault(tmp_path, [row])
+    assert message.startswith("data.jsonl:1: ") and "remove such rows" in message
+    assert "read text only" in message or "no chat template here renders them" in message
+
+
+def test_images_beside_raw_text_are_named(tmp_path):
+    assert read(tmp_path, [dict(text="a", image="a.png")]).format == "text (not read: image)"
+
+
+def test_text_that_is_json_stays_text(tmp_path):
+    turns = json.dumps(user("Hi", "Ho"))
+    assert read(tmp_path, [dict(text=turns)]).rows[0]["text"] == turns
+    assert read(tmp_path, [dict(text="a", tags="[x")]).format == "text (not read: tags)"
+    row = read(tmp_path, [dict(instruction="Write a chat.", output=turns)]).rows[0]
+    assert row["messages"] == user("Write a chat.", turns)
+
+
+def test_a_conversation_in_a_table_beside_its_prompt(tmp_path):
+    out = io.StringIO(newline="")
+    turns = user('Say "Hi",\nplease', "Hi")
+    csv.writer(out).writerows([["prompt", "messages"], [turns[0]["content"], json.dumps(turns)]])
+    data = read(tmp_path, out.getvalue(), "a.csv")
+    assert data.format == "messages (not read: prompt)" and data.rows[0]["messages"] == turns
+
+
+@pytest.mark.parametrize("rows, key, meant", [
+    ([dict(text="a", labels="b")], "labels", "label"), ([{"text": "a", " label": "b"}], " label", "label"),
+    ([dict(text="a", Label="b")], "Label", "label"), ([dict(text="a", lable="b")], "lable", "label"),
+    ([dict(Text="a", label="b")], "Text", "text"), ([dict(Text="a", Label="b")], "Text", "text"),
+    ([{"text": "a", "lab\x00el": "b"}], "lab\\x00el", "label"), ([dict(prompt="a", Messages=[])], "Messages", "messages"),
+    ([dict(Prompt="a", Completions="b", id=1)], "Prompt", "prompt"), ([dict(prompt="a", completions="b")], "completions", "completion"),
+    ([dict(prompt="a", chosen="b", reject="c")], "reject", "rejected"), ([dict(message=[])], "message", "messages"),
+    ([dict(instruction="a", inputs="b", output="c")], "inputs", "input"), ([dict(QA, System="a")], "System", "system"),
+    ([dict(token=["a"], tags=["O"])], "token", "tokens"), ([dict(question="a", answers="b")], "answers", "answer"),
+    ([dict(text="a", label="b"), dict(text="a", labels="b")], "labels", "label")])
+def test_a_key_that_is_nearly_one_of_a_format(tmp_path, rows, key, meant):
+    assert fault(tmp_path, rows) == (f'data.jsonl:{len(rows)}: the key "{key}" is not read; "{meant}" is meant, or '
+                                     "another name is needed; rename it")
+
+
+@pytest.mark.parametrize("more", [dict(title="a"), dict(texts="a"), dict(label_name="a"), dict(system="a"),
+                                  dict(language="a"), dict(timestamp=3), dict(category="a")])
+def test_a_key_of_its_own_is_no_near_miss(tmp_path, more):
+    assert read(tmp_path, [dict(text="a", **more)]).format == f"text (not read: {[*more][0]})"
+
+
 def test_23_25_26_strings_are_kept_to_the_letter(tmp_path):
     odd = " \t<|im_end|>\u2028\x00\x07 中文 👩‍👩‍👧‍👦 \r\n"        # marks, line ends, NUL, emoji: all of it text
     row = read(tmp_path, [dict(prompt=odd, completion=odd)]).rows[0]
@@ -150,7 +262,7 @@ def test_tables(tmp_path):
     table = 'label,text\r\nspam,"Win, now ""free"""\r\n\r\nham,"two\nlines"\r\n'
     spam, ham = read(tmp_path, table, "data.csv").rows
     assert (spam["text"], spam["label"]) == ('Win, now "free"', "spam")
-    assert (ham["text"], ham["label"]) == ("two\nlines", "ham") and ham["line"].endswith("data.csv:5")
+    assert (ham["text"], ham["label"]) == ("two\nlines", "ham") and ham["line"].endswith("data.csv:4")
     data = read(tmp_path, 'label\ttext\nham\t"Hi\n', "data.tsv")                       # a quote is a quote
     assert data.rows[0]["text"] == '"Hi'
     assert len(read(tmp_path, "text\n" + "a" * 200_000, "data.csv").rows[0]["text"]) == 200_000
@@ -160,6 +272,108 @@ def test_tables(tmp_path):
     assert 'the key "text" appears twice' in fault(tmp_path, "text,text\na,b\n", "data.csv")
     assert "data.csv:3: not a table" in fault(tmp_path, 'label,text\nham,ok\nham,"open\n', "data.csv")
     assert "no known format has the keys ham, Hello" in fault(tmp_path, "ham\tHello\nspam\tWin\n", "data.tsv")
+
+
+def test_a_label_is_its_name_without_blanks(tmp_path):
+    rows = [dict(text="a", label="spam"), dict(text="b", label=" spam"), dict(text="c", label="spam\t\n")]
+    assert {row["label"] for row in read(tmp_path, rows).rows} == {"spam"}
+    rows = [dict(tokens=["Ann", "ran"], tags=["B-PER ", " O"])]
+    assert read(tmp_path, rows).rows[0]["tags"] == ["B-PER", "O"]
+
+
+def test_the_first_line_of_a_table(tmp_path):
+    row = dict(text="Win, now", label="spam")
+    for table in ('text, label\n"Win, now",spam\n', ' text\t,label \n"Win, now",spam\n',
+                  'label, text\nspam, "Win, now"\n', "\n,,\ntext,label,\n\"Win, now\",spam,\n,,\n"):
+        data = read(tmp_path, table, "data.csv")
+        assert [(r["text"], r["label"]) for r in data.rows] == [(row["text"], row["label"])]
+    assert data.format == "text/label (not read: unnamed column 3)"
+    data = read(tmp_path, ",text,label\n0,a,b\n1,c,d\n", "data.csv")                      # pandas' index
+    assert data.format == "text/label (not read: unnamed column 1)" and len(data.rows) == 2
+    assert read(tmp_path, "text,label,,\na,b,,\n", "data.csv").format.endswith("column 3, unnamed column 4)")
+    assert read(tmp_path, "text \t label\na\tb\n", "data.tsv").row_type == "label"
+    assert "b" * 40 not in fault(tmp_path, "a" * 99 + "," + "b" * 99 + "\n", "data.csv").partition("b" * 80)[2]
+
+
+@pytest.mark.parametrize("table, line", [
+    ('text,label\n"a",b\n"open,b\nc,d\ne,f\n', 3), ('text,label\na,"open\nc,d\ne,"f"\n', 2),
+    ('text,label\r\n"two\r\nlines","open\r\nc,d\r\n', 3), ('text,label\r5" pipe,b\r"a ""b""",c\r"open,d\r', 4),
+    ('text,label\na,b\n"a" b,c\n', 3)])
+def test_the_line_of_a_quote_that_does_not_end(tmp_path, table, line):
+    assert fault(tmp_path, table, "data.csv") == (
+        f'data.csv:{line}: not a table (the quoted cell that begins here does not end; a quote inside a cell is '
+        'written as "")')
+
+
+def test_lists_in_a_table_are_json(tmp_path):
+    def table(*cells):
+        out = io.StringIO(newline="")
+        csv.writer(out).writerows(cells)
+        return out.getvalue()
+    turns = user("Hi", "Ho")
+    assert read(tmp_path, table(["messages"], [json.dumps(turns)]), "a.csv").rows[0]["messages"] == turns
+    row = read(tmp_path, table(["tokens", "tags"], [json.dumps(v) for v in TAGGED.values()]), "a.csv").rows[0]
+    assert row["tokens"] == TAGGED["tokens"] and row["tags"] == TAGGED["tags"]
+    sentence = "a list in a string is written as by json.dumps"
+    message = fault(tmp_path, table(["messages"], [str(turns)]), "a.csv")                 # as pandas writes it
+    assert message.startswith('a.csv:2: "messages" is a string: not JSON (') and message.endswith(sentence)
+    message = fault(tmp_path, table(["chosen", "rejected"], [str(turns), str(turns)]), "a.csv")
+    assert message.startswith('a.csv:2: "chosen" is a string: not JSON (') and message.endswith(sentence)
+    assert '"messages" is an object; it must be' in fault(tmp_path, [dict(messages="{}")])
+    assert 'the key "role" appears twice' in fault(tmp_path, [dict(messages='[{"role": "user", "role": 1}]')])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends(tmp_path, end):
+    rows = [dict(text="a", label="b"), dict(text="c", label="d")]
+    lines = end.join([json.dumps(row) for row in rows]) + end
+    data = read(tmp_path, lines + end + lines)
+    assert [row["text"] for row in data.rows] == ["a", "c", "a", "c"] and data.rows[3]["line"].endswith(":5")
+    assert fault(tmp_path, lines + "{").startswith("data.jsonl:3: not JSON (")
+    assert fault(tmp_path, (lines + "\xff").encode("latin-1")).startswith("data.jsonl:3: byte 0xff")
+    assert fault(tmp_path, end.join("[1, }"), "data.json").startswith("data.json:5: not JSON (")
+    table = read(tmp_path, end.join(["text,label", '"a', 'b",c', "d,e"]), "data.csv").rows
+    assert [(row["text"], row["line"][-1]) for row in table] == [(f"a{end}b", "2"), ("d", "4")]
+    assert [row["text"] for row in read(tmp_path, f"text\tlabel{end}a\tb{end}", "a.tsv").rows] == ["a"]
+    assert read(tmp_path, f"a{end}b", "a.txt").rows[0]["text"] == f"a{end}b"               # to the letter
+
+
+# ---- compressed files --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", json.dumps(QA) + "\n"), ("a.json", json.dumps([QA])), ("A.CSV", "prompt,completion\nTwo and two?, four\n"),
+    ("a.tsv", "prompt\tcompletion\nTwo and two?\t four\n"), ("a.txt", "Once.\n")])
+def test_a_compressed_file_is_read_as_the_file_in_it(tmp_path, name, content):
+    plain = read(tmp_path, content, name)
+    data = read(tmp_path, gzip.compress(b"\xef\xbb\xbf" + content.encode()), name + ".gz")
+    assert data.row_type == plain.row_type and data.format == plain.format
+    assert [dict(row, line="") for row in data.rows] == [dict(row, line="") for row in plain.rows]
+    assert data.rows[0]["line"].partition(name)[2] == ".gz" + plain.rows[0]["line"].partition(name)[2]
+
+
+def test_a_compressed_text_is_cut_like_the_text(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    path = write(tmp_path, gzip.compress(text.encode()), "data.txt.gz")
+    assert "".join(load(path, split).rows[0]["text"] for split in ("train", "valid", "test")) == text
+
+
+def test_a_folder_of_compressed_files(tmp_path):
+    for name in ("train", "validation", "test"):
+        write(tmp_path, gzip.compress(json.dumps(dict(text=name)).encode()), name + ".jsonl.gz")
+    assert names(tmp_path) == dict(train=["train"], valid=["validation"], test=["test"])
+    write(tmp_path, [dict(text="a")], "train.jsonl")
+    assert "holds both train.jsonl and train.jsonl.gz; keep one" in fault(tmp_path, tmp_path)
+
+
+def test_damaged_compressed_files(tmp_path):
+    whole = gzip.compress(os.urandom(3000).hex().encode())
+    flipped = whole[:1000] + bytes([whole[1000] ^ 8]) + whole[1001:]
+    wrong_sum = whole[:-8] + bytes(4) + whole[-4:]
+    cut_and_no_text = gzip.compress(b"\xff" * 3000 + os.urandom(3000))[:1000]
+    for bad in (b"not packed", whole[:1000], flipped, wrong_sum, whole + b"rest", cut_and_no_text):
+        message = fault(tmp_path, bad, "a.txt.gz")
+        assert message.startswith("a.txt.gz: not a whole .gz file (") and "compress it again" in message
+    assert "a.txt.gz:2: byte 0xff" in fault(tmp_path, gzip.compress(b"a\n\xff"), "a.txt.gz")
+    assert "unknown file type" in fault(tmp_path, whole, "a.gz")
 
 
 def test_a_text_file_is_one_document_cut_in_order_at_line_ends(tmp_path):
@@ -192,7 +406,8 @@ def test_02_03_nothing_in_a_table_or_text(tmp_path):
     assert "it holds no rows" in fault(tmp_path, "", "data.csv")
     assert "it holds no rows" in fault(tmp_path, "text,label\n", "data.csv")
     for content in ("", " \n\n"):
-        assert fault(tmp_path, content, "data.txt") == "0 usable examples in data.txt: 1 with an empty text"
+        assert fault(tmp_path, content, "data.txt") == \
+            "0 usable examples in data.txt: 1 with an empty text (data.txt:1 is the first)"
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf%s\n%s\n", b"%s\r\n%s", b"\n\n%s\n  \n%s\n\n",
@@ -204,7 +419,10 @@ def test_04_06_08_marks_line_ends_blank_lines_arrays(tmp_path, content):
 
 def test_04_a_mark_is_no_part_of_a_text_or_a_header(tmp_path):
     assert read(tmp_path, b"\xef\xbb\xbfOnce.", "data.txt").rows[0]["text"] == "Once."
-    assert read(tmp_path, b"\xef\xbb\xbftext,label\na,b\n", "data.csv").row_type == "label"
+    for mark in (b"\xef\xbb\xbf", b"\xef\xbb\xbf" * 2):
+        assert read(tmp_path, mark + b"text,label\na,b\n", "data.csv").row_type == "label"
+        assert read(tmp_path, mark + b'[{"text": "a"}]', "data.json").row_type == "text"
+        assert read(tmp_path, (mark + b'{"text": "a"}\n') * 2, "data.json").row_type == "text"
 
 
 def test_columns_that_no_format_has_come_with_a_remedy(tmp_path):
@@ -260,6 +478,11 @@ def test_11_literals_that_are_no_json(tmp_path, literal):
 def test_11_numbers_too_large_and_lists_too_deep(tmp_path):
     row = json.dumps(pair(votes_for=7, votes_against=0)).replace("7", "1e999")
     assert '"votes_for" is a number; it must be a finite number' in fault(tmp_path, row)
+    for large in ("1" + "0" * 400, "1e300", "-2000000"):
+        row = json.dumps(RANKED).replace("[2, 1, 2]", f"[2, 1, {large}]")
+        assert "a number here is at most 1,000,000" in fault(tmp_path, row)
+    deep = '{"messages": [{"role": %s, "content": ""}]}' % ("[" * 900 + "]" * 900)
+    assert fault(tmp_path, deep).startswith("data.jsonl:1: ")
     assert "data.jsonl:1: not JSON" in fault(tmp_path, '{"text": "a", "n": %s}' % ("1" * 5000))
     assert "data.jsonl:1: not JSON" in fault(tmp_path, '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}")
 
@@ -268,8 +491,8 @@ def test_12_missing_field(tmp_path):
     assert fault(tmp_path, [QA, QA, dict(prompt="Hi")]) == (
         'data.jsonl:3: "completion" is missing, in a file of prompt/completion rows (see data.jsonl:1); '
         "all rows of a file have one format")
-    message = fault(tmp_path, [dict(question="a", answer="b")])
-    assert message.startswith("data.jsonl:1: no known format has the keys question, answer; known are text | text+")
+    message = fault(tmp_path, [dict(query="a", reply="b")])
+    assert message.startswith("data.jsonl:1: no known format has the keys query, reply; known are prompt | text | ")
     assert "no known format has the keys (none)" in fault(tmp_path, "{}\n")
 
 
@@ -282,14 +505,14 @@ def test_12_missing_field(tmp_path):
 def test_13_not_a_string(tmp_path, row, key, value, found):
     message = fault(tmp_path, [dict(row, **{key: value})])
     if key == "outputs" and value is None:
-        assert message.endswith("1 without a last answer")
+        assert message.endswith("1 without a last answer (data.jsonl:1 is the first)")
     else:
         assert message.startswith(f'data.jsonl:1: "{key}" is {found}; it must be a ')
 
 
 @pytest.mark.parametrize("row, sentence", [
     (dict(messages=[dict(role="user", content=None)]), '"content" is null; it must be a string'),
-    (dict(messages=[dict(role="user", content=[dict(type="image_url")])]), '"content" is a list; it must'),
+    (dict(messages=[dict(role="user", content=[dict(type="image_url")])]), '"messages" holds a part of type "image_url"; the models here read text only'),
     (dict(conversations=[{"from": "human", "value": 3}]), '"value" is a number'),
     (dict(messages=["Hi"]), '"messages" holds a string; a message is {'),
     (dict(messages=[]), '"messages" is an empty list'),
@@ -323,7 +546,8 @@ def test_13_inside_lists(tmp_path, row, sentence):
 def test_14_an_empty_prompt_is_fine_before_an_answer(tmp_path):
     assert read(tmp_path, [dict(prompt="", completion="a")]).rows[0]["messages"] == user("", "a")
     assert read(tmp_path, [dict(instruction="", output="a")]).rows[0]["messages"] == user("", "a")
-    assert fault(tmp_path, [dict(prompt="")]) == "0 usable examples in data.jsonl: 1 with an empty prompt"
+    assert fault(tmp_path, [dict(prompt="")]) == \
+        "0 usable examples in data.jsonl: 1 with an empty prompt (data.jsonl:1 is the first)"
 
 
 SKIPPED = {
@@ -349,16 +573,20 @@ SKIPPED = {
 
 @pytest.mark.parametrize("reason, row", [(reason, row) for reason, rows in SKIPPED.items() for row in rows])
 def test_15_16_18_20_rows_that_train_nothing(tmp_path, reason, row):
-    assert fault(tmp_path, [row, row]) == f"0 usable examples in data.jsonl: 2 {reason}"
+    assert fault(tmp_path, [row, row]) == \
+        f"0 usable examples in data.jsonl: 2 {reason} (data.jsonl:1 is the first)"
 
 
 def test_skipped_rows_are_dropped_and_counted(tmp_path):
     empty = dict(prompt="a", completion="")
     data = read(tmp_path, [empty, QA, empty, QA])
-    assert data.dropped == {"with an empty answer": 2}
+    assert data.dropped == {"with an empty answer": [f"{tmp_path}/data.jsonl:{n}" for n in (1, 3)]}
+    assert data.count_dropped() == [
+        f"2 dropped with an empty answer ({tmp_path}/data.jsonl:1 is the first)"]
     assert [row["line"].rpartition(":")[2] for row in data.rows] == ["2", "4"]
     rows = [dict(messages=user("a")), dict(messages=user("a", "")), dict(messages=user("b", ""))]
-    assert fault(tmp_path, rows).endswith(" data.jsonl: 1 without a last answer, 2 with an empty answer")
+    assert fault(tmp_path, rows).endswith(" data.jsonl: 1 without a last answer (data.jsonl:1 is the first), "
+                                          "2 with an empty answer (data.jsonl:2 is the first)")
 
 
 @pytest.mark.parametrize("role", ["bot", None, 3, ["user"], ""])
@@ -378,7 +606,7 @@ def test_17_tool_calls(tmp_path, turn):
 def test_17_tools(tmp_path):
     for tools in (dict(tools=[dict(type="function")]), dict(functions=[dict(name="f")])):
         message = fault(tmp_path, [dict(messages=user("a", "b"), **tools)])
-        assert '"tools" are not supported' in message
+        assert f'"{[*tools][0]}" is not supported, because no chat template here renders them' in message
     assert read(tmp_path, [dict(messages=user("a", "b"), tools=[])]).rows
 
 
@@ -390,6 +618,44 @@ def test_17_a_prompt_ends_with_what_is_to_be_answered(tmp_path):
 def test_19_two_answers_in_a_row_are_two_answers(tmp_path):
     turns = [*user("a", "b"), bot("c")]
     assert read(tmp_path, [dict(messages=turns)]).rows[0]["messages"] == turns
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss", "train", "trainable", "training"])
+def test_20_a_message_may_say_that_it_is_no_target(tmp_path, key):
+    turns = [dict(user("a")[0], **{key: False}), bot("b", **{key: False}), dict(user("c")[0], **{key: None}),
+             bot("d", **{key: True}), *user("e"), bot("f", **{key: None})]
+    data = read(tmp_path, [dict(messages=turns)])
+    assert data.rows[0]["messages"] == [*user("a"), bot("b", weight=0), *user("c"), bot("d", weight=1),
+                                        *user("e", "f")]
+    assert data.format == "messages"
+    conversation = [human("a"), dict(gpt("b"), **{key: 0}), human("c"), gpt("d")]
+    assert read(tmp_path, [dict(conversations=conversation)]).rows[0]["messages"] == [
+        *user("a"), bot("b", weight=0), *user("c", "d")]
+    no_target = [bot("b", **{key: 0})]
+    assert fault(tmp_path, [dict(prompt="a", completion=no_target)]) == \
+        "0 usable examples in data.jsonl: 1 with all weights 0 (data.jsonl:1 is the first)"
+    assert 'the "chosen" answer has weight 0' in fault(tmp_path, [pair(chosen=no_target)])
+    message = fault(tmp_path, [dict(messages=[dict(user("a")[0], **{key: True}), bot("b")])])
+    assert f'"{key}" is true on a message of role user; only assistant messages are targets' in message
+    assert f'"{key}" is "no" on a mes' in fault(tmp_path, [dict(messages=[*user("a"), bot("b", **{key: "no"})])])
+
+
+def test_20_two_keys_that_contradict_each_other(tmp_path):
+    message = fault(tmp_path, [dict(messages=[*user("a"), bot("b", weight=1, train=False)])])
+    assert message == "data.jsonl:1: weight and train of one message contradict each other; keep one"
+
+
+def test_keys_that_mean_the_same(tmp_path):
+    assert '"references" and "outputs" mean the same; keep one' in fault(
+        tmp_path, [dict(input="a", references=["b"], outputs=["c"])])
+    assert "begins with a system message, and the row has another one" in fault(
+        tmp_path, [dict(system="a", messages=[system("b"), *user("c", "d")])])
+
+
+def test_a_prompt_that_its_conversations_do_not_hold(tmp_path):
+    assert fault(tmp_path, [pair("Hello", user("Hi", "Ho"), user("Hi", "Hm"))]) == (
+        "0 usable examples in data.jsonl: 1 with a prompt that is no part of its conversations (data.jsonl:1 is "
+        "the first)")
 
 
 @pytest.mark.parametrize("weight", [2, 0.5, -1, "1", [0]])
@@ -458,7 +724,8 @@ def test_31_the_keys_of_two_formats(tmp_path, row):
 
 
 def test_31_unpaired_feedback_is_refused(tmp_path):
-    for row in (dict(QA, label=False), dict(conversations=[], kto_tag=True)):
+    for row in (dict(QA, label=False), dict(conversations=[], kto_tag=True),
+                dict(prompt="a", response="b", label=False), dict(prompt="a", response="b", label="True")):
         assert "unpaired thumbs up or down (KTO) are not supported" in fault(tmp_path, [row])
 
 
@@ -473,7 +740,9 @@ def test_32_paths_that_cannot_be_read(tmp_path):
     assert "unknown file type; a data file ends in .jsonl" in fault(tmp_path, b"PAR1", "data.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "pipe.jsonl is neither a file nor a folder" in fault(tmp_path, tmp_path / "pipe.jsonl")
-    assert "cannot be read (File name too long)" in fault(tmp_path, tmp_path / ("a" * 300 + ".jsonl"))
+    assert "a... has a name of 306 bytes, over 255; give" in fault(tmp_path, tmp_path / ("a" * 300 + ".jsonl"))
+    assert "a\\x00b.jsonl holds the character NUL; give" in fault(tmp_path, tmp_path / "a\0b.jsonl")
+    assert "\\udcff.jsonl is no path in UTF-8; rename" in fault(tmp_path, tmp_path / "\udcff.jsonl")
     path = write(tmp_path, [QA], "closed.jsonl")
     path.chmod(0)
     if not os.access(path, os.R_OK):                                    # root may read everything
@@ -572,7 +841,7 @@ def test_real_data(assets):
         data = load(assets / name, "valid")
         assert data.row_type == row_type and data.rows, name
     data = load(assets / "instruct_pref", "train")
-    assert len(data.rows) == 929 and data.dropped == {"with chosen equal to rejected": 6}
+    assert len(data.rows) == 929 and len(data.dropped["with chosen equal to rejected"]) == 6
     assert len(load(assets / "e2e", "valid").rows[0]["references"]) > 1
     assert leaks(load(assets / "instruct", "train").rows, load(assets / "instruct", "test").rows) == 2
     assert load(assets / "tinyshakespeare" / "input.txt", "train").row_type == "text"

@@ -110,7 +110,11 @@ def same(a, b):
     (["--data", "toy/nothing"], "toy/nothing is no data set of the toy world"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--double_quant"], "--quant"),
     (["--method", "prompt_tuning", "--prompt_init", "random", "--prompt_init_text", "x"], "not read by --prompt_init random"),
-    (["--task", "pretrain", "--data", "toy/chat"], "holds chat rows; --task pretrain reads text rows"),
+    (["--task", "pretrain", "--data", "toy/chat"], "holds chat rows; --task pretrain reads text rows; chat rows "
+     "are for --task sft or ppo"),
+    (["--data", "toy/corpus"], "--task sft reads chat or label or tags rows; text rows are for --task pretrain"),
+    (["--data", "toy/preferences"], "ranked rows are for --task reward or dpo or ppo"),
+    (["--task", "dpo", "--data", "toy/sentiment"], "label rows are for --task sft or classify"),
     (["--forgetting_data", "toy/spam"], "holds label rows; raw text is needed"),
     (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "--num_virtual_tokens 170 leaves no room"),
 ])
@@ -241,6 +245,7 @@ def test_every_cell_runs_and_only_what_learns_moves(task, data, method, world, t
     assert (r["params_trainable"] == r["params_total"]) == (method == "full")
     model, prompt, _ = train.load(tmp_path / "r")
     base, _, _ = train.load(world / "base")
+    assert not any(module.training for part in (model, prompt, base) if part for module in part.modules())
     x = torch.tensor([[97, 98, 99]])
     with torch.no_grad():
         past = prompt(model) if prompt is not None else None
@@ -249,6 +254,15 @@ def test_every_cell_runs_and_only_what_learns_moves(task, data, method, world, t
         if method in LORA:
             with lora.disable_adapter(model):
                 assert torch.equal(model(x)[0], base(x)[0])
+
+
+def test_a_loaded_model_has_no_dropout(world, tmp_path):
+    run(world, tmp_path / "r", "--dropout", "0.5")
+    model, _, _ = train.load(tmp_path / "r")
+    x = torch.tensor([[97, 98, 99]])
+    assert torch.equal(model(x)[0], model(x)[0])
+    model.train()
+    assert not torch.equal(model(x)[0], model(x)[0])
 
 
 @pytest.mark.parametrize("method, most", [

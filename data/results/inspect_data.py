@@ -257,8 +257,7 @@ def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
     train = data["train"].rows
     print_result(f"{cfg.data}: {data['train'].format}; {row_type} rows, for --task {cfg.task}")
     for split, part in data.items():
-        dropped = "".join(f"; {n} dropped {reason}" for reason, n in part.dropped.items())
-        print_result(f"{split:8}from {part.source}{dropped}")
+        print_result(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}")
     names = count_names(train)
     if names:
         ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])

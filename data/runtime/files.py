@@ -6,7 +6,7 @@ is intact. A writer holds a lock on its temporary file, which ends with its proc
 nobody has locked is from a killed writer, and the next writer of the same file deletes it.
 
 Public: UserError, DataError, WriteError, cannot_write, atomic, atomic_folder, write_atomic,
-remove_abandoned, try_lock, read_json, write_json, unique_keys
+remove_abandoned, try_lock, read_json, write_json, unique_keys, printable, check_path
 """
 import collections
 import contextlib
@@ -151,6 +151,23 @@ def unique_keys(pairs):
         key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f'the key "{key}" appears twice')
     return out
+
+
+def printable(text, limit=80):
+    """Text from a file or a server as part of a message: cut, on one line, without control characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return escaped + "..." * (len(text) > limit)
+
+
+def check_path(name):
+    """Raises DataError for a path that no file can have: with NUL, not UTF-8, a name of over 255 bytes."""
+    try:
+        longest = max(len(part) for part in str(name).encode().split(b"/"))
+    except UnicodeEncodeError as e:
+        raise DataError(f"{printable(str(name))} is no path in UTF-8; rename the file or folder") from e
+    if "\0" in str(name) or longest > 255:
+        fault = "holds the character NUL" if "\0" in str(name) else f"has a name of {longest} bytes, over 255"
+        raise DataError(f"the path {printable(str(name))} {fault}; give another one")
 
 
 def read_json(path):

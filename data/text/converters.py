@@ -10,6 +10,8 @@ r"""data/text/converters.py: records in the formats of other tools -> canonical 
     prompt     {"prompt": [message]}                                  does not end with an assistant message
     message    {"role", "content", "weight"?}: see messages.py
 
+A record comes with the keys of its format only (recognise.py). Blanks around labels and tags are removed.
+
 Two kinds of bad record. A record that cannot be interpreted (a number for a string, an unknown role, a tool
 call) raises DataError with its location. A record that can be interpreted but trains nothing (an empty or
 missing last answer, all weights 0, chosen equal to rejected) raises SkipRow with the reason; the caller
@@ -18,14 +20,14 @@ counts these.
 An empty prompt is accepted before an answer. Two assistant messages in a row stay two answers.
 
 Public: SkipRow, and one function (record, location) -> row per format: text, label, tags, completion,
-conversation, alpaca, pair, whole_pair, openai_pair, ranking, prompt
+conversation, instruction, pair, whole_pair, openai_pair, ranking, prompt
 """
 import json
 import os
 
-from data.runtime.files import DataError
+from data.runtime.files import DataError, printable
 from data.text import messages as read
-from data.text.readers import describe_type
+from data.text.readers import describe_type, shown
 
 HH_ANSWER = "\n\nAssistant:"
 
@@ -44,22 +46,21 @@ def text(record, location):
 def label(record, location):
     """Labels are names: the number 1 (JSON) and the string "1" (CSV) are the same label."""
     value = record["label"]
-    name = value if isinstance(value, str) else json.dumps(value)
-    if read.is_blank(name) or type(value) not in (str, int, bool):
-        raise DataError(f'{location}: "label" is {json.dumps(value)[:60]}; '
-                        "it must be a name, or a whole number")
+    if type(value) not in (str, int, bool) or isinstance(value, str) and read.is_blank(value):
+        raise DataError(f'{location}: "label" is {shown(value)}; it must be a name, or a whole number')
+    name = value.strip() if isinstance(value, str) else json.dumps(value)
     return {**text(record, location), "label": name}
 
 
 def tags(record, location):
     tokens = read.strings(record["tokens"], "tokens", location)
-    names = read.strings(record["tags"], "tags", location)
+    names = [name.strip() for name in read.strings(record["tags"], "tags", location)]
     if len(tokens) != len(names):
         raise DataError(f"{location}: {len(tokens)} tokens and {len(names)} tags; every token needs one tag")
     for name in names:
         if "-" in name and name[:2] not in ("B-", "I-"):            # other schemes, such as BIOES
-            raise DataError(f"{location}: the tag {name} is not BIO; the first word of an entity is B-TYPE, "
-                            "the others are I-TYPE, and words outside entities are O")
+            raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity is "
+                            "B-TYPE, the others are I-TYPE, and words outside entities are O")
     if not tokens:
         raise SkipRow("without tokens")
     return {"tokens": tokens, "tags": names}
@@ -69,7 +70,7 @@ def tags(record, location):
 def _chat(record, messages, location):
     """The checks that all conversations share. "references" or "outputs" may replace the last answer."""
     row = {"messages": messages}
-    key = "references" if "references" in record else "outputs"
+    key = read.either(record, ("references", "outputs"), location)
     if record.get(key) is not None:
         answers = read.strings(record[key], key, location)
         row["references"] = [answer for answer in answers if not read.is_blank(answer)]
@@ -86,10 +87,9 @@ def _chat(record, messages, location):
 
 
 def completion(record, location):
-    """{"prompt", "completion"}, or {"prompt", "references"}."""
-    answers = []
-    if "completion" in record:
-        answers = [read.assistant(read.answer(record, "completion", location))]
+    """{"prompt", and "completion", "response" or "references"}."""
+    key = "completion" if "completion" in record else "response"
+    answers = [read.answer(record, key, location)] if key in record else []
     return _chat(record, read.prompt(record, "prompt", location) + answers, location)
 
 
@@ -99,8 +99,9 @@ def conversation(record, location):
     return _chat(record, read.messages(record, key, location), location)
 
 
-def _alpaca_turns(record, location):
-    """system, history (pairs of question and answer), then instruction and input as one user message."""
+def _instruction_turns(record, location):
+    """system, history (pairs of question and answer), then what is asked as one user message: the instruction
+    or question, and on lines below it the input or context."""
     turns = read.system(record, location)
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -111,17 +112,16 @@ def _alpaca_turns(record, location):
             raise DataError(f'{location}: "history" holds a list of {len(texts)}; '
                             "it holds [question, answer] pairs")
         turns += [read.user(texts[0]), read.assistant(texts[1])]
-    instruction = read.optional_string(record, "instruction", location)
-    input_text = read.optional_string(record, "input", location)
-    return turns + [read.user("\n".join(part for part in (instruction, input_text) if part))]
+    parts = [read.optional_string(record, key, location)
+             for key in ("instruction", "question", "query", "input", "context")]
+    return turns + [read.user("\n".join(part for part in parts if part))]
 
 
-def alpaca(record, location):
-    """{"instruction"?, "input"?, "output", "system"?, "history"?}."""
-    answers = []
-    if "output" in record:
-        answers = [read.assistant(read.string(record["output"], "output", location))]
-    return _chat(record, _alpaca_turns(record, location) + answers, location)
+def instruction(record, location):
+    """{"instruction", "question" or "query", "input"?, "context"?, and "output", "response" or "answer"}."""
+    answers = [read.assistant(read.string(record[key], key, location))
+               for key in ("output", "response", "answer") if key in record]
+    return _chat(record, _instruction_turns(record, location) + answers, location)
 
 
 def prompt(record, location):
@@ -133,12 +133,15 @@ def prompt(record, location):
 
 # ---- preferences -------------------------------------------------------------------------------------------
 def _pair(record, messages, chosen, rejected, location):
-    """The checks that all preferences share."""
-    if read.is_blank(chosen) or read.is_blank(rejected):
-        raise SkipRow("with an empty answer")
-    if chosen == rejected:
+    """The checks that all preferences share. chosen, rejected: assistant messages."""
+    for key, message in (("chosen", chosen), ("rejected", rejected)):
+        if not message.get("weight", 1):
+            raise DataError(f'{location}: the "{key}" answer has weight 0, but a preference is about it')
+        if read.is_blank(message["content"]):
+            raise SkipRow("with an empty answer")
+    if chosen["content"] == rejected["content"]:
         raise SkipRow("with chosen equal to rejected")
-    row = {"prompt": messages, "chosen": chosen, "rejected": rejected}
+    row = {"prompt": messages, "chosen": chosen["content"], "rejected": rejected["content"]}
     for key in ("votes_for", "votes_against"):
         if key in record:
             row[key] = read.number(record[key], key, location)
@@ -146,16 +149,25 @@ def _pair(record, messages, chosen, rejected, location):
 
 
 def pair(record, location):
-    """{"prompt" or "instruction" or "conversations", "chosen", "rejected"}."""
-    if "instruction" in record:
-        messages = _alpaca_turns(record, location)
-    elif "prompt" in record:
-        messages = read.prompt(record, "prompt", location)
+    """{"prompt", "instruction", "question" or "conversations", "chosen", "rejected"}."""
+    if "instruction" in record or "question" in record:
+        messages = _instruction_turns(record, location)
     else:
-        messages = read.prompt(record, "conversations", location)
+        messages = read.prompt(record, "prompt" if "prompt" in record else "conversations", location)
+    if all(isinstance(record[key], list) and len(record[key]) > 1 for key in ("chosen", "rejected")):
+        return _pair_with_prompt(record, messages, location)
     chosen = read.answer(record, "chosen", location)
     rejected = read.answer(record, "rejected", location)
     return _pair(record, messages, chosen, rejected, location)
+
+
+def _pair_with_prompt(record, messages, location):
+    """Two whole conversations beside their prompt, which must be a part of them (UltraFeedback)."""
+    row = whole_pair(record, location)
+    shared = [(m["role"], m["content"].strip()) for m in row["prompt"]]
+    if any((m["role"], m["content"].strip()) not in shared for m in messages):
+        raise SkipRow("with a prompt that is no part of its conversations")
+    return row
 
 
 def openai_pair(record, location):
@@ -164,9 +176,11 @@ def openai_pair(record, location):
     if not isinstance(inner, dict) or "messages" not in inner:
         raise DataError(f'{location}: "input" is {describe_type(inner)} without "messages"; '
                         'it must be {"messages": [...]}')
+    read.check_supported(inner, location)
     chosen = read.answer(record, "preferred_output", location)
     rejected = read.answer(record, "non_preferred_output", location)
-    return _pair(record, read.prompt(inner, "messages", location), chosen, rejected, location)
+    return _pair(record, read.prompt({"messages": inner["messages"]}, "messages", location), chosen, rejected,
+                 location)
 
 
 def whole_pair(record, location):
@@ -181,7 +195,7 @@ def whole_pair(record, location):
                             "conversation that ends with an answer")
     if chosen[:-1] != rejected[:-1]:
         raise SkipRow("with conversations that differ before the last answer")
-    return _pair(record, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], location)
+    return _pair(record, chosen[:-1], chosen[-1], rejected[-1], location)
 
 
 def _hh_pair(record, location):
@@ -193,12 +207,12 @@ def _hh_pair(record, location):
         raise DataError(f'{location}: no "prompt", and "chosen" and "rejected" do not begin with the same '
                         "transcript (\\n\\nHuman: ... \\n\\nAssistant: ...); give the prompt its own key")
     end = shared.rindex(HH_ANSWER) + len(HH_ANSWER)
-    messages = read.prompt({"chosen": shared[:end]}, "chosen", location)
+    messages = read.prompt({**record, "chosen": shared[:end]}, "chosen", location)
     chosen = chosen[end:].strip()
     rejected = rejected[end:].strip()
     if "\n\nHuman:" in chosen or "\n\nHuman:" in rejected:
         raise SkipRow("with conversations that differ before the last answer")
-    return _pair(record, messages, chosen, rejected, location)
+    return _pair(record, messages, read.assistant(chosen), read.assistant(rejected), location)
 
 
 def ranking(record, location):

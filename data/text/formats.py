@@ -1,61 +1,32 @@
-"""data/text/formats.py: recognise the format of a data file by its keys; load files and folders.
+"""data/text/formats.py: load files and folders as rows of one row type.
 
-    file -> records (readers.py) -> rows of one row type (converters.py) -> Data
+    file -> records (readers.py) -> format (recognise.py) -> rows of one row type (converters.py) -> Data
 
-Each entry of FORMATS names the sets of keys that identify the format, the row type that it becomes, and the
-function that converts a record. The first record decides for the file: a later record in another format,
-and a record with the keys of two formats, are errors. For evaluation, "references" (or "outputs") may
-replace the last answer of a conversation. Records that train nothing are dropped and counted; none left is
-an error. Every row gets a key "line" with its location, such as "data.jsonl:17".
+The first record decides for the file: a later record in another format (recognise.py) is an error. Keys
+that are not read are named with the format. For evaluation, "references" (or "outputs") may replace the last
+answer of a conversation. Records that train nothing are dropped and counted; none left is an error. Every
+row gets a key "line" with its location, such as "data.jsonl:17".
 
 Splits. A folder holds train, valid and test files. A single file is split 80/10/10 by content (splits.py). A
 folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
 set with too few rows to split is used whole in every split. Data.source says which of these happened.
 
-Public: load, load_splits, load_text, Data, FORMATS, SPLITS, prompt_key, row_json, label_names,
+Public: load, load_splits, load_text, Data, SPLITS, prompt_key, row_json, label_names,
 duplicates, leaks
 """
 import collections
-import functools
 import pathlib
 import typing
 
 from data.runtime import cache
-from data.text import converters
-from data.runtime.files import DataError, UserError
+from data.runtime.files import DataError, UserError, check_path, printable
+from data.text.converters import SkipRow
 from data.text.readers import SUFFIXES, read_records
+from data.text.recognise import FORMATS, other_format, recognise, to_row, unknown_format
 from data.text.splits import duplicates, label_names, leaks, prompt_key, row_json, split_rows    # noqa: F401
 
 # split: the names, without suffix, of its file in a folder
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-
-
-class Format(typing.NamedTuple):
-    name: str
-    row_type: str
-    convert: typing.Callable                            # (record, location) -> row
-    key_sets: tuple                                     # any one of them identifies the format
-
-
-FORMATS = {format.name: format for format in (
-    Format("text", "text", converters.text, ("text",)),
-    Format("text/label", "label", converters.label, ("text label",)),
-    Format("tokens/tags", "tags", converters.tags, ("tokens tags",)),
-    Format("prompt/completion", "chat", converters.completion, ("prompt completion", "prompt references")),
-    Format("messages", "chat", converters.conversation, ("messages",)),
-    Format("ShareGPT", "chat", converters.conversation, ("conversations",)),
-    Format("Alpaca", "chat", converters.alpaca, ("instruction output", "input output", "instruction outputs",
-                                           "input outputs")),
-    Format("prompt/chosen/rejected", "pairs", converters.pair, ("prompt chosen rejected",)),
-    Format("Alpaca preference", "pairs", converters.pair, ("instruction chosen rejected",)),
-    Format("ShareGPT preference", "pairs", converters.pair, ("conversations chosen rejected",)),
-    Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",)),
-    Format("OpenAI preference", "pairs", converters.openai_pair,
-           ("input preferred_output non_preferred_output",)),
-    Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",)),
-    Format("prompt", "prompt", converters.prompt, ("prompt",)),
-)}
-OPTIONAL_KEYS = set("input system history references outputs tools functions votes_for votes_against".split())
 
 
 class Data(typing.NamedTuple):
@@ -64,89 +35,51 @@ class Data(typing.NamedTuple):
     row_type: str
     source: str                                         # the file, and the part of it, for messages
     format: str                                         # the format's name, and the keys that are not read
-    dropped: dict                                       # {reason: number of rows that train nothing}
+    dropped: dict                                       # {reason: locations of rows that train nothing}
+
+    def count_dropped(self):
+        """One sentence for each reason: "2 dropped with an empty answer (data.jsonl:3 is the first)"."""
+        return [f"{len(places)} dropped {reason} ({places[0]} is the first)"
+                for reason, places in self.dropped.items()]
 
 
-# ---- formats -----------------------------------------------------------------------------------------------
-@functools.lru_cache
-def _matching_formats(keys):
-    """[(format name, key set)] of the formats whose keys are all present.
-
-    A key set that is part of a larger match does not count: prompt + completion is not also a "prompt" row.
-    """
-    matches = []
-    for format in FORMATS.values():
-        for key_set in format.key_sets:
-            needed = key_set.split()
-            if keys.issuperset(needed):
-                matches.append((format.name, needed))
-    return [(name, needed) for name, needed in matches
-            if not any(set(needed) < set(other) for _, other in matches)]
-
-
-def recognise(record, location):
-    """(name, keys) of the one format that a record is in; (None, []) if none. Raises DataError for two."""
-    if "kto_tag" in record or {"completion", "label"} <= record.keys():
-        raise DataError(f"{location}: unpaired thumbs up or down (KTO) are not supported; "
-                        "give prompt, chosen and rejected")
-    matches = _matching_formats(frozenset(record))
-    names = sorted({name for name, _ in matches})
-    if len(names) > 1:
-        raise DataError(f"{location}: the keys of two formats, {names[0]} and {names[1]}; keep those of one")
-    return matches[0] if matches else (None, [])
-
-
-def _unknown_format(record, location, source):
-    """The error for a record whose keys fit no format, with a likely remedy."""
-    known = " | ".join(dict.fromkeys(format.key_sets[0].replace(" ", "+") for format in FORMATS.values()))
-    keys = ", ".join(list(record)[:8]) or "(none)"
-    remedy = ""
-    if len(record) == 1 and ";" in keys:
-        remedy = "; the columns of a .csv are separated by commas"
-    elif str(source).endswith((".csv", ".tsv")):
-        remedy = "; rename the columns in the first line"
-    return DataError(f"{location}: no known format has the keys {keys}; known are {known}{remedy}")
-
-
-def _other_format(record, location, name, first):
-    """The error for a record in another format than the file's first: first = (name, keys, location)."""
-    first_name, first_keys, first_location = first
-    missing = [key for key in first_keys if key not in record]
-    fault = f'"{missing[0]}" is missing' if missing else f"the keys of {name}"
-    return DataError(f"{location}: {fault}, in a file of {first_name} rows (see {first_location}); "
-                     "all rows of a file have one format")
+# ---- records -> rows ---------------------------------------------------------------------------------------
+def _echo(name, unread):
+    """The name of a format, and the keys that are not read."""
+    if not unread:
+        return name
+    names = ", ".join(printable(key, 40) for key in sorted(unread)[:8])
+    more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+    return f"{name} (not read: {names}{more})"
 
 
 def _convert(records, source):
     """(location, record) pairs -> Data. The first record fixes the format."""
     converted = []
     first = None
-    dropped = collections.Counter()
-    unread_keys = set()
+    dropped = collections.defaultdict(list)
+    unread = set()
     for location, record in records:
         name, keys = recognise(record, location)
         if first is None:
             if name is None:
-                raise _unknown_format(record, location, source)
+                raise unknown_format(record, location, source)
             first = (name, keys, location)
         if name != first[0]:
-            raise _other_format(record, location, name, first)
-        format = FORMATS[name]
-        unread_keys |= record.keys() - OPTIONAL_KEYS - set(" ".join(format.key_sets).split())
+            raise other_format(record, location, name, first)
         try:
-            row = format.convert(record, location)
-        except converters.SkipRow as reason:
-            dropped[str(reason)] += 1
+            row, not_read = to_row(record, name, keys, location)
+        except SkipRow as reason:
+            dropped[str(reason)].append(location)
             continue
+        unread |= not_read
         row["line"] = location
         converted.append(row)
     if not converted:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        reasons = ", ".join(f"{len(places)} {reason} ({places[0]} is the first)"
+                            for reason, places in dropped.items())
         raise DataError(f"0 usable examples in {source}: {reasons or 'it holds no rows'}")
-    echo = first[0]
-    if unread_keys:
-        echo += f" (not read: {', '.join(sorted(unread_keys)[:8])})"
-    return Data(converted, FORMATS[first[0]].row_type, source, echo, dict(dropped))
+    return Data(converted, FORMATS[first[0]].row_type, source, _echo(first[0], unread), dict(dropped))
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -170,6 +103,7 @@ def load(path_or_name, split=None):
 def _load(path_or_name, splits):
     """[Data of each of `splits`]; a file that holds all of them is read once."""
     name, path = str(path_or_name), pathlib.Path(path_or_name)
+    check_path(name)
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
         return [_load_toy(name, split) for split in splits]
     try:
@@ -224,7 +158,8 @@ def _files_of(folder):
     """{split: file} of a folder. Raises DataError for two files of one split, and for none at all."""
     found = {}
     for split, stems in SPLITS.items():
-        candidates = [folder / (stem + suffix) for stem in stems for suffix in SUFFIXES]
+        candidates = [folder / (stem + suffix + packed) for stem in stems for suffix in SUFFIXES
+                      for packed in ("", ".gz")]
         files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
             raise DataError(f"{folder} holds both {files[0].name} and {files[1].name}; keep one")
@@ -255,8 +190,9 @@ def _concatenate(path, parts):
     row_types = [part.row_type for part in parts]
     if len(set(row_types)) > 1:
         raise DataError(f"{path} holds files of different row types: {', '.join(row_types)}")
-    dropped = collections.Counter()
+    dropped = {}
     for part in parts:
-        dropped.update(part.dropped)
+        for reason, places in part.dropped.items():
+            dropped[reason] = dropped.get(reason, []) + places
     all_rows = [row for part in parts for row in part.rows]
-    return parts[0]._replace(rows=all_rows, source=str(path), dropped=dict(dropped))
+    return parts[0]._replace(rows=all_rows, source=str(path), dropped=dropped)

@@ -2,25 +2,38 @@ r"""data/text/messages.py: typed access to a record's values, and conversations 
 
     message   {"role": "system" | "user" | "assistant", "content": str, "weight"?: 0 | 1}
 
-`weight` belongs to assistant messages (OpenAI's fine-tuning format): 1 trains on the message, 0 uses it as
-context. OpenAI's role "developer" becomes "system"; names are ignored. Strings are kept unchanged, except
-that the turns of a transcript of Anthropic's HH ("\n\nHuman: ...\n\nAssistant: ...") are stripped.
+An assistant message is a target unless it says otherwise under one of TARGET_KEYS, with 0 or false: "weight"
+(OpenAI), "train", "training" (Axolotl), "loss" (ms-swift), "trainable", "loss_weight". OpenAI's role
+"developer" becomes "system". Strings are kept unchanged, except that the turns of a transcript of Anthropic's
+HH ("\n\nHuman: ...\n\nAssistant: ...") are stripped. In a table every value is a string; a list there is
+written as JSON (decode_lists).
 
 Every function takes the record's location ("data.jsonl:17") and raises DataError, with that location, for a
-value of the wrong type, an unknown role, or a tool call.
+value of the wrong type, an unknown role, a tool call, an image. Keys of a message that are not read are named
+by unread_keys.
 
-Public: string, optional_string, strings, number, is_blank, user, assistant, messages, system, prompt, answer
+Public: string, optional_string, strings, number, is_blank, either, decode_lists, user, assistant, messages,
+system, prompt, answer, check_supported, unread_keys
 """
 import json
 import math
 import re
 
-from data.runtime.files import DataError
-from data.text.readers import describe_type
+from data.runtime.files import DataError, printable
+from data.text.readers import describe_type, parse_json, shown
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant"}
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
+TARGET_KEYS = ("weight", "loss_weight", "loss", "train", "trainable", "training")
+MESSAGE_KEYS = {"role", "from", "content", "value", *TARGET_KEYS}
+UNSUPPORTED = {**dict.fromkeys(("tools", "functions"), "no chat template here renders them"),
+               **dict.fromkeys(("images", "image", "videos", "audios"), "the models here read text only")}
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+LISTS = {"messages", "conversations", "tokens", "tags", "responses", "rank", "references", "outputs",
+         "history"}
+CONVERSATIONS = {"prompt", "completion", "chosen", "rejected", "preferred_output", "non_preferred_output"}
+MAX_NUMBER = 10 ** 6                                    # ranks and votes: exact in fp32
 
 
 # ---- values ------------------------------------------------------------------------------------------------
@@ -43,13 +56,53 @@ def strings(value, key, location):
 
 
 def number(value, key, location):
-    if type(value) not in (int, float) or not math.isfinite(value):
+    finite = type(value) is int or type(value) is float and math.isfinite(value)
+    if not finite:
         raise DataError(f'{location}: "{key}" is {describe_type(value)}; it must be a finite number')
+    if abs(value) > MAX_NUMBER:
+        raise DataError(f'{location}: "{key}" is {shown(value)}; a number here is at most {MAX_NUMBER:,}')
     return value
 
 
 def is_blank(text):
     return not text.strip()
+
+
+def either(record, keys, location):
+    """The one of some keys with the same meaning that holds something; the last if none does.
+
+    Raises DataError if several do.
+    """
+    given = [key for key in keys if record.get(key) not in (None, "", [])]
+    if len(given) > 1:
+        raise DataError(f'{location}: "{given[0]}" and "{given[1]}" mean the same; keep one')
+    present = [key for key in keys if key in record]
+    return (given or present or keys)[-1]
+
+
+def decode_lists(record, location):
+    """The record, with lists that are written as a JSON string (a cell of a table) as lists.
+
+    Under a key of LISTS every string that begins like JSON is decoded, under one of CONVERSATIONS only a list
+    of messages: [{"role": "user", "content": ...}, ...].
+    """
+    decoded = {}
+    for key, value in record.items():
+        if not isinstance(value, str) or not re.match(r"\s*[\[{]", value):
+            continue
+        if key in LISTS or key in CONVERSATIONS and _is_messages(value):
+            decoded[key] = parse_json(value, lambda _: f'{location}: "{key}" is a string',
+                                      "a list in a string is written as by json.dumps")
+    return {**record, **decoded} if decoded else record
+
+
+def _is_messages(text):
+    """Whether a string looks like a list of messages, as JSON or as Python prints it."""
+    if not re.fullmatch(r"\s*\[\s*\{.*\}\s*\]\s*", text, re.S):
+        return False
+    roles = "|".join((*ROLES, *TOOL_ROLES))
+    has_role = re.search(rf"""["'](role|from)["']\s*:\s*["']({roles})["']""", text)
+    return bool(has_role and re.search(r"""["'](content|value)["']\s*:""", text))
 
 
 # ---- messages ----------------------------------------------------------------------------------------------
@@ -61,29 +114,47 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+def _content(message, key, location):
+    """The text of a message; OpenAI's content parts are joined."""
+    content_key = "value" if "from" in message else "content"
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if part.get("type") not in TEXT_PARTS:
+                raise DataError(f'{location}: "{key}" holds a part of type {shown(part["type"])}; the models '
+                                "here read text only; remove such rows")
+        content = "".join(string(part.get("text"), "text", location) for part in content)
+    return string(content, content_key, location)
+
+
+def _is_target(message, role, location):
+    """Whether an assistant message is a target: True, False, or None if it does not say so."""
+    given = {key: message[key] for key in TARGET_KEYS if message.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1) or value and ROLES[role] != "assistant":
+            raise DataError(f'{location}: "{key}" is {shown(value)} on a message of role {role}; only '
+                            "assistant messages are targets, with 1 or true, or not, with 0 or false")
+    if len(set(map(bool, given.values()))) > 1:
+        raise DataError(f"{location}: {' and '.join(given)} of one message contradict each other; keep one")
+    return bool(next(iter(given.values()))) if given else None
+
+
 def _message(message, key, location):
     """One message with OpenAI's keys (role, content) or ShareGPT's (from, value), in canonical form."""
     if not isinstance(message, dict):
         raise DataError(f'{location}: "{key}" holds {describe_type(message)}; '
                         'a message is {"role": "user", "content": "..."}')
     role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
     if role in TOOL_ROLES or message.get("tool_calls") or message.get("function_call"):
         raise DataError(f'{location}: "{key}" holds a tool call, and no chat template here renders one; '
                         "remove such rows")
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f'{location}: "{key}" has the role {json.dumps(role)[:60]}; '
-                        f'roles are {", ".join(ROLES)}')
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        content = "".join(string(part["text"], "text", location) for part in content)  # OpenAI content parts
-    content_key = "value" if "from" in message else "content"
-    result = {"role": ROLES[role], "content": string(content, content_key, location)}
-    weight = message.get("weight")
-    if weight is not None:
-        if weight not in (0, 1) or result["role"] != "assistant":
-            raise DataError(f'{location}: "weight" is {json.dumps(weight)} on a message of role {role}; '
-                            "only assistant messages have a weight, 0 or 1")
-        result["weight"] = int(weight)
+        raise DataError(f'{location}: "{key}" has the role {shown(role)}; roles are {", ".join(ROLES)}')
+    check_supported(message, f"{location}: \"{key}\"")
+    result = {"role": ROLES[role], "content": _content(message, key, location)}
+    target = _is_target(message, role, location)
+    if target is not None and result["role"] == "assistant":
+        result["weight"] = int(target)
     return result
 
 
@@ -111,14 +182,18 @@ def messages(record, key, location):
     else:
         found = "an empty list" if value == [] else describe_type(value)
         raise DataError(f'{location}: "{key}" is {found}; it must be a string or a list of messages')
-    if record.get("tools") or record.get("functions"):
-        raise DataError(f'{location}: "tools" are not supported, because no chat template here renders them; '
-                        "remove them and all tool calls")
-    return system(record, location) + turns
+    first = system(record, location)
+    if first and turns[0]["role"] == "system":
+        if turns[0] != first[0]:
+            raise DataError(f'{location}: "{key}" begins with a system message, and the row has another one')
+        return turns
+    return first + turns
 
 
 def system(record, location):
-    content = optional_string(record, "system", location)
+    """[the system message beside a conversation], or []."""
+    key = either(record, ("system", "system_prompt"), location)
+    content = optional_string(record, key, location)
     return [{"role": "system", "content": content}] if content else []
 
 
@@ -130,13 +205,48 @@ def prompt(record, key, location):
 
 
 def answer(record, key, location):
-    """The text under a key: a string, one assistant message, or a list that holds one."""
+    """The answer under a key, a string, one assistant message or a list that holds one, as a message."""
     value = record[key]
     if isinstance(value, str):
-        return value
+        return assistant(value)
     if isinstance(value, dict):
         value = [value]
     turns = messages({key: value}, key, location)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise DataError(f'{location}: "{key}" must be a string, or one assistant message')
-    return turns[0]["content"]
+    return turns[0]
+
+
+# ---- what is not read --------------------------------------------------------------------------------------
+def check_supported(record, location):
+    """Raises DataError for a record or message with tools, images or sound, which change what it means."""
+    for key, reason in UNSUPPORTED.items():
+        if record.get(key):
+            raise DataError(f'{location}: "{key}" is not supported, because {reason}; remove such rows, or '
+                            "the key where the text does not need it")
+
+
+def unread_keys(value, path):
+    """Names such as "messages[].thinking" of the keys inside messages that hold something and are not read.
+
+    value: what a record holds under the key `path`.
+    """
+    items, inner = (value, f"{path}[]") if isinstance(value, list) else ([value], path)
+    if not items or not isinstance(items[0], dict):
+        return set()
+    found = set()
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        if "role" in item or "from" in item:
+            known = MESSAGE_KEYS
+        elif "messages" in item:                        # "input" of OpenAI's preferences
+            known = {"messages"}
+        else:                                           # a part of a content
+            known = {"type", "text"}
+        for key, held in item.items():
+            if key not in known and held not in (None, "", [], {}):
+                found.add(f"{inner}.{key}")
+            elif key in ("messages", "content") and isinstance(held, list):
+                found |= unread_keys(held, f"{inner}.{key}")
+    return found
