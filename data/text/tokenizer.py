@@ -51,7 +51,7 @@ class Tokenizer:
         self.bos = self._role_id("bos_token")
         self.eos = self._role_id("eos_token")
         self.pad = self._role_id("pad_token")
-        self.chat_template = config.get("chat_template", "")
+        self.chat_template = tokenizer_files.default_template(config)
 
     def _text_vocab(self, merges, hidden):
         """{token: id} of the tokens that text may be encoded to: all but special ones that no merge makes."""
@@ -140,6 +140,13 @@ class Tokenizer:
     def save_pretrained(self, folder):
         """Write files that `transformers` reads to the same ids. Entries that we do not use are kept."""
         tokenizer_files.write(folder, self._spec, self._config)
+
+    def with_template(self, chat_template, start):
+        """The same tokenizer, whose files have this chat_template and let `transformers` put a token first.
+
+        start: that token's text; "" leaves the files' own rule.
+        """
+        return Tokenizer(*tokenizer_files.with_template(self._spec, self._config, chat_template, start))
 
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None):

@@ -10,7 +10,7 @@
 "spec" is the content of tokenizer.json, "config" that of tokenizer_config.json. Any setting that would change
 an id and is not supported is an error.
 
-Public: read, write, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
+Public: read, write, with_template, default_template, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
 """
 import pathlib
 
@@ -144,12 +144,40 @@ def _add_roles(folder, spec, config):
 
 
 def _add_chat_template(folder, config):
+    """As in transformers, a file of its own replaces the config's."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        config.setdefault("chat_template", path.read_text("utf-8"))
+        config["chat_template"] = path.read_text("utf-8")
+
+
+def default_template(config):
+    """The chat template (Jinja) of a config, "" without one; of a list of named ones, "default"."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default", "") if isinstance(template, dict) else template
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
+def with_template(spec, config, chat_template, start):
+    """(spec, config) with another chat template, and with `start`, if not "", before what is encoded.
+
+    start becomes the BOS where there is none.
+    """
+    config = config | {"chat_template": chat_template}
+    if not start:
+        return spec, config
+    token, text = ({"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
+    second = [{"SpecialToken": {"id": start, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    i = next(token["id"] for token in spec["added_tokens"] if token["content"] == start)
+    first = {"type": "TemplateProcessing", "single": [token, text], "pair": [token, text, *second],
+             "special_tokens": {start: {"id": start, "ids": [i], "tokens": [start]}}}
+    config = {key: value for key, value in config.items() if key != "add_bos_token"}    # it would replace this
+    if config.get("bos_token") is None:
+        config["bos_token"] = start
+    return spec | {"post_processor": first}, config
+
+
 def write(folder, spec, config):
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
     folder = pathlib.Path(folder)
