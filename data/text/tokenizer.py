@@ -44,9 +44,11 @@ class Tokenizer:
 
         self._bytes |= {i: text.encode() for text, i in self.special.items()}
         self._shown_bytes = self._bytes | {self.special[text]: b"" for text in hidden}
-        # Added words that are not special (Qwen3's <think>) are found in text before BPE, the longest first.
-        words = sorted(self.special.keys() - hidden, key=lambda word: (-len(word), word))
-        self._added_words = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
+        # Added words that are not special (Qwen3's <think>) are found in text before BPE: those that are not
+        # normalized before Unicode normalisation, the others behind it.
+        words = [token for token in added if not token["special"]]
+        self._raw_words = _Words({t["content"]: t["id"] for t in words if not t["normalized"]})
+        self._words = _Words({self._normalize(t["content"]): t["id"] for t in words if t["normalized"]})
         self.vocab_size = max(self._bytes) + 1
         self.bos = self._role_id("bos_token")
         self.eos = self._role_id("eos_token")
@@ -90,18 +92,15 @@ class Tokenizer:
     def encode(self, text):
         """The ids of a text; nothing in it is a special token. Raises DataError for a lone surrogate."""
         _check_surrogates(text)
-        if self._added_words is None:
-            return self._encode(text)
-        first, *parts = self._added_words.split(text)           # text, word, text, word, ..., text
-        ids = self._encode(first)
-        for word, rest in zip(parts[::2], parts[1::2]):
-            ids.append(self.special[word])
-            ids += self._encode(rest)
-        return ids
+        return self._raw_words.encode(text, self._encode_normalized)
 
-    def _encode(self, text):
-        if self._unicode_form:
-            text = unicodedata.normalize(self._unicode_form, text)
+    def _normalize(self, text):
+        return unicodedata.normalize(self._unicode_form, text) if self._unicode_form else text
+
+    def _encode_normalized(self, text):
+        return self._words.encode(self._normalize(text), self._encode_bpe)
+
+    def _encode_bpe(self, text):
         if not LONG.search(text):
             ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
             if -1 not in ids:
@@ -172,6 +171,26 @@ class Tokenizer:
             eos = special[0]
         return cls(spec, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                           "bos_token": bos, "eos_token": eos, "pad_token": pad})
+
+
+class _Words:
+    """Words {text: id} that are found in a text, the longest first where several begin."""
+
+    def __init__(self, ids):
+        self._ids = ids
+        words = sorted(ids, key=lambda word: (-len(word), word))
+        self._pattern = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
+
+    def encode(self, text, encode_rest):
+        """The ids of a text; encode_rest gives those of what stands between the words."""
+        if self._pattern is None:
+            return encode_rest(text)
+        first, *parts = self._pattern.split(text)               # text, word, text, word, ..., text
+        ids = encode_rest(first)
+        for word, rest in zip(parts[::2], parts[1::2]):
+            ids.append(self._ids[word])
+            ids += encode_rest(rest)
+        return ids
 
 
 class Stream:
