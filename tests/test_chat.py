@@ -1,20 +1,23 @@
 """Chat templates: ids equal to Hugging Face's, the mask, and what is cut when an example is too long."""
+import functools
 import json
 import os
 import pathlib
+import re
 import types
 
 import pytest
 
 from data.text import chat
-from data.text.chat import TEMPLATES, answer, end_token, fit_to_length, guess_template, prompt, render
+from data.text.chat import answer, end_token, fit_to_length, guess_template, prompt, render
 from data.runtime.files import DataError, UserError
 from data.text.tokenizer import Tokenizer
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "chat"
 ANSWERS = json.loads((FIXTURES / "answers.json").read_text("utf-8"))
 TALKS = ANSWERS["conversations"]
-SPECIAL = ["<|endoftext|>", *(token for tokens in chat.SPECIAL_TOKENS.values() for token in tokens)]
+TEMPLATES = [record.name for record in chat.TEMPLATES]
+SPECIAL = ["<|endoftext|>", *dict.fromkeys(token for record in chat.TEMPLATES for token in record.tokens)]
 TOK = Tokenizer.train("Two and two is four.\n\n### Response:\nuser\nassistant\n" * 9, 320, special=SPECIAL)
 
 
@@ -56,6 +59,9 @@ TEXTS = {
     "chatml": ("<|im_start|>system\nSum.<|im_end|>\n"
                "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
                "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"),
+    "qwen3": ("<|im_start|>system\nSum.<|im_end|>\n"
+              "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+              "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n4<|im_end|>\n"),
     "llama3": ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSum.<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\n1+1<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n2<|eot_id|>"
@@ -101,7 +107,7 @@ def test_the_answer_keeps_its_first_token_whatever_precedes_it():
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_23_32_marks_in_a_text_are_text_and_there_is_one_start(template):
-    text = "".join(SPECIAL)
+    text = "".join(SPECIAL).replace("</think>", "")              # which qwen3 refuses in an answer
     ids, mask = render(turns(text, text), template, TOK)
     plain, _ = render(turns("a", "a"), template, TOK)
     for mark in TOK.special.values():
@@ -167,6 +173,183 @@ def test_system_texts():
     assert shown(prompt(turns("a"), "alpaca", TOK, "")).startswith("<|endoftext|>### Instruction:\na\n")
 
 
+# ---- models' own templates ---------------------------------------------------------------------------------
+OWN = {path.stem: path.read_text("utf-8") for path in (FIXTURES / "jinja").glob("*.jinja")}
+EXPECTED = {"smollm2": "chatml", "hermes3": "chatml", "qwen2.5": "chatml", "qwen3": "qwen3", "llama3": "llama3",
+            "llama3.1": "llama3"}
+BOS = {"smollm2": "<|im_start|>", "hermes3": "<|begin_of_text|>", "llama3": "<|begin_of_text|>",
+       "llama3.1": "<|begin_of_text|>"}
+
+
+def model_tokenizer(source, bos=None, tokenizer=TOK):
+    config = {**tokenizer._config, "chat_template": source, "bos_token": bos}
+    return Tokenizer(tokenizer._spec, config)
+
+
+@functools.cache
+def package_template(source):
+    sandbox = pytest.importorskip("jinja2.sandbox")             # torch needs it, so it is there
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def package_text(source, messages, open_answer, tokenizer, **options):
+    """What `transformers` makes of a chat_template: the package renders it."""
+    names = {i: text for text, i in tokenizer.special.items()}
+    return package_template(source).render(
+        messages=messages, add_generation_prompt=open_answer, bos_token=names.get(tokenizer.bos),
+        eos_token=names.get(tokenizer.eos), **options)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_templates_of_models_are_rendered_to_the_letter(name):
+    tokenizer = model_tokenizer(OWN[name], BOS.get(name))
+    template = guess_template(tokenizer)
+    assert template == EXPECTED[name] and chat.note(template, tokenizer) == ""
+    talks = [talk for talk in TALKS if talk]
+    if name == "qwen3":                                         # has no thought where no question precedes
+        talks = [talk for talk in talks if talk[-1]["role"] == "user" or "user" in [m["role"] for m in talk[-2:-1]]]
+    assert len(talks) > 12
+    for talk in talks:
+        for open_answer in (False, True):
+            if open_answer and name == "qwen3" and talk[-1]["role"] == "assistant":
+                continue
+            want = package_text(OWN[name], talk, open_answer, tokenizer, enable_thinking=False)
+            got = prompt(talk, template, tokenizer) if open_answer else render(talk, template, tokenizer)[0]
+            assert shown(got, tokenizer) == want
+
+
+def test_models_by_hand():
+    talk = turns("Hi", "Yes", "2+2", "4")
+    want = {
+        "smollm2": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+                   "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "qwen2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+                   "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "hermes3": "<|begin_of_text|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "qwen3": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                  "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "llama3.1": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+                    "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                    "<|start_header_id|>assistant<|end_header_id|>\n\n"}
+    for name, text in want.items():
+        tokenizer = model_tokenizer(OWN[name], BOS.get(name))
+        assert shown(prompt(talk[:1], EXPECTED[name], tokenizer), tokenizer) == text
+    qwen3, llama = model_tokenizer(OWN["qwen3"]), model_tokenizer(OWN["llama3.1"], BOS["llama3.1"])
+    assert shown(render(talk, "qwen3", qwen3)[0], qwen3).endswith(
+        "<|im_start|>assistant\nYes<|im_end|>\n<|im_start|>user\n2+2<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n4<|im_end|>\n")
+    assert "2024\n\nSum.<|eot_id|>" in shown(prompt(talk[:1], "llama3", llama, "Sum."), llama)
+    assert "2024\n\n<|eot_id|>" in shown(prompt(talk[:1], "llama3", llama, ""), llama)
+
+
+def test_qwen3_answers_hold_no_reasoning():
+    talk = turns("Hi", "<think>\nhm\n</think>\n\nYes", "2+2", "4")
+    assert render(talk, "qwen3", TOK) == render(turns("Hi", "Yes", "2+2", "4"), "qwen3", TOK)
+    with pytest.raises(DataError, match='an answer holds "</think>".*use --template chatml'):
+        render(talk[:2], "qwen3", TOK)
+    assert "<think>\nhm" in shown(render(talk[:2], "chatml", TOK)[0])
+
+
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ 'SYSTEM' }}{% endif %}"
+          "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("source, system", [
+    ([{"name": "tool_use", "template": "{{ 'x' }}"}, {"name": "default", "template": CHATML.replace(
+        "SYSTEM", "<|im_start|>system\nA.<|im_end|>\n")}], "A."),
+    ({"default": CHATML.replace("SYSTEM", "<|im_start|>system\nA.<|im_end|>\n"), "rag": "{{ 1 }}"}, "A."),
+    ("{% set s = 'You are B.' %}" + CHATML.replace("'SYSTEM'", "'<|im_start|>system\n' + s + '<|im_end|>\n'"),
+     "You are B."),
+    (CHATML.replace("'SYSTEM'", '"<|im_start|>system\nYou\'re {C} <the> \\"model\\".<|im_end|>\n"'),
+     'You\'re {C} <the> "model".'),
+    (CHATML.replace("{{ 'SYSTEM' }}", "{% if tools %}{{ '<|im_start|>system\nD<|im_end|>\n' }}{% endif %}"), None),
+    (CHATML.replace("SYSTEM", "<|im_start|>system\nE\n\nF<|im_end|>\n"), "E\n\nF"),
+    (CHATML.replace("SYSTEM", ""), None), (None, None),
+])
+def test_default_system_texts(source, system):
+    tokenizer = model_tokenizer(source)
+    assert guess_template(tokenizer) == "chatml" and chat.note("chatml", tokenizer) == ""
+    first = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    assert shown(prompt(turns("a"), "chatml", tokenizer)) == \
+        first + "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_no_newline_behind_the_end_token():
+    source = CHATML.replace("SYSTEM", "").replace("'<|im_end|>\n'", "'<|im_end|>'")
+    tokenizer = model_tokenizer(source)
+    assert guess_template(tokenizer) == "chatml" and chat.note("chatml", tokenizer) == ""
+    ids, mask = render(turns("a", "b", "c", "d"), "chatml", tokenizer)
+    assert shown(ids) == ("<|im_start|>user\na<|im_end|><|im_start|>assistant\nb<|im_end|>"
+                          "<|im_start|>user\nc<|im_end|><|im_start|>assistant\nd<|im_end|>")
+    assert targets_text(ids, mask) == "b<|im_end|>d<|im_end|>"
+
+
+@pytest.mark.parametrize("source, template, says", [
+    (CHATML.replace("SYSTEM", "").replace("'assistant\n'", "'assistant\n<think>\n'").replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"),
+     "chatml", r"it writes '.*assistant\\n<think>\\n' where chatml writes '.*assistant\\n'"),
+    (CHATML.replace("SYSTEM", "").replace("m.content +", "m.content | trim +"), "chatml", r"writes .*2 \+ 2\?<\|im_end"),
+    ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}{% endfor %}", "plain",
+     r"it writes '<\|user\|>\\nHi\.<\|endoftext\|>' where plain writes '<\|endoftext\|>Hi\.'"),
+    ("{% macro f() %}{% endmacro %}", "chatml", r"it is not read here \(it uses \{% macro %\}\)"),
+    (CHATML.replace("'SYSTEM'", "''").replace("{% for", "{% if messages[0].role == 'system' %}{{ raise_exception("
+                                              "'no system role') }}{% endif %}{% for", 1), "chatml", "no system role"),
+])
+def test_a_note_names_what_differs(source, template, says):
+    """One sentence, which names the flags."""
+    tokenizer = Tokenizer.train("a", 257) if template == "plain" else TOK
+    tokenizer = model_tokenizer(source, tokenizer=tokenizer)
+    assert guess_template(tokenizer) == template
+    said = chat.note(template, tokenizer)
+    assert said.startswith(f"the model's own chat template is not --template {template}: ")
+    assert re.search(says, said), said
+    assert said.endswith(f"; --template {template} accepts that, another --template or --system changes it")
+    assert prompt(turns("a"), template, tokenizer)
+
+
+@pytest.mark.parametrize("system", [None, "", "You're {{ so }} \"brief\" \\n é😀\r\n%}"])
+@pytest.mark.parametrize("name", [*OWN, *TEMPLATES])
+def test_what_is_exported_renders_the_same(name, system):
+    """By the package, without options; read again it is the same template; a model's own stays where it can."""
+    own = OWN.get(name) if name not in TEMPLATES or name == "qwen3" else None
+    template = EXPECTED.get(name, name)
+    tokenizer = model_tokenizer(own, BOS.get(name))
+    exported = chat.export(template, tokenizer, system)
+    for talk in TALKS:
+        if any("<|" in m["content"] for m in talk):
+            continue
+        for open_answer in (False, True):
+            text = package_text(exported.chat_template, talk, open_answer, exported)
+            ids = prompt(talk, template, tokenizer, system) if open_answer else \
+                render(talk, template, tokenizer, system)[0]
+            assert text == shown(ids)
+    if template not in ("alpaca", "plain") or system is None:   # whose system text a run keeps beside it
+        assert guess_template(exported) == template and chat.note(template, exported) == ""
+    for talk in (turns("a"), [dict(role="system", content="b"), *turns("a")]):
+        again = None if system is None or template not in ("alpaca", "plain") else system
+        assert prompt(talk, template, exported, again) == prompt(talk, template, tokenizer, system)
+    keeps = own is not None and name not in ("qwen3", "llama3.1") and (
+        system is None or system == "" and name in ("hermes3", "llama3"))
+    assert (exported.chat_template == own) == keeps
+
+
+def test_an_export_begins_with_the_start_token():
+    """tokenizer(text) in transformers: the post-processor of tokenizer.json."""
+    for template, start in (("plain", "<|endoftext|>"), ("alpaca", "<|endoftext|>"), ("llama3", "<|begin_of_text|>")):
+        exported = chat.export(template, TOK)
+        rule = exported._spec["post_processor"]
+        assert rule["single"] == [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        assert rule["special_tokens"][start]["ids"] == [TOK.special[start]]
+        assert exported.bos == TOK.special[start] and exported.eos == TOK.eos
+        assert prompt(turns("a"), template, exported) == prompt(turns("a"), template, TOK)
+    assert chat.export("chatml", TOK)._spec["post_processor"] is None and chat.export("chatml", TOK).bos is None
+    smol = model_tokenizer(None, "<|im_start|>")
+    assert chat.export("plain", smol).bos == TOK.special["<|im_start|>"]        # keeps its role
+    assert chat.export("plain", smol)._spec["post_processor"]["single"][0]["SpecialToken"]["id"] == "<|endoftext|>"
+
+
 # ---- which template, which tokens --------------------------------------------------------------------------
 def test_guess_and_end_tokens():
     base = Tokenizer.train("a", 257)
@@ -192,7 +375,7 @@ def test_templates_that_do_not_fit_the_tokenizer():
         render(turns("a", "b"), "chatml", base)
     with pytest.raises(UserError, match="plain ends answers with the end-of-text token, and this tokenizer"):
         render(turns("a", "b"), "plain", base)
-    with pytest.raises(UserError, match="unknown chat template 'gpt'; known are chatml, llama3, alpaca, plain"):
+    with pytest.raises(UserError, match="--template gpt is none of chatml qwen3 llama3 alpaca plain"):
         end_token("gpt", TOK)
 
 

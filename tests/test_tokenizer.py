@@ -161,6 +161,21 @@ def test_an_ordinary_token_may_have_a_special_role(tmp_path):
         assert [tokenizer.encode(text) for text in TEXTS] == [plain.encode(text) for text in TEXTS]
 
 
+def test_a_split_on_a_string_and_no_normalizer():
+    spec = spec_of("gpt2")
+    del spec["normalizer"]
+    agree(Tokenizer(spec, {}), FIXED["families"]["gpt2"])
+    for string, text, pieces in ((" ", "a  b c", ["a", " ", " ", "b", " ", "c"]), (".*", "a.*b*.", ["a", ".*", "b*."]),
+                                 ("^[$\\", "x^[$\\y\n", ["x", "^[$\\", "y\n"])):
+        step = {**SPLIT_STEP, "pattern": {"String": string}}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, BYTES_STEP]}
+        tokenizer = Tokenizer(spec, {})
+        assert compile_pattern(tokenizer._pattern).findall(text) == pieces
+        whole = Tokenizer(spec_of("gpt2") | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {**SPLIT_STEP, "pattern": {"Regex": "(?s:.)+"}}, BYTES_STEP]}}, {})
+        assert tokenizer.encode(text) == [i for piece in pieces for i in whole.encode(piece)]
+
+
 def test_added_words_that_are_not_special_are_found_in_text():
     spec = spec_of("qwen2")
     for i, word in enumerate(("<think>+", "\n\n", "\n\n\n"), start=600):
@@ -321,13 +336,41 @@ def test_vocab_and_merges_alone(tmp_path, name, config):
     (tmp_path / "tokenizer.json").unlink()
     lines = ["#version: 0.2", *(" ".join(pair) for pair in spec["model"]["merges"]), ""]
     (tmp_path / "merges.txt").write_bytes("\n".join(lines).encode())
-    for t in spec["added_tokens"]:
-        t["special"] = True                         # added_tokens.json does not tell
+    for t in spec["added_tokens"][3:]:
+        assert not t["special"]                     # added_tokens.json does not tell; only a config makes one so
+        t["normalized"] = True
     want, got = Tokenizer(spec, {}), Tokenizer.from_pretrained(folder)
     assert [got.encode(t) for t in TEXTS] == [want.encode(t) for t in TEXTS]
     assert {**got.special, **want.special} == want.special and "<think>" in got.special
     (tmp_path / "merges.txt").write_bytes("\r\n".join(lines).encode())
     assert Tokenizer.from_pretrained(folder).encode(TEXTS[50]) == want.encode(TEXTS[50])
+
+
+@pytest.mark.parametrize("name, class_name", [("gpt2", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")])
+@pytest.mark.parametrize("files, special", [
+    ({}, set()), ({"config": {"eos_token": "<|x|>"}}, {"<|x|>"}),
+    ({"config": {"additional_special_tokens": ["<|x|>", {"content": "<think>"}]}}, {"<|x|>", "<think>"}),
+    ({"special_tokens_map": {"eos_token": "<|x|>", "unk_token": {"content": "<think>"}}}, {"<|x|>", "<think>"}),
+])
+def test_added_tokens_json_names_words_that_a_config_may_make_special(tmp_path, name, class_name, files, special):
+    """As in transformers: a word is found in text and shown by decode, a special token is neither."""
+    spec = spec_of(name)
+    words = {"<think>": 600, "<|x|>": 601, "fo\u0301o": 602}
+    files = {**files, "config": {"tokenizer_class": class_name, **files.get("config", {})}}
+    folder = folder_of(tmp_path, spec, vocab=spec["model"]["vocab"], added_tokens=words, **files)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, spec["model"]["merges"])), "utf-8")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert {word: tokenizer.special[word] for word in words} == words
+    for word, i in words.items():
+        ids = tokenizer.encode(f"a{word}b")
+        assert (i in ids) == (word not in special)
+        assert tokenizer.decode([5, i]) == tokenizer.decode([5]) + ("" if word in special else word)
+    # with a Unicode form a word is looked for in the normalised text, without one as it stands
+    assert (602 in tokenizer.encode("f\u00f3o")) == (name == "qwen2")
+    assert (600 in tokenizer.encode("<think>\u0338")) == (name == "gpt2" and "<think>" not in special)
+    if name == "qwen2" and not special:
+        assert tokenizer.encode("a<think>\u0338b<|x|>") == [67, 30, 366, 161, 234, 110, 68, 601]
 
 
 def test_a_class_without_its_end_token_has_no_roles(tmp_path):
@@ -372,7 +415,7 @@ FAULTS = [
     (model(merges=[["a", "zzz"]]), "not in its vocabulary"), (model(merges=[list("abc")]), "not the files of a tokenizer"),
     (model(merges=7), "not the files of a tokenizer"), (model(vocab=[]), "not the files of a tokenizer"),
     (top(model=None), "not the files of a tokenizer"), (lambda spec: spec.pop("model"), "not the files of a tokenizer"),
-    (lambda spec: spec.pop("pre_tokenizer"), "not the files of a tokenizer"),
+    (lambda spec: spec.pop("pre_tokenizer"), "its pre_tokenizer is {'type': 'none'}"),
     (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "▁"),
     (lambda spec: spec["model"]["vocab"].update({"a": 5}), "share an id"),
     (lambda spec: spec["added_tokens"][0].update(id=7), "share an id"),
@@ -387,8 +430,6 @@ FAULTS = [
     (steps({**SPLIT_STEP, "behavior": "Removed"}, BYTES_STEP), "pre_tokenizer"),
     (steps({**SPLIT_STEP, "invert": True}, BYTES_STEP), "pre_tokenizer"),
     (steps(SPLIT_STEP, SPLIT_STEP, BYTES_STEP), "pre_tokenizer"),
-    (lambda spec: (spec.update(normalizer={"type": "NFC"}), spec["added_tokens"][-1].update(normalized=True)),
-     "normalized"),
 ]
 
 
@@ -454,6 +495,7 @@ for line in sys.stdin:
 def test_transformers_reads_what_we_write(tmp_path):
     if not os.path.exists(python := os.environ.get("PEERS", "")):
         pytest.skip("PEERS does not name a Python that has transformers")
+    texts = [*TEXTS, "a<think>\u0338b<|x|>c", "fo\u0301o f\u00f3o<think>"]
     ours = Tokenizer.train(TEXTS, 700, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pad="<|im_end|>")
     tokenizers = [ours, *(Tokenizer.from_pretrained(folder_of(
         tmp_path / name, spec_of(name), config={"eos_token": "<|im_end|>"})) for name in FAMILIES)]
@@ -463,14 +505,27 @@ def test_transformers_reads_what_we_write(tmp_path):
     (folder / "tokenizer.json").unlink()
     (folder / "merges.txt").write_text("\n".join(map(" ".join, lists["model"]["merges"])), "utf-8")
     tokenizers.append(Tokenizer.from_pretrained(folder))
+    split = spec_of("gpt2")
+    del split["normalizer"]
+    split["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {**SPLIT_STEP, "pattern": {"String": " "}}, {**BYTES_STEP, "trim_offsets": True}]}
+    tokenizers.append(Tokenizer.from_pretrained(folder_of(tmp_path / "split", split)))
     lines = []
     for i, tokenizer in enumerate(tokenizers):
         tokenizer.save_pretrained(tmp_path / f"out{i}")
-        lines.append(json.dumps([str(tmp_path / f"out{i}"), TEXTS]))
+        lines.append(json.dumps([str(tmp_path / f"out{i}"), texts]))
+    n = len(lists["model"]["vocab"])
+    for files in ({}, {"special_tokens_map": {"eos_token": "<|x|>"}}):      # read there as they are
+        folder = folder_of(tmp_path / f"added{len(files)}", {}, vocab=lists["model"]["vocab"], **files, config={
+            "tokenizer_class": "Qwen2Tokenizer"}, added_tokens={"<think>": n, "<|x|>": n + 1, "fo\u0301o": n + 2})
+        (folder / "tokenizer.json").unlink()
+        (folder / "merges.txt").write_text("\n".join(map(" ".join, lists["model"]["merges"])), "utf-8")
+        tokenizers.append(Tokenizer.from_pretrained(folder))
+        lines.append(json.dumps([str(folder), texts]))
     run = subprocess.run([python, "-c", PEER], input="\n".join(lines), capture_output=True, text=True,
                          cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr[-2000:]
     for tokenizer, line in zip(tokenizers, run.stdout.splitlines(), strict=True):
         ids, *roles = json.loads(line)
-        assert ids == [tokenizer.encode(text) for text in TEXTS]
+        assert ids == [tokenizer.encode(text) for text in texts]
         assert roles == [tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocab_size]

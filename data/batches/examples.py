@@ -28,7 +28,7 @@ from data.runtime.run_folder import log_progress
 @dataclass(frozen=True)
 class TextFlags:
     """text"""
-    template: str = flag("auto", "chat template", choices=("auto",) + chat.TEMPLATES)
+    template: str = flag("auto", "chat template", choices=("auto", *(t.name for t in chat.TEMPLATES)))
     system: str = flag(None, "system message; default: the template's own", type=str)
 
 

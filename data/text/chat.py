@@ -1,6 +1,7 @@
 r"""data/text/chat.py: conversations -> token ids and loss mask, for training, scoring and generation.
 
-    chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen, SmolLM2
+    chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen2, SmolLM2, Hermes
+    qwen3    chatml, and <think> \n\n </think> \n\n before the last answer                Qwen3
     llama3   <|begin_of_text|> <|start_header_id|>ROLE<|end_header_id|> \n\n CONTENT <|eot_id|>
     alpaca   a preamble, then "### Instruction:" and "### Response:" as plain text        any base model
     plain    start, prompt, answer, end; prompt, answer, end; ... with nothing between    completions
@@ -16,154 +17,357 @@ message has weight 0.
   where the answer is known, and in generation, where it is not: prompt(messages[:-1]) is a prefix of
   render(messages), token for token. All other text between two special tokens is encoded as one string, which
   is what the Jinja templates of `transformers` do.
-- The default system message is read from the tokenizer's own chat_template (SmolLM2 and Qwen2.5 have one).
+- A model's own chat_template (jinja.py renders it) decides what differs between models of one template: a
+  default system message, text before the first one (the dates of Llama 3.1), BOS first (Hermes), no
+  newline behind <|im_end|>. Where its texts still differ from ours, `note` says how.
 - plain and alpaca start with the tokenizer's BOS, or else its EOS: in pre-training that token precedes a
   document, and without it the first token after an empty prompt would have no context. In plain, adjacent
   system and user texts are joined by a newline, and an answer gets a leading space unless it begins with
   white space.
-- llama3 strips contents, as the original does. Deviation: Llama 3.1's system message has no dates here.
+- llama3 strips contents, as the original does. qwen3 answers without reasoning (enable_thinking=False) and
+  drops the reasoning of earlier answers, as the original does.
+- `export` writes what a model was trained with for `transformers`: apply_chat_template gives the ids of
+  `prompt`, and tokenizer(text) begins with the same start token.
 
-Public: TEMPLATES, SPECIAL_TOKENS, PREAMBLE, guess_template, render, prompt, answer, end_token, truncate_left,
-fit_to_length
+Public: ChatTemplate, TEMPLATES, PREAMBLE, guess_template, note, export, render, prompt, answer, end_token,
+truncate_left, fit_to_length
 """
+import functools
 import itertools
-import re
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.runtime.files import DataError, UserError
+from data.runtime.records import find_record
+from data.text import jinja
 
-TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
-SPECIAL_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
-                  "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
 PREAMBLE = ("Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.")
-ALPACA_HEADINGS = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
 
 
 # ---- templates ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One way to write conversations. A message is before(...), its content(...), and its ending."""
+    selected_by = "template"
+    name: str                       # the value of --template
+    tokens: tuple                   # special tokens that the tokenizer must have, the one that ends an answer last
+    before: Callable                # (role, previous role or None, is last) -> texts and tokens before a content
+    content: Callable               # (text, role, is last) -> the text that is encoded
+    jinja: str                      # the same for transformers; knows start, system, prefix, separator, end
+    start: str = None               # the token that stands first
+    system: str = ""                # the system text of conversations without a system message
+    separator: str = ""             # what stands behind an end token
+    document: bool = False          # plain text that starts and ends as a document; only answers have an end
+
+
+class Style(NamedTuple):
+    """What differs between models of one ChatTemplate, as texts."""
+    start: str                      # the token that stands first, or ""
+    end: str                        # the end token
+    system: str                     # the system text of conversations without a system message
+    separator: str                  # what stands behind an end token
+    prefix: str = ""                # stands before the first system text, and makes one where there is none
+
+
+def _chatml_before(role, previous, last):
+    return ["<|im_start|>", f"{role}\n"]
+
+
+def _qwen3_before(role, previous, last):
+    thought = ["<think>", "\n\n", "</think>", "\n\n"] if role == "assistant" and last else []
+    return ["<|im_start|>", f"{role}\n", *thought]
+
+
+def _llama3_before(role, previous, last):
+    return ["<|start_header_id|>", role, "<|end_header_id|>", "\n\n"]
+
+
+def _alpaca_before(role, previous, last):
+    heading = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[role]
+    return [heading if previous is None else "\n\n" + heading]
+
+
+def _plain_before(role, previous, last):
+    joined = previous in ("system", "user") and role != "assistant"
+    return ["\n" if joined else ""]
+
+
+def _unchanged(text, role, last):
+    return text
+
+
+def _qwen3_content(text, role, last):
+    if role != "assistant":
+        return text
+    if "</think>" in text and last:
+        raise DataError('an answer holds "</think>", and --template qwen3 writes an empty thought before it; '
+                        "use --template chatml to train on reasoning")
+    if "</think>" in text:
+        return text.rpartition("</think>")[2].lstrip("\n")
+    return text.lstrip("\n") if last else text
+
+
+def _stripped(text, role, last):
+    return text.strip()
+
+
+def _plain_content(text, role, last):
+    return " " + text if role == "assistant" and not text[:1].isspace() else text
+
+
+# The templates for transformers, without the assignments of a Style that `export` puts in front. loop.last and
+# messages mean what `last` means above. A first system message is inserted where there is none.
+FIRST_LINES = """\
+{%- if (system or prefix) and (not messages or messages[0]['role'] != 'system') %}
+    {%- set messages = [{'role': 'system', 'content': system}] + messages %}
+{%- endif %}
+{{- start }}
+{%- for message in messages %}
+    {%- set role = message['role'] %}
+    {%- set content = message['content'] %}
+"""
+CHATML = FIRST_LINES + r"""
+    {{- '<|im_start|>' + role + '\n' }}
+    {{- prefix if role == 'system' and loop.first else '' }}
+    {{- content + end + separator }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+QWEN3 = FIRST_LINES + r"""
+    {%- if role == 'assistant' and '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {%- if role == 'assistant' and loop.last and not add_generation_prompt %}
+        {%- set content = '<think>\n\n</think>\n\n' + content.lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + role + '\n' }}
+    {{- prefix if role == 'system' and loop.first else '' }}
+    {{- content + end + separator }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}
+{%- endif %}"""
+LLAMA3 = FIRST_LINES + r"""
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
+    {{- prefix if role == 'system' and loop.first else '' }}
+    {{- content | trim + end + separator }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
+ALPACA = FIRST_LINES + r"""
+    {{- '' if loop.first else '\n\n' }}
+    {%- if role == 'user' %}
+        {{- '### Instruction:\n' + content }}
+    {%- elif role == 'assistant' %}
+        {{- '### Response:\n' + content + end }}
+    {%- else %}
+        {{- content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ('\n\n' if messages else '') + '### Response:\n' }}
+{%- endif %}"""
+PLAIN = FIRST_LINES + r"""
+    {%- if role == 'assistant' %}
+        {{- (' ' if content[:1] == content[:1] | trim else '') + content + end }}
+    {%- else %}
+        {%- if not loop.first and messages[loop.index0 - 1]['role'] != 'assistant' %}
+            {{- '\n' }}
+        {%- endif %}
+        {{- content }}
+    {%- endif %}
+{%- endfor %}"""
+
+IM = ("<|im_start|>", "<|im_end|>")
+TEMPLATES = (
+    ChatTemplate("chatml", IM, _chatml_before, _unchanged, CHATML, separator="\n"),
+    ChatTemplate("qwen3", ("<think>", "</think>", *IM), _qwen3_before, _qwen3_content, QWEN3, separator="\n"),
+    ChatTemplate("llama3", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                 _llama3_before, _stripped, LLAMA3, start="<|begin_of_text|>"),
+    ChatTemplate("alpaca", (), _alpaca_before, _unchanged, ALPACA, system=PREAMBLE, document=True),
+    ChatTemplate("plain", (), _plain_before, _plain_content, PLAIN, document=True),
+)
+
+
+# ---- the template of a model -------------------------------------------------------------------------------
 def guess_template(tokenizer):
-    """The name of the template whose special tokens the tokenizer has; "plain" for a base model."""
-    for template, tokens in SPECIAL_TOKENS.items():
-        if all(token in tokenizer.special for token in tokens):
-            return template
-    return "plain"
+    """The name of the template that the tokenizer's own chat_template equals, or whose tokens it has.
 
-
-def _special_ids(template, tokenizer):
-    """The ids of SPECIAL_TOKENS[template]; for alpaca and plain the ids that start and end a document.
-
-    Raises UserError for an unknown template, or one whose tokens the tokenizer lacks.
+    "plain" for a base model.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"unknown chat template {template!r}; known are {', '.join(TEMPLATES)}")
-    if template in SPECIAL_TOKENS:
-        for token in SPECIAL_TOKENS[template]:
-            if token not in tokenizer.special:
-                raise UserError(f"the template {template} needs the token {token}, which this tokenizer "
-                                f"lacks; use --template {guess_template(tokenizer)}")
-        return [tokenizer.special[token] for token in SPECIAL_TOKENS[template]]
-    if tokenizer.eos is None:
+    fitting = [record for record in TEMPLATES if not _missing(record, tokenizer)]
+    if tokenizer.chat_template:
+        for record in fitting:
+            if not _style(record, tokenizer)[1]:
+                return record.name
+    return next((record.name for record in fitting if record.tokens), "plain")
+
+
+def note(template, tokenizer):
+    """How the tokenizer's own chat_template differs from a template, as a sentence; "" if it does not."""
+    difference = _style(_fitting(template, tokenizer), tokenizer)[1]
+    if not difference:
+        return ""
+    return (f"the model's own chat template is not --template {template}: {difference}; --template {template} "
+            "accepts that, another --template or --system changes it")
+
+
+def _missing(record, tokenizer):
+    """The first token of a template that a tokenizer lacks; None if it has them all."""
+    if record.document:
+        return "end-of-text" if tokenizer.eos is None else None
+    return next((token for token in record.tokens if token not in tokenizer.special), None)
+
+
+def _fitting(template, tokenizer):
+    """The record of a template. Raises UserError if there is none, or if the tokenizer lacks its tokens."""
+    record = find_record(TEMPLATES, template)
+    missing = _missing(record, tokenizer)
+    if missing and record.document:
         raise UserError(f"the template {template} ends answers with the end-of-text token, and this "
                         "tokenizer names none")
-    # SmolLM2 names <|im_start|> as its BOS; it starts a turn, not a document.
-    if tokenizer.bos in (None, tokenizer.special.get("<|im_start|>")):
-        return [tokenizer.eos, tokenizer.eos]
-    return [tokenizer.bos, tokenizer.eos]
+    if missing:
+        raise UserError(f"the template {template} needs the token {missing}, which this tokenizer lacks; use "
+                        f"--template {guess_template(tokenizer)}")
+    return record
 
 
 def end_token(template, tokenizer):
     """The id of the token that ends an answer: a target in training, and where generation stops."""
-    return _special_ids(template, tokenizer)[-1]
+    record = _fitting(template, tokenizer)
+    return tokenizer.special[_style(record, tokenizer)[0].end]
 
 
-def _default_system(template, tokenizer):
-    """The system text of a conversation without a system message; "" for none."""
-    if template == "alpaca":
-        return PREAMBLE
-    if template != "chatml":
+def _style(record, tokenizer):
+    """(Style, how the tokenizer's own chat_template differs, or "") of a template that fits."""
+    names = {i: text for text, i in tokenizer.special.items()}
+    return _read_style(record, tokenizer.chat_template, names.get(tokenizer.bos, ""), names.get(tokenizer.eos, ""))
+
+
+def _turns(*contents):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, contents)]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+PROBES = (                                              # (conversation, whether an answer is opened)
+    (_turns("Hi."), True), ([SYSTEM, *_turns("Hi.")], True), (_turns("Hi.", "Yes?"), False),
+    ([SYSTEM, *_turns(" 2 + 2?\n", "4", "5 + 5?", "10")], False), (_turns("Hi.", "Yes?", "2 + 2?"), True))
+
+
+@functools.lru_cache
+def _read_style(record, source, bos, eos):
+    """(Style, difference) of a template under a chat_template (Jinja, or ""), and the texts of BOS and EOS."""
+    if bos == "<|im_start|>":                           # SmolLM2 names it so; it starts a turn, not a document
+        bos = ""
+    if record.document:
+        style = Style(bos or eos, eos, record.system, record.separator)
+    else:
+        style = Style(record.start or "", record.tokens[-1], record.system, record.separator)
+    if not source:
+        return style, ""
+    values = dict(bos_token=bos, eos_token=eos, enable_thinking=False)
+    try:
+        if not record.document:
+            asked, instructed = (_own_text(source, *probe, values) for probe in PROBES[:2])
+            style = _style_of_text(record, style, asked, instructed, bos)
+        for messages, open_answer in PROBES:
+            difference = _difference(_own_text(source, messages, open_answer, values),
+                                     _text(messages, record, style, open_answer), record.name)
+            if difference:
+                return style, difference
+    except jinja.JinjaError as e:
+        return style, f"it is not read here ({e})"
+    return style, ""
+
+
+def _own_text(source, messages, open_answer, values):
+    """A conversation as a chat_template writes it. Raises JinjaError."""
+    return jinja.render(source, dict(messages=messages, add_generation_prompt=open_answer, tools=None,
+                                     documents=None, **values))
+
+
+def _style_of_text(record, style, asked, instructed, bos):
+    """The Style of a model that writes PROBES[0] as `asked`, and PROBES[1] as `instructed`."""
+    if bos and asked.startswith(bos):
+        style = style._replace(start=bos)
+    opening = style.start + "".join(record.before("system", None, False))
+    if instructed.startswith(opening):
+        text = instructed.removeprefix(opening).partition(style.end)[0]
+        if text.endswith(SYSTEM["content"]):
+            style = style._replace(prefix=text.removesuffix(SYSTEM["content"]))
+    if asked.startswith(opening):
+        text = asked.removeprefix(opening).partition(style.end)[0]
+        style = style._replace(system=text.removeprefix(style.prefix))
+    behind = asked.partition("Hi." + style.end)[2]
+    opening = "".join(record.before("assistant", "user", True))
+    if behind.endswith(opening):
+        style = style._replace(separator=behind.removesuffix(opening))
+    return style
+
+
+def _difference(theirs, ours, name):
+    """Where two texts part, in words; "" where they are equal."""
+    if theirs == ours:
         return ""
-    system_text = r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>"
-    match = re.search(system_text, str(tokenizer.chat_template))
-    return match[1] if match else ""
-
-
-# One function per template: (role, previous role or None, special ids) -> what stands before the content, the
-# end token, what follows it. Each is a list of ids (int) and texts (str).
-def _chatml_turn(role, previous, special):
-    start, end = special
-    return [start, f"{role}\n"], [end], ["\n"]
-
-
-def _llama3_turn(role, previous, special):
-    _, start_header, end_header, end = special
-    return [start_header, role, end_header, "\n\n"], [end], []
-
-
-def _alpaca_turn(role, previous, special):
-    separator = "" if previous is None else "\n\n"
-    end = [special[1]] if role == "assistant" else []
-    return [separator + ALPACA_HEADINGS[role]], end, []
-
-
-def _plain_turn(role, previous, special):
-    joined = previous in ("system", "user") and role != "assistant"
-    end = [special[1]] if role == "assistant" else []
-    return ["\n" if joined else ""], end, []
-
-
-TURNS = {"chatml": _chatml_turn, "llama3": _llama3_turn, "alpaca": _alpaca_turn, "plain": _plain_turn}
-
-
-def _content(text, template, role):
-    """A message's content as it is encoded."""
-    if template == "llama3":
-        return text.strip()
-    if template == "plain" and role == "assistant" and not text[:1].isspace():
-        return " " + text
-    return text
+    same = len(os.path.commonprefix([theirs, ours]))
+    begin = max(0, same - 20)
+    return f"it writes {theirs[begin:same + 40]!r} where {name} writes {ours[begin:same + 40]!r}"
 
 
 # ---- rendering ---------------------------------------------------------------------------------------------
-def _pieces(messages, template, special, open_answer):
-    """[(id or text, target)]: target is True or False inside an answer, None elsewhere.
+class Piece(NamedTuple):
+    text: str
+    token: bool                     # a special token; else text that is encoded
+    target: bool                    # True or False inside an answer, None elsewhere: an answer of weight 0 is
+                                    # not joined with the text before it
 
-    The difference between False and None keeps an answer of weight 0 separate from the text before it.
-    open_answer: end with the opening of one more assistant message.
-    """
-    turn = TURNS[template]
-    pieces = []
-    if template != "chatml":
-        pieces.append((special[0], None))
+
+def _pieces(messages, record, style, open_answer):
+    """A conversation as Pieces. open_answer: end with the opening of one more assistant message."""
+    pieces = [Piece(style.start, True, None)] if style.start else []
+    has_system = messages and messages[0]["role"] == "system"
+    if (style.system or style.prefix) and not has_system:
+        messages = [{"role": "system", "content": style.system}, *messages]
     previous = None
-    for message in messages:
+    for i, message in enumerate(messages):
         role = message["role"]
+        last = i + 1 == len(messages) and not open_answer
         target = bool(message.get("weight", 1)) if role == "assistant" else None
-        before, end, after = turn(role, previous, special)
-        pieces += [(piece, None) for piece in before]
-        pieces.append((_content(message["content"], template, role), target))
-        pieces += [(piece, target) for piece in end]
-        pieces += [(piece, None) for piece in after]
+        pieces += [Piece(text, text in record.tokens, None) for text in record.before(role, previous, last)]
+        prefix = style.prefix if role == "system" and previous is None else ""
+        pieces.append(Piece(prefix + record.content(message["content"], role, last), False, target))
+        if role == "assistant" or not record.document:
+            pieces.append(Piece(style.end, True, target))
+            pieces.append(Piece(style.separator, False, None))
         previous = role
     if open_answer:
-        before, _, _ = turn("assistant", previous, special)
-        pieces += [(piece, None) for piece in before]
+        pieces += [Piece(text, text in record.tokens, None) for text in record.before("assistant", previous, True)]
     return pieces
+
+
+def _text(messages, record, style, open_answer):
+    return "".join(piece.text for piece in _pieces(messages, record, style, open_answer))
 
 
 def _encode(messages, template, tokenizer, system, open_answer):
     """(ids, mask) of a conversation."""
-    special = _special_ids(template, tokenizer)
-    if system is None:
-        system = _default_system(template, tokenizer)
-    has_system = messages and messages[0]["role"] == "system"
-    if system and not has_system:
-        messages = [{"role": "system", "content": system}, *messages]
+    record = _fitting(template, tokenizer)
+    style, _ = _style(record, tokenizer)
+    if system is not None:
+        style = style._replace(system=system)
     ids = []
     mask = []
-    pieces = _pieces(messages, template, special, open_answer)
+    pieces = _pieces(messages, record, style, open_answer)
     # Neighbouring texts are encoded as one string; an answer is never joined with what is around it.
-    for (piece_type, target), run in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
-        values = [value for value, _ in run]
-        new_ids = tokenizer.encode("".join(values)) if piece_type is str else values
+    for (is_token, target), run in itertools.groupby(pieces, lambda piece: (piece.token, piece.target)):
+        texts = [piece.text for piece in run]
+        new_ids = [tokenizer.special[text] for text in texts] if is_token else tokenizer.encode("".join(texts))
         ids += new_ids
         mask += [bool(target)] * len(new_ids)
     return ids, mask
@@ -186,7 +390,36 @@ def prompt(messages, template, tokenizer, system=None):
 
 def answer(text, template, tokenizer):
     """ids of an answer and its end token: what follows prompt(...)."""
-    return [*tokenizer.encode(_content(text, template, "assistant")), end_token(template, tokenizer)]
+    content = _fitting(template, tokenizer).content(text, "assistant", True)
+    return [*tokenizer.encode(content), end_token(template, tokenizer)]
+
+
+def export(template, tokenizer, system=None):
+    """The tokenizer of a model that was trained with a template, as `transformers` should read it.
+
+    Its chat_template gives the ids of `prompt` and `render`; the model's own is kept where it does. What it
+    encodes begins with the start token, as prompts do. Raises as render does.
+    """
+    record = _fitting(template, tokenizer)
+    style, _ = _style(record, tokenizer)
+    if system is not None:
+        style = style._replace(system=system)
+    own = tokenizer.chat_template
+    if not own or not _writes(own, record, style, tokenizer):
+        own = "".join(f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n"
+                      for name, text in style._asdict().items()) + record.jinja
+    return tokenizer.with_template(own, style.start)
+
+
+def _writes(source, record, style, tokenizer):
+    """Whether a chat_template writes the texts of a style without being asked to, on every day."""
+    names = {i: text for text, i in tokenizer.special.items()}
+    values = dict(bos_token=names.get(tokenizer.bos, ""), eos_token=names.get(tokenizer.eos, ""))
+    try:
+        return "strftime_now" not in source and all(
+            _own_text(source, *probe, values) == _text(probe[0], record, style, probe[1]) for probe in PROBES)
+    except jinja.JinjaError:
+        return False
 
 
 # ---- length ------------------------------------------------------------------------------------------------

@@ -44,13 +44,17 @@ class Tokenizer:
 
         self._bytes |= {i: text.encode() for text, i in self.special.items()}
         self._shown_bytes = self._bytes | {self.special[text]: b"" for text in hidden}
-        # Added words that are not special (Qwen3's <think>) are found in text before BPE, the longest first.
-        self._added_words = _any_of(self.special.keys() - hidden)
+        # Added words that are not special (Qwen3's <think>) are found in text before BPE: those that are not
+        # normalized before Unicode normalisation, the others behind it.
+        words = [token for token in added if not token["special"]]
+        self._raw_words = _Words({t["content"]: t["id"] for t in words if not t["normalized"]})
+        self._words = _Words({self._normalize(t["content"]): t["id"] for t in words if t["normalized"]})
+        self._special_words = _Words({text: self.special[text] for text in hidden})
         self.vocab_size = max(self._bytes) + 1
         self.bos = self._role_id("bos_token")
         self.eos = self._role_id("eos_token")
         self.pad = self._role_id("pad_token")
-        self.chat_template = config.get("chat_template", "")
+        self.chat_template = tokenizer_files.default_template(config)
 
     def _text_vocab(self, merges, hidden):
         """{token: id} of the tokens that text may be encoded to: all but special ones that no merge makes."""
@@ -92,19 +96,20 @@ class Tokenizer:
         Raises DataError for a lone surrogate.
         """
         _check_surrogates(text)
-        words = _any_of(self.special) if special else self._added_words
-        if words is None:
-            return self._encode(text)
-        first, *parts = words.split(text)                       # text, word, text, word, ..., text
-        ids = self._encode(first)
-        for word, rest in zip(parts[::2], parts[1::2]):
-            ids.append(self.special[word])
-            ids += self._encode(rest)
-        return ids
+        if special:
+            return self._special_words.encode(text, self._encode_words)
+        return self._encode_words(text)
 
-    def _encode(self, text):
-        if self._unicode_form:
-            text = unicodedata.normalize(self._unicode_form, text)
+    def _encode_words(self, text):
+        return self._raw_words.encode(text, self._encode_normalized)
+
+    def _normalize(self, text):
+        return unicodedata.normalize(self._unicode_form, text) if self._unicode_form else text
+
+    def _encode_normalized(self, text):
+        return self._words.encode(self._normalize(text), self._encode_bpe)
+
+    def _encode_bpe(self, text):
         if not LONG.search(text):
             ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
             if -1 not in ids:
@@ -144,6 +149,13 @@ class Tokenizer:
         """Write files that `transformers` reads to the same ids. Entries that we do not use are kept."""
         tokenizer_files.write(folder, self._spec, self._config)
 
+    def with_template(self, chat_template, start):
+        """The same tokenizer, whose files have this chat_template and let `transformers` put a token first.
+
+        start: that token's text; "" leaves the files' own rule.
+        """
+        return Tokenizer(*tokenizer_files.with_template(self._spec, self._config, chat_template, start))
+
     @classmethod
     def train(cls, texts, vocab_size, special=("<|endoftext|>",), eos=None, bos=None, pad=None,
               skip_special=False):
@@ -174,6 +186,25 @@ class Tokenizer:
                           "bos_token": bos, "eos_token": eos, "pad_token": pad})
 
 
+class _Words:
+    """Words {text: id} that are found in a text, the longest first where several begin."""
+
+    def __init__(self, ids):
+        self._ids = ids
+        self._pattern = _any_of(ids)
+
+    def encode(self, text, encode_rest):
+        """The ids of a text; encode_rest gives those of what stands between the words."""
+        if self._pattern is None:
+            return encode_rest(text)
+        first, *parts = self._pattern.split(text)               # text, word, text, word, ..., text
+        ids = encode_rest(first)
+        for word, rest in zip(parts[::2], parts[1::2]):
+            ids.append(self._ids[word])
+            ids += encode_rest(rest)
+        return ids
+
+
 class Stream:
     """Decodes token by token: push(id) returns the text that is complete by now, flush() the rest.
 
@@ -192,7 +223,7 @@ class Stream:
 
 
 def _any_of(words):
-    """A regular expression that finds the words, the longest first, as a group; None without words."""
+    """A regular expression that finds any of the words, the longest first, as a group; None without words."""
     words = sorted(words, key=lambda word: (-len(word), word))
     return re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
 

@@ -10,9 +10,10 @@
 "spec" is the content of tokenizer.json, "config" that of tokenizer_config.json. Any setting that would change
 an id and is not supported is an error.
 
-Public: read, write, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
+Public: read, write, with_template, default_template, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
 """
 import pathlib
+import re
 
 from data.text.bpe import DIGITS, GPT2, QWEN2
 from data.runtime.files import DataError, read_json, write_atomic, write_json
@@ -47,10 +48,10 @@ def tokenizer_json(vocab, merges, added_tokens, pre_tokenizer, normalizer):
                       "ignore_merges": False, "vocab": vocab, "merges": merges}}
 
 
-def added_token(token, i):
-    """The entry of added_tokens for a special token with id i."""
+def added_token(token, i, special=True):
+    """The entry of added_tokens for a token with id i; as in transformers, a word is found in normalised text."""
     return {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True}
+            "normalized": not special, "special": special}
 
 
 def token_text(token):
@@ -115,9 +116,19 @@ def _add_special_tokens(folder, spec, config):
     tokens = {token["content"]: token for token in spec.get("added_tokens", [])}
     for i, token in config.get("added_tokens_decoder", {}).items():
         tokens.setdefault(token["content"], added_token(token["content"], int(i)) | token)
+    special = _special_texts(config)
     for text, i in _read_object(folder / "added_tokens.json").items():
-        tokens.setdefault(text, added_token(text, i))
+        tokens.setdefault(text, added_token(text, i, text in special))
     spec["added_tokens"] = list(tokens.values())
+
+
+def _special_texts(config):
+    """The texts that a config names in any role, or as additional special tokens."""
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key) or []
+        named += value.values() if isinstance(value, dict) else value
+    return {token_text(token) for token in named if isinstance(token, (str, dict))}
 
 
 def _add_roles(folder, spec, config):
@@ -144,12 +155,40 @@ def _add_roles(folder, spec, config):
 
 
 def _add_chat_template(folder, config):
+    """As in transformers, a file of its own replaces the config's."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        config.setdefault("chat_template", path.read_text("utf-8"))
+        config["chat_template"] = path.read_text("utf-8")
+
+
+def default_template(config):
+    """The chat template (Jinja) of a config, "" without one; of a list of named ones, "default"."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default", "") if isinstance(template, dict) else template
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
+def with_template(spec, config, chat_template, start):
+    """(spec, config) with another chat template, and with `start`, if not "", before what is encoded.
+
+    start becomes the BOS where there is none.
+    """
+    config = config | {"chat_template": chat_template}
+    if not start:
+        return spec, config
+    token, text = ({"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
+    second = [{"SpecialToken": {"id": start, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    i = next(token["id"] for token in spec["added_tokens"] if token["content"] == start)
+    first = {"type": "TemplateProcessing", "single": [token, text], "pair": [token, text, *second],
+             "special_tokens": {start: {"id": start, "ids": [i], "tokens": [start]}}}
+    config = {key: value for key, value in config.items() if key != "add_bos_token"}    # it would replace this
+    if config.get("bos_token") is None:
+        config["bos_token"] = start
+    return spec | {"post_processor": first}, config
+
+
 def write(folder, spec, config):
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
     folder = pathlib.Path(folder)
@@ -185,17 +224,15 @@ def _merges(spec):
 
 
 def _unicode_form(spec):
-    normalizer = spec["normalizer"]
+    normalizer = spec.get("normalizer")
     form = normalizer["type"] if normalizer else None
     if form is not None and form not in UNICODE_FORMS:
         raise DataError(f"its normalizer is {form}; supported are {', '.join(UNICODE_FORMS)} and none")
     for token in spec["added_tokens"]:
         if token["special"]:
             continue
-        normalized = token["normalized"] and form
-        if token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
-            raise DataError("it has added words with lstrip, rstrip, single_word or normalized, which are "
-                            "not supported")
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise DataError("it has added words with lstrip, rstrip or single_word, which are not supported")
     return form
 
 
@@ -204,9 +241,16 @@ def _is_isolating(split):
     return split | {"pattern": None} == SPLIT | {"pattern": None}
 
 
+def _regex(pattern):
+    """The pattern of a Split step, a regular expression or a plain string, as a regular expression."""
+    if "Regex" in pattern:
+        return pattern["Regex"]
+    return re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", pattern["String"])
+
+
 def _pattern(spec):
     """One regular expression that splits text as all steps of the pre_tokenizer do, one after another."""
-    pre_tokenizer = spec["pre_tokenizer"] or {"type": "none"}
+    pre_tokenizer = spec.get("pre_tokenizer") or {"type": "none"}
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *first, last = steps
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
@@ -217,7 +261,7 @@ def _pattern(spec):
         if step_types == ["Digits"] and splits_like_gpt2:
             return DIGITS if first[0]["individual_digits"] else DIGITS.replace(r"\p{N}|", r"\p{N}+|", 1)
         if step_types == ["Split"] and not splits_like_gpt2 and _is_isolating(first[0]):
-            pattern = first[0]["pattern"]["Regex"]
+            pattern = _regex(first[0]["pattern"])
             return f"{pattern}|(?:(?!{pattern})(?s:.))+"        # text between two matches is a piece, too
     raise DataError(f"its pre_tokenizer is {pre_tokenizer}; supported are ByteLevel, Digits + ByteLevel, and "
-                    "an isolating Split by a Regex + ByteLevel, with add_prefix_space off")
+                    "an isolating Split + ByteLevel, with add_prefix_space off")
