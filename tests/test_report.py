@@ -16,6 +16,7 @@ def test_a_run_that_trained(capsys):
         "loss                  2.0000      1.2500",
         "forgetting                        0.0000",
         "old                        1",
+        "forgetting: how much the loss on other text rose, in nats per token; lower is better",
         "",
         "  prompt    " + ("a " * 47).strip(),
         "            " + ("a " * 13).strip(),
@@ -35,6 +36,14 @@ def test_a_run_that_only_measured(capsys):
     assert lines[:2] == ["loss                  1.2500", "forgetting            0.0000"]
     assert "  answer    c" in lines and "  before    " not in lines and "0 word" in lines
     assert not any(line.startswith("python") for line in lines)
+
+
+def test_a_proportion_has_an_interval(capsys):
+    report({**RESULT, "metrics": {"exact_match": 0.8, "loss": 1.0}, "baseline_metrics": {"exact_match": 0.1},
+            "item_correct": "1111111100"}, "out/x")
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1] == "exact_match           0.1000      0.8000   95 %: 0.490 to 0.943, 10 items"      # Wilson
+    assert lines[2] == "loss                              1.0000"
 
 
 @pytest.mark.parametrize("x, text", [(None, ""), (12345, "12,345"), (0.5, "0.5000"), (1.5e7, "1.5e+07"),
