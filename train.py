@@ -891,6 +891,8 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if task.baseline_metrics:
         examples = ctx.text.encode_splits({"test": test}, ctx.block_size(cfg.block_size),
                                           cfg.get("too_long", "truncate"))
+        if "text" in test[0] and "label" not in test[0]:
+            say_if_few({"test": len(examples["test"])})
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
             metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
@@ -1143,14 +1145,19 @@ def open_data(cfg):
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
     rows = measured_rows(cfg, rows)
-    few = {split: len(rows[split]) for split in ("valid", "test") if len(rows[split]) < FEW_ITEMS}
-    if few and train.row_type != "text":            # a text is cut into windows
-        log_progress(f"{' and '.join(f'{n} {split} items' for split, n in few.items())}: too few for a metric to "
-                     f"mean much; {FEW_ITEMS} are the least to look at")
+    if train.row_type != "text":                    # text is measured in windows, see measure_baseline
+        say_if_few({split: len(rows[split]) for split in ("valid", "test")})
     return rows, train.row_type
 
 
 FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
+
+
+def say_if_few(counts):
+    """A note about splits of so few items that their metrics mean nothing. counts: {split: items}."""
+    few = [f"{n} {split} item{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
+    if few:
+        log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
 
 
 def measured_rows(cfg, rows):
