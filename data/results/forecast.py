@@ -10,7 +10,7 @@ least 10 %. Parts: between what one more item took, in a larger batch, and the m
 half. Answers after training are at best as long as the references, at worst as long as those of the untrained
 model. Not included are reading files, loading, encoding, saving, and other programs on the machine.
 
-All measurements together take about BUDGET seconds; a single micro-batch or four items may take longer.
+All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
 Public: Part, Forecast, BUDGET, measure_training, measure_part, describe_model, print_forecast
 """
@@ -25,7 +25,7 @@ from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
 BUDGET = 20.0                                           # seconds
-FIRST_ITEMS = 4
+FIRST_ITEMS = 1
 
 
 def as_they_are(items):

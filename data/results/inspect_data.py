@@ -238,9 +238,11 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
         print_result("balance:  " + "  ".join(shares))
     seconds = None
+    print_result("\n" + command)
     if estimate is not None:
-        print_result("\n" + command)
         seconds = estimate().total()[1]
+    else:
+        print_result(f"there is no forecast for --task {cfg.task}")
     block_size = ctx.block_size(cfg.get("block_size"))
     advice = [*advice_on_rows(train, row_type, repeated, leaked), *advice_on_names(names, train, row_type),
               *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]

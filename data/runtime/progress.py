@@ -85,8 +85,8 @@ class Progress:
     def _refresh_bar(self):
         if self.bar is None:
             only_time = dict(bar_format="{desc}: {elapsed}") if self.total is None else {}
-            self.bar = tqdm(desc=self.what, total=self.total, initial=self.first, unit=" " + self.unit,
-                            leave=False, file=sys.stderr, **only_time)
+            self.bar = tqdm(desc=self.what, total=self.total, initial=self.first, unit=self.unit,
+                            leave=False, file=sys.stderr, delay=1e-9, **only_time)      # not before start_t is set
             self.bar.start_t = self.began
         self.bar.n = self.done
         self.bar.set_postfix_str(self.note, refresh=False)
