@@ -1138,9 +1138,10 @@ def open_data(cfg):
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     task = find_task(cfg.task)
     if train.row_type not in task.reads:
-        readers = [other.name for other in TASKS if other.trains and train.row_type in other.reads]
+        others = [other.name for other in TASKS if other.trains and train.row_type in other.reads]
         raise DataError(f"{cfg.data} holds {train.row_type} rows; --task {cfg.task} reads "
-                        f"{' or '.join(task.reads)} rows; use --task {' or '.join(readers)}")
+                        f"{' or '.join(task.reads)} rows; {train.row_type} rows are for --task "
+                        f"{' or '.join(others)}")
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")

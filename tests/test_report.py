@@ -16,7 +16,6 @@ def test_a_run_that_trained(capsys):
         "loss                  2.0000      1.2500",
         "forgetting                        0.0000",
         "old                        1",
-        "forgetting: how much the loss on other text rose, in nats per token; lower is better",
         "",
         "  prompt    " + ("a " * 47).strip(),
         "            " + ("a " * 13).strip(),

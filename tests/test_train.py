@@ -995,9 +995,9 @@ def test_forgetting_is_measured_by_default_where_the_base_knows_the_toy_world(wo
 
 
 def test_rows_of_another_task_name_the_tasks_that_read_them(world, tmp_path, capsys):
-    for data, says in (("text", "holds text rows; --task sft reads chat or label or tags rows; use --task pretrain"),
-                       ("pairs", "holds pairs rows; --task sft reads chat or label or tags rows; use --task reward or "
-                        "dpo or ppo")):
+    for data, says in (("text", "holds text rows; --task sft reads chat or label or tags rows; text rows are for --task pretrain"),
+                       ("pairs", "holds pairs rows; --task sft reads chat or label or tags rows; pairs rows are for "
+                        "--task reward or dpo or ppo")):
         rows = {"text": [{"text": "a b"}] * 3, "pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3}
         write(tmp_path, {data: rows[data]}, every=1)
         assert train.main(["--data", str(tmp_path / data), "--init", str(world / "base"), "--out",

@@ -148,8 +148,6 @@ def print_metrics(before, after, item_correct=""):
             low, high = wilson(item_correct.count("1"), len(item_correct))
             cells.append(f"   95 %: {low:.3f} to {high:.3f}, {len(item_correct)} items")
         print_result(f"{name:{width}}" + "".join(cells).rstrip())
-    if "forgetting" in after:
-        print_result("forgetting: how much the loss on other text rose, in nats per token; lower is better")
 
 
 def format_number(x):
