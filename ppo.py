@@ -72,6 +72,7 @@ from data.runtime import distributed
 from data.runtime.device import MICRO
 from data.runtime.files import UserError
 from data.runtime.flags import check_ranges, fields_of, flag
+from data.runtime.progress import track
 from data.runtime.records import RecordConfig, find_record
 from model import generate, past_length, token_logprobs
 
@@ -690,7 +691,7 @@ def micro_batches(batch, tokens):
 @torch.no_grad()
 def inference(f, batch, tokens):
     """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
-    mine = [(rows, f(batch.take(rows))) for rows in micro_batches(batch, tokens)]
+    mine = [(rows, f(batch.take(rows))) for rows in track(micro_batches(batch, tokens), "log-probabilities")]
     out = None
     for done in distributed.gather(mine):
         for rows, y in done:
@@ -984,7 +985,7 @@ def sample_answers(policy, prompts, eos, cfg, past=None, generator=None):
         uniforms = uniforms.to(policy.wte.weight.device)
     answers = {}
     mine = distributed.local_rows(range(len(prompts)), lengths)
-    for rows in split_by_token_budget(mine, lengths, 8 * cfg.micro_batch_tokens):
+    for rows in track(split_by_token_budget(mine, lengths, 8 * cfg.micro_batch_tokens), "answers"):
         new = generate(policy, [prompts[i] for i in rows], cfg.max_new_tokens, eos=eos, past=past,
                        uniforms=None if uniforms is None else uniforms[rows])
         answers.update(zip(rows, new))

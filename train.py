@@ -38,6 +38,7 @@ import copy
 import importlib
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,6 @@ from typing import Callable
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import lora
 import ppo
@@ -59,7 +59,7 @@ from data.checkpoints.hf import FAMILIES, read_config
 from data.checkpoints.model_folders import (adapter_config, base_of, find, folders, hash_folder, portable,
                                             root_model, settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.results import cost_model, evaluate, inspect_data, next_token, tables, untrained
+from data.results import cost_model, evaluate, forecast, inspect_data, next_token, tables, untrained
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
@@ -72,6 +72,7 @@ from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pi
 from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, atomic, read_json, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
+from data.runtime.progress import Progress, format_seconds
 from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
@@ -231,6 +232,29 @@ def parse(argv):
     return command.parse(argv, PROGRAM)
 
 
+def defaults_by_init(task, method, init):
+    """{flag: default} that depends on --init."""
+    found = {}
+    if task.full_lr and method.trains_base:
+        found["lr"] = task.full_lr["new" if init == "new" else "existing"]
+    if init != "new" and not reads_toy(init):
+        found["forgetting_data"] = "none"
+    return found
+
+
+def reads_toy(init):
+    """Whether a model has the vocabulary of data/base, so that text of the toy world is its own kind of text."""
+    try:
+        sizes = [read_config(root_model(name))["vocab_size"] for name in (init, "data/base")]
+        if sizes[0] != sizes[1]:
+            return False
+        mine, ours = (Tokenizer.from_pretrained(root_model(name)) for name in (init, "data/base"))
+        words = [[tokenizer.decode([i], special=True) for i in range(sizes[0])] for tokenizer in (mine, ours)]
+        return words[0] == words[1]
+    except UserError:                               # a folder that cannot be read is reported where it is opened
+        return True
+
+
 # ----------------------------------------------------------------------------------------- models and methods
 
 def load(folder, dtype=torch.float32):
@@ -331,7 +355,8 @@ def open_model(cfg, dtype):
     # a reward model belongs to the merged model, so --task sample merges
     as_base = method.trains or "reward" in cfg
     tuned_before = as_base and base_of(weights_folder(cfg.init)) is not None
-    model, prompt, tokenizer = load(cfg.init, torch.float32 if tuned_before else stored_dtype)
+    with Progress(f"loading {cfg.init}"):
+        model, prompt, tokenizer = load(cfg.init, torch.float32 if tuned_before else stored_dtype)
     if tuned_before:  # an adapter under the new one is part of the base, as in `load`
         model = merged(model).to(stored_dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -370,9 +395,10 @@ def new_model(cfg):
     words = ("endoftext im_start im_end mask start begin_of_text start_header_id end_header_id eot_id "
              "spare_0 spare_1")
     special = [f"<|{word}|>" for word in words.split()]
-    texts = [row["text"] for row in formats.load_text(cfg.data, "train")]
-    tokenizer = Tokenizer.train(texts, cfg.vocab_size or 256 + len(special), special,
-                                skip_special=cfg.parse_special)
+    with Progress("training a tokenizer"):
+        texts = [row["text"] for row in formats.load_text(cfg.data, "train")]
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size or 256 + len(special), special,
+                                    skip_special=cfg.parse_special)
     shape = GPTConfig(tokenizer.vocab_size, cfg.block_size or 256, cfg.n_layer, cfg.n_head, cfg.n_embd,
                       eos=tokenizer.eos).as_family(cfg.family)
     if shape.mlp == "swiglu":                       # three matrices at 8/3 of the width: GPT-2's size
@@ -597,7 +623,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     compute_loss = find_task(cfg.task).loss
     loop = start_loop(ctx, cfg, trainable, total)
     resume(ctx, cfg, run, loop, trainable, state)
-    progress = Progress(total, loop.step)
+    progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
     try:
         while loop.step < total:
@@ -645,7 +671,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
                 if loop.step % max(1, total // 100) == 0 or loop.step == total or not finite:
                     run.log(event="train", **loop.clock(), loss=loss, lr=lr, grad_norm=grad_norm,
                             skipped=loop.skipped, **penalty)
-            progress.show(loop, loss)
+            progress.update(note=f"loss {loss:.4f}  {loop.tokens / loop.seconds:,.0f} tokens/s")
             if due or loop.step % cfg.save_every == 0 or loop.step == total:
                 save_state(run, loop, trainable, state)
         return loop
@@ -783,32 +809,12 @@ def advance(loop, batch, finite, seconds):
 
 def log_validation(ctx, run, loop, total, evaluate_now):
     ctx.train(False)
-    metrics = evaluate_now()
+    with Progress(f"valid at step {loop.step}"):
+        metrics = evaluate_now()
     ctx.train()
     run.log(event="valid", **loop.clock(), **metrics)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     log_progress(f"step {loop.step}/{total}  valid  {shown}")
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line every five seconds."""
-
-    def __init__(self, total, step):
-        self.total = total
-        self.spoke = time.monotonic()
-        self.bar = tqdm(total=total, initial=step, disable=dist_state.rank > 0 or None, unit="step",
-                        mininterval=0.5)
-
-    def show(self, loop, loss):
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.spoke > 5:
-            speed = loop.tokens / loop.seconds
-            log_progress(f"step {loop.step}/{self.total}  loss {loss:.4f}  {speed:,.0f} tokens/s")
-            self.spoke = time.monotonic()
-
-    def close(self):
-        self.bar.close()
 
 
 # ----------------------------------------------------------------------------------------- the supervised run
@@ -838,7 +844,7 @@ def train_and_measure(cfg, run, rows, row_type):
         loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
     elif len(shots) > 1:
         outcome = measure_shots(ctx, rows, shots, outcome)
-    with defer_signals:
+    with defer_signals, Progress("saving"):
         weights = save_weights(ctx, cfg, run.folder) if trainable else 0
         samples = [dict(prompt="".join(turn["content"] for turn in ctx.text.turns(row)[-2:-1]),
                         reference=ctx.text.references(row)[0], before=before, after=after)
@@ -896,14 +902,18 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if task.baseline_metrics:
         examples = ctx.text.encode_splits({"test": test}, ctx.block_size(cfg.block_size),
                                           cfg.get("too_long", "truncate"))
-        metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
+        if "text" in test[0] and "label" not in test[0]:
+            say_if_few({"test": len(examples["test"])})
+        with Progress("test before training" if find_method(cfg.method).trains else "test"):
+            metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
         metrics = {}
         answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in test[:3]])
     state = {"baseline": metrics, "before": answers[:3],
              "item_correct": evaluate.item_correct(ctx, test, answers)}
     if task.begin:
-        state.update(task.begin(ctx, cfg, rows))
+        with Progress("before training"):
+            state.update(task.begin(ctx, cfg, rows))
     run.rewind(-1)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return state
@@ -913,17 +923,17 @@ def train(ctx, cfg, run, rows, row_type, state):
     """Apply the method, run the loop, measure. Returns (LoopState, {name: parameter}, Outcome)."""
     task = find_task(cfg.task)
     forgetting = forgetting_examples(cfg, ctx)
-    state.setdefault("forgetting_before", evaluate.mean_loss(ctx, forgetting)[0])
+    if "forgetting_before" not in state:
+        state["forgetting_before"] = forgetting_loss(ctx, forgetting)
     total_params = sum(p.numel() for p in ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     block = ctx.block_size(cfg.block_size)
     examples = ctx.text.encode_splits(rows, block, cfg.get("too_long", "truncate"))
     untrained.warn(ctx, cfg, examples["train"])
+    feed, total = open_feed(ctx, cfg, examples["train"], row_type)
     if task.prepare:
-        examples = {split: task.prepare(ctx, cfg, some) for split, some in examples.items()}
-    feed = Feed(examples["train"], cfg.batch, cfg.micro_batch_tokens, cfg.seed,
-                block if row_type == "text" else None, ctx.text)
-    total = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
+        with Progress("before training"):
+            prepare_examples(ctx, cfg, feed, total, examples)
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
@@ -931,12 +941,35 @@ def train(ctx, cfg, run, rows, row_type, state):
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
     if ctx.prompt is not None:
         ctx.prompt.drop_encoder()                       # an encoder is for training only
-    if task.end:
-        task.end(ctx, cfg, rows, state)
-    metrics, answers = task.evaluate(ctx, cfg, rows["test"], examples["test"])
+    with Progress("test after training"):
+        if task.end:
+            task.end(ctx, cfg, rows, state)
+        metrics, answers = task.evaluate(ctx, cfg, rows["test"], examples["test"])
     if forgetting:
-        metrics["forgetting"] = evaluate.mean_loss(ctx, forgetting)[0] - state["forgetting_before"]
+        metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
     return loop, trainable, Outcome(metrics, answers[:3], evaluate.item_correct(ctx, rows["test"], answers))
+
+
+def open_feed(ctx, cfg, examples, row_type):
+    """(Feed of the training examples, number of optimiser steps)."""
+    block = ctx.block_size(cfg.block_size) if row_type == "text" else None
+    feed = Feed(examples, cfg.batch, cfg.micro_batch_tokens, cfg.seed, block, ctx.text)
+    return feed, math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
+
+
+def valid_evaluations(cfg, total):
+    """How often a run of so many steps is measured on valid."""
+    return max(0, total - 1) // (cfg.eval_every or max(1, math.ceil(total / 4)))
+
+
+def prepare_examples(ctx, cfg, feed, total, examples):
+    """What a task computes for examples before training, in place: only for those that the run reads."""
+    prepare = find_task(cfg.task).prepare
+    used = feed.used(total)
+    for i, example in zip(used, prepare(ctx, cfg, [feed.examples[i] for i in used])):
+        feed.examples[i] = example
+    for split in ("valid", "test") if valid_evaluations(cfg, total) else ("test",):
+        examples[split] = prepare(ctx, cfg, examples[split])
 
 
 def measure_shots(ctx, rows, shots, first):
@@ -992,15 +1025,106 @@ def initial_prompt(folder, device="auto"):
 
 
 def dry_run(cfg, rows, row_type):
-    """--dry_run: sizes, costs on paper, two rendered examples."""
+    """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
+    foretell(ctx, cfg, rows, row_type, shown=2)
+    return 0
+
+
+def foretell(ctx, cfg, rows, row_type, shown=0):
+    """Print what a run takes, and so many of its examples. The model is changed. Returns the Forecast."""
+    method = find_method(cfg.method)
     params_total = sum(p.numel() for p in ctx.model.parameters())
-    trainable = apply_method(ctx, cfg)
-    block = ctx.block_size(cfg.block_size)
-    few = {"train": [] if row_type == "text" else rows["train"][:200]}
-    examples = ctx.text.encode_splits(few, block, cfg.get("too_long", "truncate"))["train"]
-    return describe(ctx, plan_of(ctx, cfg, trainable, examples, block), params_total, examples[:2])
+    trainable = apply_method(ctx, cfg) if method.trains else {}
+    examples = ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
+    print_result(forecast.describe_model(cfg.init, ctx.model.config))
+    if method.trains:
+        plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
+        describe(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
+    found = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
+    print_result()
+    forecast.print_forecast(found, cfg.get("batch"), ctx.device)
+    return found
+
+
+def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.BUDGET):
+    """A forecast.Forecast of the run, measured on the model, which is changed. trainable: {} for none."""
+    task = find_task(cfg.task)
+    steps = tokens = 0
+    feed = None
+    training = (0.0, 0.0)
+    if trainable:
+        feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+        tokens = feed.tokens(steps)
+    parts = [evaluation_part(ctx, cfg, rows, examples, row_type, steps),
+             *other_parts(ctx, cfg, rows, examples, feed, steps)]
+    share = budget / (2 if trainable else 1) / len(parts)
+    seconds = {part.what: forecast.measure_part(part, share) for part in parts}
+    if trainable:
+        make = find_record(OPTIMIZERS, cfg.optimizer).make
+        optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
+        training = forecast.measure_training(
+            ctx, feed, steps, list(trainable.values()), optimizer,
+            lambda micro_batch, past: task.loss(ctx, cfg, micro_batch, past),
+            lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
+    return forecast.Forecast(steps, tokens, training, seconds)
+
+
+def evaluation_part(ctx, cfg, rows, examples, row_type, steps):
+    """The evaluations on test and valid, as a forecast.Part whose items are (row, example)."""
+    task = find_task(cfg.task)
+    shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
+    test = rows["test"][:1] * len(examples["test"]) if row_type == "text" else rows["test"]
+    what = f"{len(test)} test {'windows' if row_type == 'text' else 'items'}"
+    count = len(test) * len(shots)
+    after = 0
+    at_best = None
+    if steps:
+        times = valid_evaluations(cfg, steps)
+        valid = len(examples["valid"])
+        after = len(test) + times * valid
+        count *= task.baseline_metrics
+        what += f" {'before and ' if count else ''}after training, {valid} of valid {times} times"
+        if task.next_tokens:                            # a tuned model ends its answers
+            longest = max(map(targets, examples["test"]))
+            at_best = evaluation_of(replace(ctx, max_new_tokens=min(longest, ctx.max_new_tokens)), cfg, rows, shots)
+
+    def prepare(pairs):
+        some, encoded = zip(*pairs)
+        return list(zip(some, task.prepare(ctx, cfg, list(encoded)))) if task.prepare else pairs
+    return forecast.Part(what, list(zip(test, examples["test"])), count, evaluation_of(ctx, cfg, rows, shots), after,
+                         at_best, prepare)
+
+
+def evaluation_of(ctx, cfg, rows, shots):
+    """(some pairs of row and example) -> None: what the task measures on them, with each number of shots."""
+    def work(pairs):
+        some, encoded = map(list, zip(*pairs))
+        for n in shots:
+            find_task(cfg.task).evaluate(ctx, cfg, some, encoded, rows["train"][:n])
+    return work
+
+
+def other_parts(ctx, cfg, rows, examples, feed, steps):
+    """What else a run does before and after its steps, as forecast.Parts."""
+    task = find_task(cfg.task)
+    parts = []
+    if feed is None:
+        return parts
+    if task.begin:
+        parts.append(forecast.Part(f"{len(rows['valid'])} of valid before training", rows["valid"],
+                                   len(rows["valid"]), lambda some: task.begin(ctx, cfg, {"valid": some})))
+    if task.prepare:
+        count = len(feed.used(steps)) + len(examples["test"])
+        count += len(examples["valid"]) * bool(valid_evaluations(cfg, steps))
+        parts.append(forecast.Part(f"{count:,} examples prepared", examples["train"], count,
+                                   lambda some: task.prepare(ctx, cfg, some)))
+    forgetting = forgetting_examples(cfg, ctx)
+    if forgetting:
+        parts.append(forecast.Part("forgetting, before and after", forgetting, 2 * len(forgetting),
+                                   lambda some: evaluate.mean_loss(ctx, some)))
+    return parts
 
 
 def plan_of(ctx, cfg, trainable, examples, block):
@@ -1017,7 +1141,8 @@ def open_data(cfg):
 
     Raises DataError for rows the task does not read.
     """
-    data = formats.load_splits(cfg.data)
+    with Progress(f"reading {cfg.data}"):
+        data = formats.load_splits(cfg.data)
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
     counts = [f"{len(r)} {split}" for split, r in rows.items()]
@@ -1032,11 +1157,28 @@ def open_data(cfg):
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
-    rows["test"] = rows["test"][:cfg.eval_items or None]
-    if task.all_valid:
-        return rows, train.row_type
-    rows["valid"] = rows["valid"][:100]             # for progress; results come from test
+    rows = measured_rows(cfg, rows)
+    if train.row_type != "text":                    # text is measured in windows, see measure_baseline
+        say_if_few({split: len(rows[split]) for split in ("valid", "test")})
     return rows, train.row_type
+
+
+FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
+
+
+def say_if_few(counts):
+    """A note about splits of so few items that their metrics mean nothing. counts: {split: items}."""
+    few = [f"{n} {split} item{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
+    if few:
+        log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
+
+
+def measured_rows(cfg, rows):
+    """{split: rows} as a run uses them: --eval_items of test, at most 100 of valid."""
+    rows = {**rows, "test": rows["test"][:cfg.eval_items or None]}
+    if not find_task(cfg.task).all_valid:
+        rows["valid"] = rows["valid"][:100]         # for progress; results come from test
+    return rows
 
 
 def open_run(cfg):
@@ -1047,7 +1189,8 @@ def open_run(cfg):
     run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
     try:
         rows, row_type = open_data(cfg)
-        return rows, row_type, run, identity_of(cfg, rows)
+        with Progress("hashing code, data and base"):
+            return rows, row_type, run, identity_of(cfg, rows)
     except UserError as e:
         run.record_failure(e)
         raise
@@ -1125,9 +1268,18 @@ def facts_of(ctx):
     return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template)
 
 
+def forgetting_loss(ctx, forgetting):
+    """The mean loss on these examples, nats per token."""
+    with Progress("forgetting"):
+        return evaluate.mean_loss(ctx, forgetting)[0]
+
+
 def forgetting_examples(cfg, ctx):
     """Plain text that no task trains on, as examples: the rise of its loss is the forgetting."""
     if cfg.forgetting_data == "none":
+        if not {"forgetting_data"} & {*cfg.given, *find_task(cfg.task).defaults}:
+            log_progress(f"forgetting is not measured, because the toy world's text says nothing about {cfg.init}; "
+                         "--forgetting_data FILE names other text")
         return []
     rows = formats.load_text(cfg.forgetting_data, "valid", ("text", "chat"))[:100]
     # the same before and after
@@ -1182,7 +1334,7 @@ def evaluate_reward(ctx, cfg, rows, examples, shots=()):
     lines = {}
     past = ctx.past()
     with ctx.autocast():
-        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+        for part in evaluate.length_batches(ctx, list(map(size, examples)), "scores"):
             loss, _, scored = ppo.reward_step(adapter_context(ctx, past), ctx.head,
                                               [examples[i] for i in part])
             total += loss.item()
@@ -1201,7 +1353,7 @@ def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
     steps = []
     past = ctx.past()
     with ctx.autocast():
-        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+        for part in evaluate.length_batches(ctx, list(map(size, examples)), "preferences"):
             loss, _, sums = ppo.dpo_step(adapter_context(ctx, past), [examples[i] for i in part],
                                          preference_config(cfg))
             total += loss.item()
@@ -1222,7 +1374,7 @@ def add_reference_logprobs(ctx, cfg, examples):
     found = {}
     past = ctx.past()
     with ctx.autocast():
-        for part in evaluate.length_batches(ctx, list(map(size, examples))):
+        for part in evaluate.length_batches(ctx, list(map(size, examples)), "reference log-probabilities"):
             both = ppo.pair_logprobs(adapter_context(ctx, past), [examples[i] for i in part])
             for i, pair in zip(part, torch.stack(both, 1).tolist()):
                 found[i] = pair
@@ -1373,7 +1525,8 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
     prompt_ids = {}
     texts = {}
     for split, some in rows.items():
-        whole = [ctx.text.prompt_ids(row) for row in some]
+        with Progress(f"encoding {split}"):
+            whole = [ctx.text.prompt_ids(row) for row in some]
         prompt_ids[split] = [chat.truncate_left(ids, room) for ids in whole]
         cut = sum(len(ids) > room for ids in whole)
         if cut:
@@ -1479,12 +1632,13 @@ def train_policy(cfg, run, rows):
     if trained.ema:                                     # what is measured and kept is the average
         for name, p in trainable.items():
             p.data.copy_(trained.ema.shadow[name])
-    metrics, answers, _ = evaluate_policy(setup, roles, setup.prompts["test"])
+    with Progress("test after training"):
+        metrics, answers, _ = evaluate_policy(setup, roles, setup.prompts["test"])
     if setup.gold_reward and state["baseline"]["gold_std"]:
         metrics["gold_gain"] = (metrics["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
     with roles.policy():
         if forgetting:
-            metrics["forgetting"] = evaluate.mean_loss(ctx, forgetting)[0] - state["forgetting_before"]
+            metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
             weights = save_weights(ctx, cfg, run.folder)
             samples = [dict(prompt=setup.texts[tuple(p)], before=before, after=ctx.text.decode_answer(y))
@@ -1498,10 +1652,11 @@ def train_policy(cfg, run, rows):
 def measure_reference(run, setup, roles, forgetting):
     """What the reference does, before the first iteration: the first state of a run."""
     reference = roles._replace(policy=roles.reference)
-    metrics, answers, _ = evaluate_policy(setup, reference, setup.prompts["test"], 4)
+    with Progress("test before training, 4 answers to each prompt"):
+        metrics, answers, _ = evaluate_policy(setup, reference, setup.prompts["test"], 4)
     before = [setup.ctx.text.decode_answer(y) for y in answers[:12:4]]
     with roles.reference():
-        loss = evaluate.mean_loss(setup.ctx, forgetting)[0]
+        loss = forgetting_loss(setup.ctx, forgetting)
     run.rewind(-1)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, forgetting_before=loss)
@@ -1525,33 +1680,28 @@ def ptx_batches(cfg, setup):
 def iterate(cfg, run, setup, roles, trained, state):
     """ppo.train_ppo to its end: log, save, show."""
     config = setup.config
-    bar = tqdm(total=config.steps, initial=trained.step, disable=dist_state.rank > 0 or None,
-               unit="iteration", mininterval=0.5)
     began = time.monotonic()
-    spoke = -math.inf
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward)
-    for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
-        with defer_signals:
-            now = time.monotonic()
-            state["seconds"] += now - began
-            state["tokens"] += int(batch.lengths.sum())
-            began = now
-            run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
-            is_last = trained.step == config.steps
-            if is_last or trained.step % cfg.save_every == 0 or run.save_is_due():
-                run.save({**state, "trained": trained.state_dict()}, step=trained.step,
-                         tokens=state["tokens"], seconds=state["seconds"])
-        bar.set_postfix(score=f"{metrics['score']:.3f}", refresh=False)
-        bar.update()
-        warnings = health(metrics, tolerance)
-        if now - spoke > 5 or warnings or trained.step == config.steps:
+    with Progress("iteration", config.steps, trained.step, "iterations") as progress:
+        for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
+            with defer_signals:
+                now = time.monotonic()
+                state["seconds"] += now - began
+                state["tokens"] += int(batch.lengths.sum())
+                began = now
+                run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
+                is_last = trained.step == config.steps
+                if is_last or trained.step % cfg.save_every == 0 or run.save_is_due():
+                    run.save({**state, "trained": trained.state_dict()}, step=trained.step,
+                             tokens=state["tokens"], seconds=state["seconds"])
             shown = [f"{name} {metrics[name]:.3g}" for name in PPO_SHOWN if name in metrics]
-            log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
-                                      *warnings]))
-            spoke = now
-    bar.close()
+            progress.update(note="  ".join(shown))
+            warnings = health(metrics, tolerance)
+            if warnings or trained.step == config.steps:
+                log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
+                                          *warnings]))
 
 
 PPO_SHOWN = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
@@ -1577,8 +1727,9 @@ def write_samples(cfg, run, rows):
     setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
     policy = tuned_role(ctx, ctx.model, ctx.prompt)
     for split, prompt_ids in setup.prompts.items():
-        metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
-                                                   cfg.num_generations)
+        with Progress(split):
+            metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
+                                                       cfg.num_generations)
         kept = best_rows(setup, prompt_ids, answers, scores, cfg)
         without = len(prompt_ids) - len({row["prompt"] for row in kept})
         if without:
@@ -1610,11 +1761,25 @@ def run_three_stages(cfg):
                  cfg.dtype]
         stage = parse(words)
         log_progress("\npython train.py " + " ".join(words))
+        if not os.path.exists(os.path.join(default_out(stage), "result.json")):
+            found = forecast_stage(stage)
+            log_progress(f"a stage before PPO, with steps of its own: {found.steps}, in all about "
+                         f"{forecast.format_range(found.total())}")
         run_supervised(stage)
         folders.append(default_out(stage))
     log_progress(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
     out = cfg.out or default_out(cfg)
     return run_ppo(cfg.replace(init=folders[0], reward=folders[1], out=out))
+
+
+def forecast_stage(cfg):
+    """The forecast.Forecast of a supervised run, from less than ten seconds of it."""
+    ctx = open_context(cfg)
+    data = formats.load_splits(cfg.data)
+    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    trainable = apply_method(ctx, cfg)
+    examples = ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size))
+    return forecast_run(ctx, cfg, rows, examples, data["train"].row_type, trainable, budget=8.0)
 
 
 # -------------------------------------------------------------------------------------------- the other tasks
@@ -1665,7 +1830,8 @@ def run_merge(cfg):
         raise UserError("--task merge needs --out FOLDER, one that is new or empty")
     if os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or os.listdir(cfg.out)):
         raise UserError(f"--task merge needs --out FOLDER, one that is new or empty; {cfg.out} is not")
-    model, prompt, tokenizer = load(cfg.init)
+    with Progress(f"loading {cfg.init}"):
+        model, prompt, tokenizer = load(cfg.init)
     if prompt is not None:
         raise UserError(f"--init {cfg.init} is a soft prompt: it has no weights that could be merged")
     if not lora.adapters(model):
@@ -1715,33 +1881,13 @@ def run_check(argv):
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
-    method = find_method(cfg.method)
-    costs = method.cost(cfg) if method.trains else None
-    return inspect_data.examine(ctx, cfg, data, probe if method.trains else None, costs, clean_copy)
-
-
-def probe(ctx, cfg, feed, steps=4):
-    """({name: trainable parameter}, seconds, tokens) of a few real steps after the first."""
-    trainable = apply_method(ctx, cfg)
-    optimizer = find_record(OPTIMIZERS, cfg.optimizer).make(param_groups(ctx, cfg, trainable), cfg,
-                                                            ctx.device)
-    compute_loss = find_task(cfg.task).loss
-    seconds = 0.0
-    tokens = 0
-    ctx.train()
-    for step in range(steps):
-        began = time.monotonic()
-        batch = feed.step_examples(step)
-        for micro_batch in feed.micro_batches(batch):
-            with ctx.autocast():
-                compute_loss(ctx, cfg, micro_batch, ctx.past()).backward()
-        optimizer.step()
-        next(iter(trainable.values())).sum().item()         # waits for a GPU
-        optimizer.zero_grad(set_to_none=True)
-        if step:
-            seconds += time.monotonic() - began
-            tokens += sum(map(size, batch))
-    return trainable, seconds, tokens
+    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    estimate = None
+    if task.loss:                                       # the supervised loop; RL has no forecast
+        def estimate():
+            return foretell(ctx, cfg, rows, row_type)
+    words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
+    return inspect_data.examine(ctx, cfg, data, shlex.join(words), estimate, clean_copy)
 
 
 # ------------------------------------------------------------------------------------------- records of tasks
@@ -1760,6 +1906,7 @@ class Task:
     defaults: dict = field(default_factory=dict)    # of flags, where this task needs another value
     config: type = None  # the group that replaces TrainingFlags, with its own defaults
     lr_scale: float = 1.0                           # of the method's rate
+    full_lr: dict = None                            # --lr of --method full: {"new": rate, "existing": rate}
     trains: bool = True
     baseline: bool = False                          # --method none measures without training
     baseline_hint: str = ""
@@ -1822,6 +1969,9 @@ TASKS = (
          training_flags=LOOP,
          defaults=dict(method="full", data="toy/corpus", init="new", forgetting_data="none", epochs=1.0,
                        min_lr_ratio=0.1, beta2=0.99, weight_decay=0.1),
+         # 60 steps of 4 windows on data/base (width 128), loss on new text and forgetting in nats per token:
+         # 1e-4: 3.12 -> 1.21, 0.007; 3e-4: 0.92, 0.03; 1e-3: 0.68, 0.20; 3e-3: 0.67, 1.31. Wider models need less
+         full_lr=dict(new=1e-3, existing=1e-4),
          baseline=True, new_model=True, raw_text=True, loss=answer_loss, metric="loss"),
     Task("classify", "a label, by a head or by label words", run_supervised, reads=("label",),
          flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, ClassifyFlags,
@@ -1885,7 +2035,7 @@ TASKS = (
 
 PROGRAM = command.Program(CommonFlags, TASKS, METHODS, {
     "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "algo": ppo.ALGORITHMS,
-    "preference_loss": ppo.PREFERENCE_LOSSES})
+    "preference_loss": ppo.PREFERENCE_LOSSES}, defaults_by_init)
 
 
 # ------------------------------------------------------------------------------------------------ the command

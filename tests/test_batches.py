@@ -1,11 +1,14 @@
 """Batches: order, padding, the shift by one, windows of a stream."""
 import collections
+import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from data.batches.batching import blocks, collate, padding_waste, plan, split_by_token_budget
+from data.batches.batching import blocks, collate, padding_waste, plan, split_by_token_budget, step_sizes
+from data.batches.examples import Feed
 from data.text.formats import load
 
 SEEDS = [0, 1, -1, 2**31, 2**63, 2**64 + 1, -2**70]
@@ -17,13 +20,29 @@ def ragged(n=500, seed=0):
 
 # ---- plan --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("group", [True, False])
-@pytest.mark.parametrize("n, batch", [(0, 4), (1, 4), (3, 4), (4, 4), (5, 4), (97, 1), (500, 8), (501, 8),
-                                      (7, 500)])
+@pytest.mark.parametrize("n, batch", [(0, 4), (1, 4), (3, 4), (4, 4), (6, 4), (97, 1), (500, 8), (501, 8),
+                                      (7, 500), (3000, 16)])
 def test_every_example_once_and_the_short_step_last(n, batch, group):
     steps = plan(ragged(n), batch, seed=1, epoch=0, group=group)
     assert sorted(i for step in steps for i in step) == list(range(n))
     assert [len(step) for step in steps] == [batch] * (n // batch) + [n % batch] * (n % batch > 0)
     assert all(type(i) is int for step in steps for i in step)
+
+
+def test_the_plan_with_a_short_step_of_half_a_batch_is_the_recorded_one():
+    lengths = np.random.default_rng(0).integers(5, 90, 3000)            # the default run of the toy: 187.5 steps
+    hashes = [hashlib.sha256(repr(plan(lengths, 16, 1, epoch)).encode()).hexdigest()[:8] for epoch in (0, 1, 5)]
+    assert hashes == ["d890443c", "723a8901", "fd4f6737"]
+
+
+@pytest.mark.parametrize("n, batch, sizes", [(18, 16, [9, 9]), (33, 16, [11, 11, 11]), (5, 4, [3, 2]),
+                                             (52, 16, [13] * 4), (24, 16, [16, 8]), (17, 16, [9, 8])])
+def test_no_step_has_less_than_half_of_the_batch(n, batch, sizes):
+    assert step_sizes(n, batch).tolist() == sizes
+    for epoch in range(3):
+        steps = plan(ragged(n), batch, 1, epoch)
+        assert sorted(map(len, steps), reverse=True) == sizes and len(steps[-1]) == sizes[-1]
+        assert sorted(sum(steps, [])) == list(range(n))
 
 
 @pytest.mark.parametrize("group", [True, False])
@@ -185,3 +204,22 @@ def test_windows_are_shuffled_and_shifted():
     assert epochs[3] == blocks(1000, 16, 1, 3) and blocks(1000, 16, 2, 3) != epochs[3]
     assert all(blocks(1000, 16, seed, 0) for seed in SEEDS)
     assert all(type(s) is int for s in epochs[0])
+
+
+# ---- Feed --------------------------------------------------------------------------------------------------
+def test_a_feed_knows_what_its_steps_use():
+    examples = [([1] * n, [True] * n) for n in ragged(20)]
+    feed = Feed(examples, 8, 10 ** 6, seed=1)
+    sizes = [[sum(len(ids) for ids, _ in feed.step_examples(step))] for step in range(8)]
+    for steps in (0, 1, 3, 5, 8):                                       # 3 steps an epoch
+        assert feed.tokens(steps) == sum(map(sum, sizes[:steps]))
+    assert feed.used(2) == sorted(feed.indices(0) + feed.indices(1))
+    assert feed.used(3) == feed.used(100) == list(range(20))
+
+
+def test_a_stream_is_cut_into_steps_of_about_one_size():
+    text = SimpleNamespace(objective="causal", windows=lambda ids, starts, step, *seed: [
+        (ids[s:s + step + 1], [True] * (step + 1)) for s in starts])
+    feed = Feed(list(range(18 * 10 + 11)), 16, 10 ** 6, 1, 10, text)     # 18 windows
+    assert [len(feed.step_examples(step)) for step in range(4)] == [9, 9, 9, 9]
+    assert feed.tokens(3) == 27 * 11

@@ -1,10 +1,12 @@
 """--task check: each count by hand, the clean copy, the time of real steps, and what is refused."""
 import json
+import shlex
 
 import pytest
 
 import train
-from data.results import inspect_data
+from data.results import forecast, inspect_data
+from data.runtime.files import read_json
 from data.text import formats
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -145,7 +147,104 @@ def test_what_makes_no_sense_is_refused(base, tmp_path, capsys):
     assert "does not exist" in checked(base, tmp_path / "no.jsonl", capsys, code=65)
 
 
-@pytest.mark.parametrize("seconds, text", [(0.5, "0.5 s"), (59, "59 s"), (90, "1.5 min"), (7200, "2 h"),
-                                           (3.6e6, "1,000 h")])
-def test_seconds(seconds, text):
-    assert inspect_data.format_seconds(seconds) == text
+# ---- what a run takes
+def test_check_foretells_the_command_that_follows(base, tmp_path, capsys):
+    """Steps, tokens, items and evaluations are those of the run itself; --dry_run says the same."""
+    rows = [{"prompt": f"q{i}" * (i % 5 + 1), "completion": f"a{i}"} for i in range(40)]
+    data = split_folder(tmp_path / "d", train=rows, valid=rows[:3], test=rows[:9])
+    flags = ["--batch", "8", "--epochs", "1.5", "--eval_items", "5", "--max_new_tokens", "3"]
+    out = checked(base, data, capsys, *flags)
+    command = f"python train.py --task sft --data {data} --init {base} {' '.join(flags)}"
+    assert command in out.splitlines()
+    assert f"model: {base} (gpt2, 2 layers of width 16, a context of 160 tokens)" in out
+    words = shlex.split(command)[2:] + ["--out", str(tmp_path / "r")]
+    assert train.main([*words, "--dry_run"]) == 0
+    dry = capsys.readouterr().out
+    assert train.main(words) == 0
+    result = read_json(tmp_path / "r" / "result.json")
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    times = sum(event["event"] == "valid" for event in log)
+    for text in (f"\n{result['steps']:,} steps of 8 examples, {result['tokens']:,} tokens; ",
+                 f"\n  5 test items before and after training, 3 of valid {times} times: ", "\nin all about "):
+        assert text in out and text in dry
+    assert "[[" in dry and "[[" not in out
+
+
+@pytest.mark.parametrize("task, extra", [("sft", "evaluation"), ("reward", "6 of valid before training"),
+                                         ("dpo", "22 examples prepared")])
+def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
+    pairs = [{"prompt": f"{i}", "chosen": "ab", "rejected": "b"} for i in range(40)]
+    chats = [{"prompt": f"{i}", "completion": "ab"} for i in range(40)]
+    rows = chats if task == "sft" else pairs
+    data = split_folder(tmp_path / "d", train=rows, valid=rows[:6], test=rows[:8])
+    argv = ["--task", task, "--data", data, "--init", base, "--batch", "4", "--steps", "2", "--eval_every", "1",
+            "--out", tmp_path / "r", "--dry_run"]
+    assert train.main([*map(str, argv)]) == 0
+    out = capsys.readouterr().out
+    before = "" if task in ("reward", "dpo") else "before and "
+    assert f"  8 test items {before}after training, 6 of valid 1 times: " in out
+    assert extra == "evaluation" or f"\n  {extra}: " in out          # dpo: 8 for two steps, 6 and 8 to measure
+    assert not (tmp_path / "r").exists()
+
+
+def test_text_is_priced_as_pretraining_trains_it(base, tmp_path, capsys):
+    texts = [{"text": "abcd efgh " * 20}] * 8
+    data = split_folder(tmp_path / "d", train=texts, valid=texts[:1], test=texts[:2])
+    out = checked(base, data, capsys, "--batch", "4", "--block_size", "16")
+    assert "(100.00%)" in out                                           # --method full
+    words = ["--task", "pretrain", "--data", data, "--init", base, "--batch", "4", "--block_size", "16", "--out",
+             tmp_path / "r"]
+    assert train.main([*map(str, words)]) == 0
+    result = read_json(tmp_path / "r" / "result.json")
+    assert f"\n{result['steps']} steps of 4 examples, {result['tokens']:,} tokens; " in out
+    assert " test windows before and after training, " in out
+
+
+class Clock:
+    """A clock that work moves."""
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def work(self, fixed, each):
+        """Work that takes `fixed` seconds, and `each` for every item."""
+        def do(items):
+            self.now += fixed + each * len(items)
+        return do
+
+
+@pytest.mark.parametrize("items, fixed, each, budget, low, high, seconds", [
+    (300, 0.0, 1.0, 100, 1.0, 1.0, 85),                 # 1, 4, 16 and 64 items
+    (300, 8.0, 0.5, 100, 0.5, 0.5 + 8 / 64, 74.5),      # a larger batch costs less for each item
+    (300, 0.0, 60.0, 10, 30.0, 60.0, 60),               # one item already takes long
+    (3, 0.0, 1.0, 100, 1.0, 1.0, 4),                    # all there are
+    (16, 4.0, 1.0, 100, 1.25, 1.25, 33)])
+def test_seconds_of_an_item_and_how_long_it_takes_to_know(items, fixed, each, budget, low, high, seconds, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(forecast, "time", clock)
+    part = forecast.Part("x", list(range(items)), items, clock.work(fixed, each))
+    assert forecast.seconds_per_item(part, part.work, budget) == pytest.approx((low, high))
+    assert clock.now == seconds
+
+
+def test_answers_after_training_may_be_shorter(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(forecast, "time", clock)
+    part = forecast.Part("x", [1, 2, 3], 3, clock.work(0, 10), after=5, at_best=clock.work(0, 1))
+    assert forecast.measure_part(part, 100) == (3 * 10 + 5 * 1, 8 * 10)
+    assert forecast.measure_part(part._replace(count=0, after=0), 100) == (0, 0)
+
+
+def test_a_rate_and_its_error():
+    assert forecast.rate_of([(2.0, 100)]) == pytest.approx((0.02, 0.005))           # one: a quarter
+    assert forecast.rate_of([(2.0, 100), (4.0, 200)]) == pytest.approx((0.02, 0.002))   # equal: a tenth
+    rate, error = forecast.rate_of([(1.5, 100), (2.0, 100), (2.5, 100)])
+    # residuals -.5, 0, .5: sqrt(0.5 x 3/2) / 300, twice
+    assert (rate, error) == pytest.approx((0.02, 2 * 0.75 ** 0.5 / 300))
+
+
+@pytest.mark.parametrize("seconds, text", [((1, 2), "1-2 s"), ((3.0, 3.0), "3 s"), ((50, 90), "50 s - 1.5 min"),
+                                           ((66, 120), "1.1-2 min")])
+def test_ranges(seconds, text):
+    assert forecast.format_range(seconds) == text

@@ -37,6 +37,14 @@ def test_a_run_that_only_measured(capsys):
     assert not any(line.startswith("python") for line in lines)
 
 
+def test_a_proportion_has_an_interval(capsys):
+    report({**RESULT, "metrics": {"exact_match": 0.8, "loss": 1.0}, "baseline_metrics": {"exact_match": 0.1},
+            "item_correct": "1111111100"}, "out/x")
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1] == "exact_match           0.1000      0.8000   95 %: 0.490 to 0.943, 10 items"      # Wilson
+    assert lines[2] == "loss                              1.0000"
+
+
 @pytest.mark.parametrize("x, text", [(None, ""), (12345, "12,345"), (0.5, "0.5000"), (1.5e7, "1.5e+07"),
                                      (float("nan"), "nan"), (float("inf"), "inf")])
 def test_numbers_take_twelve_columns(x, text):

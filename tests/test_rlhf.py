@@ -1,4 +1,5 @@
 """The tasks of preferences, through the command: reward, dpo, ppo, sample; roles, folders, exact resume."""
+import dataclasses
 import json
 import math
 import sys
@@ -115,6 +116,41 @@ def test_dpo_starts_at_log_2_and_its_reference_is_the_start(town, tmp_path):
         go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps",
            "1", "--batch", "8", "--forgetting_data", "none", "--dpo_beta", "0.3")
         assert abs(events(tmp_path / method)[0]["loss"] - math.log(2)) < 1e-5, method
+
+
+def test_reference_logprobs_are_computed_for_the_rows_that_are_used(town, tmp_path, monkeypatch):
+    seen = []
+    original = train.add_reference_logprobs
+    task = train.find_task("dpo")
+
+    def spy(ctx, cfg, examples):
+        seen.append(len(examples))
+        return original(ctx, cfg, examples)
+    monkeypatch.setattr(train, "TASKS", [dataclasses.replace(task, prepare=spy)])
+    test = len(formats.load(str(town / "pairs"), "test").rows)
+    valid = len(formats.load(str(town / "pairs"), "valid").rows)
+    flags = ["--task", "dpo", "--data", town / "pairs", "--batch", "4", "--forgetting_data", "none"]
+    whole = go(town, tmp_path / "two", *flags, "--steps", "2", "--eval_every", "1")
+    assert seen == [8, valid, test] and whole["metrics"]["loss"] > 0
+    go(town, tmp_path / "one", *flags, "--steps", "1")
+    assert seen[3:] == [4, test]                                    # nothing is measured on valid
+
+
+def test_a_stage_before_ppo_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = train.forecast.Forecast(188, 1000, (60.0, 90.0), {"x": (30.0, 60.0)})
+    monkeypatch.setattr(train, "forecast_stage", lambda cfg: found)
+    monkeypatch.setattr(train, "run_supervised", lambda cfg: 0)
+    three_stages = train.run_ppo
+    monkeypatch.setattr(train, "run_ppo", lambda cfg: 0)
+    assert three_stages(train.parse(["--task", "ppo", "--steps", "2"])) == 0
+    said = "a stage before PPO, with steps of its own: 188, in all about 1.5-2.5 min"
+    assert capsys.readouterr().err.count(said) == 2
+    folder = tmp_path / train.default_out(train.parse(["--data", "toy/letters", "--epochs", "1"]))
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")                       # this stage is done
+    three_stages(train.parse(["--task", "ppo", "--steps", "2"]))
+    assert capsys.readouterr().err.count(said) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- PPO

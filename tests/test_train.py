@@ -25,11 +25,12 @@ import train
 from data.text import chat
 from data.results import evaluate
 from data.runtime.run_files import resume_step
-from data.runtime import flags, run_folder
+from data.runtime import flags, progress, run_folder
 from data.runtime.command import groups_of
 from data.batches.examples import Text
 from data.checkpoints.safetensors import read_tensors
 from data.runtime.files import UserError, read_json
+from data.runtime.progress import Progress
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prompts import PTuningV2
@@ -965,6 +966,76 @@ def test_forgetting_is_measured_behind_virtual_tokens_too(world, tmp_path):
     assert math.isfinite(r["metrics"]["forgetting"]) and r["metrics"]["forgetting"] != 0
     zero = run(world, tmp_path / "z", "--method", "lora", "--forgetting_data", str(world / "text"), "--steps", "0")
     assert zero["metrics"]["forgetting"] == 0
+
+
+def test_every_phase_has_a_name(world, tmp_path, monkeypatch):
+    """What may take long is inside a Progress, so that it is said: around it, and what it does."""
+    phases = []
+    start = Progress.start
+
+    def spy(self):
+        around = [phase.what for phase in progress.active if phase.total is None]
+        phases.append(", ".join([*around, self.what]) + ("" if self.total is None else f" of {self.total}"))
+        return start(self)
+    monkeypatch.setattr(Progress, "start", spy)
+    run(world, tmp_path / "r", "--eval_every", "4", "--forgetting_data", str(world / "text"))
+    base = str(world / "base")
+    assert phases == [
+        f"reading {world / 'chat'}", "hashing code, data and base", f"loading {base}", "encoding of 8",
+        "test before training", "test before training, answers of 8", "test before training, loss of 8",
+        "encoding of 2", "forgetting", "forgetting, loss of 3",
+        "encoding of 64", "encoding of 8", "encoding of 8", "step of 6",
+        "valid at step 4", "valid at step 4, answers of 8", "valid at step 4, loss of 8",
+        "test after training", "test after training, answers of 8", "test after training, loss of 8",
+        "forgetting", "forgetting, loss of 3", "saving"]
+    assert progress.active == []
+
+
+def test_pretraining_starts_from_what_init_is():
+    def rate(*words):
+        return train.parse(["--task", "pretrain", *words]).lr
+    assert rate() == rate("--init", "new") == 1e-3
+    assert rate("--init", "data/base") == rate("--init=data/base") == 1e-4
+    assert rate("--init", "data/base", "--lr", "0.5") == 0.5
+    lora_rate = train.find_method("lora").defaults["lr"]            # an adapter's rate is for a trained model
+    assert rate("--init", "data/base", "--method", "lora") == lora_rate
+    assert train.parse(["--method", "full"]).lr == 1e-3
+
+
+def test_forgetting_is_measured_by_default_where_the_base_knows_the_toy_world(world, tmp_path, capsys):
+    foreign = ["--init", str(world / "base")]
+    assert train.parse([]).forgetting_data == train.parse(["--init", "data/base"]).forgetting_data == "toy/corpus"
+    assert train.parse(foreign).forgetting_data == "none"
+    assert train.parse([*foreign, "--forgetting_data", "toy/corpus"]).forgetting_data == "toy/corpus"
+    words = command(world, tmp_path / "r")
+    at = words.index("--forgetting_data")
+    assert train.main(words[:at] + words[at + 2:]) == 0             # the flag left out
+    note = f"the toy world's text says nothing about {world / 'base'}; --forgetting_data FILE names other text"
+    assert capsys.readouterr().err.count(note) == 1
+    assert "forgetting" not in read_json(tmp_path / "r" / "result.json")["metrics"]
+    assert train.main(words) == 0 and note not in capsys.readouterr().err       # "none" was asked for
+
+
+def test_rows_of_another_task_name_the_tasks_that_read_them(world, tmp_path, capsys):
+    for data, says in (("text", "holds text rows; --task sft reads chat or label or tags rows; text rows are for --task pretrain"),
+                       ("pairs", "holds pairs rows; --task sft reads chat or label or tags rows; pairs rows are for "
+                        "--task reward or dpo or ppo")):
+        rows = {"text": [{"text": "a b"}] * 3, "pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3}
+        write(tmp_path, {data: rows[data]}, every=1)
+        assert train.main(["--data", str(tmp_path / data), "--init", str(world / "base"), "--out",
+                           str(tmp_path / "r")]) == 65
+        assert says in capsys.readouterr().err
+
+
+def test_few_items_are_said(world, tmp_path, capsys):
+    run(world, tmp_path / "r", "--eval_items", "1")
+    assert "8 valid items and 1 test item: metrics mean nothing with fewer than 30" in capsys.readouterr().err
+    run(world, tmp_path / "t", "--task", "pretrain", "--block_size", "150", data="text")    # 12 rows, 3 windows
+    assert "\n3 test items: metrics mean nothing" in capsys.readouterr().err
+    write(tmp_path, {"chat": [{"prompt": f"{i}", "completion": "a"} for i in range(31)]}, every=1)
+    assert train.main(["--init", str(world / "base"), "--data", str(tmp_path / "chat"), "--out",
+                       str(tmp_path / "many"), "--steps", "0", "--max_new_tokens", "2"]) == 0
+    assert "metrics mean nothing" not in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(world, tmp_path, capsys):

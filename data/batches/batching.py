@@ -1,6 +1,7 @@
 """data/batches/batching.py: which examples form a step, and how they become two tensors.
 
     plan                    lengths -> steps: lists of examples of similar length, in random order
+    step_sizes              how many examples each step of an epoch has
     split_by_token_budget   a step -> micro-batches under a budget of padded tokens (rows x longest)
     collate                 examples -> x, y (B, T); y[b, t] is the target of position t, -1 for none
     blocks                  a stream of ids -> the starts of an epoch's windows
@@ -12,7 +13,11 @@ and cut into steps; the steps are shuffled. Two things make the steps of differe
 factor, and the position of the one short step (n is rarely a multiple of the batch), which shifts all steps
 behind it; the short step comes last. Deviation from the usual sorting within pools of 50 steps: less padding.
 
-Public: plan, split_by_token_budget, collate, blocks, padding_waste
+The loss of a step is a mean over its targets, so an example in a step of 2 weighs 8 times as much as in one of
+16. A short step of less than half of the batch is therefore not made: all steps of such an epoch have about
+the same size.
+
+Public: plan, step_sizes, split_by_token_budget, collate, blocks, padding_waste
 """
 import numpy as np
 import torch
@@ -25,10 +30,27 @@ def _generator(seed, epoch):
     return np.random.default_rng([sign, abs(int(seed)), int(epoch)])
 
 
-def plan(lengths, batch, seed, epoch, group=True):
-    """The steps of an epoch: lists of `batch` indices into lengths, every index once.
+def step_sizes(n, batch):
+    """The number of examples in each step of an epoch of n, an array (steps,), the smallest last.
 
-    The last step may be shorter. group=False: random steps instead of steps of similar length.
+    All are `batch` but the last, which has at least half as many; where the rest of n is less, the sizes
+    differ by one at most.
+    """
+    n_steps = -(-n // batch)
+    rest = n - (n_steps - 1) * batch
+    if n_steps > 1 and 2 * rest < batch:
+        sizes = np.full(n_steps, n // n_steps)
+        sizes[:n % n_steps] += 1
+        return sizes
+    sizes = np.full(n_steps, batch)
+    sizes[-1:] = rest
+    return sizes
+
+
+def plan(lengths, batch, seed, epoch, group=True):
+    """The steps of an epoch: lists of indices into lengths, every index once; see step_sizes.
+
+    group=False: random steps instead of steps of similar length.
     """
     n = len(lengths)
     if n == 0:
@@ -38,10 +60,10 @@ def plan(lengths, batch, seed, epoch, group=True):
         order = np.argsort(lengths * (1 + JITTER * rng.random(n)))
     else:
         order = rng.permutation(n)
-    n_steps = -(-n // batch)
-    sizes = np.full(n_steps, batch)
+    sizes = step_sizes(n, batch)
+    n_steps = len(sizes)
     short = rng.integers(n_steps)
-    sizes[short] -= n_steps * batch - n
+    sizes = np.roll(sizes, short + 1)                   # the smallest is number `short`
     steps = np.split(order, sizes.cumsum()[:-1])
     shuffled = [steps[i].tolist() for i in rng.permutation(n_steps) if i != short]
     return [*shuffled, steps[short].tolist()]

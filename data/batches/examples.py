@@ -22,6 +22,7 @@ from data.batches.row_types import ROW_TYPES, Ranking, row_type_of
 from data.text import chat
 from data.runtime.files import DataError
 from data.runtime.flags import flag
+from data.runtime.progress import Progress
 from data.runtime.run_folder import log_progress
 
 
@@ -150,13 +151,15 @@ class Text:
         """
         examples = []
         counts = {"truncated": 0, "dropped": 0}
-        for row in rows:
-            example, truncated = row_type_of(row).encode(self, row, block, too_long)
-            if example is None:
-                counts["dropped"] += 1
-                continue
-            counts["truncated"] += truncated
-            examples.append(example)
+        with Progress("encoding", len(rows)) as progress:
+            for row in rows:
+                example, truncated = row_type_of(row).encode(self, row, block, too_long)
+                progress.update()
+                if example is None:
+                    counts["dropped"] += 1
+                    continue
+                counts["truncated"] += truncated
+                examples.append(example)
         return examples, counts
 
     def encode_splits(self, rows, block, too_long="truncate"):
@@ -191,9 +194,11 @@ class Text:
         """Raw text as one list of ids, an end-of-text token behind each row."""
         end = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
         ids = []
-        for row in rows:
-            ids += self.tokenizer.encode(row["text"], special=self.parse_special)
-            ids += end
+        with Progress("encoding", len(rows)) as progress:
+            for row in rows:
+                ids += self.tokenizer.encode(row["text"], special=self.parse_special)
+                ids += end
+                progress.update()
         return ids
 
     def windows(self, ids, starts, step, *seed):
@@ -270,18 +275,37 @@ class Feed:
         if self.stride is None:
             return batching.plan(self.lengths, self.batch, self.seed, epoch)
         starts = batching.blocks(len(self.examples), self.stride, self.seed, epoch)
-        return [starts[i:i + self.batch] for i in range(0, len(starts), self.batch)]
+        ends = batching.step_sizes(len(starts), self.batch).cumsum().tolist()
+        return [starts[begin:end] for begin, end in zip([0, *ends], ends)]
 
-    def step_examples(self, step):
-        """The examples of a step."""
+    def indices(self, step):
+        """What a step consists of: indices of examples, or starts of windows."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
             self.steps = self._plan(epoch)
-        selected = self.steps[number]
+        return self.steps[number]
+
+    def step_examples(self, step):
+        """The examples of a step."""
         if self.stride is None:
-            return [self.examples[i] for i in selected]
-        return self.text.windows(self.examples, selected, self.stride, 1, self.seed, step)
+            return [self.examples[i] for i in self.indices(step)]
+        return self.text.windows(self.examples, self.indices(step), self.stride, 1, self.seed, step)
+
+    def used(self, steps):
+        """The indices of the examples that the first `steps` steps use, sorted; not for a stream."""
+        return sorted({i for step in range(min(steps, self.steps_per_epoch)) for i in self.indices(step)})
+
+    def tokens(self, steps):
+        """The tokens of the first `steps` steps; of a stream, as if all its windows were as long as the first
+        step's on average."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        last = [i for step in range(steps - rest, steps) for i in self.indices(step)]
+        if self.stride is None:
+            return epochs * sum(self.lengths) + sum(self.lengths[i] for i in last)
+        first = self.step_examples(0)
+        windows = epochs * sum(map(len, self.steps)) + len(last)
+        return round(windows * sum(map(size, first)) / len(first))
 
     def micro_batches(self, examples):
         """Examples -> micro-batches, lists of examples."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from data.runtime.files import UserError
 from data.runtime.flags import flag
+from data.runtime.progress import Progress
 from data.runtime.run_folder import log_progress, print_result
 
 
@@ -101,7 +102,8 @@ def shot_ladder(numbers, evaluate, first_metrics):
     rungs = [(numbers[0], first_metrics)]
     answers = None
     for n in numbers[1:]:
-        metrics, answers = evaluate(n)
+        with Progress(f"test with {n} shots"):
+            metrics, answers = evaluate(n)
         rungs.append((n, metrics))
         log_progress(f"--shots {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if metrics["shots_used_max"] < n:

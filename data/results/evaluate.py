@@ -30,6 +30,7 @@ from data.runtime.device import MICRO
 from data.runtime.distributed import gather, gather_rows, local_rows
 from data.runtime.files import UserError
 from data.runtime.flags import flag
+from data.runtime.progress import track
 from data.text import entities
 from model import GPT, KVCache, generate, glm_position_ids, past_length, token_logprobs
 
@@ -164,18 +165,22 @@ def summed_loss(ctx, examples, past):
     return -token_logprobs(ctx.model.logits, hidden, target_ids).sum()
 
 
-def length_batches(ctx, lengths, extra=0, times=2):
-    """Indices in batches of similar length, this process's share; without gradients twice the budget fits."""
+def length_batches(ctx, lengths, what, extra=0, times=2):
+    """Indices in batches of similar length, this process's share; without gradients twice the budget fits.
+
+    what: the name under which progress is shown.
+    """
     order = sorted(local_rows(range(len(lengths)), lengths), key=lengths.__getitem__)
-    return batching.split_by_token_budget(order, [n + extra for n in lengths], times * ctx.micro_batch_tokens)
+    lengths = [n + extra for n in lengths]
+    return track(batching.split_by_token_budget(order, lengths, times * ctx.micro_batch_tokens), what)
 
 
-def by_row(ctx, items, lengths, compute, extra=0, times=2):
+def by_row(ctx, items, lengths, compute, what, extra=0, times=2):
     """compute(some of the items, past) -> a result each; the results of all items, on every process."""
     results = {}
     with ctx.autocast():
         past = ctx.past()
-        for index in length_batches(ctx, lengths, extra, times):
+        for index in length_batches(ctx, lengths, what, extra, times):
             results.update(zip(index, compute([items[i] for i in index], past)))
     return gather_rows(results)
 
@@ -187,7 +192,7 @@ def mean_loss(ctx, examples):
     count = sum(map(targets, examples))
     with ctx.autocast():
         past = ctx.past()
-        for rows in length_batches(ctx, [len(e[0]) for e in examples]):
+        for rows in length_batches(ctx, [len(e[0]) for e in examples], "loss"):
             total += summed_loss(ctx, [examples[i] for i in rows], past).item()
     return sum(gather(total)) / max(count, 1), count
 
@@ -203,7 +208,7 @@ def sample(ctx, prompts, **sampling):
                         embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
                         infill_suffix=bool(ctx.text.infill_suffix), **sampling)
     # a cache is small, so more rows fit
-    return by_row(ctx, prompts, list(map(len, prompts)), continuations, ctx.max_new_tokens, times=8)
+    return by_row(ctx, prompts, list(map(len, prompts)), continuations, "answers", ctx.max_new_tokens, times=8)
 
 
 def answer(ctx, prompts, **sampling):
@@ -224,7 +229,7 @@ def word_scores(ctx, prompts):
     def scores(some, past):
         first, cache = fill_cache(ctx, some, past, longest)
         return torch.stack([word_nll(ctx, word, first, past, cache) for word in words], 1).tolist()
-    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores, longest))
+    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores, "labels", longest))
 
 
 def fill_cache(ctx, rows, past, longest):
@@ -260,7 +265,7 @@ def head_scores(ctx, prompts):
     def scores(some, past):
         hidden, _ = ctx.run_prompts(some, past)
         return (-ctx.head(hidden.float()).log_softmax(-1)).tolist()
-    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores))
+    return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores, "labels"))
 
 
 def word_tags(ctx, examples):
@@ -275,7 +280,7 @@ def word_tags(ctx, examples):
             at_words = [j for j, tag in enumerate(example.y) if tag >= 0]
             found.append([ctx.text.labels[k] for k in ctx.head(h[at_words].float()).argmax(-1).tolist()])
         return found
-    return by_row(ctx, examples, [len(e.ids) for e in examples], tags)
+    return by_row(ctx, examples, [len(e.ids) for e in examples], tags, "tags")
 
 
 @torch.no_grad()

@@ -3,29 +3,27 @@
     rows         of each split: all, those that repeat another row of it, those whose prompt is in train
     tokens       percentiles under the tokenizer of --init
     supervised   the share of the tokens that the loss counts; the others only take time
-    time         seconds per token of a few real steps after the first, times the tokens of all steps
+    time         of the command that the check is for, measured on a sample (forecast.py)
 
 Everything is counted but time and memory. --write puts a clean copy into FILE-clean/: of equal rows the first
 stays; of rows with one prompt in two splits those in test stay, or else those in valid.
 
     data, row_type, clean_copy = load_for_check(path, write)        then the task for that row type is chosen
-    examine(ctx, cfg, data, probe, costs, clean_copy)
+    examine(ctx, cfg, data, command, estimate, clean_copy)
 
 Public: load_for_check, examine, clean
 """
 import collections
-import math
 import pathlib
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.batches.examples import Feed, Ranking, size, targets
-from data.results import cost_model
+from data.batches.examples import Ranking, size, targets
 from data.results.metrics import spans
-from data.results.report import describe
 from data.runtime.files import UserError, atomic
 from data.runtime.flags import flag
+from data.runtime.progress import format_seconds
 from data.runtime.run_folder import print_result
 from data.text import formats
 
@@ -97,13 +95,6 @@ def write_copy(folder, splits):
 
 # ------------------------------------------------------------------------------------------------- the counts
 
-def format_seconds(seconds):
-    """Two digits at least, in s, min or h."""
-    unit, name = next(((n, name) for n, name in ((3600, "h"), (60, "min")) if seconds >= n), (1, "s"))
-    amount = seconds / unit
-    return f"{amount:.2g} {name}" if amount < 10 else f"{amount:,.0f} {name}"
-
-
 def percent(part, whole):
     return f"{part / max(whole, 1):.1%}"
 
@@ -174,26 +165,6 @@ def print_counts(ctx, data, row_type):
     return lengths, supervised / total, repeated, leaked
 
 
-def print_training(ctx, cfg, rows, probe, costs):
-    """Measure a few steps and print what all of them take. Returns their seconds."""
-    block_size = ctx.block_size(cfg.get("block_size"))
-    examples = ctx.text.encode_splits({"train": rows}, block_size, cfg.get("too_long", "truncate"))["train"]
-    is_stream = isinstance(examples[0], int)            # raw text: windows of one stream of ids
-    feed = Feed(examples, cfg.batch, ctx.micro_batch_tokens, cfg.seed, block_size if is_stream else None,
-                ctx.text)
-    steps = math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
-    base = sum(p.numel() for p in ctx.model.parameters())
-    trainable, seconds, tokens = probe(ctx, cfg, feed)
-    tokens_per_step = block_size * cfg.batch if is_stream else sum(map(size, examples)) / feed.steps_per_epoch
-    total = seconds / tokens * tokens_per_step * steps
-    print_result()
-    describe(ctx, cost_model.planned(ctx, cfg, trainable, examples, block_size, costs), base, [])
-    print_result(f"{steps:,} steps of {cfg.batch} examples, {tokens_per_step * steps:,.0f} tokens; "
-                 f"{tokens / seconds:,.0f} tokens a second on {ctx.device}: about {format_seconds(total)}, "
-                 "without evaluation")
-    return total
-
-
 # ------------------------------------------------------------------------------------------------- the advice
 
 def advice_on_rows(train, row_type, repeated, leaked):
@@ -240,15 +211,13 @@ def advice_on_lengths(lengths, row_type, block_size, supervised, seconds):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
+def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     """Print the counts, the estimate and the advice, and write the clean copy. Returns 0.
 
-    ctx, cfg     of the task that the rows are for; read are cfg.task, data, batch, seed, steps, epochs and,
-                 where the task has them, block_size, too_long and shard
+    ctx, cfg     of the task that the rows are for; read are cfg.task, data and block_size
     data         as load_for_check returns it
-    probe        probe(ctx, cfg, feed) -> ({name: trainable parameter}, seconds, tokens) of a few steps; None:
-                 nothing is trained, and there is no estimate. Bare prompts have none either, as they need RL
-    costs        the method's, for cost_model.planned; needed where there is an estimate
+    command      the command line that the estimate is for
+    estimate     estimate() prints what that command takes and returns a forecast.Forecast; None: there is none
     clean_copy   as load_for_check returns it
 
     Sets ctx.text.labels for rows with labels or tags.
@@ -268,8 +237,11 @@ def examine(ctx, cfg, data, probe=None, costs=None, clean_copy=None):
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
         print_result("balance:  " + "  ".join(shares))
     seconds = None
-    if probe is not None and row_type != "prompt":
-        seconds = print_training(ctx, cfg, train, probe, costs)
+    print_result("\n" + command)
+    if estimate is not None:
+        seconds = estimate().total()[1]
+    else:
+        print_result(f"there is no forecast for --task {cfg.task}")
     block_size = ctx.block_size(cfg.get("block_size"))
     advice = [*advice_on_rows(train, row_type, repeated, leaked), *advice_on_names(names, train, row_type),
               *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]

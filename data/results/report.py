@@ -9,6 +9,8 @@ import textwrap
 
 from data.batches.examples import display
 from data.results import cost_model
+from data.results.metrics import wilson
+from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
 
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps", "seconds",
@@ -111,7 +113,7 @@ def report(result, folder, next_command=None):
     for metrics in (before, after):
         metrics.pop("targets", None)                    # how many tokens, not how good
     trained = bool(before and result.get("steps"))          # otherwise nothing changed between before and after
-    print_metrics(before if trained else None, after)
+    print_metrics(before if trained else None, after, result.get("item_correct", ""))
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -128,8 +130,11 @@ def report(result, folder, next_command=None):
     return 0
 
 
-def print_metrics(before, after):
-    """One line for each metric; two columns unless `before` is None."""
+def print_metrics(before, after, item_correct=""):
+    """One line for each metric; two columns unless `before` is None.
+
+    item_correct    "1" or "0" for each test item: proportions then have Wilson's 95 % interval behind them
+    """
     names = list(after)
     sides = [after]
     if before is not None:
@@ -140,6 +145,9 @@ def print_metrics(before, after):
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
         cells = [format_number(side.get(name)) for side in sides]
+        if name in PROPORTIONS and name in after and item_correct:
+            low, high = wilson(item_correct.count("1"), len(item_correct))
+            cells.append(f"   95 %: {low:.3f} to {high:.3f}, {len(item_correct)} items")
         print_result(f"{name:{width}}" + "".join(cells).rstrip())
 
 

@@ -2,7 +2,7 @@
 
     flags      the common group, the task's, the method's, and those of records that a flag names
     (--optimizer)
-    defaults   field < method < task < record that a flag names
+    defaults   field < method < what --init is < task < record that a flag names
 
 A task record has: name, flags, training_flags, baseline_flags, defaults, config, lr_scale, trains, baseline,
 baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags, loop_flags,
@@ -24,11 +24,13 @@ class Program(NamedTuple):
     """What the command line can say.
 
     selectors: {flag: records that it names, with flags or defaults of their own}.
+    by_init: (task, method, --init) -> {flag: default} where it depends on --init.
     """
     common: type
     tasks: tuple
     methods: tuple
     selectors: dict
+    by_init: Callable
 
 
 def groups_of(program, task, method):
@@ -57,8 +59,8 @@ def word_after(argv, name, default):
     return value
 
 
-def defaults_of(task, method, argv):
-    """{flag: default} where task, method or variant need another one than the flag's own."""
+def defaults_of(task, method, argv, program):
+    """{flag: default} where task, method, variant or --init need another one than the flag's own."""
     usual = {**method.defaults}
     for variant in chosen_variants(method, argv):
         usual.update(getattr(variant, "defaults", {}))
@@ -69,6 +71,9 @@ def defaults_of(task, method, argv):
         usual["lr"] *= task.lr_scale
     if task.config and getattr(method, "critic_lr", None):
         usual["value_lr"] = method.critic_lr * task.lr_scale
+    init = word_after(argv, "init", task.defaults.get("init", fields_of([program.common])["init"].default))
+    if task.trains:
+        usual.update(program.by_init(task, method, init))
     return {**usual, **task.defaults, "task": task.name, "method": method.name}
 
 
@@ -99,7 +104,7 @@ def parse(argv, program):
     task = find_record(program.tasks, word_after(argv, "task", "sft"))
     method = choose_method(argv, task, program)
     groups = groups_of(program, task, method)
-    defaults = defaults_of(task, method, argv)
+    defaults = defaults_of(task, method, argv, program)
     hidden = [name for v in chosen_variants(method, argv) for name in v.unused]
     for name, records in program.selectors.items():
         declared = fields_of(groups).get(name)

@@ -1,0 +1,189 @@
+"""data/results/forecast.py: how long a command will take, measured on a sample of what it does.
+
+    training     micro-batches of its first steps, forward and backward: seconds per token x tokens of all steps;
+                 an optimiser step: seconds x steps
+    other parts  the evaluations before, during and after training, and what a task prepares (Part): seconds for
+                 each of a few items, spread over all of them, x items
+
+A number is a range (low, high), in seconds. Training: 2 standard errors around the mean of the micro-batches, at
+least 10 %. Parts: between what one more item took, in a larger batch, and the mean; of a single measurement,
+half. Answers after training are at best as long as the references, at worst as long as those of the untrained
+model. Not included are reading files, loading, encoding, saving, and other programs on the machine.
+
+All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
+
+Public: Part, Forecast, BUDGET, measure_training, measure_part, describe_model, print_forecast
+"""
+import math
+import time
+from typing import Callable, NamedTuple
+
+import torch
+
+from data.batches.examples import size
+from data.runtime.progress import Progress, format_seconds
+from data.runtime.run_folder import print_result
+
+BUDGET = 20.0                                           # seconds
+FIRST_ITEMS = 1
+
+
+def as_they_are(items):
+    return items
+
+
+class Part(NamedTuple):
+    """Something that a run does with items, besides its steps."""
+    what: str                                           # for people
+    items: list                                         # to measure on
+    count: int                                          # items that the run does this with
+    work: Callable                                      # (some items) -> anything
+    after: int = 0                                      # more items, after training has begun
+    at_best: Callable = None                            # work, as it may be then; None: the same
+    prepare: Callable = as_they_are                     # some items -> what work takes; not timed
+
+
+class Forecast(NamedTuple):
+    """What is printed. Ranges are (low, high) in seconds."""
+    steps: int
+    tokens: int
+    training: tuple
+    parts: dict                                         # {text: range}
+
+    def total(self):
+        ranges = [self.training, *self.parts.values()]
+        return tuple(sum(side) for side in zip(*ranges))
+
+
+# ----------------------------------------------------------------------------------------------- measurements
+
+def measure_training(ctx, feed, steps, params, optimizer, loss, prepare=as_they_are, budget=BUDGET / 2):
+    """The range of the seconds of `steps` steps; the parameters change.
+
+    params    trainable ones             optimizer   of them
+    loss      (micro-batch, past) -> summed loss
+    prepare   micro-batch -> what loss takes; not timed
+    """
+    batches = []                                        # (seconds, tokens) of each micro-batch
+    updates = []                                        # seconds of each optimiser step
+    began = time.monotonic()
+    ctx.train()
+    with Progress("measuring training steps"):
+        for step in range(min(steps, 4)):
+            for micro_batch in feed(step):
+                if batches and time.monotonic() - began > budget:
+                    break
+                batches.append(timed_backward(ctx, prepare(micro_batch), params, loss))
+            updates.append(timed_update(optimizer, params))
+            if time.monotonic() - began > budget:
+                break
+    ctx.train(False)
+    if not batches:
+        return 0.0, 0.0
+    rate, error = rate_of(batches[1:] or batches)       # the first one warms up
+    update = min(updates)
+    tokens = feed.tokens(steps)
+    return tokens * (rate - error) + steps * update, tokens * (rate + error) + steps * update
+
+
+def timed_backward(ctx, micro_batch, params, loss):
+    """(seconds, tokens) of a forward and a backward."""
+    began = time.monotonic()
+    with ctx.autocast():
+        loss(micro_batch, ctx.past()).backward()
+    wait_for(params)
+    return time.monotonic() - began, sum(map(size, micro_batch))
+
+
+def timed_update(optimizer, params):
+    began = time.monotonic()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    wait_for(params)
+    return time.monotonic() - began
+
+
+def wait_for(params):
+    """Until a GPU has done what it was given."""
+    with torch.no_grad():
+        params[0].sum().item()
+
+
+def rate_of(batches):
+    """(seconds per token, its error) from (seconds, tokens) of micro-batches: a ratio of sums, and 2 standard
+    errors of it, at least 10 %."""
+    seconds = sum(s for s, _ in batches)
+    tokens = sum(n for _, n in batches)
+    rate = seconds / tokens
+    if len(batches) == 1:
+        return rate, 0.25 * rate
+    spread = sum((s - rate * n) ** 2 for s, n in batches) * len(batches) / (len(batches) - 1)
+    return rate, min(0.5 * rate, max(0.1 * rate, 2 * math.sqrt(spread) / tokens))
+
+
+def measure_part(part, budget):
+    """The range of the seconds of a part."""
+    if not part.items or not part.count + part.after:
+        return 0.0, 0.0
+    with Progress(f"measuring {part.what}"):
+        low, high = seconds_per_item(part, part.work, budget)
+        lowest = low
+        if part.at_best is not None:
+            lowest = min(low, seconds_per_item(part, part.at_best, budget)[0])
+    return part.count * low + part.after * lowest, (part.count + part.after) * high
+
+
+def seconds_per_item(part, work, budget):
+    """(low, high): work(some of the items) for more and more of them, until `budget` seconds would be over."""
+    items = part.items
+    measured = []                                       # (items, seconds)
+    n = FIRST_ITEMS
+    spent = 0.0
+    while True:
+        sample = part.prepare(items[::max(1, len(items) // n)][:n])
+        began = time.monotonic()
+        work(sample)
+        seconds = time.monotonic() - began
+        measured.append((len(sample), seconds))
+        spent += seconds
+        if len(sample) == len(items) or spent + 3 * seconds > budget:
+            break
+        n *= 4
+    count, seconds = measured[-1]
+    mean = seconds / count
+    if count == len(items):
+        return mean, mean
+    if len(measured) == 1:
+        return mean / 2, mean
+    fewer, before = measured[-2]
+    one_more = (seconds - before) / (count - fewer)
+    return max(0.0, min(one_more, mean)), mean
+
+
+# ----------------------------------------------------------------------------------------------- for people
+
+def describe_model(name, config):
+    """A model in one line: its name, family and shape."""
+    return (f"model: {name} ({config.family}, {config.n_layer} layers of width {config.n_embd}, a context of "
+            f"{config.block_size:,} tokens)")
+
+
+def format_range(seconds):
+    low, high = map(format_seconds, seconds)
+    if low == high:
+        return low
+    if low.split()[1] == high.split()[1]:
+        return f"{low.split()[0]}-{high}"
+    return f"{low} - {high}"
+
+
+def print_forecast(forecast, batch, device):
+    """Print steps, tokens and seconds of a run."""
+    if forecast.steps:
+        middle = sum(forecast.training) / 2
+        print_result(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
+                     f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
+        print_result(f"  training: {format_range(forecast.training)}")
+    for text, seconds in forecast.parts.items():
+        print_result(f"  {text}: {format_range(seconds)}")
+    print_result(f"in all about {format_range(forecast.total())}")
