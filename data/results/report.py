@@ -1,17 +1,22 @@
 """data/results/report.py: what a run prints before it starts (--dry_run), at its end, about a soft prompt.
 
+Every metric stands with its unit (data/results/metrics.py). Of a preference all answers are shown. A sample shows
+what the model was asked: the message, or with a system message or earlier turns the conversation.
+
 A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
 moved it. Keys and values have no nearest tokens: for them there are norms and distances, by layer.
 
-Public: describe, report, describe_virtual_tokens
+Public: describe, report, asked, describe_virtual_tokens
 """
+import shlex
 import textwrap
 
 from data.batches.examples import display
 from data.results import cost_model
+from data.results.metrics import unit
 from data.runtime.run_folder import print_result
 
-BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps", "seconds",
+BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
          "tokens_per_second")
 
 
@@ -31,8 +36,9 @@ def describe(ctx, plan, base, examples):
                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
     print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
     for example in examples:
-        print_result("\n" + "-" * 40 + " [[supervised]]")
-        print_result(mark_targets(*display(example), ctx.text.tokenizer))
+        for title, ids, mask in display(example):
+            print_result("\n" + "-" * 40 + f" [[supervised]]{title}")
+            print_result(mark_targets(ids, mask, ctx.text.tokenizer))
     return 0
 
 
@@ -99,18 +105,17 @@ def mean_norm(tensor):
 
 # ------------------------------------------------------------------------------------------- after a run
 
-def report(result, folder, next_command=None):
+def report(result, folder):
     """Print the end of a run on stdout: metrics, samples, the next command, one line of key=value. Returns 0.
 
-    result         result.json of the run in `folder`; its optional "virtual_tokens" are lines of text
-    next_command   the command line that uses what the run made, or None
+    result    result.json of the run that is in `folder` now; its "next_command" uses what the run made, and
+              names the folder that is "out" there. The optional "virtual_tokens" are lines of text
     """
-    before = {**result.get("baseline_metrics", {})}
-    after = {**result["metrics"]}
-    for metrics in (before, after):
-        metrics.pop("targets", None)                    # how many tokens, not how good
+    before = without_counts(result.get("baseline_metrics", {}))
+    after = without_counts(result["metrics"])
+    units = {name: unit(name, result["metrics"]) for name in {**before, **after}}
     trained = bool(before and result["steps"])          # otherwise nothing changed between before and after
-    print_metrics(before if trained else None, after)
+    print_metrics(before if trained else None, after, units)
     for sample in result["samples"]:
         print_result()
         print_sample(sample, trained)
@@ -118,17 +123,40 @@ def report(result, folder, next_command=None):
         print_result()
         for line in result["virtual_tokens"]:
             print_result(line)
-    if next_command is not None:
-        print_result("\n" + next_command)
-    brief = {name: result[name] for name in BRIEF}
+    if result.get("next_command") is not None:
+        print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
+    if result["steps"]:
+        print_result(f"{result['steps']:,} steps took {result['seconds']:,.1f} s, evaluation not included")
+    brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
     print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
     return 0
 
 
-def print_metrics(before, after):
-    """One line for each metric; two columns unless `before` is None."""
+def relocated(command, old, new):
+    """A command line with the folder `new` in place of `old`."""
+    words = f"{command} ".replace(f" {shlex.quote(str(old))} ", f" {shlex.quote(str(new))} ")
+    return words.strip()
+
+
+def asked(text, row):
+    """What a row asks of a model, as text. text: a Text of data/batches/examples.py."""
+    turns = text.turns(row)[:-1]
+    if text.system and not any(turn["role"] == "system" for turn in turns):
+        turns = [{"role": "system", "content": text.system}, *turns]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def without_counts(metrics):
+    """The metrics that say how good, not on how many tokens."""
+    return {name: value for name, value in metrics.items() if name != "targets"}
+
+
+def print_metrics(before, after, units):
+    """One line for each metric, its unit last; two columns of numbers unless `before` is None."""
     names = list(after)
     sides = [after]
     if before is not None:
@@ -139,7 +167,7 @@ def print_metrics(before, after):
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
         cells = [format_number(side.get(name)) for side in sides]
-        print_result(f"{name:{width}}" + "".join(cells).rstrip())
+        print_result(f"{name:{width}}{''.join(cells)}  {units[name]}".rstrip())
 
 
 def format_number(x):

@@ -188,7 +188,8 @@ class Run:
         result = read_json(self.result)
         if not isinstance(result, dict):
             raise DataError(f"{self.result} holds no result of a run; use --fresh to start over")
-        if result.get("adapter_bytes") and not any((self.folder / name).is_dir() for name in WEIGHTS):
+        saved = result.get("adapter_bytes") or result.get("model_bytes")
+        if saved and not any((self.folder / name).is_dir() for name in WEIGHTS):
             raise DataError(f"{self.folder} is a finished run whose weights are gone; use --fresh to start "
                             "over")
         return self.recorded(result)
