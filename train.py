@@ -65,7 +65,7 @@ from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
-from data.results.report import describe, describe_virtual_tokens, report
+from data.results.report import asked, describe, describe_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -442,14 +442,14 @@ def param_groups(ctx, cfg, trainable):
 def save_weights(ctx, cfg, folder):
     """The trained weights in standard formats, what only we have a name for in run.json.
 
-    Returns their bytes.
+    Returns {"adapter_bytes" or, of a whole model, "model_bytes": their size}.
     """
     method = find_method(cfg.method)
     inner = folder / ("model" if method.trains_base else "adapter")
     base = cfg.init if method.mergeable or method.trains_base else prompt_base(cfg.init)
     method.save(ctx, inner, None if method.trains_base else portable(base))
     if dist_state.rank:
-        return 0
+        return {}
     if ctx.head is not None:
         write_tensors(inner / "head.safetensors",
                       {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
@@ -457,7 +457,7 @@ def save_weights(ctx, cfg, folder):
     text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
                                     **method.run_settings(cfg)})
-    return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
+    return {f"{inner.name}_bytes": sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")}
 
 
 TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
@@ -833,7 +833,7 @@ def train_and_measure(cfg, run, rows, row_type):
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
     params_total = sum(p.numel() for p in ctx.model.parameters())
-    state = run.start(facts_of(ctx)) or {}
+    state = run.start(facts_of(ctx, rows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
         state = measure_baseline(ctx, cfg, run, rows, shots[0])
@@ -845,12 +845,12 @@ def train_and_measure(cfg, run, rows, row_type):
     elif len(shots) > 1:
         outcome = measure_shots(ctx, rows, shots, outcome)
     with defer_signals, Progress("saving"):
-        weights = save_weights(ctx, cfg, run.folder) if trainable else 0
-        samples = [dict(prompt="".join(turn["content"] for turn in ctx.text.turns(row)[-2:-1]),
-                        reference=ctx.text.references(row)[0], before=before, after=after)
+        stored = save_weights(ctx, cfg, run.folder) if trainable else {}
+        samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
+                        after=after)
                    for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
         counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
-                      adapter_bytes=weights)
+                      **stored)
         return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
 
 
@@ -973,12 +973,17 @@ def prepare_examples(ctx, cfg, feed, total, examples):
 
 
 def measure_shots(ctx, rows, shots, first):
-    """The same measurement with more and more solved examples in front. Returns an Outcome."""
+    """The same measurement with more and more solved examples in front. Returns the best Outcome."""
     test = rows["test"]
-    rungs, answers = few_shot.shot_ladder(
-        shots, lambda n: evaluate.evaluate_rows(ctx, test, [], rows["train"][:n]), first.metrics)
-    metrics = {**rungs[-1][1], **few_shot.print_ladder(rungs)}
-    return Outcome(metrics, answers, evaluate.item_correct(ctx, test, answers))
+
+    def measure(n):
+        metrics, answers = evaluate.evaluate_rows(ctx, test, [], rows["train"][:n])
+        return few_shot.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
+    rungs = few_shot.shot_ladder(shots, measure,
+                                 few_shot.Rung(shots[0], first.metrics, first.answers, first.item_correct))
+    few_shot.print_ladder(rungs)
+    best = few_shot.best_rung(rungs)
+    return Outcome(best.metrics, best.answers, best.item_correct)
 
 
 def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
@@ -987,7 +992,7 @@ def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
     run.log(event="test", step=clock["steps"], tokens=clock["tokens"], seconds=clock["seconds"],
             **outcome.metrics)
     named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
-    result = dict(status="done", **named,
+    result = dict(status="done", **named, out=str(run.folder),
                   metrics=outcome.metrics, baseline_metrics=baseline, **counts, **clock,
                   tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
                   item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
@@ -1002,8 +1007,8 @@ def use_it(ctx, cfg, folder):
     if not find_method(cfg.method).trains:
         return None
     if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
-        return f"python train.py --task eval --init {folder} --data {cfg.data}"
-    return f"python train.py --task chat --init {folder}"
+        return shlex.join(["python", "train.py", "--task", "eval", "--init", str(folder), "--data", cfg.data])
+    return shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
 
 
 def describe_prompt(ctx, cfg):
@@ -1203,7 +1208,9 @@ def report_once(run, identity, compute):
         with run.opened(identity) as result:            # another process may have finished it meanwhile
             if result is None:
                 result = compute()
-    return report(result, run.folder, result.get("next_command"))
+    else:
+        log_progress(f"{run.folder} is finished: this is its stored result (--fresh computes it again)")
+    return report(result, run.folder)
 
 
 def identity_of(cfg, rows):
@@ -1263,9 +1270,11 @@ def other_texts(cfg):
     return texts
 
 
-def facts_of(ctx):
-    """What config.json keeps beside flags and identity."""
-    return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template)
+def facts_of(ctx, rows):
+    """What config.json keeps beside flags and identity; tables compare runs of equal test items only."""
+    test = [{key: value for key, value in row.items() if key != "line"} for row in rows["test"]]
+    return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
+                test_items=len(test), test_sha256=hash_json(test))
 
 
 def forgetting_loss(ctx, forgetting):
@@ -1614,7 +1623,7 @@ def train_policy(cfg, run, rows):
     trains_base = find_method(cfg.method).trains_base
     base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
     params_total = sum(p.numel() for p in base.parameters())
-    state = run.start(facts_of(ctx)) or {}
+    state = run.start(facts_of(ctx, rows)) or {}
     trainable = apply_method(ctx, cfg)
     setup = set_up_rollouts(cfg, ctx, rows, base, config)
     roles, critic = make_roles(cfg, ctx, base, setup)
@@ -1640,10 +1649,10 @@ def train_policy(cfg, run, rows):
         if forgetting:
             metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
-            weights = save_weights(ctx, cfg, run.folder)
-            samples = [dict(prompt=setup.texts[tuple(p)], before=before, after=ctx.text.decode_answer(y))
-                       for p, before, y in zip(setup.prompts["test"], state["before"], answers)]
-            counts = dict(params_total=params_total, params_trainable=count, adapter_bytes=weights)
+            stored = save_weights(ctx, cfg, run.folder)
+            samples = [dict(prompt=asked(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
+                       for row, before, y in zip(rows["test"], state["before"], answers)]
+            counts = dict(params_total=params_total, params_trainable=count, **stored)
             clock = dict(steps=trained.step, tokens=state["tokens"], seconds=round(state["seconds"], 3),
                          skipped=0)
             return finish(run, ctx, cfg, Outcome(metrics, answers), state["baseline"], samples, counts, clock)
@@ -1720,7 +1729,7 @@ def write_samples(cfg, run, rows):
     """Roll out, keep the best, write rows. Returns the result."""
     began = time.monotonic()
     ctx = open_context(cfg)
-    run.start(facts_of(ctx))
+    run.start(facts_of(ctx, rows))
     run.rewind(-1)                                      # of a run that was killed before its result
     rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
     config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})
@@ -1737,8 +1746,7 @@ def write_samples(cfg, run, rows):
         with atomic(run.folder / f"{split}.jsonl") if not dist_state.rank else open(os.devnull, "wb") as f:
             f.writelines((json.dumps(row) + "\n").encode() for row in kept)
     del metrics["kl"]                                   # policy and reference are one here
-    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0,
-                  adapter_bytes=0)
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
 
@@ -1855,7 +1863,8 @@ def run_merge(cfg):
     if head.exists():
         write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
     print_result(f"largest logit difference after merging: {difference:.2g}")
-    print_result(f"python train.py --task {'eval' if head.exists() else 'chat'} --init {cfg.out}")
+    use = "eval" if head.exists() else "chat"
+    print_result(shlex.join(["python", "train.py", "--task", use, "--init", cfg.out]))
     return 0
 
 
@@ -1942,11 +1951,11 @@ class Task:
 
 
 def then_ppo(ctx, cfg, folder):
-    return f"python train.py --task ppo --init {cfg.init} --reward {folder}"
+    return shlex.join(["python", "train.py", "--task", "ppo", "--init", cfg.init, "--reward", str(folder)])
 
 
 def then_sft(ctx, cfg, folder):
-    return f"python train.py --init {cfg.init} --data {folder}"
+    return shlex.join(["python", "train.py", "--init", cfg.init, "--data", str(folder)])
 
 
 def no_command(ctx, cfg, folder):
