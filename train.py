@@ -55,7 +55,7 @@ from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Tex
                                    size, targets)
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
-from data.checkpoints.hf import FAMILIES, read_config
+from data.checkpoints.hf import FAMILIES, read_config, save_generation
 from data.checkpoints.model_folders import (adapter_config, base_of, find, folders, hash_folder, portable,
                                             root_model, settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
@@ -316,13 +316,12 @@ def open_context(cfg):
     if cfg.get("compile"):
         compiles(device)
     model, prompt, tokenizer = open_model(cfg, dtype)
-    template = cfg.get("template", "auto")
-    if template == "auto":                          # a new model is trained on plain text only
-        guess = "plain" if cfg.init == "new" else chat.guess_template(tokenizer)
-        template = stored.get("template") or guess
+    template, differs = choose_template(cfg, tokenizer, stored)
     several = f", {dist_state.size} processes" if dist_state.size > 1 else ""
     on_cpu = f", {threads} thread{'s' * (threads > 1)} ({by})" if device.type == "cpu" else ""
     log_progress(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
+    if differs and TextFlags in task.flags:
+        log_progress(differs)
     model = place_model(model, cfg, device, dtype)
     text = open_text(cfg, task, tokenizer, template, stored)
     ctx = evaluate.ModelContext(model.eval(), text, device, dtype, prompt=prompt,
@@ -374,6 +373,17 @@ def place_model(model, cfg, device, dtype):
         raise UserError("--shard splits a model over the processes of torchrun --nproc_per_node N, in fp32 "
                         f"or bf16; {remedy}")
     return distributed.shard(model, device)
+
+
+def choose_template(cfg, tokenizer, stored):
+    """(the name of the chat template, how the model's own differs from it, or "")."""
+    template = cfg.get("template", "auto")
+    if template != "auto":
+        return template, ""
+    if stored.get("template") or cfg.init == "new":  # a new model is trained on plain text only
+        return stored.get("template") or "plain", ""
+    template = chat.guess_template(tokenizer)
+    return template, chat.note(template, tokenizer) if chat.fits(template, tokenizer) else ""
 
 
 def open_text(cfg, task, tokenizer, template, stored):
@@ -455,9 +465,27 @@ def save_weights(ctx, cfg, folder):
                       {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
     written = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
     text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
+    if method.trains_base:
+        save_text_files(inner, cfg.init, ctx.text.tokenizer, {"task": cfg.task, **text})
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
                                     **method.run_settings(cfg)})
     return {f"{inner.name}_bytes": sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")}
+
+
+def save_text_files(folder, init, tokenizer, stored):
+    """Tokenizer, chat template and end tokens: `transformers` writes prompts and stops as in training.
+
+    stored: task, template and system of the run; without a task (another tool's adapter) and for tasks
+    without prompts, the files of the base are kept.
+    """
+    base = None if init == "new" else root_model(init)
+    end = None
+    has_prompts = "task" in stored and (base is None or TextFlags in find_task(stored["task"]).flags)
+    if has_prompts and chat.fits(stored["template"], tokenizer):
+        end = chat.end_token(stored["template"], tokenizer)
+        tokenizer = chat.export(stored["template"], tokenizer, stored.get("system"))
+    save_generation(folder, end, base)
+    tokenizer.save_pretrained(folder)
 
 
 TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
@@ -503,7 +531,6 @@ class FullMethod:
             model.load_state_dict({"head.weight": weights["wte.weight"], **weights}, assign=True)
         if not dist_state.rank:
             model.save_pretrained(folder)
-            ctx.text.tokenizer.save_pretrained(folder)
 
     def run_settings(self, cfg):
         return {}
@@ -1854,9 +1881,9 @@ def run_merge(cfg):
         raise RunError(f"--init {cfg.init}: merged logits differ from the adapted model's by "
                        f"{difference:.2g}, so the variant's merged() is not its forward(); nothing was "
                        "written")
-    plain.save_pretrained(cfg.out)
-    tokenizer.save_pretrained(cfg.out)
     stored = settings(cfg.init)
+    plain.save_pretrained(cfg.out)
+    save_text_files(cfg.out, cfg.init, tokenizer, stored)
     write_json(os.path.join(cfg.out, "run.json"),
                {name: stored[name] for name in ("task", *TEXT_SETTINGS) if name in stored})
     head = weights_folder(cfg.init) / "head.safetensors"
@@ -2030,7 +2057,7 @@ TASKS = (
          generates=True, one_process=True, resumes=False),
     Task("show", "the next-token distribution", run_show, trains=False,
          flags=(TextFlags, AnswerFlags, GenerationFlags),
-         defaults=dict(template="plain", temperature=1.0, max_new_tokens=12), one_process=True,
+         defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True,
          resumes=False),
     Task("merge", "an adapter run as a plain model folder", run_merge, trains=False, flags=(MergeFlags,),
          one_process=True, resumes=False),

@@ -2,6 +2,7 @@
 
     config.json                   -> the fields of GPTConfig, as a dict             read_config, parse_config
     a GPTConfig                   -> config.json                                    hf_config
+    end tokens                    -> generation_config.json, config.json            save_generation
     model.safetensors, or shards  -> {stored name: tensor}                          read_weights
     our module path               -> (stored module path, part of a fused one)      hf_names
     stored tensors                -> the model's state dict, checked strictly       read_state
@@ -17,8 +18,8 @@ is not implemented here is refused by name, never ignored.
 
 Models are used through their attributes only (config, get_submodule, named_modules).
 
-Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, read_weights, hf_names,
-read_state, stored_tensors
+Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, save_generation, read_weights,
+hf_names, read_state, stored_tensors
 """
 import json
 import os
@@ -28,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from data.checkpoints.safetensors import read_tensors
-from data.runtime.files import DataError, UserError, read_json
+from data.runtime.files import DataError, UserError, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,37 @@ def hf_config(config, dtype):
     return dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos,
                 eos_token_id=config.eos, dtype=dtype_name, torch_dtype=dtype_name,
                 model_type=family.model_type, architectures=[family.architecture], **family.write(config))
+
+
+def save_generation(folder, end, base=None):
+    """Write generation_config.json, and its end tokens into config.json: `transformers` stops where we do.
+
+    end    the id of the token that ended answers in training; None keeps what the base has
+    base   the folder of the model that it was trained from, whose settings and other end tokens are kept
+    DataError for files that are not JSON objects.
+    """
+    config, values = (_object_in(base, name) for name in ("config.json", "generation_config.json"))
+    if end is not None:
+        if not values:                                  # transformers takes these from config.json then
+            values = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+        ends = [end]
+        for eos in (values.get("eos_token_id"), config.get("eos_token_id")):
+            ends += eos if isinstance(eos, list) else [eos]
+        ends = [i for i in dict.fromkeys(ends) if type(i) is int]
+        eos = {"eos_token_id": ends if len(ends) > 1 else end}
+        values |= eos
+        write_json(os.path.join(folder, "config.json"), _object_in(folder, "config.json") | eos)
+    if values:
+        write_json(os.path.join(folder, "generation_config.json"), values)
+
+
+def _object_in(folder, name):
+    """The JSON object in a file of a folder; {} where either is missing."""
+    path = os.path.join(folder, name) if folder else ""
+    value = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return value
 
 
 def read_gpt2(reader, family):

@@ -5,7 +5,7 @@
     cut      where top_k, then top_p, end: tokens above it are sampled, with p / (their sum)
     token    each token of the continuation, with the probability it was sampled with
 
-The prompt is continued as plain text (--template plain), or answered in the model's own template (auto). With
+The prompt is answered in the model's own template, or continued as plain text (--template plain). With
 an adapter or a soft prompt, the base and the tuned model stand side by side, with the same seed.
 
 Public: GenerationFlags, show, table, walk
@@ -136,7 +136,8 @@ def show(ctx, sides, cfg):
     for side, (_, tokens) in walks.items():
         text = tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token])
         label = f"{side}: " if len(sides) > 1 else ""
-        print_result(label + cfg.prompt + text)
+        between = "" if ctx.text.template == "plain" else "\n"
+        print_result(label + cfg.prompt + between + text)
     return 0
 
 

@@ -29,8 +29,8 @@ message has weight 0.
 - `export` writes what a model was trained with for `transformers`: apply_chat_template gives the ids of
   `prompt`, and tokenizer(text) begins with the same start token.
 
-Public: ChatTemplate, TEMPLATES, PREAMBLE, guess_template, note, export, render, prompt, answer, end_token,
-truncate_left, fit_to_length
+Public: ChatTemplate, TEMPLATES, PREAMBLE, guess_template, fits, note, export, render, prompt, answer,
+end_token, truncate_left, fit_to_length
 """
 import functools
 import itertools
@@ -209,6 +209,11 @@ def guess_template(tokenizer):
     return next((record.name for record in fitting if record.tokens), "plain")
 
 
+def fits(template, tokenizer):
+    """Whether the tokenizer has the tokens of a template. Raises UserError for an unknown one."""
+    return _missing(find_record(TEMPLATES, template), tokenizer) is None
+
+
 def note(template, tokenizer):
     """How the tokenizer's own chat_template differs from a template, as a sentence; "" if it does not."""
     difference = _style(_fitting(template, tokenizer), tokenizer)[1]
@@ -294,6 +299,8 @@ def _own_text(source, messages, open_answer, values):
 
 def _style_of_text(record, style, asked, instructed, bos):
     """The Style of a model that writes PROBES[0] as `asked`, and PROBES[1] as `instructed`."""
+    if "".join(record.before("user", None, False)) not in asked:        # another template altogether
+        return style
     if bos and asked.startswith(bos):
         style = style._replace(start=bos)
     opening = style.start + "".join(record.before("system", None, False))
