@@ -83,8 +83,8 @@ def either(record, keys, location):
 def decode_json(record, location):
     """The record, with lists and messages that are written as a JSON string (a cell of a table) decoded.
 
-    Under a key of LISTS every string that begins like JSON is one; under a key that may also hold text, only a
-    list of messages, [{"role": "user", "content": ...}, ...], and of PREFERENCES a single one.
+    Under a key of LISTS every string that begins like JSON is one; under a key that may also hold text, only
+    a list of messages, [{"role": "user", "content": ...}, ...], and of PREFERENCES a single one.
     """
     decoded = {}
     for key, value in record.items():
