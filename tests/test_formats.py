@@ -127,6 +127,9 @@ PAIRS |= {
                           rejected=user("Hi", "Hm"), score_chosen=8.5, score_rejected=8.5),
     "prompt in messages beside conversations": pair(user("Hi"), user("Hi", "Ho"), user("Hi", "Hm")),
     "a question": dict(question="Hi", chosen="Ho", rejected="Hm"),
+    "JSON objects in strings": pair(chosen=json.dumps(bot("Ho")), rejected=json.dumps(gpt("Hm"))),
+    "OpenAI, JSON in strings": dict(input=json.dumps(dict(messages=user("Hi"))), preferred_output=json.dumps([bot("Ho")]),
+                                    non_preferred_output=json.dumps([bot("Hm")])),
     "JSON in strings": dict(chosen=json.dumps(user("Hi", "Ho")), rejected=json.dumps(user("Hi", "Hm"))),
 }
 RANKED = dict(prompt="Hi", responses=["a", "b", "c"], rank=[2, 1, 2])
@@ -314,7 +317,7 @@ def test_lists_in_a_table_are_json(tmp_path):
     assert read(tmp_path, table(["messages"], [json.dumps(turns)]), "a.csv").rows[0]["messages"] == turns
     row = read(tmp_path, table(["tokens", "tags"], [json.dumps(v) for v in TAGGED.values()]), "a.csv").rows[0]
     assert row["tokens"] == TAGGED["tokens"] and row["tags"] == TAGGED["tags"]
-    sentence = "a list in a string is written as by json.dumps"
+    sentence = "a list or object in a string is written as by json.dumps"
     message = fault(tmp_path, table(["messages"], [str(turns)]), "a.csv")                 # as pandas writes it
     assert message.startswith('a.csv:2: "messages" is a string: not JSON (') and message.endswith(sentence)
     message = fault(tmp_path, table(["chosen", "rejected"], [str(turns), str(turns)]), "a.csv")
@@ -377,11 +380,12 @@ def test_damaged_compressed_files(tmp_path):
 
 
 def test_a_text_file_is_one_document_cut_in_order_at_line_ends(tmp_path):
-    text = "".join(f"line {i}\n" for i in range(1000))
-    path = write(tmp_path, text, "data.txt")
-    assert [row["text"] for row in load(path).rows] == [text]
-    parts = [load(path, split).rows[0]["text"] for split in ("train", "valid", "test")]
-    assert "".join(parts) == text and all(part.endswith("\n") for part in parts)
+    for end in ("\r", "\r\n", "\n"):
+        text = "".join(f"line {i}{end}" for i in range(1000))
+        path = write(tmp_path, text, "data.txt")
+        assert [row["text"] for row in load(path).rows] == [text]
+        parts = [load(path, split).rows[0]["text"] for split in ("train", "valid", "test")]
+        assert "".join(parts) == text and all(part.endswith(end) and part[:4] == "line" for part in parts)
     assert [round(len(part) / len(text), 2) for part in parts] == [0.8, 0.1, 0.1]
     path = write(tmp_path, "a" * 1000 + "\n", "data.txt")                # no line ends to cut at
     assert [len(load(path, split).rows[0]["text"]) for split in ("train", "valid", "test")] == [800, 100, 101]

@@ -13,7 +13,7 @@ Public: Program, parse, groups_of
 """
 from typing import Callable, NamedTuple
 
-from data.runtime.files import UserError
+from data.runtime.files import UserError, printable
 from data.runtime.flags import fields_of, usage_error
 from data.runtime.flags import parse as parse_flags
 from data.runtime.records import find_record, unused_flags
@@ -101,6 +101,7 @@ def choose_method(argv, task, program):
 
 def parse(argv, program):
     """argv -> Config. Raises UserError."""
+    check_words(argv)
     task = find_record(program.tasks, word_after(argv, "task", "sft"))
     method = choose_method(argv, task, program)
     groups = groups_of(program, task, method)
@@ -122,6 +123,18 @@ def parse(argv, program):
     cfg = parse_flags(argv, groups, defaults, title, sentence, hidden)
     check_together(cfg, task, method)
     return cfg
+
+
+def check_words(argv):
+    """Raises UserError for a word that cannot be written to a file or name one: not UTF-8, or with NUL."""
+    for word in argv:
+        try:
+            good = b"\0" not in word.encode()
+        except UnicodeEncodeError:                      # a name on the disk in another encoding
+            good = False
+        if not good:
+            raise UserError(f"{printable(word)} is not UTF-8 text or holds the character NUL; rename the "
+                            "file or folder that it names")
 
 
 def check_together(cfg, task, method):

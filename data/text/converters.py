@@ -59,8 +59,8 @@ def tags(record, location):
         raise DataError(f"{location}: {len(tokens)} tokens and {len(names)} tags; every token needs one tag")
     for name in names:
         if "-" in name and name[:2] not in ("B-", "I-"):            # other schemes, such as BIOES
-            raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity is "
-                            "B-TYPE, the others are I-TYPE, and words outside entities are O")
+            raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity "
+                            "is B-TYPE, the others are I-TYPE, and words outside entities are O")
     if not tokens:
         raise SkipRow("without tokens")
     return {"tokens": tokens, "tags": names}

@@ -102,8 +102,10 @@ def load(path_or_name, split=None):
 
 def _load(path_or_name, splits):
     """[Data of each of `splits`]; a file that holds all of them is read once."""
-    name, path = str(path_or_name), pathlib.Path(path_or_name)
-    check_path(name)
+    path = pathlib.Path(path_or_name)
+    check_path(path_or_name)
+    name = str(path_or_name)
+    shown = printable(name, 400)
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
         return [_load_toy(name, split) for split in splits]
     try:
@@ -115,11 +117,11 @@ def _load(path_or_name, splits):
             raise DataError(f"{name} is not fetched yet; run python data/fetch.py {name}")
         if not path.is_file():
             fault = "is neither a file nor a folder" if path.exists() else "does not exist"
-            raise DataError(f"{name} {fault}; data is a file ({' '.join(SUFFIXES)}), a folder with "
+            raise DataError(f"{shown} {fault}; data is a file ({' '.join(SUFFIXES)}), a folder with "
                             "train.jsonl, a fetched data set, or a name such as toy/sentiment")
         data = _convert(read_records(path), name)
     except OSError as e:
-        raise DataError(f"{name} cannot be read ({e.strerror or e})") from e
+        raise DataError(f"{shown} cannot be read ({e.strerror or e})") from e
     return [data if split is None else _part(data, split, {8: "valid", 9: "test"}) for split in splits]
 
 
@@ -146,7 +148,8 @@ def load_text(path_or_name, split, row_types=("text",)):
 def _load_toy(name, split):
     from data import toy                                # here: reading files needs no toy world
     if name not in toy.NAMES:
-        raise DataError(f"{name} is no data set of the toy world; there are {', '.join(toy.NAMES)}")
+        raise DataError(f"{printable(name)} is no data set of the toy world; there are "
+                        f"{', '.join(toy.NAMES)}")
     records = []
     for part in [split] if split else SPLITS:
         for number, row in enumerate(toy.rows(name, part), 1):

@@ -6,13 +6,13 @@ An assistant message is a target unless it says otherwise under one of TARGET_KE
 (OpenAI), "train", "training" (Axolotl), "loss" (ms-swift), "trainable", "loss_weight". OpenAI's role
 "developer" becomes "system". Strings are kept unchanged, except that the turns of a transcript of Anthropic's
 HH ("\n\nHuman: ...\n\nAssistant: ...") are stripped. In a table every value is a string; a list there is
-written as JSON (decode_lists).
+written as JSON (decode_json).
 
 Every function takes the record's location ("data.jsonl:17") and raises DataError, with that location, for a
 value of the wrong type, an unknown role, a tool call, an image. Keys of a message that are not read are named
 by unread_keys.
 
-Public: string, optional_string, strings, number, is_blank, either, decode_lists, user, assistant, messages,
+Public: string, optional_string, strings, number, is_blank, either, decode_json, user, assistant, messages,
 system, prompt, answer, check_supported, unread_keys
 """
 import json
@@ -32,7 +32,7 @@ UNSUPPORTED = {**dict.fromkeys(("tools", "functions"), "no chat template here re
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 LISTS = {"messages", "conversations", "tokens", "tags", "responses", "rank", "references", "outputs",
          "history"}
-CONVERSATIONS = {"prompt", "completion", "chosen", "rejected", "preferred_output", "non_preferred_output"}
+PREFERENCES = {"chosen", "rejected", "preferred_output", "non_preferred_output"}
 MAX_NUMBER = 10 ** 6                                    # ranks and votes: exact in fp32
 
 
@@ -80,25 +80,28 @@ def either(record, keys, location):
     return (given or present or keys)[-1]
 
 
-def decode_lists(record, location):
-    """The record, with lists that are written as a JSON string (a cell of a table) as lists.
+def decode_json(record, location):
+    """The record, with lists and messages that are written as a JSON string (a cell of a table) decoded.
 
-    Under a key of LISTS every string that begins like JSON is decoded, under one of CONVERSATIONS only a list
-    of messages: [{"role": "user", "content": ...}, ...].
+    Under a key of LISTS every string that begins like JSON is one; under a key that may also hold text, only
+    a list of messages, [{"role": "user", "content": ...}, ...], and of PREFERENCES a single one.
     """
     decoded = {}
     for key, value in record.items():
         if not isinstance(value, str) or not re.match(r"\s*[\[{]", value):
             continue
-        if key in LISTS or key in CONVERSATIONS and _is_messages(value):
+        is_list = value.lstrip().startswith("[")
+        may_hold_messages = key in PREFERENCES or key in ("prompt", "completion") and is_list
+        openai_input = key == "input" and "preferred_output" in record
+        if key in LISTS or openai_input or may_hold_messages and _is_messages(value):
             decoded[key] = parse_json(value, lambda _: f'{location}: "{key}" is a string',
-                                      "a list in a string is written as by json.dumps")
+                                      "a list or object in a string is written as by json.dumps")
     return {**record, **decoded} if decoded else record
 
 
 def _is_messages(text):
-    """Whether a string looks like a list of messages, as JSON or as Python prints it."""
-    if not re.fullmatch(r"\s*\[\s*\{.*\}\s*\]\s*", text, re.S):
+    """Whether a string looks like a message or a list of them, as JSON or as Python prints it."""
+    if not re.fullmatch(r"\s*(\[\s*\{.*\}\s*\]|\{.*\})\s*", text, re.S):
         return False
     roles = "|".join((*ROLES, *TOOL_ROLES))
     has_role = re.search(rf"""["'](role|from)["']\s*:\s*["']({roles})["']""", text)

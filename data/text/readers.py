@@ -235,7 +235,8 @@ def _open_quote(text, first):
     line = first
     opened = first
     state = "cell begins"
-    for token in re.findall(r'\r\n?|\n|"|,|[^"\r\n,]+', "".join(lines)):
+    for match in re.finditer(r'\r\n?|\n|"|,|[^"\r\n,]+', "".join(lines)):
+        token = match[0]
         separates = token[0] in ",\r\n"
         if state == "quoted":
             state = "quote" if token == '"' else state

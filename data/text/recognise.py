@@ -163,7 +163,7 @@ def recognise(record, location):
     name, keys = matches[-1]
     if len(matches) > 1:
         involved = {key: record[key] for _, needed in matches for key in needed}
-        involved = messages.decode_lists(involved, location)
+        involved = messages.decode_json(involved, location)
         for other, other_keys in matches[:-1]:
             if not _repeats(involved, keys, other_keys):
                 raise DataError(f"{location}: the keys of two formats, {other} and {name}; keep those of one")
@@ -179,7 +179,7 @@ def to_row(record, name, keys, location):
     known = {key: record[key] for key in (*keys, *format.optional.split()) if key in record}
     unread = record.keys() - known.keys()
     messages.check_supported(known, location)
-    known = messages.decode_lists(known, location)
+    known = messages.decode_json(known, location)
     for key, value in known.items():
         unread |= messages.unread_keys(value, key)
     return format.convert(known, location), unread

@@ -11,6 +11,9 @@ Public: split_rows, prompt_key, row_json, label_names, duplicates, leaks
 """
 import hashlib
 import json
+import re
+
+LINE_END = re.compile(r"\r\n?|\n")
 
 
 def row_json(row):
@@ -75,8 +78,8 @@ def _split_text(row, held_out):
     starts = [0]
     for tenths in range(10 - len(held_out), 10):
         position = len(text) * tenths // 10
-        line_end = text.find("\n", max(position - 1, 0), position + len(text) // 20)
-        starts.append(position if line_end < 0 else line_end + 1)
+        line_end = LINE_END.search(text, max(position - 1, 0), position + len(text) // 20)
+        starts.append(line_end.end() if line_end else position)
     ends = [*starts[1:], len(text)]
     parts = {}
     for split, start, end in zip(("train", *held_out.values()), starts, ends):
