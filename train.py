@@ -1072,6 +1072,7 @@ def foretell(ctx, cfg, rows, row_type, shown=0):
     examples = ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
     print_result(forecast.describe_model(cfg.init, ctx.model.config))
     if method.trains:
+        untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
         describe(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
     found = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
@@ -1735,7 +1736,7 @@ def iterate(cfg, run, setup, roles, trained, state):
             shown = [f"{name} {metrics[name]:.3g}" for name in PPO_SHOWN if name in metrics]
             progress.update(note="  ".join(shown))
             warnings = health(metrics, tolerance)
-            if warnings or trained.step == config.steps:
+            if warnings or is_last:
                 log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
                                           *warnings]))
 

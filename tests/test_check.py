@@ -3,6 +3,7 @@ import json
 import shlex
 
 import pytest
+import torch
 
 import train
 from data.results import forecast, inspect_data
@@ -198,6 +199,20 @@ def test_text_is_priced_as_pretraining_trains_it(base, tmp_path, capsys):
     result = read_json(tmp_path / "r" / "result.json")
     assert f"\n{result['steps']} steps of 4 examples, {result['tokens']:,} tokens; " in out
     assert " test windows before and after training, " in out
+
+
+def test_check_names_tokens_that_no_training_reached(base, tmp_path, capsys):
+    model = GPT.from_pretrained(base)
+    ids = TOKENIZER.encode("YZ")
+    with torch.no_grad():
+        model.wte.weight[ids[0]] = model.wte.weight[ids[1]]
+    model.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"{i}", "completion": "Z"} for i in range(30)]
+    data = split_folder(tmp_path / "d", train=rows, valid=rows[:2], test=rows[:2])
+    argv = ["--task", "check", "--init", str(tmp_path / "base"), "--data", str(data), "--steps", "1"]
+    assert train.main(argv) == 0
+    assert "answers need 1 token that no training of" in capsys.readouterr().err
 
 
 class Clock:
