@@ -833,7 +833,7 @@ def train_and_measure(cfg, run, rows, row_type):
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
     params_total = sum(p.numel() for p in ctx.model.parameters())
-    state = run.start(facts_of(ctx)) or {}
+    state = run.start(facts_of(ctx, rows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
         state = measure_baseline(ctx, cfg, run, rows, shots[0])
@@ -1263,9 +1263,11 @@ def other_texts(cfg):
     return texts
 
 
-def facts_of(ctx):
-    """What config.json keeps beside flags and identity."""
-    return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template)
+def facts_of(ctx, rows):
+    """What config.json keeps beside flags and identity; tables compare runs of equal test items only."""
+    test = [{key: value for key, value in row.items() if key != "line"} for row in rows["test"]]
+    return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
+                test_items=len(test), test_sha256=hash_json(test))
 
 
 def forgetting_loss(ctx, forgetting):
@@ -1614,7 +1616,7 @@ def train_policy(cfg, run, rows):
     trains_base = find_method(cfg.method).trains_base
     base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
     params_total = sum(p.numel() for p in base.parameters())
-    state = run.start(facts_of(ctx)) or {}
+    state = run.start(facts_of(ctx, rows)) or {}
     trainable = apply_method(ctx, cfg)
     setup = set_up_rollouts(cfg, ctx, rows, base, config)
     roles, critic = make_roles(cfg, ctx, base, setup)
@@ -1720,7 +1722,7 @@ def write_samples(cfg, run, rows):
     """Roll out, keep the best, write rows. Returns the result."""
     began = time.monotonic()
     ctx = open_context(cfg)
-    run.start(facts_of(ctx))
+    run.start(facts_of(ctx, rows))
     run.rewind(-1)                                      # of a run that was killed before its result
     rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
     config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})

@@ -2,6 +2,7 @@
 import builtins
 import json
 import math
+import os
 
 import pytest
 import tiny
@@ -105,7 +106,8 @@ def test_nothing_that_looks_like_a_run_is_left_out(tmp_path, capsys):
     make(tmp_path / "torn", {}, flags=["--rank", 6])
     (tmp_path / "torn" / "config.json").unlink()
     out = shown(tmp_path, capsys)
-    rest = dict(line.split(None, 1) for line in out.split("Not in the table, 6:\n")[1].splitlines())
+    words = out.split("Not in the table, 6:\n")[1].replace("\n    ", " ")          # wrapped, not cut
+    rest = dict(line.split(None, 1) for line in words.splitlines())
     rest = {path.split("/")[-1]: why for path, why in rest.items()}
     assert rest.keys() == {"done", "cut", "new", "bad", "fell", "torn"}
     assert rest["done"].startswith("the same run as")
@@ -128,7 +130,7 @@ def test_sizes():
     assert {n: tables.format_size(n) for n in sizes} == sizes
 
 
-def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
+def test_a_table_for_the_test_items_of_every_task(tmp_path, capsys):
     import train
     world = tiny.world(tmp_path)
     for task, data, flags in (("sft", "chat", ["--max_new_tokens", "2"]), ("classify", "label", []),
@@ -141,12 +143,115 @@ def test_runs_of_every_task_stand_in_one_table(tmp_path, capsys):
         named = {"classify": "accuracy", "pretrain": None}.get(task, "exact_match")
         assert len(result["item_correct"]) == (8 if named else 0)
         assert not named or result["item_correct"].count("1") / 8 == result["metrics"][named]
+        assert read_json(tmp_path / "out" / task / "config.json")["test_items"] == (2 if task == "pretrain" else 8)
     capsys.readouterr()
     assert train.main(["--task", "table", "--runs", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["task", "runs"]
-    assert [line.split()[0] for line in lines[1:5]] == ["classify", "eval", "pretrain", "sft"]
-    assert sum("[" in line for line in lines[1:5]) == 3     # the proportions, of one run each
+    assert [line for line in lines if line.endswith(":")] == [
+        "8 test items of chat:", "8 test items of label:", "2 test items of text:"]
+    assert lines[1].split()[:4] == ["task", "runs", "exact_match", "95"]
+    assert [line.split()[0] for line in lines[2:4]] == ["eval", "sft"]
+    assert lines[2].split()[-4:-3] == ["0"] and sum("[" in line for line in lines) == 3     # proportions
+
+
+# ------------------------------------------------------------------------------------------------- test items
+
+def test_runs_on_different_items_are_neither_starred_nor_averaged_together(tmp_path, capsys):
+    """60 items must not win against 300."""
+    for rank, x in ((2, 0.90), (8, 0.913)):
+        make(tmp_path / f"all{rank}", {"exact_match": x}, "1" * round(300 * x) + "0" * (300 - round(300 * x)),
+             flags=["--rank", rank])
+    for rank, x in ((2, 0.05), (8, 0.383)):
+        make(tmp_path / f"few{rank}", {"exact_match": x}, "1" * round(60 * x) + "0" * (60 - round(60 * x)),
+             data="few", flags=["--rank", rank, "--eval_items", 60])
+    for flags in ((), ("--by", "method"), ("--sort", "best"), ("--markdown",)):
+        first, second = shown(tmp_path, capsys, *flags).split("60 test items of toy:")
+        assert first.startswith("300 test items of toy:\n")
+        assert "0.383" not in first and "0.9" not in second
+    assert "0.383* " in shown(tmp_path, capsys).split("60 test items")[1]           # the best of its own table
+    lines = shown(tmp_path, capsys, "--by", "method").splitlines()
+    assert lines[2].split()[:5] == ["lora", "2", "0.907", "±", "0.009"]
+    second = lines.index("60 test items of toy:")
+    assert lines[second + 2].split()[:4] == ["lora", "2", "0.216", "±"]
+    out = shown(tmp_path, capsys, "--across", "rank")
+    assert out.splitlines()[0].split() == ["test", "2", "8"] and "0.900  0.913" in out
+    assert "different test items" in refused(tmp_path, "--compare", "rank=2,eval_items=60",
+                                             "rank=2,eval_items=-", "--by", "rank,eval_items")
+
+
+def test_equal_items_in_another_training_set_are_compared(tmp_path, capsys):
+    for data, x in (("a", 0.5), ("b", 0.75)):
+        make(tmp_path / data, {"loss": x}, data=data, flags=["--data", data],
+             stored={"test_items": 40, "test_sha256": "t"})
+    lines = shown(tmp_path, capsys, "--compare", "a", "b").splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["data", "a", "b"]
+    assert "40 test items of a; mean" in lines[4] and any("by seed  -0.2500" in line for line in lines)
+
+
+def test_a_loss_that_means_something_else_is_neither_starred_nor_averaged(tmp_path, capsys):
+    for classifier, loss in (("lm", 1.0), ("head", 0.1)):
+        for seed in (1, 2):
+            make(tmp_path / f"{classifier}{seed}", {"accuracy": 0.5, "loss": loss},
+                 flags=["--classifier", classifier, "--seed", seed])
+    out = shown(tmp_path, capsys, "--metric", "accuracy,loss")
+    assert "0.100 ± 0.000 " in out and "*" not in out.split("loss: not the same")[0]
+    assert "loss: not the same in all rows, because classifier differs; no * there." in out
+    assert shown(tmp_path, capsys, "--by", "method", "--metric", "loss").splitlines()[1].split()[2] == "mixed"
+    assert "loss means something else" in refused(tmp_path, "--compare", "lm", "head", "--metric", "loss")
+
+
+def test_which_run_is_best_is_one_command(tmp_path, capsys):
+    for name, rank, x, steps in (("a", 2, 0.5, 400), ("b", 4, 0.9, None), ("c", 8, 0.7, 100)):
+        folder = make(tmp_path / name, {"exact_match": x, "loss": x}, flags=["--rank", rank, "--steps", steps],
+                      steps=steps or 1128)
+        os.utime(folder / "result.json", (1e9 + rank, 1e9 + rank))
+
+    def order(column):
+        lines = shown(tmp_path, capsys, "--sort", column).splitlines()
+        assert lines[0].split()[-1] == "folder"
+        return "".join(line.split()[-1].split("/")[-1] for line in lines[1:4])
+
+    assert order("best") == order("exact_match") == "bca" and order("loss") == "acb"
+    assert order("rank") == order("folder") == "abc" and order("date") == "cba"
+    assert order("steps") == "cab"                      # 1,128 of --epochs
+    lines = shown(tmp_path, capsys).splitlines()
+    assert [line.split()[lines[0].split().index("steps")] for line in lines[1:4]] == ["400", "1,128", "100"]
+    seeds(tmp_path, "s", [0.1, 0.2], ["--rank", 16])
+    assert f"{tmp_path}/s-s*" in shown(tmp_path, capsys, "--sort", "best")
+    assert f"{tmp_path}/s-s2" in shown(tmp_path, capsys, "--by", "folder")
+    assert "--sort exact_mach is no column of these runs; did you mean exact_match?" in refused(
+        tmp_path, "--sort", "exact_mach")
+
+
+def test_what_a_command_line_varied_names_the_rows(tmp_path):
+    make(tmp_path / "a", {"loss": 1}, flags=["--batch", 8, "--rank", 2], stored={"argv": ["train.py", "--rank=2"]})
+    make(tmp_path / "b", {"loss": 1}, flags=["--batch", 16, "--rank", 8], stored={"argv": ["--rank", "8"]})
+    assert grouped(tmp_path)[0] == ["rank"]
+
+
+def test_a_narrow_terminal_drops_columns_by_rank_and_wraps_the_rest(tmp_path, capsys, monkeypatch):
+    seeds(tmp_path, "a", [0.90, 0.91, 0.92])
+    seeds(tmp_path, "b", [0.80, 0.81, 0.82], ["--rank", 2, "--data", "a-rather-long-name-of-a-data-set"], data="d")
+    make(tmp_path / "cut", flags=["--rank", 3], log=[{"event": "train", "step": 7}])
+    for width, titles in ((200, "data runs exact_match 95 % stored trainable memory tokens/s"),
+                          (80, "data runs exact_match 95 % stored"), (50, "data runs")):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = shown(tmp_path, capsys)
+        table_lines = out.split("\n\n")[0].splitlines()
+        assert max(map(len, table_lines)) <= width
+        assert table_lines[0].split() == titles.split()
+    assert table_lines[1].split() == ["exact_match"] and table_lines[3].split() == ["0.810", "±", "0.010"]
+    assert "Left out, because the terminal has 50 columns: tokens/s, memory, trainable, stored, 95 %." in (
+        " ".join(out.split()))
+    reason = " ".join(out.split("Not in the table, 1:")[1].split())
+    assert reason.endswith("the same command continues it")
+
+
+def test_before_training_is_a_metric_too(tmp_path, capsys):
+    make(tmp_path / "a", {"gold": 2.0}, baseline_metrics={"gold": 0.25, "gold_std": 1.5})
+    out = shown(tmp_path, capsys, "--metric", "before.gold,before.gold_std,gold", "--markdown")
+    assert out.startswith("| method | runs | before.gold | before.gold_std | gold |")
+    assert "| lora | 1 | 0.250 | 1.500 | 2.000 |" in out
 
 
 # -------------------------------------------------------------------------------------------------- intervals
@@ -250,7 +355,7 @@ def test_a_full_run_pairs_with_one_of_a_sweep(tmp_path, capsys):
                            ("prefix", "full", "value of 0 fields"), ("rank=3", "full", "rank: - 2 8")):
         assert sentence in refused(tmp_path, "--compare", a, b)
     make(tmp_path / "other", {"loss": 1.0}, flags=["--rank", 4], data="other")
-    assert "different data" in refused(tmp_path, "--compare", "4", "full")
+    assert "different test items" in refused(tmp_path, "--compare", "4", "full")
     assert refused(tmp_path, "--compare", "full") == "--compare needs 2 values"
 
 

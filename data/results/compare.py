@@ -14,15 +14,15 @@ Public: compare, select, sign_test
 import math
 
 from data.results.metrics import summary
-from data.results.runs import (LOWER_IS_BETTER, PROPORTIONS, VERSION_FIELDS, display_value, field_value,
-                               group, known_fields, metric_values)
+from data.results.runs import (PROPORTIONS, VERSION_FIELDS, display_value, field_value, group, known_fields,
+                               lower_is_better, measured_differently, metric_values)
 from data.runtime.files import UserError
 
 
 def compare(runs, a, b, fields, metric):
     """A - B as lines of text. a, b: what `select` takes; fields: those of --by.
 
-    Raises UserError when a side is ambiguous, when there is no pair, or when a pair differs in its data.
+    Raises UserError when a side is ambiguous, when there is no pair, or when a pair was measured differently.
     """
     runs_a, fixed_a = select(runs, a, fields)
     runs_b, fixed_b = select(runs, b, fields)
@@ -35,7 +35,7 @@ def compare(runs, a, b, fields, metric):
     pairs = [(side_a[key], side_b[key]) for key in side_a if key in side_b]
     check_pairs(pairs, both, a, b, metric)
 
-    direction = "less" if metric in LOWER_IS_BETTER else "more"
+    direction = "less" if lower_is_better(metric) else "more"
     head = f"{a} - {b}, {metric} ({direction} is better), pairs of runs: {len(pairs)}"
     unpaired = len(side_a) + len(side_b) - 2 * len(pairs)
     if unpaired:
@@ -86,7 +86,7 @@ def one_per_key(runs, text, fields, metric):
 
 
 def check_pairs(pairs, runs, a, b, metric):
-    """Raises UserError when there is no pair, when pairs mix codes, or when a pair differs in its data."""
+    """Raises UserError when there is no pair, when pairs mix codes, or when a pair was measured differently."""
     codes = displayed_values(runs, "code")
     if not pairs:
         hint = ""
@@ -97,9 +97,13 @@ def check_pairs(pairs, runs, a, b, metric):
         raise UserError(f"--compare {a} {b} has pairs of different code ({' '.join(codes)}); select one, as "
                         f"{a},code={codes[-1]}")
     for x, y in pairs:
-        if x.get("data_sha256") != y.get("data_sha256"):
-            raise UserError(f"{x['folder']} and {y['folder']} were measured on different data; a paired "
-                            "difference needs the same data")
+        names = measured_differently([x, y], metric)
+        if names == ["test"]:
+            raise UserError(f"{x['folder']} and {y['folder']} were measured on different test items; a paired "
+                            "difference needs the same ones")
+        if names:
+            raise UserError(f"{metric} means something else in {x['folder']} than in {y['folder']}, because "
+                            f"{', '.join(names)} differs; name another --metric")
 
 
 def by_seed(pairs, metric):

@@ -2,10 +2,17 @@
 
 A run is a dict: "folder"; "config" {flag: value}; "result", which is result.json; the hashes of config.json.
 Only the flags of its task and method are in "config". A field that a run does not have is shown as "-".
+Three fields are no flags: `folder`, `date` (when the run finished) and `test` (below). `steps` is what the run
+took, where the flag was not given.
 
+test set    the test items of a run: their number and a hash of their content (config.json). Runs of different
+            test sets are never compared or averaged. A run from before they were recorded stands with those of
+            equal data and equally many items
+definition  what a metric of one name means in a run, where that depends on more than the items (DEFINED_BY): a
+            loss per token and one per label are not compared, nor are scores of two reward models
 group       the runs that agree in the fields of --by. The default fields are those in which the runs differ,
             without the seed and without fields that follow from earlier ones: where each method has its own
-            learning rate, `method` is enough
+            learning rate, `method` is enough. Flags that stood on a command line come first
 code        one more field of "config". Runs of different code never share a group: group_fields adds `code`
             when there is more than one. Two runs have the same code if their hashes are equal, or if every
             definition that both executed has the same hash (config.json, "code_hashes"): a full and a LoRA
@@ -20,8 +27,9 @@ estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     one run         Wilson's interval, if the metric is a proportion of test items. It covers other items, not
                     other seeds. Any other number has no interval
 
-Public: gather, events, group_fields, distinguishing_fields, group, field_value, display_value, sort_key,
-known_fields, metric_values, main_metric, estimate, METRIC_ORDER, PROPORTIONS, LOWER_IS_BETTER, VERSION_FIELDS
+Public: gather, events, by_test_set, test_set, group_fields, distinguishing_fields, group, field_value,
+display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
+measured_differently, estimate, lower_is_better, METRIC_ORDER, PROPORTIONS, VERSION_FIELDS
 """
 import glob
 import json
@@ -40,9 +48,16 @@ MISSING = "-"
 METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
 LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
+# {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
+DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta", "label_smoothing"),
+              "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
+              "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
+              "gold": ("gold_reward",)}
+BEFORE = "before."                                      # before.loss: the loss before training
 INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",
                 "gold_reward_hash": "gold_reward", "inputs_hash": "inputs"}  # field: its key in config.json
 VERSION_FIELDS = ("code", *INPUT_HASHES)
+NO_SETTINGS = ("seed", "folder", "date", "test")        # fields that are no choice between two runs
 
 
 # ------------------------------------------------------------------------------------------- reading folders
@@ -66,6 +81,9 @@ def gather(patterns):
     label_code(runs)
     label_inputs(runs)
     runs, repeated = drop_repeated(runs)
+    label_tests(runs)
+    for run in runs:
+        label_facts(run)
     return runs, rest + repeated
 
 
@@ -162,11 +180,54 @@ def drop_repeated(runs):
     return list(first.values()), repeated
 
 
+def label_facts(run):
+    """Set the fields `folder` and `date`; and `steps`, behind all flags, where the flag was not given."""
+    run["finished"] = (run["folder"] / "result.json").stat().st_mtime
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run["finished"]))
+    facts = {"folder": str(run["folder"]), "date": date}
+    config = dict(run["config"])
+    if config.get("steps") is None and run["result"].get("steps"):
+        config.pop("steps", None)
+        facts["steps"] = run["result"]["steps"]
+    run["config"] = {**config, **facts}
+
+
+# ------------------------------------------------------------------------------------------------- test sets
+
+def test_set(run):
+    """(number of test items, a hash of them) of a run; see the header for a run that did not record them."""
+    items = run.get("test_items", len(run["result"].get("item_correct", "")) or run["config"].get("eval_items"))
+    return items or None, run.get("test_sha256", f"data {run.get('data_sha256')}")
+
+
+def label_tests(runs):
+    """Set the field `test` of each run: number of items and data, with a hash where two sets share these."""
+    names = {}                                          # {test set: its name, after the first run}
+    for run in runs:
+        items = test_set(run)[0]
+        count = "test items" if items is None else f"{items} test items"
+        names.setdefault(test_set(run), f"{count} of {display_value(run['config'].get('data'))}")
+    for run in runs:
+        name = names[test_set(run)]
+        if list(names.values()).count(name) > 1:
+            name += f" ({short_hash(test_set(run)[1], 6)})"
+        run["config"] = {**run["config"], "test": name}
+
+
+def by_test_set(runs):
+    """{name of the test set: its runs}, the one with the most items first."""
+    tests = {}
+    for run in runs:
+        tests.setdefault(run["config"]["test"], []).append(run)
+    return dict(sorted(tests.items(), key=lambda item: (-(test_set(item[1][0])[0] or 0), item[0])))
+
+
 # ---------------------------------------------------------------------------------------------------- groups
 
 def field_value(run, name):
     """A field of a run's config; None when its task and method do not have it."""
-    return run["config"].get(name)
+    value = run["config"].get(name)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def display_value(value):
@@ -177,6 +238,8 @@ def display_value(value):
         return '""'
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return str(value).rstrip("/").split("/")[-1]
 
 
@@ -187,9 +250,7 @@ def group_key(run, fields):
 def distinguishing_fields(runs):
     """The fields in which runs differ; each one separates runs that the fields before it leave together."""
     fields = []
-    for name in known_fields(runs):
-        if name == "seed" or name in VERSION_FIELDS:
-            continue
+    for name in settings_of(runs):
         finer = [*fields, name]
         groups_before = {group_key(run, fields) for run in runs}
         groups_after = {group_key(run, finer) for run in runs}
@@ -203,12 +264,27 @@ def known_fields(runs):
     return list(dict.fromkeys(name for run in runs for name in run["config"]))
 
 
+def settings_of(runs):
+    """The names of the fields that are choices: flags other than the seed, those on a command line first."""
+    given = {word.partition("=")[0].removeprefix("--") for run in runs for word in run.get("argv", ())}
+    names = [name for name in known_fields(runs) if name not in (*NO_SETTINGS, *VERSION_FIELDS)]
+    return sorted(names, key=lambda name: name not in given)
+
+
 def group_fields(runs, requested=None):
-    """The fields requested, or else the distinguishing ones; and those of VERSION_FIELDS that differ."""
-    fields = list(requested or distinguishing_fields(runs))
+    """The fields requested, or else the distinguishing ones; and those of VERSION_FIELDS that differ.
+
+    A request of seed, folder or date alone is one beside the distinguishing fields.
+    `test` is added where these would put runs of two test sets into one group.
+    """
+    requested = requested or []
+    chosen = [name for name in requested if name not in NO_SETTINGS] or distinguishing_fields(runs)
+    fields = chosen + [name for name in requested if name in NO_SETTINGS]
     for name in VERSION_FIELDS:
         if name not in fields and len({field_value(run, name) for run in runs}) > 1:
             fields.append(name)
+    if any(len({test_set(run) for run in some}) > 1 for some in group(runs, fields).values()):
+        fields.append("test")
     return fields
 
 
@@ -232,9 +308,52 @@ def group(runs, fields):
 # --------------------------------------------------------------------------------------------------- numbers
 
 def metric_values(runs, name):
-    """A metric, or another number of result.json, of each run that has it; inf may be a string there."""
-    values = (run["result"].get("metrics", {}).get(name, run["result"].get(name)) for run in runs)
+    """A metric, or another number of result.json, of each run that has it; inf may be a string there.
+
+    "before.NAME" is the metric before training.
+    """
+    values = [number_of(run, name) for run in runs]
     return [float(value) for value in values if value is not None]
+
+
+def number_of(run, name):
+    result = run["result"]
+    if name.startswith(BEFORE):
+        return result.get("baseline_metrics", {}).get(name.removeprefix(BEFORE))
+    return result.get("metrics", {}).get(name, result.get(name))
+
+
+def metric_names(runs):
+    """The names of all metrics that a run has; those before training begin with "before."."""
+    names = dict.fromkeys(name for run in runs for name in run["result"].get("metrics", {}))
+    return [*names, *dict.fromkeys(BEFORE + name for run in runs
+                                   for name in run["result"].get("baseline_metrics", {}))]
+
+
+def lower_is_better(metric):
+    return metric.removeprefix(BEFORE) in LOWER_IS_BETTER
+
+
+def definition(run, metric):
+    """{name: value} of what a metric depends on in this run, besides its test items."""
+    found = {}
+    for name in DEFINED_BY.get(metric.removeprefix(BEFORE), ()):
+        value = number_of(run, name)                    # "targets" is a flag of LoRA, too
+        if value is None:
+            value = run.get(name, run["config"].get(name))
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def measured_differently(runs, metric):
+    """What keeps the runs that have the metric from being compared: "test", or names of DEFINED_BY."""
+    having = [run for run in runs if metric_values([run], metric)]
+    if len({test_set(run) for run in having}) > 1:
+        return ["test"]
+    definitions = [definition(run, metric) for run in having]
+    names = dict.fromkeys(name for found in definitions for name in found)
+    return [name for name in names if any(found.get(name) != definitions[0].get(name) for found in definitions)]
 
 
 def main_metric(run):
@@ -249,10 +368,11 @@ def main_metric(run):
 def estimate(runs, metric):
     """(mean, sd, low, high) of a metric over the runs of a group; low and high bound the 95 % interval.
 
-    Numbers that cannot be computed are nan; all four are when one of the runs has a value that is not finite.
+    Numbers that cannot be computed are nan; all four are when one of the runs has a value that is not finite,
+    and when the runs measure different things (`measured_differently`).
     """
     values = metric_values(runs, metric)
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, values)) or measured_differently(runs, metric):
         return math.nan, math.nan, math.nan, math.nan
     mean, sd, half = summary(values)
     item_correct = runs[0]["result"].get("item_correct")

@@ -1,25 +1,32 @@
-"""data/results/tables.py: --task table. Many run folders in one table; optionally a comparison and a plot.
+"""data/results/tables.py: --task table. Many run folders in tables; optionally a comparison and a plot.
 
 A row is a group of runs (data/results/runs.py) and shows, for each metric, mean ± sd and its 95 % interval.
+Runs that were measured on different test items stand in different tables, each under the name of its items.
 
-*           the best group among those on the same data: all of these have an interval, and that of the best
-            overlaps no other (bold in Markdown)
+*           the best row of its table: all rows have an interval there, and that of the best overlaps no other
+            (bold in Markdown). None where a metric is defined differently in some rows: this is said below
+--sort      rows ordered by a column, best metric or latest date first, and the folders of each row
 --across    a matrix: the values of one field are the columns, and a cell is one number
+width       columns beyond the terminal are left out, the least important first, and named below; what
+            remains is wrapped. Markdown and matrices have all columns
 left out    a folder that looks like a run and is not in the table is listed below it with the reason
 
 Public: TableFlags, show, best, table, matrix, format_size
 """
 import difflib
 import math
+import os
 import shutil
 import textwrap
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.results import plots
 from data.results.compare import compare
 from data.results.metrics import summary
-from data.results.runs import (LOWER_IS_BETTER, MISSING, display_value, estimate, field_value, gather, group,
-                               group_fields, known_fields, main_metric, metric_values, sort_key)
+from data.results.runs import (MISSING, by_test_set, display_value, estimate, field_value, gather, group,
+                               group_fields, known_fields, lower_is_better, main_metric, measured_differently,
+                               metric_names, metric_values, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result
@@ -29,10 +36,14 @@ from data.runtime.run_folder import print_result
 class TableFlags:
     "table"
     runs: list = flag(("out/*",), "run folders, or patterns for them", type=str, nargs="+")
-    by: str = flag(None, "fields to group by, as method,rank; default: those in which runs differ", type=str)
+    by: str = flag(None, "fields to group by, as method,rank or folder; default: those in which runs differ",
+                   type=str)
+    sort: str = flag(None, "the column that orders the rows, folders shown: best (the metric of the task), "
+                     "another metric, a field, date, folder, tokens/s ...", type=str)
     across: str = flag(None, "a matrix: a column for each value of this field, and one number a cell, the "
                        "first of --metric that its runs have", type=str)
-    metric: str = flag(None, "what to show, as exact_match,loss; default: the metric of each task", type=str)
+    metric: str = flag(None, "what to show, as exact_match,before.loss,loss; default: the metric of each task",
+                       type=str)
     compare: list = flag(None, "paired difference of two groups: lora full, or rank=1 rank=8, or "
                          "method=lora,rank=1 full", type=str, nargs=2)
     markdown: bool = flag(False, "the table in Markdown")
@@ -41,36 +52,40 @@ class TableFlags:
 
 
 def show(cfg):
-    """The command: prints the table of cfg.runs and returns the exit code 0. Raises UserError."""
+    """The command: prints the tables of cfg.runs and returns the exit code 0. Raises UserError."""
     runs, left_out = gather(cfg.runs)
     if not runs and not left_out:
         raise UserError(f"--runs {' '.join(cfg.runs)}: no run folder is there; runs are written into "
                         "out/, or where --out points")
-    fields = group_fields(runs, cfg.by and cfg.by.split(","))
-    if cfg.across and cfg.across not in fields:
-        fields.append(cfg.across)
-    if runs:
-        check_fields(runs, fields if cfg.x in (None, *plots.SPECIAL_AXES) else [*fields, cfg.x])
+    fields = requested_fields(runs, cfg)
+    check_metrics(runs, cfg.metric)
     metrics = shown_metrics(runs, cfg.metric)
     if (cfg.compare or cfg.plot) and not metrics:
         raise UserError("no finished run has a metric, so there is nothing to compare or to plot")
-    groups = group(runs, fields)
-    if runs:
-        if cfg.across:
-            rows = matrix(groups, fields, cfg.across, metrics if cfg.metric else None)
-        else:
-            rows = table(groups, fields, metrics)
-        print_table(rows, cfg.markdown)
-        print_mixed_fields(runs, groups, fields)
-        print_kept(runs)
+    if cfg.across and runs:
+        print_matrix(runs, fields, cfg)
+    elif runs:
+        print_tables(runs, cfg)
+    print_kept(runs)
     if cfg.compare:
         print_result("\n" + "\n".join(compare(runs, *cfg.compare, fields, metrics[0])))
     if left_out:
         print_left_out(left_out)
     if cfg.plot:
-        plots.draw(cfg.plot, groups, fields, metrics[0], cfg.x)
+        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], cfg.x)
         print_result(f"\n{cfg.plot}")
     return 0
+
+
+def requested_fields(runs, cfg):
+    """The fields of --by, or the default ones, and that of --across. Raises UserError for one no run has."""
+    fields = group_fields(runs, cfg.by and cfg.by.split(","))
+    if cfg.across and cfg.across not in fields:
+        fields = group_fields(runs, [*fields, cfg.across])
+    if runs:
+        check_fields(runs, fields if cfg.x in (None, *plots.SPECIAL_AXES) else [*fields, cfg.x])
+        check_sort(runs, cfg.sort)
+    return fields
 
 
 def check_fields(runs, fields):
@@ -78,51 +93,105 @@ def check_fields(runs, fields):
     known = known_fields(runs)
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{name} is no field of these runs{hint}")
+            raise UserError(f"{name} is no field of these runs{did_you_mean(name, known)}")
 
 
-def shown_metrics(runs, requested):
-    """The metrics to show: those of --metric, or the main metric of each run and "forgetting".
+def did_you_mean(name, known):
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
-    Raises UserError for a requested one that no run has.
-    """
-    present = {name for run in runs for name in run["result"].get("metrics", {})}
-    if not requested:
-        names = dict.fromkeys([main_metric(run) for run in runs] + ["forgetting"])
-        return [name for name in names if name in present]
-    for name in requested.split(","):
-        if runs and name not in present:
+
+def check_metrics(runs, requested):
+    """Raises UserError for a metric of --metric that no run has."""
+    present = metric_names(runs)
+    for name in requested.split(",") if requested and runs else ():
+        if name not in present:
             raise UserError(f"--metric {name}: no run has it; there is {' '.join(sorted(present))}")
-    return [name for name in requested.split(",") if name in present]
+
+
+def shown_metrics(runs, requested, also=None):
+    """The metrics to show, of those that runs have: --metric, or the main ones and "forgetting"; and `also`."""
+    names = [*dict.fromkeys(map(main_metric, runs)), "forgetting"]
+    if requested:
+        names = requested.split(",")
+    present = metric_names(runs)
+    return [name for name in dict.fromkeys([*names, also]) if name in present]
+
+
+# ------------------------------------------------------------------------------------------------------ order
+
+BEST = "best"                                           # --sort by the main metric of each table
+
+
+def check_sort(runs, column):
+    """Raises UserError for a --sort that is neither a field nor a metric nor a column."""
+    known = [BEST, *known_fields(runs), *metric_names(runs), *RESOURCES]
+    if column is not None and column not in known:
+        raise UserError(f"--sort {column} is no column of these runs{did_you_mean(column, known)}")
+
+
+def ordered(groups, fields, column, metrics):
+    """The groups in the order of --sort: a metric best first, a date latest first, all else upwards.
+
+    Rows without a value come last; None leaves the order as it is.
+    """
+    if column == BEST:
+        column = metrics[0] if metrics else None
+    if column is None:
+        return groups
+    keys = {key: sort_value(key, runs, fields, column, metrics) for key, runs in groups.items()}
+    return dict(sorted(groups.items(), key=lambda item: keys[item[0]]))
+
+
+def sort_value(key, runs, fields, column, metrics):
+    """What a group is sorted by: small ones first."""
+    if column in fields:
+        value = sort_key(key[fields.index(column)])
+        return (value == sort_key(None), value)
+    if column == "folder":
+        return (False, folder_pattern(runs))
+    if column == "date":
+        return (False, -max(run["finished"] for run in runs))
+    number = resource_of(column, runs) if column in RESOURCES else estimate(runs, column)[0]
+    if number is None or math.isnan(number):
+        return (True, 0.0)
+    return (False, -number if column in metrics and not lower_is_better(column) else number)
+
+
+def folder_pattern(runs):
+    """The folder of a run, or a pattern for the folders of several."""
+    folders = [str(run["folder"]) for run in runs]
+    common = os.path.commonprefix(folders)
+    return folders[0] if len(folders) == 1 else common + "*"
 
 
 # ---------------------------------------------------------------------------------------------- rows of cells
 
-def best(groups, metric):
-    """The keys of the best groups, at most one for each data set: its interval overlaps no other there.
+class Column(NamedTuple):
+    """A column of a table."""
+    title: str
+    cells: list
+    rank: int = 0                                       # the highest is left out first; 0: it always stays
+    best: tuple = ()                                    # rows that get an asterisk
 
-    There is none on a data set where a group has no interval.
+
+def best(groups, metric):
+    """The keys of the best groups, at most one: its interval overlaps no other.
+
+    There is none where a group has no interval, or where the groups do not measure the same (`estimate`).
     """
-    by_data = {}
-    for key, runs in groups.items():
-        if metric_values(runs, metric):
-            data = frozenset(run.get("data_sha256") for run in runs)
-            by_data.setdefault(data, []).append((key, estimate(runs, metric)))
-    winners = set()
-    for rivals in by_data.values():
-        if len(rivals) < 2 or not all(math.isfinite(low) for _, (_, _, low, _) in rivals):
-            continue
-        if metric in LOWER_IS_BETTER:
-            first, *others = sorted(rivals, key=lambda rival: rival[1][0])
-            wins = all(first[1][3] < low for _, (_, _, low, _) in others)
-        else:
-            first, *others = sorted(rivals, key=lambda rival: -rival[1][0])
-            wins = all(first[1][2] > high for _, (_, _, _, high) in others)
-        if wins:
-            winners.add(first[0])
-    return winners
+    rivals = [(key, estimate(runs, metric)) for key, runs in groups.items() if metric_values(runs, metric)]
+    if len(rivals) < 2 or measured_differently(sum(groups.values(), []), metric):
+        return set()
+    if not all(math.isfinite(low) for _, (_, _, low, _) in rivals):
+        return set()
+    if lower_is_better(metric):
+        first, *others = sorted(rivals, key=lambda rival: rival[1][0])
+        wins = all(first[1][3] < low for _, (_, _, low, _) in others)
+    else:
+        first, *others = sorted(rivals, key=lambda rival: -rival[1][0])
+        wins = all(first[1][2] > high for _, (_, _, _, high) in others)
+    return {first[0]} if wins else set()
 
 
 def format_estimate(numbers):
@@ -134,7 +203,7 @@ def format_estimate(numbers):
         decimals = 5
     else:
         decimals = 3
-    text = f"{mean:.{decimals}f}"
+    text = f"{round(mean, decimals) + 0.0:.{decimals}f}"      # + 0.0 turns -0.0 into 0.0
     if math.isfinite(sd):
         text += f" ± {sd:.{decimals}f}"
     return text, f"[{low:.{decimals}f}, {high:.{decimals}f}]" if math.isfinite(low) else MISSING
@@ -149,43 +218,67 @@ def format_size(n):
         n /= 1000
 
 
-# (title of the column, key in result.json, function that formats it)
-RESOURCES = (("trainable", "params_trainable", "{:,.0f}".format),
-             ("stored", "adapter_bytes", format_size),
-             ("memory", "peak_memory_mb", "{:.0f} MB".format),
-             ("tokens/s", "tokens_per_second", "{:,.0f}".format))
+# {title of the column: (keys in result.json, of which a run has one; function that formats the number)},
+# the least important last
+RESOURCES = {"steps": (("steps",), "{:,.0f}".format),
+             "stored": (("adapter_bytes", "model_bytes"), format_size),
+             "trainable": (("params_trainable",), "{:,.0f}".format),
+             "memory": (("peak_memory_mb",), "{:.0f} MB".format),
+             "tokens/s": (("tokens_per_second",), "{:,.0f}".format)}
 
 
-def table(groups, fields, metrics):
-    """Rows of cells, the head first; the mean of a group that is best ends in an asterisk."""
-    winners = {metric: best(groups, metric) for metric in metrics}
-    head = [*fields, "runs"]
+def resource_of(title, runs):
+    """The mean over runs of a number of RESOURCES; None if no run has it."""
+    values = sum((metric_values(runs, name) for name in RESOURCES[title][0]), [])
+    return summary(values)[0] if values else None
+
+
+def table(groups, fields, metrics, sort=None):
+    """The Columns of a table.
+
+    With --sort, or grouped by it, the folders of the rows are its last column.
+    """
+    all_runs = sum(groups.values(), [])
+    columns = [Column(name, [display_value(key[i]) for key in groups])
+               for i, name in enumerate(fields) if name != "folder"]
+    columns.append(Column("runs", [str(len(runs)) for runs in groups.values()]))
     for metric in metrics:
-        head += [metric, "95 %"]
-    rows = [head + [title for title, _, _ in RESOURCES]]
+        columns += metric_columns(groups, metric, metric == metrics[0])
+    for number, (title, (_, text)) in enumerate(RESOURCES.items()):
+        values = [resource_of(title, runs) for runs in groups.values()]
+        if title not in fields and any(value is not None for value in values):
+            cells = [MISSING if value is None else text(value) for value in values]
+            columns.append(Column(title, cells, 4 + number))
+    if sort == "date" and "date" not in fields:
+        latest = [max(runs, key=lambda run: run["finished"]) for runs in groups.values()]
+        columns.append(Column("date", [field_value(run, "date") for run in latest]))
+    if sort or "folder" in fields:
+        columns.append(Column("folder", [folder_pattern(runs) for runs in groups.values()]))
+    return columns
+
+
+def metric_columns(groups, metric, main):
+    """The column of a metric, and that of its 95 % intervals if there is one."""
+    winners = best(groups, metric)
+    means = []
+    intervals = []
     for key, runs in groups.items():
-        row = [*map(display_value, key), str(len(runs))]
-        for metric in metrics:
-            if not metric_values(runs, metric):
-                row += [MISSING, MISSING]
-                continue
+        mean = interval = MISSING
+        if metric_values(runs, metric):
             mean, interval = format_estimate(estimate(runs, metric))
-            row += [mean + "*" if key in winners[metric] else mean, interval]
-        for _, name, text in RESOURCES:
-            values = metric_values(runs, name)
-            row.append(text(summary(values)[0]) if values else MISSING)
-        rows.append(row)
-    return without_empty_intervals(rows)
-
-
-def without_empty_intervals(rows):
-    head, *body = rows
-    empty = {i for i, name in enumerate(head) if name == "95 %" and all(row[i] == MISSING for row in body)}
-    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+            if measured_differently(runs, metric):
+                mean = "mixed"
+        means.append(mean)
+        intervals.append(interval)
+    winning = tuple(row for row, key in enumerate(groups) if key in winners)
+    columns = [Column(metric, means, 0 if main else 2, winning)]
+    if any(interval != MISSING for interval in intervals):
+        columns.append(Column("95 %", intervals, 1 if main else 3))
+    return columns
 
 
 def matrix(groups, fields, across, metrics=None):
-    """Rows of cells "mean ± sd": a column for each value of `across`, rows for those of the other fields.
+    """Columns of cells "mean ± sd": one for each value of `across`, rows for those of the other fields.
 
     A cell shows the first of `metrics` that its runs have; None: the main metric of its runs.
     """
@@ -196,61 +289,165 @@ def matrix(groups, fields, across, metrics=None):
         name = next((name for name in candidates if metric_values(runs, name)), None)
         cell = format_estimate(estimate(runs, name))[0] if name else MISSING
         lines.setdefault((*key[:i], *key[i + 1:]), {})[key[i]] = cell
-    columns = sorted({key[i] for key in groups}, key=sort_key)
-    head = [name for name in fields if name != across] + [display_value(value) for value in columns]
-    body = [[*map(display_value, key), *(cells.get(value, MISSING) for value in columns)]
-            for key, cells in lines.items()]
-    return [head, *body]
+    others = [name for name in fields if name != across]
+    columns = [Column(name, [display_value(key[j]) for key in lines]) for j, name in enumerate(others)]
+    for value in sorted({key[i] for key in groups}, key=sort_key):
+        columns.append(Column(display_value(value), [cells.get(value, MISSING) for cells in lines.values()]))
+    return columns
 
 
 # --------------------------------------------------------------------------------------------------- printing
 
-def print_table(rows, markdown):
-    print_result("\n".join(markdown_lines(rows) if markdown else aligned_lines(rows)))
+def terminal_width():
+    """COLUMNS, or the width of the terminal; a file or a pipe has 200."""
+    return shutil.get_terminal_size((200, 0)).columns
+
+
+def print_wrapped(text, indent=""):
+    """A sentence, its later lines indented by one step more; no word is cut."""
+    print_result(textwrap.fill(text, max(40, terminal_width()), initial_indent=indent,
+                               subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False))
+
+
+def print_tables(runs, cfg):
+    """A table for each test set, and below them what the numbers are."""
+    tests = by_test_set(runs)
+    starred = False
+    dropped = {}
+    for name, some in tests.items():
+        if len(tests) > 1:
+            print_result(f"{name}:" + "\n" * cfg.markdown)
+        columns = print_table(some, cfg)
+        starred |= any(column.best for column in columns)
+        if not cfg.markdown:
+            dropped.update((column.title, 1) for column in left_out_columns(columns, terminal_width()))
+        print_result()
+    if dropped:
+        print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: {', '.join(dropped)}.")
     legend = ("mean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run, Wilson over "
               "test items (proportions only)")
-    if any(cell.endswith("*") for row in rows[1:] for cell in row):
-        legend += "; * the best: its interval overlaps no other"
-    print_result(f"\n{legend}.")
+    if starred:
+        legend += "; * the best of its table: its interval overlaps no other"
+    print_wrapped(f"{legend}." if len(tests) > 1 else f"{name}; {legend}.")
 
 
-def markdown_lines(rows):
-    bold = [[f"**{cell[:-1]}**" if cell.endswith("*") else cell for cell in row] for row in rows]
-    rule = ["---"] * len(bold[0])
-    return ["| " + " | ".join(row) + " |" for row in (bold[0], rule, *bold[1:])]
+def print_table(runs, cfg):
+    """Print the table of runs of one test set, and what has to be said of it. Returns its Columns."""
+    fields = group_fields(runs, cfg.by and [name for name in cfg.by.split(",") if name in known_fields(runs)])
+    if cfg.sort in settings_of(runs) and cfg.sort not in fields:
+        fields.append(cfg.sort)
+    metrics = shown_metrics(runs, cfg.metric, cfg.sort)
+    groups = ordered(group(runs, fields), fields, cfg.sort, metrics)
+    columns = table(groups, fields, metrics, cfg.sort)
+    print_columns(columns, cfg.markdown)
+    for metric in metrics:
+        names = measured_differently(runs, metric)
+        if names:
+            print_wrapped(f"{metric}: not the same in all rows, because {', '.join(names)} differs; no * there.")
+    print_mixed_fields(runs, groups, fields)
+    return columns
 
 
-def aligned_lines(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def print_matrix(runs, fields, cfg):
+    print_columns(matrix(group(runs, fields), fields, cfg.across, cfg.metric and cfg.metric.split(",")),
+                  cfg.markdown)
+    print_wrapped("\nmean ± sd over the runs of a cell.")
+    print_mixed_fields(runs, group(runs, fields), fields)
+
+
+def print_columns(columns, markdown):
+    if markdown:
+        print_result("\n".join(markdown_lines(columns)))
+    else:
+        print_result("\n".join(aligned_lines(columns, terminal_width())))
+
+
+def markdown_lines(columns):
+    """The best cells are bold; a bar inside a cell is escaped."""
+    written = []
+    for column in columns:
+        cells = [cell.replace("|", "\\|") for cell in column.cells]
+        bold = [f"**{cell}**" if row in column.best else cell for row, cell in enumerate(cells)]
+        written.append([column.title, "---", *bold])
+    return ["| " + " | ".join(row) + " |" for row in zip(*written)]
+
+
+GAP = 2                                                 # blanks between columns
+
+
+def width_of(column):
+    return max(map(len, [column.title, *marked_cells(column)]))
+
+
+def marked_cells(column):
+    """The cells with an asterisk behind the best ones."""
+    return [cell + "*" if row in column.best else cell for row, cell in enumerate(column.cells)]
+
+
+def left_out_columns(columns, limit):
+    """The columns that have no room in `limit` characters, the least important first.
+
+    Folders take no room here, because they are wrapped; columns of rank 0 always stay.
+    """
+    total = sum(width_of(column) + GAP for column in columns if column.title != "folder") - GAP
+    dropped = []
+    for column in sorted(columns, key=lambda column: -column.rank):
+        if total <= limit or not column.rank:
+            break
+        dropped.append(column)
+        total -= width_of(column) + GAP
+    return dropped
+
+
+def aligned_lines(columns, limit):
+    """Lines of text, without `left_out_columns`; what is still too wide continues on an indented line below
+    each row."""
+    dropped = left_out_columns(columns, limit)
+    parts = [[]]
+    used = 0
+    for i, column in enumerate(columns):
+        if column in dropped:
+            continue
+        if parts[-1] and used + width_of(column) > limit:
+            parts.append([])
+            used = GAP
+        title = column.title
+        if title == "folder" and not parts[-1]:         # folders on a line of their own need no heading
+            title = ""
+        to_the_left = i == 0 or column.title == "folder"
+        width = width_of(column)
+        parts[-1].append([cell.ljust(width) if to_the_left else cell.rjust(width)
+                          for cell in (title, *marked_cells(column))])
+        used += width + GAP
     lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    for row in range(1 + len(columns[0].cells)):
+        for number, part in enumerate(parts):
+            indent = " " * GAP if number else ""
+            lines.append((indent + (" " * GAP).join(cells[row] for cells in part)).rstrip())
+    return [line for line in lines if line]
 
 
 def print_mixed_fields(runs, groups, fields):
-    """Name the fields, other than the seed, in which the runs of a row differ."""
+    """Name the flags, other than the seed, in which the runs of a row differ."""
     mixed = []
-    for name in known_fields(runs):
+    for name in settings_of(runs):
         values = [{display_value(field_value(run, name)) for run in some} for some in groups.values()]
-        if name != "seed" and any(len(some) > 1 for some in values):
+        if any(len(some) > 1 for some in values):
             mixed.append(name)
     if mixed:
         finer = ",".join([*fields, mixed[0]])
-        print_result(f"Rows average over {', '.join(mixed)}; --by {finer} splits them.")
+        print_wrapped(f"Rows average over {', '.join(mixed)}; --by {finer} splits them.")
 
 
 def print_kept(runs):
     """Name the runs whose result --keep accepted after a change of code, with what had changed."""
     for run in runs:
         if run["result"].get("kept"):
-            print_result(f"{run['folder']} is from before a change of code, accepted by --keep: "
-                         f"{', '.join(run['result']['kept'])}")
+            print_wrapped(f"{run['folder']} is from before a change of code, accepted by --keep: "
+                          f"{', '.join(run['result']['kept'])}")
 
 
 def print_left_out(left_out):
-    width = shutil.get_terminal_size((200, 0)).columns - 2
     print_result(f"\nNot in the table, {len(left_out)}:")
     for path, reason in left_out:
-        print_result("  " + textwrap.shorten(f"{path}  {reason}", width, placeholder=" ..."))
+        print_wrapped(f"{path}  {reason}", "  ")
