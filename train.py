@@ -65,7 +65,7 @@ from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
-from data.results.report import describe, describe_virtual_tokens, report
+from data.results.report import asked, describe, describe_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -442,14 +442,14 @@ def param_groups(ctx, cfg, trainable):
 def save_weights(ctx, cfg, folder):
     """The trained weights in standard formats, what only we have a name for in run.json.
 
-    Returns their bytes.
+    Returns {"adapter_bytes" or, of a whole model, "model_bytes": their size}.
     """
     method = find_method(cfg.method)
     inner = folder / ("model" if method.trains_base else "adapter")
     base = cfg.init if method.mergeable or method.trains_base else prompt_base(cfg.init)
     method.save(ctx, inner, None if method.trains_base else portable(base))
     if dist_state.rank:
-        return 0
+        return {}
     if ctx.head is not None:
         write_tensors(inner / "head.safetensors",
                       {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
@@ -457,7 +457,7 @@ def save_weights(ctx, cfg, folder):
     text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
                                     **method.run_settings(cfg)})
-    return sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")
+    return {f"{inner.name}_bytes": sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")}
 
 
 TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
@@ -845,12 +845,12 @@ def train_and_measure(cfg, run, rows, row_type):
     elif len(shots) > 1:
         outcome = measure_shots(ctx, rows, shots, outcome)
     with defer_signals, Progress("saving"):
-        weights = save_weights(ctx, cfg, run.folder) if trainable else 0
-        samples = [dict(prompt="".join(turn["content"] for turn in ctx.text.turns(row)[-2:-1]),
-                        reference=ctx.text.references(row)[0], before=before, after=after)
+        stored = save_weights(ctx, cfg, run.folder) if trainable else {}
+        samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
+                        after=after)
                    for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
         counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
-                      adapter_bytes=weights)
+                      **stored)
         return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
 
 
@@ -987,7 +987,7 @@ def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
     run.log(event="test", step=clock["steps"], tokens=clock["tokens"], seconds=clock["seconds"],
             **outcome.metrics)
     named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
-    result = dict(status="done", **named,
+    result = dict(status="done", **named, out=str(run.folder),
                   metrics=outcome.metrics, baseline_metrics=baseline, **counts, **clock,
                   tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
                   item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
@@ -1002,8 +1002,8 @@ def use_it(ctx, cfg, folder):
     if not find_method(cfg.method).trains:
         return None
     if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
-        return f"python train.py --task eval --init {folder} --data {cfg.data}"
-    return f"python train.py --task chat --init {folder}"
+        return shlex.join(["python", "train.py", "--task", "eval", "--init", str(folder), "--data", cfg.data])
+    return shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
 
 
 def describe_prompt(ctx, cfg):
@@ -1203,7 +1203,9 @@ def report_once(run, identity, compute):
         with run.opened(identity) as result:            # another process may have finished it meanwhile
             if result is None:
                 result = compute()
-    return report(result, run.folder, result.get("next_command"))
+    else:
+        log_progress(f"{run.folder} is finished: this is its stored result (--fresh computes it again)")
+    return report(result, run.folder)
 
 
 def identity_of(cfg, rows):
@@ -1642,10 +1644,10 @@ def train_policy(cfg, run, rows):
         if forgetting:
             metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
-            weights = save_weights(ctx, cfg, run.folder)
-            samples = [dict(prompt=setup.texts[tuple(p)], before=before, after=ctx.text.decode_answer(y))
-                       for p, before, y in zip(setup.prompts["test"], state["before"], answers)]
-            counts = dict(params_total=params_total, params_trainable=count, adapter_bytes=weights)
+            stored = save_weights(ctx, cfg, run.folder)
+            samples = [dict(prompt=asked(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
+                       for row, before, y in zip(rows["test"], state["before"], answers)]
+            counts = dict(params_total=params_total, params_trainable=count, **stored)
             clock = dict(steps=trained.step, tokens=state["tokens"], seconds=round(state["seconds"], 3),
                          skipped=0)
             return finish(run, ctx, cfg, Outcome(metrics, answers), state["baseline"], samples, counts, clock)
@@ -1739,8 +1741,7 @@ def write_samples(cfg, run, rows):
         with atomic(run.folder / f"{split}.jsonl") if not dist_state.rank else open(os.devnull, "wb") as f:
             f.writelines((json.dumps(row) + "\n").encode() for row in kept)
     del metrics["kl"]                                   # policy and reference are one here
-    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0,
-                  adapter_bytes=0)
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
 
@@ -1857,7 +1858,8 @@ def run_merge(cfg):
     if head.exists():
         write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
     print_result(f"largest logit difference after merging: {difference:.2g}")
-    print_result(f"python train.py --task {'eval' if head.exists() else 'chat'} --init {cfg.out}")
+    use = "eval" if head.exists() else "chat"
+    print_result(shlex.join(["python", "train.py", "--task", use, "--init", cfg.out]))
     return 0
 
 
@@ -1944,11 +1946,11 @@ class Task:
 
 
 def then_ppo(ctx, cfg, folder):
-    return f"python train.py --task ppo --init {cfg.init} --reward {folder}"
+    return shlex.join(["python", "train.py", "--task", "ppo", "--init", cfg.init, "--reward", str(folder)])
 
 
 def then_sft(ctx, cfg, folder):
-    return f"python train.py --init {cfg.init} --data {folder}"
+    return shlex.join(["python", "train.py", "--init", cfg.init, "--data", str(folder)])
 
 
 def no_command(ctx, cfg, folder):

@@ -112,16 +112,22 @@ def test_base_and_tuned_side_by_side(method, more, world, tmp_path, capsys):
              "--method", method, "--steps", "3", "--max_new_tokens", "2", "--forgetting_data", "none", *more]
     assert train.main(learn) == 0
     alone, both = shown(capsys, world / "base"), shown(capsys, tmp_path / "r")
-    assert re.match(r"base +tuned$", both[0])
-    left, right = [[line[46 * k:46 * k + 46].rstrip() for line in both[1:14]] for k in (0, 1)]
-    assert left == alone[:13] and right != left                     # the base is the base, behind the adapter
+    assert alone[0] == both[0] == "The next token, by probability:" and re.match(r"base +tuned$", both[1])
+    left, right = [[line[46 * k:46 * k + 46].rstrip() for line in both[2:15]] for k in (0, 1)]
+    without_bars = [[line.rstrip("█ ") for line in lines] for lines in (left, alone[1:14])]
+    assert without_bars[0] == without_bars[1] and right != left     # the base is the base, behind the adapter
+    bars = {float(line.split()[0]): line.count("█") for line in left[:12] + right[:12]}
+    assert max(bars.values()) == 16                                 # one scale for both sides
+    assert all(abs(16 * p / max(bars) - bar) <= 0.51 for p, bar in bars.items())
+    second = both.index("A continuation, sampled with --seed 1; the probability that each token was chosen with:")
+    assert both[second - 1] == "" and re.match(r"base +tuned$", both[second + 1])
     assert both[-2].startswith("base: ab") and both[-1].startswith("tuned: ab")
     assert shown(capsys, tmp_path / "r") == both                    # the same dice
 
 
 def test_a_full_model_has_one_side_and_a_template_can_be_asked_for(world, capsys):
     plain, chatml = shown(capsys, world / "base"), shown(capsys, world / "base", "--template", "auto")
-    assert "tuned" not in plain[0] and plain[:12] != chatml[:12]
+    assert not any("tuned" in line for line in plain) and plain[:12] != chatml[:12]
 
 
 def test_what_makes_no_sense_is_refused(world, tmp_path, capsys):

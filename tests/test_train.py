@@ -283,6 +283,10 @@ def test_every_method_overfits_a_fixed_batch(method, most, world, tmp_path):
 
 def test_the_folder_holds_what_it_should(world, tmp_path):
     r = run(world, tmp_path / "r", "--method", "lora", "--rank", "3", "--targets", "q,v")
+    whole = run(world, tmp_path / "full", "--method", "full", "--steps", "0")
+    assert "adapter_bytes" not in whole and whole["model_bytes"] == (
+        tmp_path / "full" / "model" / "model.safetensors").stat().st_size
+    first_line = (tmp_path / "results.jsonl").read_text().splitlines()[0]
     stored = read_json(tmp_path / "r" / "config.json")
     assert stored["config"]["rank"] == 3 and stored["config"]["lr"] == train.find_method("lora").defaults["lr"]
     assert {"argv", "machine", "device", "dtype", "data_sha256", "base_sha256", "code", "code_hashes",
@@ -296,7 +300,7 @@ def test_the_folder_holds_what_it_should(world, tmp_path):
     config = read_json(tmp_path / "r" / "adapter" / "adapter_config.json")
     assert config["peft_type"] == "LORA" and config["r"] == 6       # q and v of a fused c_attn: rank the sum
     assert len(r["item_correct"]) == 8 and r["item_correct"].count("1") / 8 == r["metrics"]["exact_match"]
-    line = json.loads((tmp_path / "results.jsonl").read_text())
+    line = json.loads(first_line)
     assert line["out"] == str(tmp_path / "r") and "samples" not in line
 
 
@@ -305,7 +309,13 @@ def test_the_same_command_again(world, tmp_path, capsys):
     first = capsys.readouterr().out
     before = (tmp_path / "r" / "result.json").stat().st_mtime_ns
     run(world, tmp_path / "r")
-    assert capsys.readouterr().out == first and (tmp_path / "r" / "result.json").stat().st_mtime_ns == before
+    printed = capsys.readouterr()
+    assert printed.out == first and (tmp_path / "r" / "result.json").stat().st_mtime_ns == before
+    assert "r is finished: this is its stored result (--fresh computes it again)" in printed.err
+    os.rename(tmp_path / "r", tmp_path / "moved")
+    run(world, tmp_path / "moved")
+    assert f"--task chat --init {tmp_path / 'moved'}\n" in capsys.readouterr().out
+    os.rename(tmp_path / "moved", tmp_path / "r")
     assert train.main(command(world, tmp_path / "r", "--rank", "4")) == 2
     assert "holds a run with --rank 8; this command says --rank 4" in capsys.readouterr().err
     r = run(world, tmp_path / "r", "--rank", "4", "--fresh")

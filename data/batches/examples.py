@@ -233,19 +233,20 @@ def size(example):
 
 
 def display(example):
-    """An example as (ids, mask) for printing; of a Ranking the prompt and its best answer.
+    """An example as [(title, ids, mask)] for printing: one entry, of a Ranking one for each of its answers.
 
     With a classifier head the mask marks the tokens at which a class is read.
     """
     if isinstance(example, Ranking):
-        best = example.answers[0]
-        return example.prompt + best, [False] * len(example.prompt) + [True] * len(best)
+        return [(f" answer {n} of {len(example.answers)}, best first", example.prompt + ids,
+                 [False] * len(example.prompt) + [True] * len(ids))
+                for n, ids in enumerate(example.answers, 1)]
     if not isinstance(example, Example):
-        return example
+        return [("", *example)]
     has_target = [target >= 0 for target in example.y]
     if example.head:
-        return example.ids, has_target
-    return [*example.ids, example.y[-1]], [False, *has_target]
+        return [("", example.ids, has_target)]
+    return [("", [*example.ids, example.y[-1]], [False, *has_target])]
 
 
 # ---- steps -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@
 of `references` is one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
 
 Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
-wilson, summary
+wilson, summary, unit
 """
 import collections
 import math
@@ -220,3 +220,26 @@ def summary(values):
         return mean, math.nan, math.nan
     sd = statistics.stdev(values)
     return mean, sd, _student(len(values) - 1) * sd / math.sqrt(len(values))
+
+
+# ---- units -------------------------------------------------------------------------------------------------
+UNITS = {"exact_match": "share of answers, 0 to 1", "accuracy": "share correct, 0 to 1",
+         "macro_f1": "0 to 1", "precision": "0 to 1", "recall": "0 to 1", "f1": "0 to 1",
+         "rouge_l": "0 to 1", "bleu": "0 to 1", "perplexity": "exp(loss)",
+         "forgetting": "nats per token, rise of the loss on other text",
+         "labels_used": "different labels among the answers", "shots": "examples asked for",
+         "shots_used": "examples in front of a question, mean", "shots_used_max": "the same, largest",
+         "pairs": "comparisons", "score_length_corr": "-1 to 1", "margin": "above 0: ranked right",
+         "kl": "nats per answer, from the reference", "eos_rate": "share of answers that end",
+         "length": "tokens per answer", "unique": "share of answers that differ",
+         "repeat4": "share of 4-grams that repeat"}
+# What a loss is a mean over, by the metric that stands beside it.
+LOSS_UNITS = {"targets": "nats per token", "macro_f1": "nats per label", "f1": "nats per word",
+              "pairs": "nats per prompt", "margin": "per pair"}
+
+
+def unit(name, metrics):
+    """The unit of a metric among `metrics`, {name: value}; "" where its name says it or it has none."""
+    if name == "loss":
+        return next((text for other, text in LOSS_UNITS.items() if other in metrics), "nats")
+    return UNITS.get(name, "")

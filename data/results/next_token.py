@@ -1,6 +1,7 @@
 """data/results/next_token.py: the next-token distribution, and a sampled continuation with its probabilities.
 
-    p        softmax(logits / temperature) over the vocabulary, likeliest first, as bars
+    p        softmax(logits / temperature) over the vocabulary, likeliest first, as bars; both sides have one
+             scale, on which the longest bar is the largest p of all
     cut      where top_k, then top_p, end: tokens above it are sampled, with p / (their sum)
     token    each token of the continuation, with the probability it was sampled with
 
@@ -42,9 +43,17 @@ def token_text(token, tokenizer):
     return text if len(text) <= 16 else text[:14] + '.."'
 
 
-def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS):
-    """The likeliest tokens after one row of logits (V,), as lines of text."""
-    p = (logits.float() / (temperature or 1)).softmax(-1)
+def probabilities(logits, temperature):
+    """logits (V,) -> p (V,); a temperature of 0, greedy, shows those at 1."""
+    return (logits.float() / (temperature or 1)).softmax(-1)
+
+
+def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS, scale=None):
+    """The likeliest tokens after one row of logits (V,), as lines of text.
+
+    scale: the probability of the longest bar; None: the largest here.
+    """
+    p = probabilities(logits, temperature)
     kept = int(filter_logits(logits[None], temperature, top_k, top_p).isfinite().sum())
     cuts = {}                                           # {row: what ends there}
     if temperature == 0:
@@ -55,9 +64,10 @@ def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS)
         if top_p is not None and kept < min(top_k or len(p), len(p)):
             cuts[kept] = f"top_p {top_p:g}"
     ranked = p.sort(descending=True, stable=True)
+    scale = scale or ranked.values[0].item()
     lines = []
     for n, (value, token) in enumerate(zip(ranked.values[:rows].tolist(), ranked.indices[:rows].tolist()), 1):
-        bar = "█" * round(BAR * value / ranked.values[0].item())
+        bar = "█" * round(BAR * value / scale)
         lines.append(f"{value:7.4f}  {token_text(token, tokenizer):16}  {bar}".rstrip())
         if n in cuts:
             lines.append(f"-------  {cuts[n]}")
@@ -109,20 +119,22 @@ def show(ctx, sides, cfg):
     ctx.require_causal()
     sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     tokenizer = ctx.text.tokenizer
+    walks = {side: continue_prompt(ctx, side, role, cfg, sampling) for side, role in sides.items()}
+    scale = max(probabilities(first, cfg.temperature).max().item() for first, _ in walks.values())
     tables = []
     steps = []
-    texts = []
-    for side, role in sides.items():
+    for side, (first, tokens) in walks.items():
         title = [side] if len(sides) > 1 else []
-        first, tokens = continue_prompt(ctx, side, role, cfg, sampling)
-        tables.append(title + table(first, tokenizer, **sampling))
+        tables.append(title + table(first, tokenizer, **sampling, scale=scale))
         steps.append(title + [f"{p:7.4f}  {token_text(token, tokenizer)}" for token, p in tokens])
-        texts.append(tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token]))
+    print_result("The next token, by probability:")
     print_columns(tables)
-    print_result()
+    how = "the likeliest token each time" if cfg.temperature == 0 else f"sampled with --seed {cfg.seed}"
+    print_result(f"\nA continuation, {how}; the probability that each token was chosen with:")
     print_columns(steps)
     print_result()
-    for side, text in zip(sides, texts):
+    for side, (_, tokens) in walks.items():
+        text = tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token])
         label = f"{side}: " if len(sides) > 1 else ""
         print_result(label + cfg.prompt + text)
     return 0

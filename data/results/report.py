@@ -1,19 +1,23 @@
 """data/results/report.py: what a run prints before it starts (--dry_run), at its end, about a soft prompt.
 
+Every metric stands with its unit (data/results/metrics.py). Of a preference all answers are shown. A sample shows
+what the model was asked: the message, or with a system message or earlier turns the conversation.
+
 A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
 moved it. Keys and values have no nearest tokens: for them there are norms and distances, by layer.
 
-Public: describe, report, describe_virtual_tokens
+Public: describe, report, asked, describe_virtual_tokens
 """
+import shlex
 import textwrap
 
 from data.batches.examples import display
 from data.results import cost_model
-from data.results.metrics import wilson
+from data.results.metrics import unit, wilson
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
 
-BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "steps", "seconds",
+BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
          "tokens_per_second")
 
 
@@ -33,8 +37,9 @@ def describe(ctx, plan, base, examples):
                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
     print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
     for example in examples:
-        print_result("\n" + "-" * 40 + " [[supervised]]")
-        print_result(mark_targets(*display(example), ctx.text.tokenizer))
+        for title, ids, mask in display(example):
+            print_result("\n" + "-" * 40 + f" [[supervised]]{title}")
+            print_result(mark_targets(ids, mask, ctx.text.tokenizer))
     return 0
 
 
@@ -101,19 +106,17 @@ def mean_norm(tensor):
 
 # ------------------------------------------------------------------------------------------- after a run
 
-def report(result, folder, next_command=None):
+def report(result, folder):
     """Print the end of a run on stdout: metrics, samples, the next command, one line of key=value. Returns 0.
 
-    result         result.json of the run in `folder`, perhaps of an earlier version, which had fewer keys;
-                   "virtual_tokens" are lines of text
-    next_command   the command line that uses what the run made, or None
+    result    result.json of the run that is in `folder` now, perhaps of an earlier version, which had fewer
+              keys; its "next_command" uses what the run made, and names the folder that is "out" there.
+              "virtual_tokens" are lines of text
     """
-    before = {**result.get("baseline_metrics", {})}
-    after = {**result["metrics"]}
-    for metrics in (before, after):
-        metrics.pop("targets", None)                    # how many tokens, not how good
-    trained = bool(before and result.get("steps"))          # otherwise nothing changed between before and after
-    print_metrics(before if trained else None, after, result.get("item_correct", ""))
+    before = without_counts(result.get("baseline_metrics", {}))
+    after = without_counts(result["metrics"])
+    trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
+    print_metrics(before if trained else None, after, metric_notes(result))
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -121,8 +124,10 @@ def report(result, folder, next_command=None):
         print_result()
         for line in result["virtual_tokens"]:
             print_result(line)
-    if next_command is not None:
-        print_result("\n" + next_command)
+    if result.get("next_command") is not None:
+        print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
+    if result.get("steps") and "seconds" in result:
+        print_result(f"{result['steps']:,} steps took {result['seconds']:,.1f} s, evaluation not included")
     brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
@@ -130,11 +135,42 @@ def report(result, folder, next_command=None):
     return 0
 
 
-def print_metrics(before, after, item_correct=""):
-    """One line for each metric; two columns unless `before` is None.
+def relocated(command, old, new):
+    """A command line with the folder `new` in place of `old`."""
+    words = f"{command} ".replace(f" {shlex.quote(str(old))} ", f" {shlex.quote(str(new))} ")
+    return words.strip()
 
-    item_correct    "1" or "0" for each test item: proportions then have Wilson's 95 % interval behind them
-    """
+
+def asked(text, row):
+    """What a row asks of a model, as text. text: a Text of data/batches/examples.py."""
+    turns = text.turns(row)[:-1]
+    if text.system and not any(turn["role"] == "system" for turn in turns):
+        turns = [{"role": "system", "content": text.system}, *turns]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def without_counts(metrics):
+    """The metrics that say how good, not on how many tokens."""
+    return {name: value for name, value in metrics.items() if name != "targets"}
+
+
+def metric_notes(result):
+    """{metric: its unit, and the 95 % interval (Wilson) of a proportion of test items}."""
+    item_correct = result.get("item_correct", "")
+    notes = {}
+    for name in {**result.get("baseline_metrics", {}), **result["metrics"]}:
+        parts = [unit(name, result["metrics"])]
+        if name in PROPORTIONS and name in result["metrics"] and item_correct:
+            low, high = wilson(item_correct.count("1"), len(item_correct))
+            parts.append(f"95 %: {low:.3f} to {high:.3f}, {len(item_correct)} items")
+        notes[name] = "; ".join(filter(None, parts))
+    return notes
+
+
+def print_metrics(before, after, notes):
+    """One line for each metric, its note behind it; two columns of numbers unless `before` is None."""
     names = list(after)
     sides = [after]
     if before is not None:
@@ -145,10 +181,7 @@ def print_metrics(before, after, item_correct=""):
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
         cells = [format_number(side.get(name)) for side in sides]
-        if name in PROPORTIONS and name in after and item_correct:
-            low, high = wilson(item_correct.count("1"), len(item_correct))
-            cells.append(f"   95 %: {low:.3f} to {high:.3f}, {len(item_correct)} items")
-        print_result(f"{name:{width}}" + "".join(cells).rstrip())
+        print_result(f"{name:{width}}{''.join(cells)}  {notes[name]}".rstrip())
 
 
 def format_number(x):

@@ -226,7 +226,8 @@ class Run:
             self.accept(change, identity)
         with or_start_over():
             result = read_result(self.folder)
-        if result.get("adapter_bytes") and not any((self.folder / name).is_dir() for name in WEIGHTS):
+        saved = result.get("adapter_bytes") or result.get("model_bytes")
+        if saved and not any((self.folder / name).is_dir() for name in WEIGHTS):
             raise DataError(f"{self.folder} is a finished run whose weights are gone; use --fresh to start "
                             "over")
         return result
