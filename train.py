@@ -973,12 +973,17 @@ def prepare_examples(ctx, cfg, feed, total, examples):
 
 
 def measure_shots(ctx, rows, shots, first):
-    """The same measurement with more and more solved examples in front. Returns an Outcome."""
+    """The same measurement with more and more solved examples in front. Returns the best Outcome."""
     test = rows["test"]
-    rungs, answers = few_shot.shot_ladder(
-        shots, lambda n: evaluate.evaluate_rows(ctx, test, [], rows["train"][:n]), first.metrics)
-    metrics = {**rungs[-1][1], **few_shot.print_ladder(rungs)}
-    return Outcome(metrics, answers, evaluate.item_correct(ctx, test, answers))
+
+    def measure(n):
+        metrics, answers = evaluate.evaluate_rows(ctx, test, [], rows["train"][:n])
+        return few_shot.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
+    rungs = few_shot.shot_ladder(shots, measure,
+                                 few_shot.Rung(shots[0], first.metrics, first.answers, first.item_correct))
+    few_shot.print_ladder(rungs)
+    best = few_shot.best_rung(rungs)
+    return Outcome(best.metrics, best.answers, best.item_correct)
 
 
 def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):

@@ -80,9 +80,39 @@ def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, 
     printed = capsys.readouterr()
     table = [line.split() for line in printed.out.splitlines() if line.strip()[:1].isdigit()]
     assert [line[0] for line in table] == ["0", "1", "2", "8", "16"]        # 5 tokens each: 8 fit, 16 do not
-    assert "no question has more than" in printed.err and many["shots_used_max"] < 16
+    assert "no question has more than" in printed.err
     for n in (1, 2, 8):
         alone = run(f"k{n}", "--shots", str(n))
         assert many[f"exact_match_{n}_shots"] == alone["exact_match"] and alone["shots_used"] == alone["shots_used_max"] == n
     assert "exact_match_32_shots" not in many
+    ladder = {n: many[f"exact_match_{n}_shots"] for n in (0, 1, 2, 8, 16)}
+    assert many["shots"] == min(ladder, key=lambda n: (-ladder[n], n))              # the best, not the last
+    assert many["exact_match"] == ladder[many["shots"]]
+    if many["shots"] < 16:
+        assert many.get("shots_used", 0) == many["shots"]
     assert train.main(["--method", "none", "--shots", "2,1"]) == 2
+
+
+def rung(shots, accuracy, labels_used=2, **more):
+    return few_shot.Rung(shots, {"accuracy": accuracy, "labels_used": labels_used, **more}, [str(shots)], f"{shots}")
+
+
+def test_the_best_rung_is_the_result_with_its_answers_and_items():
+    rungs = [rung(0, 0.5), rung(1, 0.75, shots_used=1.0), rung(4, 0.75, shots_used=1.6), rung(8, 0.6, shots_used=1.6)]
+    best = few_shot.best_rung(rungs)
+    assert best.answers == ["1"] and best.item_correct == "1"
+    assert best.metrics == {"accuracy": 0.75, "labels_used": 2, "shots_used": 1.0, "shots": 1,
+                            "accuracy_0_shots": 0.5, "accuracy_1_shots": 0.75, "accuracy_4_shots": 0.75,
+                            "accuracy_8_shots": 0.6}
+
+
+def test_a_printed_ladder_says_what_was_held_and_where_all_answers_are_one_label(capsys):
+    few_shot.print_ladder([rung(0, 0.5, 1), rung(1, 0.75, shots_used=1.0), rung(4, 0.6, 1, shots_used=1.6)])
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[1:4]] == [["0", "0.5"], ["1", "0.75"], ["4", "0.6"]]
+    assert [line.endswith("best accuracy") for line in out.splitlines()[1:4]] == [False, True, False]
+    assert "where it is below shots, the context held no more" in out
+    assert "With 0, 4 shots every answer is the same label" in out
+    few_shot.print_ladder([rung(0, 0.5), rung(1, 0.75, shots_used=1.0)])
+    out = capsys.readouterr().out
+    assert "held" not in out and "same label" not in out

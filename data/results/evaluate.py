@@ -331,7 +331,8 @@ def evaluate_labels(ctx, rows, prompts):
     gold = [ctx.text.references(row)[0] for row in rows]
     gold_index = torch.tensor([ctx.text.labels.index(label) for label in gold])
     values = {"accuracy": metrics.accuracy(predicted, gold), "macro_f1": metrics.macro_f1(predicted, gold),
-              "loss": scores.gather(1, gold_index[:, None]).mean().item()}
+              "loss": scores.gather(1, gold_index[:, None]).mean().item(),
+              "labels_used": len(set(predicted))}
     return values, predicted
 
 
