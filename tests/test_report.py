@@ -51,6 +51,8 @@ def test_a_proportion_has_an_interval(capsys):
     lines = capsys.readouterr().out.split("\n")
     assert lines[1] == "exact_match           0.1000      0.8000  0 to 1, 95 %: [0.490, 0.943]"       # Wilson
     assert lines[2] == "loss                              1.0000  nats"
+
+
 def test_the_command_names_the_folder_where_the_run_is_now(capsys):
     report(RESULT, "out/moved here")
     assert "\npython train.py --task chat --init 'out/moved here'\n" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import os
 import pytest
 import tiny
 
-from data.results import compare, plots, runs, tables
+from data.results import compare, log_plots, plots, runs, tables
 from data.runtime.files import UserError, read_json
 from data.runtime.flags import parse
 from data.runtime.run_folder import Run, RunError
@@ -478,6 +478,33 @@ def test_every_plot(what, end, tmp_path, capsys):
     assert file.stat().st_size > 5000
     if end == "svg":
         assert file.read_text().count("<path") > 20
+
+
+def test_a_curve_shows_the_loss_on_valid_beside_that_of_training(tmp_path):
+    figures = pytest.importorskip("matplotlib.figure")
+
+    def drawn(metric, **beside):
+        figure = figures.Figure()
+        valid = dict(event="valid", step=2, loss=0.5, exact_match=0.25, **beside)
+        log = [dict(event="train", step=s, loss=1.0 / s) for s in (1, 2)] + [valid]
+        log_plots.draw_steps(figure, {("lora",): [log]}, ["method"], metric, "8 test items")
+        return [[(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines if len(line.get_xdata())]
+                for axis in figure.axes], figure.axes[0].get_title(loc="left")
+
+    curves, title = drawn("exact_match", targets=7)
+    assert curves == [[([1, 2], [1.0, 0.5]), ([2], [0.5])], [([2], [0.25])]]
+    assert title == "line: training, smoothed\nfilled: valid, hollow: test, 8 test items"
+    assert drawn("loss", targets=7)[0] == [[([1, 2], [1.0, 0.5]), ([2], [0.5])]]
+    assert drawn("exact_match", macro_f1=1)[0][0] == [([1, 2], [1.0, 0.5])]         # per label, not per token
+
+
+def test_a_picture_says_on_how_many_runs_and_items_a_point_stands(tmp_path):
+    seeds(tmp_path, "a", [0.5, 0.6], item_correct="1100")
+    make(tmp_path / "b", {"exact_match": 0.5}, "1100", flags=["--rank", 2])
+    assert plots.title_of(grouped(tmp_path)[1]) == "a point: 1 to 2 runs, 4 test items"
+    make(tmp_path / "c", {"exact_match": 0.5}, "11", flags=["--rank", 4])
+    assert "different test items (4 test items of toy, 2 test items of toy)" in refused(
+        tmp_path, "--plot", str(tmp_path / "p.svg"))
 
 
 def test_the_axis_that_is_chosen(tmp_path):

@@ -8,6 +8,7 @@ Public: draw_steps, draw_ranks, draw_overoptimisation, rlhf_events, group_label,
 import math
 import re
 
+from data.results.metrics import unit
 from data.results.runs import display_value
 from data.runtime.files import UserError
 
@@ -65,35 +66,47 @@ def over_seeds(logs, event, name, smoothed=False):
     return steps, means, [min(column) for column in columns], [max(column) for column in columns]
 
 
-def draw_steps(figure, logs, fields, metric):
-    """logs: {key: [events of a run]}."""
+def draw_steps(figure, logs, fields, metric, items=""):
+    """logs: {key: [events of a run]}; items: how many test items the metric stands on, for the title."""
     seen = [event for some in logs.values() for log in some for event in log]
-    has_valid = any(event["event"] == "valid" and metric in event for event in seen)
     main = next((name for name in ("loss", "score")
                  if any(event["event"] == "train" and name in event for event in seen)), None)
     if main is None:
         raise UserError("--x step: these runs logged no steps of training; name a field instead of step")
-    figure.set_size_inches(WIDTH, 4.2 if has_valid else 2.5)
-    rows = 2 if has_valid else 1
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    valid = [event for event in seen if event["event"] == "valid"]
+    # of labels the training loss is a mean over tokens, that on valid one over labels
+    beside = main == "loss" and any("loss" in event and unit("loss", event) != "nats per label" for event in valid)
+    below = any(metric in event for event in valid) and not (beside and metric == "loss")
+    figure.set_size_inches(WIDTH, 4.2 if below else 2.5)
+    axes = figure.subplots(2 if below else 1, 1, sharex=True, squeeze=False)[:, 0]
     handles = []
     for i, some in enumerate(logs.values()):
         style = style_of(i, len(logs))
         handle = draw_band(axes[0], over_seeds(some, "train", main, smoothed=True), {**style, "marker": ""})
-        if has_valid:
-            handle = draw_band(axes[1], over_seeds(some, "valid", metric), style)
-            for event in ("baseline", "test"):
-                steps, means, *_ = over_seeds(some, event, metric)
-                axes[1].plot(steps, means, **{**style, "linestyle": ""}, markerfacecolor="white")
+        if beside:
+            draw_points(axes[0], some, "loss", {**style, "linestyle": ""})
+        if below:
+            handle = draw_points(axes[1], some, metric, style)
         handles.append(handle)
     most = max(map(len, logs.values()))
-    axes[0].set_title(f"smoothed, mean and range over {most} runs" if most > 1 else "smoothed", loc="left")
-    axes[0].set_ylabel("training loss (nats)" if main == "loss" else "score in training")
-    if has_valid:
-        axes[1].set_title("filled: valid, hollow: test", loc="left")
+    over = f" (mean, range of {most} runs)" if most > 1 else ""
+    points = "filled: valid, hollow: test" + (f", {items}" if items else "")
+    axes[0].set_title(f"line: training, smoothed{over}" + f"\n{points}" * beside, loc="left")
+    axes[0].set_ylabel("loss (nats)" if main == "loss" else "score")
+    if below:
         axes[1].set_ylabel(metric.replace("_", " "))
+        axes[1].set_title(points, loc="left")
     axes[-1].set_xlabel("optimiser step")
     add_legend(figure, handles, [group_label(key, fields) for key in logs])
+
+
+def draw_points(axis, logs, metric, style):
+    """A metric on valid, filled, and before and after training on test, hollow. Returns the line of valid."""
+    line = draw_band(axis, over_seeds(logs, "valid", metric), style)
+    for event in ("baseline", "test"):
+        steps, means, *_ = over_seeds(logs, event, metric)
+        axis.plot(steps, means, **{**style, "linestyle": ""}, markerfacecolor="white")
+    return line
 
 
 def draw_band(axis, curve, style):
@@ -142,7 +155,9 @@ def draw_ranks(figure, logs, fields):
         axis.set_xticks(range(len(layers)), layers)
         axis.set_yticks(range(len(words)), words)
         axis.grid(False)
-        axis.set_title(f"rank kept, {group_label(key, fields)}" if len(kept) > 1 else "rank kept", loc="left")
+        runs = f", mean of {len(logs[key])} runs" if len(logs[key]) > 1 else ", 1 run"
+        label = f", {group_label(key, fields)}" if len(kept) > 1 else ""
+        axis.set_title(f"rank kept{label}{runs}", loc="left")
     axes[-1].set_xlabel("layer")
 
 

@@ -2,8 +2,9 @@
 
 The axis (--x) decides what is drawn:
 
-step        training loss, smoothed over a tenth of the logged steps, and the metric on valid (filled) and on
-            test (hollow), against optimiser steps. A line is the mean over seeds, the band their range
+step        training loss, smoothed over a tenth of the logged steps, beside it the loss on valid where it is
+            the same mean; and the metric on valid (filled) and on test (hollow), against optimiser steps. A
+            line is the mean over seeds, the band their range
 a number    the metric against a flag that was swept, with the 95 % intervals of data/results/runs.py; the
             axis is logarithmic where the values grow by factors. A group without the flag is a level line
 a word      the metric of each group as a dot with its interval
@@ -12,7 +13,8 @@ sqrt_kl     PPO: gold reward and reward model's score against the root of the KL
             (Gao et al. 2022, arXiv 2210.10760, figure 1). Overoptimisation is where the gold reward falls
             while the score rises
 
-Groups differ in brightness, dashes and markers at once. matplotlib is imported when a plot is drawn.
+Groups differ in brightness, dashes and markers at once. A title says on how many runs and test items a point
+stands. matplotlib is imported when a plot is drawn.
 
 Public: draw, choose_axis, grows_by_factors, SPECIAL_AXES
 """
@@ -22,7 +24,7 @@ import warnings
 
 from data.results.log_plots import (WIDTH, add_legend, draw_overoptimisation, draw_ranks, draw_steps,
                                     group_label, rlhf_events, style_of)
-from data.results.runs import PROPORTIONS, display_value, estimate, events
+from data.results.runs import PROPORTIONS, display_value, estimate, events, test_set
 from data.runtime.files import UserError
 
 SPECIAL_AXES = ("step", "ranks", "sqrt_kl")             # what --x takes besides a field
@@ -57,7 +59,7 @@ def draw_axis(figure, groups, fields, metric, x):
     if x in SPECIAL_AXES:
         logs = {key: [events(run["folder"]) for run in runs] for key, runs in groups.items()}
         if x == "step":
-            draw_steps(figure, logs, fields, metric)
+            draw_steps(figure, logs, fields, metric, items_of(groups))
         elif x == "ranks":
             draw_ranks(figure, logs, fields)
         else:
@@ -106,6 +108,24 @@ def metric_label(groups, metric):
     return f"{label} (95 % intervals)" if has_interval else label
 
 
+def items_of(groups):
+    """On how many test items the runs were measured, as "300 test items"; "" where it is not known."""
+    counts = sorted({test_set(run)[0] or 0 for runs in groups.values() for run in runs})
+    return f"{span_of(counts)} test items" if counts and counts[0] else ""
+
+
+def span_of(numbers):
+    """Sorted numbers as "3", or as "1 to 3"."""
+    return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+
+
+def title_of(groups):
+    """On how many runs and test items a point stands."""
+    counts = sorted(len(runs) for runs in groups.values())
+    runs = f"{span_of(counts)} run{'s' if counts[-1] > 1 else ''}"
+    return "a point: " + ", ".join(filter(None, [runs, items_of(groups)]))
+
+
 def error_bar(numbers):
     """(mean, sd, low, high) -> the arms of the interval as matplotlib's errorbar takes them, or None."""
     mean, _, low, high = numbers
@@ -145,6 +165,7 @@ def draw_sweep(figure, groups, fields, metric, x):
     axis.set_xlabel(x)
     axis.set_ylabel(metric_label(groups, metric))
     axis.set_ylim(*limits(*axis.get_ylim(), metric))
+    axis.set_title(title_of(groups), loc="left")
     add_legend(figure, handles, labels)
 
 
@@ -171,7 +192,7 @@ def draw_line(axis, points, values, shift, style):
 
 
 def draw_dots(figure, groups, fields, metric):
-    figure.set_size_inches(WIDTH, 0.7 + 0.24 * len(groups))
+    figure.set_size_inches(WIDTH, 0.9 + 0.24 * len(groups))
     axis = figure.subplots()
     for i, runs in enumerate(groups.values()):
         numbers = estimate(runs, metric)
@@ -180,4 +201,5 @@ def draw_dots(figure, groups, fields, metric):
     axis.set_yticks(range(len(groups)), [group_label(key, fields) for key in groups])
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlabel(metric_label(groups, metric))
+    axis.set_title(title_of(groups), loc="left")
     axis.set_xlim(*limits(*axis.get_xlim(), metric))

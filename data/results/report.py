@@ -110,14 +110,13 @@ def report(result, folder):
     """Print the end of a run on stdout: metrics, samples, the next command, one line of key=value. Returns 0.
 
     result    result.json of the run that is in `folder` now, perhaps of an earlier version, which had fewer
-              keys; its "next_command" uses what the run made, and names the folder that is "out" there. The
-              optional "virtual_tokens" are lines of text
+              keys; its "next_command" uses what the run made, and names the folder that is "out" there.
+              "virtual_tokens" are lines of text
     """
     before = without_counts(result.get("baseline_metrics", {}))
     after = without_counts(result["metrics"])
-    units = {name: unit(name, result["metrics"]) for name in {**before, **after}}
-    trained = bool(before and result.get("steps"))          # otherwise nothing changed between before and after
-    print_metrics(before if trained else None, after, units, result.get("item_correct", ""))
+    trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
+    print_metrics(before if trained else None, after, metric_notes(result))
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -127,7 +126,7 @@ def report(result, folder):
             print_result(line)
     if result.get("next_command") is not None:
         print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
-    if result.get("steps"):
+    if result.get("steps") and "seconds" in result:
         print_result(f"{result['steps']:,} steps took {result['seconds']:,.1f} s, evaluation not included")
     brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
@@ -157,11 +156,21 @@ def without_counts(metrics):
     return {name: value for name, value in metrics.items() if name != "targets"}
 
 
-def print_metrics(before, after, units, item_correct=""):
-    """One line for each metric, its unit last; two columns of numbers unless `before` is None.
+def metric_notes(result):
+    """{metric: its unit, and the 95 % interval (Wilson) of a proportion of test items}."""
+    item_correct = result.get("item_correct", "")
+    notes = {}
+    for name in {**result.get("baseline_metrics", {}), **result["metrics"]}:
+        parts = [unit(name, result["metrics"])]
+        if name in PROPORTIONS and name in result["metrics"] and item_correct:
+            low, high = wilson(item_correct.count("1"), len(item_correct))
+            parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
+        notes[name] = ", ".join(filter(None, parts))
+    return notes
 
-    item_correct    "1" or "0" for each test item: proportions then have Wilson's 95 % interval behind them
-    """
+
+def print_metrics(before, after, notes):
+    """One line for each metric, its note behind it; two columns of numbers unless `before` is None."""
     names = list(after)
     sides = [after]
     if before is not None:
@@ -172,11 +181,7 @@ def print_metrics(before, after, units, item_correct=""):
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
         cells = [format_number(side.get(name)) for side in sides]
-        end = units[name]
-        if name in PROPORTIONS and item_correct:
-            low, high = wilson(item_correct.count("1"), len(item_correct))
-            end += f", 95 %: [{low:.3f}, {high:.3f}]"
-        print_result(f"{name:{width}}{''.join(cells)}  {end}".rstrip())
+        print_result(f"{name:{width}}{''.join(cells)}  {notes[name]}".rstrip())
 
 
 def format_number(x):

@@ -62,6 +62,9 @@ def show(cfg):
     metrics = shown_metrics(runs, cfg.metric)
     if (cfg.compare or cfg.plot) and not metrics:
         raise UserError("no finished run has a metric, so there is nothing to compare or to plot")
+    if cfg.plot and not cfg.by and len(by_test_set(runs)) > 1:
+        raise UserError(f"--plot would compare runs on different test items ({', '.join(by_test_set(runs))}); "
+                        "select one by --runs, or name in --by what tells them apart")
     if cfg.across and runs:
         print_matrix(runs, fields, cfg)
     elif runs:

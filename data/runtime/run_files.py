@@ -75,6 +75,7 @@ RESULT = {
     "status": "a string", "task": "a string", "method": "a string", "init": "a string", "data": "a string",
     "seed": "a number", "metrics": "an object of numbers", "baseline_metrics": "an object of numbers",
     "params_total": "a number", "params_trainable": "a number", "adapter_bytes": "a number",
+    "model_bytes": "a number", "out": "a string",
     "steps": "a number", "tokens": "a number", "seconds": "a number", "skipped": "a number",
     "tokens_per_second": "a number", "samples": "a list of objects of strings", "item_correct": "a string",
     "next_command": "a string or null", "virtual_tokens": "a list of strings", "code": "a string",
