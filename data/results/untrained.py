@@ -46,8 +46,8 @@ def answer_ids(examples):
         if isinstance(example, int):
             needed.add(example)
             continue
-        ids, mask = display(example)
-        needed.update(token for token, target in zip(ids, mask) if target)
+        for _, ids, mask in display(example):
+            needed.update(token for token, target in zip(ids, mask) if target)
     return needed
 
 
