@@ -96,10 +96,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def shown(capsys, init, *flags):
+def shown(capsys, init, template="plain"):
     capsys.readouterr()
     assert train.main(["--task", "show", "--init", str(init), "--prompt", "ab", "--max_new_tokens", "4",
-                       *flags]) == 0
+                       "--template", template]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -125,9 +125,11 @@ def test_base_and_tuned_side_by_side(method, more, world, tmp_path, capsys):
     assert shown(capsys, tmp_path / "r") == both                    # the same dice
 
 
-def test_a_full_model_has_one_side_and_a_template_can_be_asked_for(world, capsys):
-    plain, chatml = shown(capsys, world / "base"), shown(capsys, world / "base", "--template", "auto")
-    assert not any("tuned" in line for line in plain) and plain[:12] != chatml[:12]
+def test_a_full_model_has_one_side_and_its_own_template_unless_another_is_asked_for(world, capsys):
+    plain = shown(capsys, world / "base")
+    own = shown(capsys, world / "base", "auto")
+    assert not any("tuned" in line for line in plain) and plain[:12] != own[:12]
+    assert own == shown(capsys, world / "base", "chatml")
 
 
 def test_what_makes_no_sense_is_refused(world, tmp_path, capsys):
