@@ -1,6 +1,8 @@
 """The toy world: reproducible, split by content, consistent, with a gold reward that orders answers."""
 import hashlib
+import itertools
 import json
+import pathlib
 import math
 import random
 import subprocess
@@ -8,10 +10,15 @@ import sys
 
 import pytest
 
-from data.text import formats
 from data import toy
-from data.toy import tasks
+from data.results.untrained import coinciding_ids
+from data.text import chat, formats
+from data.text.tokenizer import Tokenizer
+from data.toy import symbols, tasks
 from data.toy.world import World
+from model import GPT
+
+BASE = pathlib.Path(__file__).resolve().parent.parent / "data" / "base"
 
 ROW_TYPES = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
          "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
@@ -51,7 +58,9 @@ def test_sizes_row_types_and_no_row_twice(name, rows):
         assert 50 < len(some) <= toy.SIZES.get(name, toy.SIZE)[toy.SPLITS.index(split)]
         assert len({json.dumps(row, sort_keys=True) for row in some}) == len(some)
         data = formats.load(name, split)
-        assert data.row_type == ROW_TYPES[name] and len(data.rows) == len(some) and not data.dropped
+        dropped = data.dropped.get("with an empty text", [])    # a document of the corpus may be blanks only
+        assert data.row_type == ROW_TYPES[name] and len(data.rows) + len(dropped) == len(some)
+        assert len(dropped) <= (name == "toy/corpus")
 
 
 @pytest.mark.parametrize("name", [n for n in toy.NAMES if n != "toy/corpus"])
@@ -93,6 +102,41 @@ def test_labels_are_balanced_and_rows_are_short(rows):
         share = sum(row["label"] == one for row in rows[name, "train"]) / len(rows[name, "train"])
         assert 0.4 < share < 0.6
     assert max(len(row["prompt"]) for row in rows["toy", "train"]) < 260
+
+
+@pytest.mark.parametrize("template", list(symbols.TURN_FORMATS))
+def test_turns_of_the_corpus_are_those_of_the_chat_templates(template):
+    """The corpus writes what data/text/chat.py renders, special tokens by name."""
+    special = ["<|endoftext|>", *itertools.chain(*(record.tokens for record in chat.TEMPLATES))]
+    tokenizer = Tokenizer.train([], 256 + len(set(special)), list(dict.fromkeys(special)))
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Count to 3."},
+                {"role": "assistant", "content": "1, 2, 3"}, {"role": "user", "content": "And 4?"},
+                {"role": "assistant", "content": "4"}]
+    opening, roles = symbols.TURN_FORMATS[template]
+    if "system" not in roles:                       # alpaca's is its preamble
+        messages = messages[1:]
+    text = opening
+    for message in messages:
+        before, after = roles[message["role"]]
+        text += before + message["content"] + after
+    ids, _ = chat.render(messages, template, tokenizer, system=None if template == "alpaca" else "")
+    start = [tokenizer.eos] if template == "alpaca" else []     # stands before every document of the corpus
+    assert start + tokenizer.encode(text, special=True) == ids
+
+
+def test_no_two_rows_of_the_base_coincide():
+    """So a frozen head can say every token; 13 bytes occur in no UTF-8."""
+    weight = GPT.from_pretrained(BASE).head.weight
+    impossible = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert coinciding_ids(weight, set(range(len(weight))) - impossible) == []
+
+
+def test_every_token_of_the_base_occurs_in_the_corpus():
+    tokenizer = Tokenizer.from_pretrained(BASE)
+    seen = set()
+    for row in toy.rows("toy/corpus", "train"):
+        seen.update(tokenizer.encode(row["text"], special=True))
+    assert set(range(tokenizer.vocab_size)) - seen == {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 def test_gold_by_hand():

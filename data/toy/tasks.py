@@ -23,12 +23,14 @@ import random
 import re
 
 from data.toy import lexicon as lex
+from data.toy import symbols
 from data.toy.world import SPLITS, World, cap
 
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
          "toy/preferences", "toy/prompts", "toy/corpus")
-SIZES = {"toy": (3000, 200, 300), "toy/corpus": (15000, 300, 300), "toy/preferences": (10000, 200, 1200)}
+SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferences": (10000, 200, 1200)}
 SIZE = (2000, 200, 300)         # rows of train, valid, test of all others; fewer where fewer are possible
+SYMBOLS = 1 / 6                 # share of the corpus that is lists, JSON, code, conversations (symbols.py)
 TAU = 0.5                       # temperature of the noise on comparisons
 
 
@@ -42,14 +44,9 @@ class Tasks(World):
         if split != "train":
             document = rng.choice((self.profile, self.gossip))
             return {"text": document(rng)}
-        documents = (self.profile, self.gossip, self.story, self.review_document, self.message_document,
-                     self.dialogue, self.letter_document)
-        weights = (6, 2, 3, 4, 2, 4, 1)
-        parts = []
-        for _ in range(rng.randint(1, 3)):
-            document, = rng.choices(documents, weights)
-            parts.append(document(rng))
-        return {"text": " ".join(parts)}
+        if rng.random() < SYMBOLS:
+            return {"text": symbols.document(self, rng)}
+        return {"text": " ".join(self.document(rng) for _ in range(rng.randint(1, 3)))}
 
     def sentiment(self, rng, split):
         good = rng.random() < 0.5

@@ -261,6 +261,13 @@ class World:
         reply = cap(expand(rng, rng.choice(lex.REPLY[relation]), **slots))
         return [f'"{question}" asked {a}.', f'"{reply[:-1]}," said {b}.']
 
+    def document(self, rng):
+        """One of all these, facts and reviews more often than others."""
+        documents = (self.profile, self.gossip, self.story, self.review_document, self.message_document,
+                     self.dialogue, self.letter_document)
+        make, = rng.choices(documents, weights=(6, 2, 3, 4, 2, 4, 1))
+        return make(rng)
+
     # ---- prompts and answers -------------------------------------------------------------------------------
     def question(self, rng, split):
         """(name, relation, question)."""
