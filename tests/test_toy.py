@@ -16,6 +16,7 @@ from data.text import chat, formats
 from data.text.tokenizer import Tokenizer
 from data.toy import symbols, tasks
 from data.toy.world import World
+import train
 from model import GPT
 
 BASE = pathlib.Path(__file__).resolve().parent.parent / "data" / "base"
@@ -183,3 +184,18 @@ def test_rows_that_draw_leave_the_global_generator_alone():
     state = random.getstate()
     toy.rows("toy/spam", "valid")
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("method, template", [("lora", "chatml"), ("ia3", "plain")])
+def test_answers_of_several_lines_are_learnt_with_a_frozen_head(method, template, tmp_path):
+    """The base model has seen a new line and <|im_end|>, so methods that leave its embedding alone can give them."""
+    animals = "cat dog goat duck horse snake".split()
+    pairs = [(a, b) for a in animals for b in animals if a != b]
+    random.Random(0).shuffle(pairs)
+    for split, some in {"train": pairs[:22], "valid": pairs[22:], "test": pairs[22:]}.items():
+        lines = [json.dumps({"prompt": f"List {a} and {b}.", "completion": f"- {a}\n- {b}"}) for a, b in some]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    assert train.main(["--method", method, "--template", template, "--data", str(tmp_path), "--steps", "120",
+                       "--forgetting_data", "none", "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["exact_match"] >= 0.75
