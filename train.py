@@ -312,7 +312,7 @@ def open_context(cfg):
                         "generate; --task eval measures it, and the model below it can generate")
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
     dtype, because = pick_dtype(cfg.dtype, device, width)
-    threads, by = pick_threads(cfg.threads, width)
+    threads, by = pick_threads(cfg.get("threads", 0), width)
     if cfg.get("compile"):
         compiles(device)
     model, prompt, tokenizer = open_model(cfg, dtype)
