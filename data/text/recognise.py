@@ -54,7 +54,8 @@ FORMATS = {format.name: format for format in (
                                                       "instruction outputs", "input outputs"), QUESTION),
     Format("Dolly", "chat", converters.instruction, ("instruction response",), f"{QUESTION} context", True),
     Format("question/answer", "chat", converters.instruction,
-           ("question answer", "question response", "query answer", "query response"), f"{QUESTION} context", True),
+           ("question answer", "question response", "query answer", "query response"),
+           f"{QUESTION} context", True),
     Format("messages", "chat", converters.conversation, ("messages",), f"{BESIDE} {ANSWERS}"),
     Format("ShareGPT", "chat", converters.conversation, ("conversations",), f"{BESIDE} {ANSWERS}"),
     Format("prompt/chosen/rejected", "pairs", converters.pair,
@@ -155,8 +156,8 @@ def recognise(record, location):
     near = _near_miss(frozenset(record))
     if near:
         key, meant = near
-        raise DataError(f'{location}: the key "{printable(key)}" is not read; rename it to "{meant}" if that is '
-                        "meant, else to another name")
+        raise DataError(f'{location}: the key "{printable(key)}" is not read; rename it to "{meant}" if that '
+                        "is meant, else to another name")
     matches = _matching_formats(frozenset(record))
     if not matches:
         return None, []
