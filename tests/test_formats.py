@@ -127,6 +127,7 @@ PAIRS |= {
                           rejected=user("Hi", "Hm"), score_chosen=8.5, score_rejected=8.5),
     "prompt in messages beside conversations": pair(user("Hi"), user("Hi", "Ho"), user("Hi", "Hm")),
     "a question": dict(question="Hi", chosen="Ho", rejected="Hm"),
+    "an input": dict(input="Hi", chosen="Ho", rejected="Hm"),
     "JSON objects in strings": pair(chosen=json.dumps(bot("Ho")), rejected=json.dumps(gpt("Hm"))),
     "OpenAI, JSON in strings": dict(input=json.dumps(dict(messages=user("Hi"))), preferred_output=json.dumps([bot("Ho")]),
                                     non_preferred_output=json.dumps([bot("Hm")])),
@@ -244,8 +245,8 @@ def test_a_conversation_in_a_table_beside_its_prompt(tmp_path):
     ([dict(token=["a"], tags=["O"])], "token", "tokens"), ([dict(question="a", answers="b")], "answers", "answer"),
     ([dict(text="a", label="b"), dict(text="a", labels="b")], "labels", "label")])
 def test_a_key_that_is_nearly_one_of_a_format(tmp_path, rows, key, meant):
-    assert fault(tmp_path, rows) == (f'data.jsonl:{len(rows)}: the key "{key}" is not read; "{meant}" is meant, or '
-                                     "another name is needed; rename it")
+    assert fault(tmp_path, rows) == (f'data.jsonl:{len(rows)}: the key "{key}" is not read; rename it to "{meant}" if '
+                                     "that is meant, else to another name")
 
 
 @pytest.mark.parametrize("more", [dict(title="a"), dict(texts="a"), dict(label_name="a"), dict(system="a"),

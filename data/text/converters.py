@@ -149,11 +149,9 @@ def _pair(record, messages, chosen, rejected, location):
 
 
 def pair(record, location):
-    """{"prompt", "instruction", "question" or "conversations", "chosen", "rejected"}."""
-    if "instruction" in record or "question" in record:
-        messages = _instruction_turns(record, location)
-    else:
-        messages = read.prompt(record, "prompt" if "prompt" in record else "conversations", location)
+    """{"prompt", "conversations", or "instruction", "question" and "input", and "chosen", "rejected"}."""
+    key = next((key for key in ("prompt", "conversations") if key in record), None)
+    messages = read.prompt(record, key, location) if key else _instruction_turns(record, location)
     if all(isinstance(record[key], list) and len(record[key]) > 1 for key in ("chosen", "rejected")):
         return _pair_with_prompt(record, messages, location)
     chosen = read.answer(record, "chosen", location)

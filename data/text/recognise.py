@@ -54,13 +54,14 @@ FORMATS = {format.name: format for format in (
                                                       "instruction outputs", "input outputs"), QUESTION),
     Format("Dolly", "chat", converters.instruction, ("instruction response",), f"{QUESTION} context", True),
     Format("question/answer", "chat", converters.instruction,
-           ("question answer", "question response", "query response"), f"{QUESTION} context", True),
+           ("question answer", "question response", "query answer", "query response"),
+           f"{QUESTION} context", True),
     Format("messages", "chat", converters.conversation, ("messages",), f"{BESIDE} {ANSWERS}"),
     Format("ShareGPT", "chat", converters.conversation, ("conversations",), f"{BESIDE} {ANSWERS}"),
     Format("prompt/chosen/rejected", "pairs", converters.pair,
            ("prompt chosen rejected", "question chosen rejected"), f"{BESIDE} {VOTES}"),
-    Format("Alpaca preference", "pairs", converters.pair, ("instruction chosen rejected",),
-           f"{BESIDE} {VOTES} input history"),
+    Format("Alpaca preference", "pairs", converters.pair,
+           ("instruction chosen rejected", "input chosen rejected"), f"{BESIDE} {VOTES} input history"),
     Format("ShareGPT preference", "pairs", converters.pair, ("conversations chosen rejected",),
            f"{BESIDE} {VOTES}"),
     Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",), f"{BESIDE} {VOTES}"),
@@ -155,8 +156,8 @@ def recognise(record, location):
     near = _near_miss(frozenset(record))
     if near:
         key, meant = near
-        raise DataError(f'{location}: the key "{printable(key)}" is not read; "{meant}" is meant, or another '
-                        "name is needed; rename it")
+        raise DataError(f'{location}: the key "{printable(key)}" is not read; rename it to "{meant}" if that '
+                        "is meant, else to another name")
     matches = _matching_formats(frozenset(record))
     if not matches:
         return None, []
