@@ -111,10 +111,41 @@ def test_nothing_that_looks_like_a_run_is_left_out(tmp_path, capsys):
     rest = {path.split("/")[-1]: why for path, why in rest.items()}
     assert rest.keys() == {"done", "cut", "new", "bad", "fell", "torn"}
     assert rest["done"].startswith("the same run as")
-    assert rest["cut"].startswith("unfinished: at step 7")
+    assert rest["cut"].startswith("unfinished: at step 7, ")
+    assert rest["cut"].endswith(" ago; the same command starts over, because nothing was saved")
     assert "just begun" in rest["new"] and "not valid JSON" in rest["bad"]
     assert "config.json cannot be read" in rest["torn"]
     assert rest["fell"] == "failed: 10 steps in a row were not finite"
+
+
+def test_an_interrupted_run_names_the_step_it_goes_on_from(tmp_path):
+    cut = make(tmp_path / "cut", log=[{"event": "train", "step": 20}, {"event": "save", "step": 20},
+                                      {"event": "train", "step": 38}])
+    (cut / "state.pt").write_bytes(b"")
+    reason, = [why for _, why in runs.gather([str(cut)])[1]]
+    assert reason.startswith("unfinished: at step 38, ") and reason.endswith("; the same command goes on from step 20")
+
+
+@pytest.mark.parametrize("name, text", [
+    (name, text) for name in ("config.json", "result.json")
+    for text in ("", "[]", "null", "3", '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
+                 '{"config": {"seed": {}}}', '{"config": {}, "test_items": "x"}')])
+def test_a_damaged_run_stands_below_the_others_with_its_reason(name, text, tmp_path, capsys):
+    seeds(tmp_path, "a", [0.5, 0.7])
+    bad = make(tmp_path / "bad", {"exact_match": 0.9, "loss": 1}, flags=["--rank", 2])
+    (bad / name).write_text(text)
+    out = shown(tmp_path, capsys, "--sort", "best")
+    table_part, reason = out.split("Not in the table, 1:\n")
+    assert "0.600" in table_part and "0.900" not in table_part and f"bad/{name}" in reason
+
+
+def test_odd_flag_values_are_values_like_others(tmp_path, capsys):
+    seeds(tmp_path, "a", [0.5, 0.7])
+    stored = read_json(tmp_path / "a-s1" / "config.json")
+    for name, value in (("seed", [1]), ("eval_items", "x"), ("data", [1, "y"]), ("rank", None), ("steps", "z")):
+        config = {**stored["config"], name: value}
+        (tmp_path / "a-s1" / "config.json").write_text(json.dumps({**stored, "config": config}))
+        assert "0.500" in shown(tmp_path, capsys, "--by", f"{name},folder", "--sort", name)
 
 
 def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
@@ -244,7 +275,7 @@ def test_a_narrow_terminal_drops_columns_by_rank_and_wraps_the_rest(tmp_path, ca
     assert "Left out, because the terminal has 50 columns: tokens/s, memory, trainable, stored, 95 %." in (
         " ".join(out.split()))
     reason = " ".join(out.split("Not in the table, 1:")[1].split())
-    assert reason.endswith("the same command continues it")
+    assert reason.endswith("the same command starts over, because nothing was saved")
 
 
 def test_before_training_is_a_metric_too(tmp_path, capsys):

@@ -40,7 +40,7 @@ import time
 from data.results.metrics import summary, wilson
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
-from data.runtime.run_files import failure_reason, read_run_config, read_events, read_result
+from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
 
 MISSING = "-"
 # A task's own metric is the first of these that its runs have: entities f1, answers exact match, labels and
@@ -119,7 +119,9 @@ def unfinished(path):
         ago = f"{seconds / 60:.0f} min"
     else:
         ago = f"{seconds / 3600:.0f} h"
-    return f"unfinished: at step {log[-1]['step']}, {ago} ago; the same command continues it"
+    saved = resume_step(path)
+    how = "starts over, because nothing was saved" if saved is None else f"goes on from step {saved}"
+    return f"unfinished: at step {log[-1]['step']}, {ago} ago; the same command {how}"
 
 
 def events(path):
@@ -196,7 +198,9 @@ def label_facts(run):
 
 def test_set(run):
     """(number of test items, a hash of them) of a run; see the header for a run that did not record them."""
-    items = run.get("test_items", len(run["result"].get("item_correct", "")) or run["config"].get("eval_items"))
+    items = run.get("test_items", len(run["result"].get("item_correct", "")))
+    if not items and isinstance(run["config"].get("eval_items"), int):
+        items = run["config"]["eval_items"]
     return items or None, run.get("test_sha256", f"data {run.get('data_sha256')}")
 
 

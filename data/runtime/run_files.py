@@ -68,7 +68,7 @@ KINDS = {                                           # what an error calls it: it
 CONFIG = {
     "config": "an object of strings, numbers and lists", "argv": "a list of strings", "id": "a string",
     "code": "a string", "code_hashes": "an object of hashes", "kept": "a list of strings",
-    "data_sha256": "a string", "base_sha256": "a string", "reward": "a hash or an object of hashes",
+    "test_items": "a number", "test_sha256": "a string", "data_sha256": "a string", "base_sha256": "a string", "reward": "a hash or an object of hashes",
     "gold_reward": "a hash or an object of hashes", "inputs": "an object of hashes or of objects of hashes"}
 SELECTORS = {"task": "a string", "method": "a string"}          # of the flags in "config"
 RESULT = {
