@@ -984,18 +984,13 @@ def open_feed(ctx, cfg, examples, row_type):
     return feed, math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
 
 
-def valid_evaluations(cfg, total):
-    """How often a run of so many steps is measured on valid."""
-    return max(0, total - 1) // (cfg.eval_every or max(1, math.ceil(total / 4)))
-
-
 def prepare_examples(ctx, cfg, feed, total, examples):
     """What a task computes for examples before training, in place: only for those that the run reads."""
     prepare = find_task(cfg.task).prepare
     used = feed.used(total)
     for i, example in zip(used, prepare(ctx, cfg, [feed.examples[i] for i in used])):
         feed.examples[i] = example
-    for split in ("valid", "test") if valid_evaluations(cfg, total) else ("test",):
+    for split in ("valid", "test") if forecast.valid_evaluations(cfg, total) else ("test",):
         examples[split] = prepare(ctx, cfg, examples[split])
 
 
@@ -1084,80 +1079,21 @@ def foretell(ctx, cfg, rows, row_type, shown=0):
 def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.BUDGET):
     """A forecast.Forecast of the run, measured on the model, which is changed. trainable: {} for none."""
     task = find_task(cfg.task)
-    steps = tokens = 0
-    feed = None
-    training = (0.0, 0.0)
-    if trainable:
-        feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
-        tokens = feed.tokens(steps)
-    parts = [evaluation_part(ctx, cfg, rows, examples, row_type, steps),
-             *other_parts(ctx, cfg, rows, examples, feed, steps)]
-    share = budget / (2 if trainable else 1) / len(parts)
-    seconds = {part.what: forecast.measure_part(part, share) for part in parts}
-    if trainable:
-        make = find_record(OPTIMIZERS, cfg.optimizer).make
-        optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
-        training = forecast.measure_training(
-            ctx, feed, steps, list(trainable.values()), optimizer,
-            lambda micro_batch, past: task.loss(ctx, cfg, micro_batch, past),
-            lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
-    return forecast.Forecast(steps, tokens, training, seconds)
-
-
-def evaluation_part(ctx, cfg, rows, examples, row_type, steps):
-    """The evaluations on test and valid, as a forecast.Part whose items are (row, example)."""
-    task = find_task(cfg.task)
-    shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
-    test = rows["test"][:1] * len(examples["test"]) if row_type == "text" else rows["test"]
-    what = f"{len(test)} test {'windows' if row_type == 'text' else 'items'}"
-    count = len(test) * len(shots)
-    after = 0
-    at_best = None
-    if steps:
-        times = valid_evaluations(cfg, steps)
-        valid = len(examples["valid"])
-        after = len(test) + times * valid
-        count *= task.baseline_metrics
-        what += f" {'before and ' if count else ''}after training, {valid} of valid {times} times"
-        if task.next_tokens:                            # a tuned model ends its answers
-            longest = max(map(targets, examples["test"]))
-            at_best = evaluation_of(replace(ctx, max_new_tokens=min(longest, ctx.max_new_tokens)), cfg, rows, shots)
-
-    def prepare(pairs):
-        some, encoded = zip(*pairs)
-        return list(zip(some, task.prepare(ctx, cfg, list(encoded)))) if task.prepare else pairs
-    return forecast.Part(what, list(zip(test, examples["test"])), count, evaluation_of(ctx, cfg, rows, shots), after,
-                         at_best, prepare)
-
-
-def evaluation_of(ctx, cfg, rows, shots):
-    """(some pairs of row and example) -> None: what the task measures on them, with each number of shots."""
-    def work(pairs):
-        some, encoded = map(list, zip(*pairs))
-        for n in shots:
-            find_task(cfg.task).evaluate(ctx, cfg, some, encoded, rows["train"][:n])
-    return work
-
-
-def other_parts(ctx, cfg, rows, examples, feed, steps):
-    """What else a run does before and after its steps, as forecast.Parts."""
-    task = find_task(cfg.task)
-    parts = []
-    if feed is None:
-        return parts
-    if task.begin:
-        parts.append(forecast.Part(f"{len(rows['valid'])} of valid before training", rows["valid"],
-                                   len(rows["valid"]), lambda some: task.begin(ctx, cfg, {"valid": some})))
-    if task.prepare:
-        count = len(feed.used(steps)) + len(examples["test"])
-        count += len(examples["valid"]) * bool(valid_evaluations(cfg, steps))
-        parts.append(forecast.Part(f"{count:,} examples prepared", examples["train"], count,
-                                   lambda some: task.prepare(ctx, cfg, some)))
-    forgetting = forgetting_examples(cfg, ctx)
-    if forgetting:
-        parts.append(forecast.Part("forgetting, before and after", forgetting, 2 * len(forgetting),
-                                   lambda some: evaluate.mean_loss(ctx, some)))
-    return parts
+    if not trainable:
+        parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, 0)]
+        return forecast.Forecast(0, 0, (0.0, 0.0), forecast.measure_parts(parts, budget))
+    feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+    parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, steps),
+             *forecast.other_parts(ctx, cfg, task, rows, examples, feed, steps),
+             forecast.forgetting_part(ctx, forgetting_examples(cfg, ctx))]
+    seconds = forecast.measure_parts(parts, budget / 2)
+    make = find_record(OPTIMIZERS, cfg.optimizer).make
+    optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
+    training = forecast.measure_training(
+        ctx, feed, steps, list(trainable.values()), optimizer,
+        lambda micro_batch, past: task.loss(ctx, cfg, micro_batch, past),
+        lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
+    return forecast.Forecast(steps, feed.tokens(steps), training, seconds)
 
 
 def plan_of(ctx, cfg, trainable, examples, block):

@@ -248,7 +248,8 @@ def test_answers_after_training_may_be_shorter(monkeypatch):
     monkeypatch.setattr(forecast, "time", clock)
     part = forecast.Part("x", [1, 2, 3], 3, clock.work(0, 10), after=5, at_best=clock.work(0, 1))
     assert forecast.measure_part(part, 100) == (3 * 10 + 5 * 1, 8 * 10)
-    assert forecast.measure_part(part._replace(count=0, after=0), 100) == (0, 0)
+    unused = part._replace(what="y", count=0, after=0)
+    assert forecast.measure_parts([part, unused, part._replace(what="z", items=[])], 100) == {"x": (35, 80)}
 
 
 def test_a_rate_and_its_error():

@@ -1,4 +1,4 @@
-"""data/runtime/progress.py: short phases are silent, long ones say what they are and how far; a bar on a terminal."""
+"""data/runtime/progress.py: short phases are silent, long ones say what they are and how far."""
 import re
 import time
 

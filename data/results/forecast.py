@@ -1,26 +1,31 @@
 """data/results/forecast.py: how long a command will take, measured on a sample of what it does.
 
-    training     micro-batches of its first steps, forward and backward: seconds per token x tokens of all steps;
-                 an optimiser step: seconds x steps
-    other parts  the evaluations before, during and after training, and what a task prepares (Part): seconds for
-                 each of a few items, spread over all of them, x items
+    training     micro-batches of its first steps, forward and backward: seconds per token x tokens of all
+                 steps; an optimiser step: seconds x steps
+    other parts  the evaluations before, during and after training, and what a task prepares (Part): seconds
+                 for each of a few items, spread over all of them, x items
 
-A number is a range (low, high), in seconds. Training: 2 standard errors around the mean of the micro-batches, at
-least 10 %. Parts: between what one more item took, in a larger batch, and the mean; of a single measurement,
-half. Answers after training are at best as long as the references, at worst as long as those of the untrained
-model. Not included are reading files, loading, encoding, saving, and other programs on the machine.
+A number is a range (low, high), in seconds. Training: 2 standard errors around the mean of the micro-batches,
+at least 10 %. Parts: between what one more item took, in a larger batch, and the mean; of a single
+measurement, half. Answers after training are at best as long as the references, at worst as long as those of
+the untrained model. Not included are reading files, loading, encoding and saving.
 
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
-Public: Part, Forecast, BUDGET, measure_training, measure_part, describe_model, print_forecast
+Public: Part, Forecast, BUDGET, valid_evaluations, evaluation_part, other_parts, forgetting_part,
+measure_training, measure_parts, describe_model, format_range, print_forecast
 """
 import math
 import time
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import torch
 
-from data.batches.examples import size
+from data.batches.examples import size, targets
+from data.batches.few_shot import parse_shots
+from data.batches.row_types import row_type_of
+from data.results.evaluate import mean_loss
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
@@ -55,9 +60,76 @@ class Forecast(NamedTuple):
         return tuple(sum(side) for side in zip(*ranges))
 
 
+# ------------------------------------------------------------------------------------- what a run does
+# ctx, cfg, task (its record), rows and examples {split: list}: as the supervised loop of train.py has them.
+
+def valid_evaluations(cfg, steps):
+    """How often a run of so many steps is measured on valid."""
+    return max(0, steps - 1) // (cfg.eval_every or max(1, math.ceil(steps / 4)))
+
+
+def evaluation_part(ctx, cfg, task, rows, examples, steps):
+    """The evaluations on test and valid, as a Part of items (row, example). steps: 0 without training."""
+    row_type = row_type_of(rows["test"][0]).name
+    is_text = row_type == "text"
+    test = rows["test"][:1] * len(examples["test"]) if is_text else rows["test"]
+    shots = [rows["train"][:n] for n in parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)]
+    what = f"{len(test)} test {'windows' if is_text else 'items'}"
+    count = len(test) * len(shots)
+    after = 0
+    at_best = None
+    if steps:
+        times = valid_evaluations(cfg, steps)
+        valid = len(examples["valid"])
+        after = len(test) + times * valid
+        count *= task.baseline_metrics
+        what += f" {'before and ' if count else ''}after training, {valid} of valid {times} times"
+        if task.next_tokens:                            # a tuned model ends its answers
+            longest = max(map(targets, examples["test"]))
+            brief = replace(ctx, max_new_tokens=min(longest, ctx.max_new_tokens))
+            at_best = evaluation_of(brief, cfg, task, shots)
+
+    def prepare(pairs):
+        if not task.prepare:
+            return pairs
+        some, encoded = zip(*pairs)
+        return list(zip(some, task.prepare(ctx, cfg, list(encoded))))
+    items = list(zip(test, examples["test"]))
+    return Part(what, items, count, evaluation_of(ctx, cfg, task, shots), after, at_best, prepare)
+
+
+def evaluation_of(ctx, cfg, task, shots):
+    """(some pairs of row and example) -> None: what the task measures on them, behind each list of shots."""
+    def work(pairs):
+        some, encoded = map(list, zip(*pairs))
+        for solved in shots:
+            task.evaluate(ctx, cfg, some, encoded, solved)
+    return work
+
+
+def other_parts(ctx, cfg, task, rows, examples, feed, steps):
+    """What a task computes before the first of `steps` steps, as Parts."""
+    parts = []
+    if task.begin:
+        count = len(rows["valid"])
+        parts.append(Part(f"{count} of valid before training", rows["valid"], count,
+                          lambda some: task.begin(ctx, cfg, {"valid": some})))
+    if task.prepare:
+        count = len(feed.used(steps)) + len(examples["test"])
+        count += len(examples["valid"]) * bool(valid_evaluations(cfg, steps))
+        parts.append(Part(f"{count:,} examples prepared", examples["train"], count,
+                          lambda some: task.prepare(ctx, cfg, some)))
+    return parts
+
+
+def forgetting_part(ctx, examples):
+    """The loss on other text, before and after, as a Part."""
+    return Part("forgetting, before and after", examples, 2 * len(examples), lambda some: mean_loss(ctx, some))
+
+
 # ----------------------------------------------------------------------------------------------- measurements
 
-def measure_training(ctx, feed, steps, params, optimizer, loss, prepare=as_they_are, budget=BUDGET / 2):
+def measure_training(ctx, feed, steps, params, optimizer, loss, prepare, budget):
     """The range of the seconds of `steps` steps; the parameters change.
 
     params    trainable ones             optimizer   of them
@@ -121,10 +193,14 @@ def rate_of(batches):
     return rate, min(0.5 * rate, max(0.1 * rate, 2 * math.sqrt(spread) / tokens))
 
 
+def measure_parts(parts, budget):
+    """{what: range of the seconds} of the parts that have items."""
+    some = [part for part in parts if part.items and part.count + part.after]
+    return {part.what: measure_part(part, budget / len(some)) for part in some}
+
+
 def measure_part(part, budget):
     """The range of the seconds of a part."""
-    if not part.items or not part.count + part.after:
-        return 0.0, 0.0
     with Progress(f"measuring {part.what}"):
         low, high = seconds_per_item(part, part.work, budget)
         lowest = low
@@ -164,8 +240,8 @@ def seconds_per_item(part, work, budget):
 
 def describe_model(name, config):
     """A model in one line: its name, family and shape."""
-    return (f"model: {name} ({config.family}, {config.n_layer} layers of width {config.n_embd}, a context of "
-            f"{config.block_size:,} tokens)")
+    return (f"model: {name} ({config.family}, {config.n_layer} layers of width {config.n_embd}, "
+            f"a context of {config.block_size:,} tokens)")
 
 
 def format_range(seconds):

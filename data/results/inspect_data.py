@@ -217,7 +217,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     ctx, cfg     of the task that the rows are for; read are cfg.task, data and block_size
     data         as load_for_check returns it
     command      the command line that the estimate is for
-    estimate     estimate() prints what that command takes and returns a forecast.Forecast; None: there is none
+    estimate     estimate() prints what that command takes, and returns a forecast.Forecast; None without one
     clean_copy   as load_for_check returns it
 
     Sets ctx.text.labels for rows with labels or tags.

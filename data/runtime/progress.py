@@ -5,10 +5,10 @@
             ...
             progress.update()
 
-A phase that ends within two seconds prints nothing. A longer one has a bar on a terminal; elsewhere it writes a
-line every five seconds. Both go to stderr, from process 0. A phase may lie inside another: the innermost one
-is shown, with the names of those around it that have no total. A thread prints, because a single piece of
-work can be longer than two seconds.
+A phase that ends within two seconds prints nothing. A longer one has a bar on a terminal; elsewhere it writes
+a line every five seconds. Both go to stderr, from process 0. A phase may lie inside another: the innermost
+one is shown, with the names of those around it that have no total. A thread prints, because a single piece
+of work can be longer than two seconds.
 
 Public: Progress, track, format_seconds
 """
@@ -86,8 +86,8 @@ class Progress:
         if self.bar is None:
             only_time = dict(bar_format="{desc}: {elapsed}") if self.total is None else {}
             self.bar = tqdm(desc=self.what, total=self.total, initial=self.first, unit=self.unit,
-                            leave=False, file=sys.stderr, delay=1e-9, **only_time)      # not before start_t is set
-            self.bar.start_t = self.began
+                            leave=False, file=sys.stderr, delay=1e-9, **only_time)
+            self.bar.start_t = self.began           # delay: nothing is shown before this
         self.bar.n = self.done
         self.bar.set_postfix_str(self.note, refresh=False)
         self.bar.refresh()
