@@ -44,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints.peft import (base_fingerprint, fused, peft_type_of, read_adapter,        # noqa: F401
-                                   write_adapter)
+                                   require_known_extra, write_adapter)
 from data.checkpoints.quantization import (QUANT_TYPES, QuantizedWeight, QuantProduct, compute_dtype,
                                            keep_wide)
 from data.runtime.files import DataError, UserError
@@ -854,8 +854,8 @@ class LoRAMethod:
     def load(self, model, folder, settings):
         """Read an adapter folder into the model; `settings` are those of its run.json. Returns no prompt."""
         if settings.get("quant", "none") != "none":  # the base it was trained against, rounding and all
-            quantize(model, settings["quant"], settings["double_quant"])
-        return load_adapter(model, folder)
+            quantize(model, settings["quant"], settings.get("double_quant", False))
+        require_known_extra(folder, load_adapter(model, folder), model.config.n_embd)
 
     def run_settings(self, cfg):
         """What run.json keeps so that `load` can rebuild the model."""

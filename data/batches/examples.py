@@ -115,7 +115,7 @@ class Text:
         for other in shots:
             messages += self.turns(other)
         messages += self.turns(row)[:-1]
-        ids = chat.prompt(messages, self.template, self.tokenizer, self.system)
+        ids = chat.prompt(messages, self.template, self.tokenizer, self.system) or [self.end_token]
         before, after = self.around_prompt
         if limit:
             ids = chat.truncate_left(ids, limit - len(before) - len(after))
