@@ -320,7 +320,10 @@ def token_rewards(scores, logp, ref_logp, mask, beta):
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). Past the last real token reward and
-    value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R)."""
+    value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R).
+    Raises UserError unless the mask is bool."""
+    if mask.dtype != torch.bool:
+        raise UserError(f"gae: the mask is {mask.dtype}; it must be bool, true on response tokens")
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)
     adv = torch.zeros_like(rewards)

@@ -537,6 +537,11 @@ def test_a_head_of_ones_own_travels_in_the_file(bases, tmp_path):
     (dict(variant="ia3", dropout=0.1), "ia3 has no use for dropout"),
     (dict(name="a.b"), "cannot name an adapter"),
     (dict(name="values"), "cannot name an adapter"),
+    (dict(rank="8"), "'8' has the wrong type; targets are words, ranks, layers .a list. and seed whole numbers"),
+    (dict(rank=4.0), "4.0 has the wrong type"), (dict(alpha="16"), "'16' has the wrong type"),
+    (dict(rank_pattern={"q": "4"}), "'4' has the wrong type"), (dict(layers=1), "1 has the wrong type"),
+    (dict(layers="01"), "'0' has the wrong type"), (dict(seed=None), "None has the wrong type"),
+    (dict(targets=[1]), "1 has the wrong type"), (dict(dropout=None), "None has the wrong type"),
 ])
 def test_a_wrong_request_is_a_sentence(kw, error, bases):
     with pytest.raises(UserError, match=error) as e:
@@ -852,6 +857,8 @@ def test_param_groups(bases):
 
     model = make(bases, variant="dora")
     assert seen(model, loraplus_lr_ratio=16, weight_decay=0.1) == [(1e-3, 0.1, 4), (1.6e-2, 0.1, 4), (1e-3, 0, 4)]
+    with pytest.raises(UserError, match="no trainable adapter; inject one, or load it with trainable=True"):
+        lora.param_groups(GPT.from_pretrained(bases["gpt2"]), 1e-3)
     grouped = {id(p) for g in lora.param_groups(model, 1e-3) for p in g["params"]}
     assert grouped == {id(p) for p in lora.adapter_parameters(model).values()}
     assert seen(make(bases, variant="ia3", targets=("k", "down")), weight_decay=0.1) == [(1e-3, 0, 4)]
