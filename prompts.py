@@ -105,7 +105,8 @@ class PromptTuning(nn.Module):
 class PTuningFlags:
     """virtual tokens"""
     encoder: str = flag("mlp", "what the embeddings go through", choices=("mlp", "lstm"))
-    encoder_hidden: int = flag(None, "the encoder's width; default: the model's", type=int, low=1)
+    encoder_hidden: int = flag(None, "the encoder's width; default: the model's", type=int, low=1,
+                               high=2 ** 16)
 
 
 class PTuning(nn.Module):
@@ -168,7 +169,7 @@ class PTuning(nn.Module):
 @dataclass(frozen=True)
 class PrefixFlags:
     """virtual tokens"""
-    encoder_hidden: int = flag(512, "the encoder's width", low=1)
+    encoder_hidden: int = flag(512, "the encoder's width", low=1, high=2 ** 16)
 
 
 class PrefixTuning(nn.Module):

@@ -165,11 +165,12 @@ class ShardFlags:
 @dataclass(frozen=True)
 class NewModelFlags:
     """a new model, --init new"""
-    n_layer: int = flag(4, "layers", low=1)
-    n_head: int = flag(4, "heads", low=1)
-    n_embd: int = flag(128, "width", low=1)
+    n_layer: int = flag(4, "layers", low=1, high=1000)
+    n_head: int = flag(4, "heads", low=1, high=2 ** 16)
+    n_embd: int = flag(128, "width", low=1, high=2 ** 16)
     family: str = flag("gpt2", "dialect", choices=lambda: tuple(f.model_type for f in FAMILIES))
-    vocab_size: int = flag(1024, "size of the tokenizer it gets; 0: bytes", low=0)
+    vocab_size: int = flag(1024, "size of the tokenizer it gets; 0: bytes", low=0,
+                           high=2 ** 24)
 
     @staticmethod
     def check(cfg):
@@ -2131,9 +2132,10 @@ def main(argv=None):
     except Exception as e:
         if not distributed.first_to_fail(f"{type(e).__name__}: {e}".split("\n")[0]):
             return 1                                    # what fails here is that another process has ended
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise  # torch.OutOfMemoryError says the first, a CPU the second
-        log_progress(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower "
+        known = "out of memory" in str(e) or "can't allocate memory" in str(e)     # CUDA's words, and a CPU's
+        if not known and not isinstance(e, MemoryError):
+            raise
+        log_progress(f"train.py: out of memory ({(str(e) or type(e).__name__).splitlines()[0][:120]}); a lower "
                      "--micro_batch_tokens or --block_size, and --gradient_checkpointing, need less",
                      dist_state.rank)
         return 1

@@ -101,6 +101,14 @@ def same(a, b):
     (["--task", "merge", "--init", "data"], "--out"), (["--init", "no/such/folder"], "no such folder"),
     (["--layers", "a-b"], "--layers a-b cannot be read"), (["--layers", "3-1"], "upwards"),
     (["--layers", ""], "cannot be read"), (["--layers", "0-1-2"], "cannot be read"),
+    (["--layers", "0-9999999999999"], "cannot be read"), (["--layers", "9" * 5000], "cannot be read"),
+    (["--method", "p_tuning", "--encoder_hidden", str(2 ** 63 - 1)], "--encoder_hidden"),
+    (["--method", "prefix_tuning", "--encoder_hidden", str(2 ** 63 - 1)], "it goes from 1 to 65536"),
+    (["--task", "pretrain", "--block_size", str(2 ** 63 - 1)], "it goes from 2 to 16777216"),
+    (["--task", "pretrain", "--n_layer", str(2 ** 63 - 1)], "it goes from 1 to 1000"),
+    (["--task", "ppo", "--ppo_epochs", str(2 ** 63 - 1)], "it goes from 1 to 1000"),
+    (["--task", "ppo", "--batch", str(2 ** 63 - 2)], "it goes from 1 to 65536"),
+    (["--task", "sample", "--num_generations", str(2 ** 63 - 1)], "it goes from 1 to 65536"),
     (["--rank_pattern", "down"], "cannot be read"), (["--rank_pattern", "o=4"], "targets q,v,up,down leave it out"),
     (["--beta2", "1"], "below 1"), (["--warmup", "2"], "from 0 to 1"), (["--min_lr_ratio", "-1"], "--min_lr_ratio -1.0"),
     (["--weight_decay", "-1"], "--weight_decay"), (["--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio"),
@@ -649,9 +657,17 @@ def test_a_quantised_run_is_read_on_the_base_it_was_trained_against(world, tmp_p
             assert loss == pytest.approx(r["metrics"]["loss"], rel=1e-5), init.name
 
 
-def test_out_of_memory_is_advice(world, tmp_path, monkeypatch, capsys):
+def test_a_batch_beyond_the_data_is_the_data(world, tmp_path, capsys):
+    found = [run(world, tmp_path / f"b{n}", "--batch", n)["metrics"]["loss"] for n in (2 ** 63 - 1, 64)]
+    assert "a step of 9223372036854775807 is more than the 64 examples there are" in capsys.readouterr().err
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+                                   MemoryError()])
+def test_out_of_memory_is_advice(error, world, tmp_path, monkeypatch, capsys):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
     monkeypatch.setattr(evaluate, "summed_loss", full)
     assert train.main(command(world, tmp_path / "r")) == 1
     assert "--micro_batch_tokens" in capsys.readouterr().err

@@ -37,7 +37,7 @@ class TextFlags:
 class BlockFlags:
     """text"""
     block_size: int = flag(None, "longest example in tokens; default: the context, at most 1024", type=int,
-                           low=2)
+                           low=2, high=2 ** 24)
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,9 @@ class Feed:
         self.epoch = 0
         self.steps = self._plan(0)
         self.steps_per_epoch = len(self.steps)
+        count = sum(map(len, self.steps))
+        if batch > count:
+            log_progress(f"a step of {batch} is more than the {count} examples there are: each takes all of them")
 
     def _plan(self, epoch):
         """The steps of an epoch: lists of indices of examples, or of starts of windows."""
