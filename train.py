@@ -350,8 +350,14 @@ def open_context(cfg):
 
 
 def task_of(stored):
-    """The task that the settings of a folder name, by our name or by peft's; None for a language model."""
+    """The task that the settings of a folder name, by our name or by peft's; None for a language model.
+
+    Raises DataError.
+    """
     if stored.get("task"):
+        if stored["task"] not in names(TASKS):
+            raise DataError(f"run.json of --init names the task {stored['task']!r:.80}, and there is none; "
+                            f"there are {' '.join(names(TASKS))}")
         return find_task(stored["task"])
     found = [task for task in TASKS if task.peft_task_type and task.peft_task_type == stored.get("task_type")]
     return found[0] if found else None
