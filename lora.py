@@ -444,8 +444,8 @@ def check_inject(targets, ranks, alpha, dropout, layers, seed):
     if layers is not None and not hasattr(layers, "__iter__"):
         wrong.append(layers)
     if wrong:
-        raise UserError(f"inject: {wrong[0]!r} has the wrong type; targets are words, ranks, layers (a list) and "
-                        "seed whole numbers, alpha and dropout numbers")
+        raise UserError(f"inject: {wrong[0]!r} has the wrong type; targets are words, ranks, layers (a list) "
+                        "and seed whole numbers, alpha and dropout numbers")
 
 
 @contextmanager

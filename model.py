@@ -384,8 +384,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) in the compute dtype, and the loss, or None without targets.
 
         tokens   ids (B, T), or embeddings (B, T, C)
-        targets  ids (B, T), -1 (or -100, as in transformers) where a position is ignored. The loss is the mean
-                 cross-entropy of the others, in fp32 (NaN if there are none)
+        targets  ids (B, T), -1 (or -100, as in transformers) where a position is ignored. The loss is the
+                 mean cross-entropy of the others, in fp32 (NaN if there are none)
         past     see the top of this file
         UserError if tokens or targets are no ids of these shapes, or if P + T is more than the context.
         """
@@ -454,14 +454,15 @@ class GPT(nn.Module):
         """UserError unless tokens are ids (B, T) or embeddings (B, T, C), by type and shape: no number is
         read."""
         if torch.is_tensor(tokens):
-            ids = tokens.dim() == 2 and tokens.dtype in (torch.int64, torch.int32)
-            if ids or tokens.dim() == 3 and tokens.is_floating_point() and tokens.size(2) == self.config.n_embd:
+            if tokens.dim() == 2 and tokens.dtype in (torch.int64, torch.int32):
+                return
+            if tokens.dim() == 3 and tokens.is_floating_point() and tokens.size(2) == self.config.n_embd:
                 return
             found = f"{tokens.dtype} {list(tokens.shape)}"
         else:
             found = f"a {type(tokens).__name__}"
         raise UserError(f"tokens are {found}; they must be a tensor of ids (B, T), int64 or int32, or of "
-                        f"embeddings (B, T, {self.config.n_embd}); torch.tensor([ids]) makes a batch of one row")
+                        f"embeddings (B, T, {self.config.n_embd}); torch.tensor([ids]) is a batch of one row")
 
     def check_past(self, past, B):
         """UserError unless every entry is None or fits the layer and a batch of B rows."""
@@ -519,8 +520,8 @@ class GPT(nn.Module):
         """Read a Hugging Face folder (config.json; model.safetensors, or shards with an index), strictly.
 
         Every tensor must be there, in shape, and no other beside it; DataError names the first that is not.
-        Sizes are compared with the weights before anything is built. Weights that need neither reshaping nor a
-        cast stay memory-mapped: processes share them.
+        Sizes are compared with the weights before anything is built. Weights that need neither reshaping nor
+        a cast stay memory-mapped: processes share them.
         """
         try:
             config = GPTConfig(**read_config(folder))

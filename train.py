@@ -309,6 +309,7 @@ def open_context(cfg):
     device, why = pick_device(cfg.device)
     device = distributed.local_device(device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
+    check_settings(stored, cfg.init)
     made_by = task_of(stored)
     if made_by and task.generates and (made_by.judges or stored.get("classifier") == "head"):
         raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
@@ -349,15 +350,20 @@ def open_context(cfg):
     return ctx
 
 
-def task_of(stored):
-    """The task that the settings of a folder name, by our name or by peft's; None for a language model.
+def check_settings(stored, name):
+    """DataError unless what run.json of the folder `name` chooses is known."""
+    known = {"task": names(TASKS), "template": names(chat.TEMPLATES), "classifier": ("lm", "head"),
+             "attention": (*objectives.ATTENTION, "prefix"), "objective": objectives.OBJECTIVES,
+             "quant": ("none", *lora.QUANT_TYPES)}
+    for key, choices in known.items():
+        if stored.get(key) not in (None, *choices):
+            raise DataError(f"{weights_folder(name)}/run.json: {key} is {stored[key]!r:.80}; it is one of "
+                            f"{' '.join(choices)}")
 
-    Raises DataError.
-    """
+
+def task_of(stored):
+    """The task that the settings of a folder name, by our name or by peft's; None for a language model."""
     if stored.get("task"):
-        if stored["task"] not in names(TASKS):
-            raise DataError(f"run.json of --init names the task {stored['task']!r:.80}, and there is none; "
-                            f"there are {' '.join(names(TASKS))}")
         return find_task(stored["task"])
     found = [task for task in TASKS if task.peft_task_type and task.peft_task_type == stored.get("task_type")]
     return found[0] if found else None

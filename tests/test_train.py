@@ -871,6 +871,14 @@ def test_a_head_that_cannot_be_used_is_refused(rows, config, says, world, tmp_pa
     assert re.search(says, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("key", ["task", "template", "classifier", "attention", "objective", "quant"])
+def test_an_unknown_choice_in_run_json_is_named(key, world, tmp_path, capsys):
+    classifier_of_peft(world, tmp_path / "a", task_type="CAUSAL_LM")
+    write_json(tmp_path / "a" / "run.json", {key: "guess"})
+    assert train.main(["--task", "chat", "--prompt", "ab", "--init", str(tmp_path / "a")]) == 65
+    assert f"{tmp_path}/a/run.json: {key} is 'guess'; it is one of " in capsys.readouterr().err
+
+
 def test_adapters_in_a_ring_and_a_base_that_is_gone_are_named(world, tmp_path, capsys):
     def chat(name):
         assert train.main(["--task", "chat", "--prompt", "ab", "--init", str(tmp_path / name)]) == 65

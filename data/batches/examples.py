@@ -272,7 +272,8 @@ class Feed:
         self.steps_per_epoch = len(self.steps)
         count = sum(map(len, self.steps))
         if batch > count:
-            log_progress(f"a step of {batch} is more than the {count} examples there are: each takes all of them")
+            log_progress(f"a step of {batch} is more than the {count} examples there are: each takes all of "
+                         "them")
 
     def _plan(self, epoch):
         """The steps of an epoch: lists of indices of examples, or of starts of windows."""

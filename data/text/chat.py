@@ -243,8 +243,8 @@ def _fitting(template, tokenizer):
         raise UserError(f"the template {template} ends answers with the end-of-text token, and this "
                         "tokenizer names none")
     if missing and record.own_start:
-        raise UserError(f"the template {template} takes a text as the tokenizer gives it, and this one adds more "
-                        "than a start token; use another --template")
+        raise UserError(f"the template {template} takes a text as the tokenizer gives it, and this one adds "
+                        "more than a start token; use another --template")
     if missing:
         raise UserError(f"the template {template} needs the token {missing}, which this tokenizer lacks; use "
                         f"--template {guess_template(tokenizer)}")
@@ -279,7 +279,8 @@ PROBES = (                                              # (conversation, whether
 @functools.lru_cache
 def _read_style(record, source, bos, eos):
     """(Style, difference) of a template under a chat_template (Jinja, or ""), and the texts of BOS and EOS."""
-    if bos == "<|im_start|>" and not record.own_start:  # SmolLM2 names it so; it starts a turn, not a document
+    # SmolLM2 names it so; it starts a turn, not a document
+    if bos == "<|im_start|>" and not record.own_start:
         bos = ""
     if record.document:
         style = Style(bos if record.own_start else bos or eos, eos, record.system, record.separator)
