@@ -37,6 +37,7 @@ import functools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints.peft import (base_fingerprint, fused, peft_type_of, read_adapter,        # noqa: F401
-                                   write_adapter)
+                                   require_known_extra, write_adapter)
 from data.checkpoints.quantization import (QUANT_TYPES, QuantizedWeight, QuantProduct, compute_dtype,
                                            keep_wide)
 from data.runtime.files import DataError, UserError
@@ -411,6 +412,7 @@ def inject(model, targets=("q", "v"), variant="lora", rank=8, alpha=16, dropout=
     cls = variant_called(variant)
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
     rank_pattern = rank_pattern or {}
+    check_inject(targets, [rank, *rank_pattern.values()], alpha, dropout, layers, seed)
     if not (alpha > 0 and 0 <= dropout < 1):
         raise UserError(f"alpha must be positive and dropout in [0, 1); they are {alpha} and {dropout}")
     given = {"dropout": dropout, "rank_pattern": rank_pattern, "rslora": rslora}
@@ -431,6 +433,19 @@ def inject(model, targets=("q", "v"), variant="lora", rank=8, alpha=16, dropout=
         made[path].settings = dict(rank=r, scale=scale, dropout=dropout, **options)
     add_adapter(model, made, name)
     return list(made)
+
+
+def check_inject(targets, ranks, alpha, dropout, layers, seed):
+    """UserError for an argument of `inject` of a wrong type."""
+    whole = [*ranks, seed, *(layers if hasattr(layers, "__iter__") else ())]
+    wrong = [value for value in whole if not isinstance(value, Integral)]
+    wrong += [value for value in (alpha, dropout) if not isinstance(value, (int, float))]
+    wrong += [word for word in targets if not isinstance(word, str)]
+    if layers is not None and not hasattr(layers, "__iter__"):
+        wrong.append(layers)
+    if wrong:
+        raise UserError(f"inject: {wrong[0]!r} has the wrong type; targets are words, ranks, layers (a list) "
+                        "and seed whole numbers, alpha and dropout numbers")
 
 
 @contextmanager
@@ -467,10 +482,12 @@ def adapter_parameters(model, name=None):
 def param_groups(model, lr, loraplus_lr_ratio=1.0, weight_decay=0.0, name=None):
     """Optimiser groups of the trainable adapter parameters, as the records of their variants say.
 
-    Raises UserError for a trainable parameter that its variant puts in no group.
+    Raises UserError for a trainable parameter that its variant puts in no group, and if there is none.
     """
     ratios = {None: 1.0, "loraplus_lr_ratio": loraplus_lr_ratio}
     groups = {}
+    if not any(p.requires_grad for p in adapter_parameters(model, name).values()):
+        raise UserError("this model has no trainable adapter; inject one, or load it with trainable=True")
     for parameter_name, p in adapter_parameters(model, name).items():
         if not p.requires_grad:
             continue
@@ -854,8 +871,8 @@ class LoRAMethod:
     def load(self, model, folder, settings):
         """Read an adapter folder into the model; `settings` are those of its run.json. Returns no prompt."""
         if settings.get("quant", "none") != "none":  # the base it was trained against, rounding and all
-            quantize(model, settings["quant"], settings["double_quant"])
-        return load_adapter(model, folder)
+            quantize(model, settings["quant"], settings.get("double_quant", False))
+        require_known_extra(folder, load_adapter(model, folder), model.config.n_embd)
 
     def run_settings(self, cfg):
         """What run.json keeps so that `load` can rebuild the model."""

@@ -37,6 +37,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,14 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batches.batching import split_by_token_budget
 from data.checkpoints.hf import find_family, hf_config, hf_names, parse_config, read_config, read_state
-from data.checkpoints.hf import stored_tensors
+from data.checkpoints.hf import read_stored, stored_tensors
 from data.checkpoints.safetensors import write_tensors
 from data.runtime.files import DataError, UserError, write_json
+
+
+def is_integer(value):
+    """Is this a whole number, of Python or numpy, and not a bool?"""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class GPTConfig:
     eos: object = None                  # int, or a list of ints
 
     def __post_init__(self):
+        self.require_counts("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
         defaults = dict(n_kv_head=self.n_head, head_size=self.n_embd // self.n_head, n_inner=4 * self.n_embd)
         defaults.update(find_family(self.family).dialect)
         for name, default in defaults.items():
@@ -87,12 +94,20 @@ class GPTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
+        self.require_counts("n_kv_head", "head_size", "n_inner")
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
         if self.position == "learned" and self.n_embd != self.n_head * self.head_size:
             raise UserError(f"width {self.n_embd} is not {self.n_head} heads times {self.head_size}")
         if self.position == "rope" and self.head_size % 2:
             raise UserError(f"rotary positions need pairs, so head_size must be even; it is {self.head_size}")
+
+    def require_counts(self, *names):
+        """UserError unless these fields are whole numbers above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not is_integer(value) or value < 1:
+                raise UserError(f"{name} is {value!r}; it must be a whole number above 0")
 
     def as_family(self, name, **changes):
         """The same shape in the dialect of family `name`, with `changes`. UserError if it is unknown."""
@@ -351,8 +366,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def embed(self, tokens):
-        """ids (B, T) -> embeddings (B, T, C), without positions. The only reader of the embedding."""
-        return self.wte(tokens)
+        """ids (B, T) -> embeddings (B, T, C), without positions. The only reader of the embedding.
+
+        UserError for an id outside of the vocabulary (on a CPU; CUDA reports it later, in its own words).
+        """
+        try:
+            return self.wte(tokens)
+        except IndexError:                              # asking first would wait for a GPU
+            raise UserError(f"a token id is not in the vocabulary of this model; ids go from 0 to "
+                            f"{self.config.vocab_size - 1}") from None
 
     def logits(self, hidden):
         """hidden (..., C) after ln_f -> logits (..., V) in the compute dtype. The only caller of the head."""
@@ -362,21 +384,25 @@ class GPT(nn.Module):
         """Logits (B, T, V) in the compute dtype, and the loss, or None without targets.
 
         tokens   ids (B, T), or embeddings (B, T, C)
-        targets  ids (B, T), -1 where a position is ignored. The loss is the mean cross-entropy of the others,
-                 in fp32 (NaN if there are none)
+        targets  ids (B, T), -1 (or -100, as in transformers) where a position is ignored. The loss is the
+                 mean cross-entropy of the others, in fp32 (NaN if there are none)
         past     see the top of this file
-        UserError if targets do not match tokens, or if P + T is more than the context.
+        UserError if tokens or targets are no ids of these shapes, or if P + T is more than the context.
         """
-        if targets is not None and (not torch.is_tensor(targets) or targets.shape != tokens.shape[:2]):
-            found = list(targets.shape) if torch.is_tensor(targets) else type(targets).__name__
-            raise UserError(f"targets are {found}, but these tokens need ids {list(tokens.shape[:2])} (give "
-                            "a past by name)")
+        self.check_tokens(tokens)
+        if targets is not None:
+            check_targets(targets, tokens)
         hidden, _ = self.hidden_states(tokens, past)
         logits = self.logits(hidden)                                    # (B, T, V)
         if targets is None:
             return logits, None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        targets = targets.long().masked_fill(targets == -100, -1)
+        try:
+            return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        except IndexError:
+            raise UserError("a target is not in the vocabulary of this model; targets go from 0 to "
+                            f"{self.config.vocab_size - 1}, and -1 or -100 are ignored") from None
 
     # Many parameters, but a caller names the few that it uses.
     def hidden_states(self, tokens, past=None, cache=None, select=None, bidirectional_len=None,
@@ -397,8 +423,10 @@ class GPT(nn.Module):
         compile     run each block through torch.compile; as gradient_checkpointing, only with gradients
         Returns hidden (B, T, C), or (N, C), after ln_f; and the past of all P + T positions: Past(k, v) per
         layer, or the layers of the cache. Side memory is not part of it.
-        UserError if the past does not fit the model, or P + T (or a cache) is more than the context.
+        UserError if tokens are not of these shapes, if the past does not fit the model, or if P + T (or a
+        cache) is more than the context.
         """
+        self.check_tokens(tokens)
         if past is not None:
             self.check_past(past, len(tokens))
         P = past_length(past)
@@ -421,6 +449,20 @@ class GPT(nn.Module):
                 h, kv = run(*args)
             made.append(kv)
         return self.ln_f(h), made
+
+    def check_tokens(self, tokens):
+        """UserError unless tokens are ids (B, T) or embeddings (B, T, C), by type and shape: no number is
+        read."""
+        if torch.is_tensor(tokens):
+            if tokens.dim() == 2 and tokens.dtype in (torch.int64, torch.int32):
+                return
+            if tokens.dim() == 3 and tokens.is_floating_point() and tokens.size(2) == self.config.n_embd:
+                return
+            found = f"{tokens.dtype} {list(tokens.shape)}"
+        else:
+            found = f"a {type(tokens).__name__}"
+        raise UserError(f"tokens are {found}; they must be a tensor of ids (B, T), int64 or int32, or of "
+                        f"embeddings (B, T, {self.config.n_embd}); torch.tensor([ids]) is a batch of one row")
 
     def check_past(self, past, B):
         """UserError unless every entry is None or fits the layer and a batch of B rows."""
@@ -478,7 +520,8 @@ class GPT(nn.Module):
         """Read a Hugging Face folder (config.json; model.safetensors, or shards with an index), strictly.
 
         Every tensor must be there, in shape, and no other beside it; DataError names the first that is not.
-        Weights that need neither reshaping nor a cast stay memory-mapped: processes share them.
+        Sizes are compared with the weights before anything is built. Weights that need neither reshaping nor
+        a cast stay memory-mapped: processes share them.
         """
         try:
             config = GPTConfig(**read_config(folder))
@@ -486,9 +529,10 @@ class GPT(nn.Module):
             raise
         except UserError as e:                          # GPTConfig refuses the shape
             raise DataError(f"{folder}/config.json: {e}") from None
+        stored = read_stored(config, folder)
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(read_state(model, folder, dtype), assign=True)
+        model.load_state_dict(read_state(model, stored, folder, dtype), assign=True)
         if config.tied:
             model.head.weight = model.wte.weight
         return model
@@ -509,6 +553,17 @@ class GPT(nn.Module):
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         write_tensors(os.path.join(folder, "model.safetensors"), tensors)
         write_json(os.path.join(folder, "config.json"), config)
+
+
+def check_targets(targets, tokens):
+    """UserError unless targets are ids of the shape of `tokens`."""
+    found = type(targets).__name__
+    if torch.is_tensor(targets):
+        found = f"{targets.dtype} {list(targets.shape)}"
+        if targets.shape == tokens.shape[:2] and not targets.is_floating_point():
+            return
+    raise UserError(f"targets are {found}, but these tokens need ids {list(tokens.shape[:2])} (give a past by "
+                    "name)")
 
 
 def layer_views(past, cache, positions, bidirectional_len):
@@ -643,11 +698,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     only what still runs. The caller decides .eval() and autocast.
     UserError if a prompt is empty or too long, or an argument is out of range.
     """
-    check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms)
+    check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms, eos)
     new = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return new
-    stop = {eos} if isinstance(eos, int) else set(eos or ())
+    stop = {eos} if is_integer(eos) else set(eos or ())
     sizes = [len(prompt) for prompt in prompts]
     free = [model.config.block_size - past_length(past) - size for size in sizes]
     limits = [min(max_new_tokens, columns + 1) for columns in free]     # the last token needs no column
@@ -677,7 +732,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         cache = cache._replace(lengths=cache.lengths + 1)
 
 
-def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms):
+def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms, eos):
+    rows = isinstance(prompts, (list, tuple)) and all(isinstance(prompt, list) for prompt in prompts)
+    if not rows or not all(is_integer(token) for prompt in prompts for token in prompt):
+        raise UserError(f"generate: prompts are a {type(prompts).__name__}; they must be a list of lists of "
+                        "token ids, as tensor.tolist() gives of ids (B, T)")
+    ends = () if eos is None else [eos] if is_integer(eos) else eos
+    if not isinstance(ends, (list, tuple, set, frozenset)) or not all(map(is_integer, ends)):
+        raise UserError(f"generate: eos is {eos!r:.80}; it must be a token id, or a collection of them")
+    if not is_integer(max_new_tokens):
+        raise UserError(f"generate: max_new_tokens is {max_new_tokens!r}; it must be a whole number")
     if not all(prompts):
         raise UserError("generate: a prompt is empty; give it at least one token (end-of-text will do)")
     if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 <= top_p <= 1)):

@@ -162,7 +162,7 @@ class SamplingConfig:
     """
     max_new_tokens: int = flag(40, "longest answer in tokens, its end token included", low=1)
     temperature: float = flag(1.0, "divides the logits, wherever the policy is sampled or scored", low=0)
-    num_generations: int = flag(4, "answers per prompt", low=1)
+    num_generations: int = flag(4, "answers per prompt", low=1, high=2 ** 16)
     micro_batch_tokens: int = flag(MICRO // 2, "padded tokens per forward: memory and time, no result", low=1)
 
     def __post_init__(self):
@@ -183,7 +183,7 @@ class PPOConfig(RecordConfig, SamplingConfig):
     PPOConfig(algo="grpo", steps=100); see RecordConfig for defaults and errors.
     """
     lr: float = flag(2e-3, "learning rate of the policy", low=0)
-    batch: int = flag(64, "answers per iteration", low=1)
+    batch: int = flag(64, "answers per iteration", low=1, high=2 ** 16)
     steps: int = flag(60, "iterations: a rollout and its updates", low=0)
     seed: int = flag(1, "seed of prompts, samples and minibatches", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm, of policy and critic each; 0: no clipping", low=0)
@@ -197,7 +197,7 @@ class PPOConfig(RecordConfig, SamplingConfig):
                                     type=score_or_none)
     gamma: float = flag(1.0, "discount; below 1 the optimum is no longer pi*", low=0, high=1)
     lam: float = flag(0.95, "GAE's lambda", low=0, high=1)
-    ppo_epochs: int = flag(2, "passes over one rollout", low=1)
+    ppo_epochs: int = flag(2, "passes over one rollout", low=1, high=1000)
     minibatches: int = flag(4, "optimiser steps per pass", low=1)
     cliprange: float = flag(0.2, "ratios outside 1 - cliprange .. 1 + cliprange are clipped", low=0)
     cliprange_high: float = flag(0.0, "another clip range above 1; 0: as --cliprange", low=0)
@@ -320,7 +320,10 @@ def token_rewards(scores, logp, ref_logp, mask, beta):
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). Past the last real token reward and
-    value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R)."""
+    value are 0: a padded row gives the numbers of the row alone. Returns advantages, returns, both (B, R).
+    Raises UserError unless the mask is bool."""
+    if mask.dtype != torch.bool:
+        raise UserError(f"gae: the mask is {mask.dtype}; it must be bool, true on response tokens")
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)
     adv = torch.zeros_like(rewards)

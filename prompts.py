@@ -45,8 +45,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.runtime.files import DataError, UserError, read_json, write_json
+from data.runtime.files import DataError, UserError, write_json
 from data.runtime.flags import flag
 
 COMMON = 5000       # byte-pair ids grow with rarity: below this are words that were seen often (Lester, 3.2)
@@ -104,7 +105,8 @@ class PromptTuning(nn.Module):
 class PTuningFlags:
     """virtual tokens"""
     encoder: str = flag("mlp", "what the embeddings go through", choices=("mlp", "lstm"))
-    encoder_hidden: int = flag(None, "the encoder's width; default: the model's", type=int, low=1)
+    encoder_hidden: int = flag(None, "the encoder's width; default: the model's", type=int, low=1,
+                               high=2 ** 16)
 
 
 class PTuning(nn.Module):
@@ -167,7 +169,7 @@ class PTuning(nn.Module):
 @dataclass(frozen=True)
 class PrefixFlags:
     """virtual tokens"""
-    encoder_hidden: int = flag(512, "the encoder's width", low=1)
+    encoder_hidden: int = flag(512, "the encoder's width", low=1, high=2 ** 16)
 
 
 class PrefixTuning(nn.Module):
@@ -462,7 +464,7 @@ def load_prompt(model, folder):
     """
     path = pathlib.Path(folder) / "adapter_config.json"
     file = pathlib.Path(folder) / "adapter_model.safetensors"
-    config = read_json(path)
+    config = read_adapter_config(folder)
     tensors = read_tensors(file)
     if not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
         raise DataError(f"{file}: some numbers are not finite floats; train this prompt again")
@@ -477,7 +479,7 @@ def load_own_prompt(model, prompt_class, config, tensors, file):
         prompt = prompt_class(model, **config["settings"])
         prompt.settings = config["settings"]
         prompt.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise DataError(f"{file} does not fit {prompt_class.__name__}: {' '.join(str(e).split())}") from None
     return prompt.eval()
 
@@ -488,9 +490,15 @@ def load_peft_prompt(model, config, tensors, path, file):
     peft_type = config.get("peft_type")
     n = config.get("num_virtual_tokens")
     template = config.get("template")
-    if peft_type not in known or (template is not None) != (peft_type == "TEMPLATE_PROMPT"):
-        raise DataError(f"{path}: peft_type is {peft_type!r} and template {template!r}; a prompt is one of "
-                        f"{', '.join(known)}, and only TEMPLATE_PROMPT has a template")
+    if peft_type not in known:
+        raise DataError(f"{path}: peft_type {peft_type!r} is not read as a soft prompt; {', '.join(known)} "
+                        "are")
+    if (template is not None) != (peft_type == "TEMPLATE_PROMPT"):
+        raise DataError(f"{path}: peft_type is {peft_type} and template {template!r}; TEMPLATE_PROMPT, and "
+                        "no other soft prompt, has a template")
+    if config.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise DataError(f"{path}: a soft prompt of task_type {config['task_type']} is not read here; that of "
+                        "a language model, CAUSAL_LM, is")
     soft = "PREFIX" not in peft_type
     want = {"prompt_embeddings": [n, c.n_embd if soft else kv_width(c)]}
     if peft_type == "GATED_PREFIX":
@@ -498,10 +506,15 @@ def load_peft_prompt(model, config, tensors, path, file):
     have = {name: list(t.shape) for name, t in tensors.items()}
     if have != want:
         raise DataError(f"{file}: the tensors are {have}; {peft_type} over this model has {want}")
-    if soft:
-        prompt = PromptTuning(model, n, "random", template=template)
-    else:
-        prompt = PTuningV2(model, n, "gated" if "gate" in want else "zero", prefix_dropout=0.0)
+    try:
+        if soft:
+            prompt = PromptTuning(model, n, "random", template=template)
+        else:
+            prompt = PTuningV2(model, n, "gated" if "gate" in want else "zero", prefix_dropout=0.0)
+        if template is not None:
+            parse_template(template, lambda words: [])
+    except UserError as e:
+        raise DataError(f"{path}: {e}") from None
     tensors["embedding"] = tensors.pop("prompt_embeddings")
     prompt.load_state_dict(tensors)
     return prompt.eval()

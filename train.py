@@ -56,9 +56,10 @@ from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Tex
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
 from data.checkpoints.hf import FAMILIES, read_config, save_generation
-from data.checkpoints.model_folders import (adapter_config, base_of, find, folders, hash_folder, portable,
+from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, read_head,
                                             root_model, settings, weights_folder)
-from data.checkpoints.safetensors import read_tensors, write_tensors
+from data.checkpoints.peft import read_adapter_config
+from data.checkpoints.safetensors import write_tensors
 from data.results import cost_model, evaluate, forecast, inspect_data, next_token, tables, untrained
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
@@ -164,11 +165,12 @@ class ShardFlags:
 @dataclass(frozen=True)
 class NewModelFlags:
     """a new model, --init new"""
-    n_layer: int = flag(4, "layers", low=1)
-    n_head: int = flag(4, "heads", low=1)
-    n_embd: int = flag(128, "width", low=1)
+    n_layer: int = flag(4, "layers", low=1, high=1000)
+    n_head: int = flag(4, "heads", low=1, high=2 ** 16)
+    n_embd: int = flag(128, "width", low=1, high=2 ** 16)
     family: str = flag("gpt2", "dialect", choices=lambda: tuple(f.model_type for f in FAMILIES))
-    vocab_size: int = flag(1024, "size of the tokenizer it gets; 0: bytes", low=0)
+    vocab_size: int = flag(1024, "size of the tokenizer it gets; 0: bytes", low=0,
+                           high=2 ** 24)
 
     @staticmethod
     def check(cfg):
@@ -261,12 +263,13 @@ def load(folder, dtype=torch.float32):
     """(model, prompt or None, tokenizer) of any folder that a run, `transformers` or `peft` wrote, in eval
     mode.
 
-    An adapter names its base, which may be an adapter again: that one is merged in here. Raises DataError.
+    An adapter names its base, which may be an adapter again: that one is merged in here. The head of a
+    classifier or reward model is read by `read_head(folder)`. Raises DataError.
     """
-    folder = weights_folder(folder)
-    base = base_of(folder)
-    if base is None:
+    folder, *below = folders(folder)
+    if not below:
         return GPT.from_pretrained(folder, dtype).eval(), None, Tokenizer.from_pretrained(folder)
+    base = below[0]
     model, prompt, tokenizer = load(base)
     if prompt is not None:
         raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
@@ -283,7 +286,7 @@ def merged(model):
 
 def method_of(folder):
     """The method that reads an adapter folder. Raises DataError for a peft_type that none reads."""
-    peft_type = adapter_config(folder).get("peft_type")
+    peft_type = read_adapter_config(folder).get("peft_type")
     for method in METHODS:
         if peft_type in method.peft_types:
             return method
@@ -306,9 +309,10 @@ def open_context(cfg):
     device, why = pick_device(cfg.device)
     device = distributed.local_device(device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
-    made_by = find_task(stored["task"]) if "task" in stored else None
+    check_settings(stored, cfg.init)
+    made_by = task_of(stored)
     if made_by and task.generates and (made_by.judges or stored.get("classifier") == "head"):
-        raise UserError(f"--init {cfg.init} is a run of --task {made_by.name}, which scores and does not "
+        raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
                         "generate; --task eval measures it, and the model below it can generate")
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
     dtype, because = pick_dtype(cfg.dtype, device, width)
@@ -341,7 +345,28 @@ def open_context(cfg):
         scores_by_head = made_by.judges and (task.judges or task.measures)
         if labels_by_head or scores_by_head:
             ctx.head = made_by.load_head(cfg.init).to(device)
+    if ctx.head is None and cfg.init != "new" and read_head(cfg.init):
+        log_progress(f"--init {cfg.init} has a head, which this command does not use")
     return ctx
+
+
+def check_settings(stored, name):
+    """DataError unless what run.json of the folder `name` chooses is known."""
+    known = {"task": names(TASKS), "template": names(chat.TEMPLATES), "classifier": ("lm", "head"),
+             "attention": (*objectives.ATTENTION, "prefix"), "objective": objectives.OBJECTIVES,
+             "quant": ("none", *lora.QUANT_TYPES)}
+    for key, choices in known.items():
+        if stored.get(key) not in (None, *choices):
+            raise DataError(f"{weights_folder(name)}/run.json: {key} is {stored[key]!r:.80}; it is one of "
+                            f"{' '.join(choices)}")
+
+
+def task_of(stored):
+    """The task that the settings of a folder name, by our name or by peft's; None for a language model."""
+    if stored.get("task"):
+        return find_task(stored["task"])
+    found = [task for task in TASKS if task.peft_task_type and task.peft_task_type == stored.get("task_type")]
+    return found[0] if found else None
 
 
 def open_model(cfg, dtype):
@@ -898,9 +923,9 @@ def clock_of(loop):
 def check_rows(ctx, cfg, rows, row_type):
     """Labels and heads fit the data. Sets the labels of ctx.text. Raises DataError, UserError."""
     if ctx.head is not None:
-        made_by = find_task(settings(cfg.init)["task"])
+        made_by = task_of(settings(cfg.init))
         if row_type not in made_by.reads:
-            raise DataError(f"{cfg.data} holds {row_type} rows; {cfg.init}, a run of --task {made_by.name}, "
+            raise DataError(f"{cfg.data} holds {row_type} rows; {cfg.init}, a model of --task {made_by.name}, "
                             f"reads {' or '.join(made_by.reads)} rows")
     if row_type not in ("label", "tags"):
         return
@@ -908,7 +933,8 @@ def check_rows(ctx, cfg, rows, row_type):
     if not set(labels) <= set(ctx.text.labels):         # a tuned model keeps its order and unused labels
         if ctx.head is not None:
             raise DataError(f"{cfg.data} has the labels {sorted(labels)}, but the head of {cfg.init} "
-                            f"knows {list(ctx.text.labels)}")
+                            f"knows {list(ctx.text.labels)}; id2label in a config.json beside an adapter of "
+                            "peft names its labels")
         ctx.text.labels = labels
     unseen = set(labels) - set(formats.label_names(rows["train"]))
     if unseen and find_method(cfg.method).trains:
@@ -1362,9 +1388,15 @@ def label_head(ctx, cfg):
 
 
 def load_label_head(folder):
-    weight = read_tensors(weights_folder(folder) / "head.safetensors")["score.weight"]
-    head = nn.Linear(*reversed(weight.shape), bias=False)
-    head.weight.data.copy_(weight)
+    """The head of a classifier, from its folder. Raises DataError."""
+    stored = read_head(folder)
+    labels = settings(folder).get("labels", ())
+    if set(stored) != {"weight"} or stored["weight"].dim() != 2 or len(stored["weight"]) != len(labels):
+        found = {name: list(t.shape) for name, t in stored.items()}
+        raise DataError(f"{folder}: its head is {found}; the head of a classifier is one weight with a row "
+                        f"for each of its labels {list(labels)}")
+    head = nn.Linear(*reversed(stored["weight"].shape), bias=False)
+    head.weight.data.copy_(stored["weight"])
     return head
 
 
@@ -1375,12 +1407,15 @@ def reward_head(ctx, cfg):
 
 def load_reward_head(folder):
     """The head of a reward model, from the folder of its run. Raises DataError."""
-    path = weights_folder(folder) / "head.safetensors"
-    if settings(folder).get("task") != "reward" or not path.exists():
+    stored = read_head(folder)
+    if settings(folder).get("task") != "reward" or not stored:
         raise DataError(f"{folder} is no reward model; --task reward makes one")
-    tensors = {name.removeprefix("score."): t for name, t in read_tensors(path).items()}
-    head = ppo.ScalarHead(len(tensors["weight"]))
-    head.load_state_dict(tensors)
+    head = ppo.ScalarHead(stored["weight"].size(-1))
+    try:
+        head.load_state_dict(stored)
+    except RuntimeError as e:
+        fault = " ".join(str(e).split())
+        raise DataError(f"{folder}: its head is not that of a reward model ({fault})") from e
     return head
 
 
@@ -1821,13 +1856,15 @@ def run_merge(cfg):
     stored = settings(cfg.init)
     plain.save_pretrained(cfg.out)
     save_text_files(cfg.out, cfg.init, tokenizer, stored)
+    made_by = task_of(stored)
+    named = {"task": made_by.name} if made_by else {}
     write_json(os.path.join(cfg.out, "run.json"),
-               {name: stored[name] for name in ("task", *TEXT_SETTINGS) if name in stored})
-    head = weights_folder(cfg.init) / "head.safetensors"
-    if head.exists():
-        write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
+               {**named, **{name: stored[name] for name in TEXT_SETTINGS if name in stored}})
+    head = read_head(cfg.init)
+    if head:
+        write_tensors(os.path.join(cfg.out, "head.safetensors"), {f"score.{n}": t for n, t in head.items()})
     print_result(f"largest logit difference after merging: {difference:.2g}")
-    use = "eval" if head.exists() else "chat"
+    use = "eval" if head else "chat"
     print_result(shlex.join(["python", "train.py", "--task", use, "--init", cfg.out]))
     return 0
 
@@ -1910,6 +1947,7 @@ class Task:
     judges: bool = False                            # its runs score texts by a head of their own
     make_head: Callable = None                      # (ctx, cfg) -> nn.Module
     load_head: Callable = None                      # (folder) -> nn.Module
+    peft_task_type: str = None                      # task_type of peft's adapters that are read as its own
     describe: Callable = None                       # (ctx, cfg) -> lines about a soft prompt, for result.json
     next_command: Callable = use_it                 # (ctx, cfg, folder) -> the command that uses the result
 
@@ -1951,7 +1989,7 @@ TASKS = (
                 AttentionFlags),
          training_flags=LOOP, baseline_flags=(ShotFlags,), defaults=dict(data="toy/sentiment"), baseline=True,
          templates=True, loss=answer_loss, metric="accuracy", make_head=label_head,
-         load_head=load_label_head),
+         load_head=load_label_head, peft_task_type="SEQ_CLS"),
     Task("tag", "a label per token", run_supervised, reads=("tags",),
          flags=(*RUN, MicroBatchFlags, BlockFlags, EvalFlags, AttentionFlags), training_flags=LOOP,
          defaults=dict(data="toy/entities", prompt_template=None), templates=True, loss=answer_loss,
@@ -2042,9 +2080,10 @@ def main(argv=None):
     except Exception as e:
         if not distributed.first_to_fail(f"{type(e).__name__}: {e}".split("\n")[0]):
             return 1                                    # what fails here is that another process has ended
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise  # torch.OutOfMemoryError says the first, a CPU the second
-        log_progress(f"train.py: out of memory ({str(e).splitlines()[0][:120]}); a lower "
+        known = "out of memory" in str(e) or "can't allocate memory" in str(e)     # CUDA's words, and a CPU's
+        if not known and not isinstance(e, MemoryError):
+            raise
+        log_progress(f"train.py: out of memory ({(str(e) or type(e).__name__).splitlines()[0][:120]}); a lower "
                      "--micro_batch_tokens or --block_size, and --gradient_checkpointing, need less",
                      dist_state.rank)
         return 1

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, logging)
 
 import lora
@@ -90,4 +90,13 @@ for family, base in BASES.items():
         model = GPT.from_pretrained(OUT / family)
         lora.load_adapter(model, OUT / "theirs" / f"{family} {name}")
         compare(f"{family} {name} <- peft", model, theirs)
+    theirs = AutoModelForSequenceClassification.from_pretrained(OUT / family, num_labels=3, pad_token_id=0)
+    theirs = get_peft_model(theirs, LoraConfig(task_type="SEQ_CLS", fan_in_fan_out=fused, target_modules=attention))
+    randomise(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(OUT / "theirs" / f"{family} classifier")
+    model = GPT.from_pretrained(OUT / family)
+    score = lora.load_adapter(model, OUT / "theirs" / f"{family} classifier")["score.weight"]
+    with torch.no_grad():
+        labels = model.eval().hidden_states(IDS)[0][:, -1] @ score.T
+        assert (labels - theirs.eval()(input_ids=IDS).logits).abs().max() < 2e-5, "classifier"
 print("all equal")

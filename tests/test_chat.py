@@ -70,6 +70,7 @@ TEXTS = {
     "alpaca": ("<|endoftext|>Sum.\n\n### Instruction:\n1+1\n\n### Response:\n2<|endoftext|>"
                "\n\n### Instruction:\n2+2\n\n### Response:\n4<|endoftext|>"),
     "plain": "<|endoftext|>Sum.\n1+1 2<|endoftext|>2+2 4<|endoftext|>",
+    "raw": "Sum.\n1+1 2<|endoftext|>2+2 4<|endoftext|>",
 }
 
 
@@ -78,7 +79,7 @@ def test_templates_to_the_letter(template):
     ids, mask = render(TALK, template, TOK)
     end = shown([end_token(template, TOK)])
     assert shown(ids) == TEXTS[template]
-    assert targets_text(ids, mask) == (f" 2{end} 4{end}" if template == "plain" else f"2{end}4{end}")
+    assert targets_text(ids, mask) == (f" 2{end} 4{end}" if template in ("plain", "raw") else f"2{end}4{end}")
     assert len(ids) == len(mask) and all(type(m) is bool for m in mask)
 
 
@@ -116,6 +117,21 @@ def test_23_32_marks_in_a_text_are_text_and_there_is_one_start(template):
     assert targets_text(ids, mask).lstrip(" ") == text + shown([end_token(template, TOK)])
 
 
+def test_raw_is_a_text_as_the_tokenizer_gives_it():
+    start = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    for single, ids in (([text], []), ([start, text], [TOK.special["<|im_start|>"]]), ([text, start], None)):
+        frame = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+        processor = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, frame]}
+        tokenizer = Tokenizer({**TOK._spec, "post_processor": processor}, TOK._config)
+        assert tokenizer.start_ids == ids
+        if ids is None:
+            with pytest.raises(UserError, match="adds more than a start token; use another --template"):
+                prompt(turns("Hi"), "raw", tokenizer)
+        else:
+            assert prompt(turns("Hi"), "raw", tokenizer) == ids + TOK.encode("Hi")
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_20_answers_of_weight_0_are_context(template):
     messages = turns("1+1", "2", "2+2", "4")
@@ -131,7 +147,7 @@ def test_20_answers_of_weight_0_are_context(template):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_are_encoded_alone_whatever_their_weight(template, weight):
     texts = []
-    spy = types.SimpleNamespace(special=TOK.special, bos=None, eos=TOK.eos, chat_template="",
+    spy = types.SimpleNamespace(special=TOK.special, bos=None, eos=TOK.eos, chat_template="", start_ids=[],
                                 encode=lambda text: texts.append(text) or [0] * len(text))
     messages = turns("1+1", "2", "2+2", "4")
     messages[1]["weight"] = weight
@@ -142,8 +158,10 @@ def test_answers_are_encoded_alone_whatever_their_weight(template, weight):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_14_an_empty_prompt_leaves_something_to_predict_from(template):
     ids, mask = render(turns("", "four"), template, TOK)
-    assert not mask[0] and targets_text(ids, mask).lstrip(" ") == "four" + shown([end_token(template, TOK)])
-    assert prompt([], template, TOK) and prompt(turns(""), template, TOK)
+    assert not mask[0] or template == "raw"
+    assert targets_text(ids, mask).lstrip(" ") == "four" + shown([end_token(template, TOK)])
+    if template != "raw":                               # which takes an empty text as it is
+        assert prompt([], template, TOK) and prompt(turns(""), template, TOK)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -325,10 +343,10 @@ def test_what_is_exported_renders_the_same(name, system):
             ids = prompt(talk, template, tokenizer, system) if open_answer else \
                 render(talk, template, tokenizer, system)[0]
             assert text == shown(ids)
-    if template not in ("alpaca", "plain") or system is None:   # whose system text a run keeps beside it
+    if template not in ("alpaca", "plain", "raw") or system is None:   # whose system text a run keeps beside it
         assert guess_template(exported) == template and chat.note(template, exported) == ""
     for talk in (turns("a"), [dict(role="system", content="b"), *turns("a")]):
-        again = None if system is None or template not in ("alpaca", "plain") else system
+        again = None if system is None or template not in ("alpaca", "plain", "raw") else system
         assert prompt(talk, template, exported, again) == prompt(talk, template, tokenizer, system)
     keeps = own is not None and name not in ("qwen3", "llama3.1") and (
         system is None or system == "" and name in ("hermes3", "llama3"))

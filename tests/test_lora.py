@@ -435,13 +435,16 @@ HEAD = {HERE_IS + "lm_head.weight": torch.ones(64, 32)}
      "layers.7.self_attn.v_proj.lora_A.weight belongs to nothing"),
     (lambda c, t: t.update({KEY + "A.weight": torch.ones(4, 31)}), r"A of .* \[4, 31\], .* for \[4, 32\]"),
     (lambda c, t: c.update(r=3), r"lora_A of .* \[4, 32\], .* for \[3, 32\]"),
-    (lambda c, t: c.update(r="4"), "makes no sense as an adapter's settings"),
+    (lambda c, t: c.update(r="4"), '"r" is "4", and a whole number belongs there'),
+    (lambda c, t: c.update(lora_alpha=float("inf")), '"lora_alpha" is Infinity, and a finite number belongs'),
+    (lambda c, t: c.update(rank_pattern={".*": -4}, use_rslora=True), "makes no sense"),
     (lambda c, t: c.update(r=0), r"lora_A of .* is \[4, 32\]|makes no sense"),
-    (lambda c, t: c.update(rank_pattern=[1]), "makes no sense"),
+    (lambda c, t: c.update(rank_pattern=[1]), r'"rank_pattern" is .1., and an object belongs'),
     (lambda c, t: c.update(target_modules="("), "makes no sense"),
     (lambda c, t: c.update(target_modules=["c_attn"]), "c_attn.* matches nothing in this model"),
-    (lambda c, t: c.update(peft_type="LOHA"), "peft_type 'LOHA'"),
+    (lambda c, t: c.update(peft_type="LOHA"), "peft_type 'LOHA' is not read as an adapter of Linears; LORA, "),
     (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    (lambda c, t: c.update(init_lora_weights="loftq"), "init_lora_weights is 'loftq'"),
     (lambda c, t: c.update(bias="all"), "bias is 'all'"),
     (lambda c, t: t.update({HERE_IS + "model.norm.weight": torch.ones(32)}), "norm.weight belongs to"),
     (lambda c, t: t.update(HEAD), "lm_head.weight belongs"),
@@ -449,6 +452,25 @@ HEAD = {HERE_IS + "lm_head.weight": torch.ones(64, 32)}
 ])
 def test_a_broken_folder_is_refused(change, error, bases, tmp_path):
     broken(change, tmp_path, bases, error)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_a_start_that_leaves_the_base_alone_is_read(init, bases, tmp_path):
+    """peft's other starts (pissa, olora, corda, loftq, lora_ga) subtract A and B from the base weights."""
+    model = make(bases, noise=0.1)
+    lora.save_adapter(model, tmp_path)
+    write_json(tmp_path / "adapter_config.json", {**config_of(tmp_path), "init_lora_weights": init})
+    again = GPT.from_pretrained(bases["gpt2"])
+    lora.load_adapter(again, tmp_path)
+    assert torch.equal(again(IDS)[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "7", '"LORA"'])
+def test_an_adapter_config_that_is_no_object(text, bases, tmp_path):
+    lora.save_adapter(make(bases), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(DataError, match="adapter_config.json holds .*, and an object belongs there"):
+        lora.load_adapter(GPT.from_pretrained(bases["gpt2"]), tmp_path)
 
 
 def test_another_base_is_refused_unless_forced(bases, tmp_path):
@@ -515,6 +537,11 @@ def test_a_head_of_ones_own_travels_in_the_file(bases, tmp_path):
     (dict(variant="ia3", dropout=0.1), "ia3 has no use for dropout"),
     (dict(name="a.b"), "cannot name an adapter"),
     (dict(name="values"), "cannot name an adapter"),
+    (dict(rank="8"), "'8' has the wrong type; targets are words, ranks, layers .a list. and seed whole numbers"),
+    (dict(rank=4.0), "4.0 has the wrong type"), (dict(alpha="16"), "'16' has the wrong type"),
+    (dict(rank_pattern={"q": "4"}), "'4' has the wrong type"), (dict(layers=1), "1 has the wrong type"),
+    (dict(layers="01"), "'0' has the wrong type"), (dict(seed=None), "None has the wrong type"),
+    (dict(targets=[1]), "1 has the wrong type"), (dict(dropout=None), "None has the wrong type"),
 ])
 def test_a_wrong_request_is_a_sentence(kw, error, bases):
     with pytest.raises(UserError, match=error) as e:
@@ -830,6 +857,8 @@ def test_param_groups(bases):
 
     model = make(bases, variant="dora")
     assert seen(model, loraplus_lr_ratio=16, weight_decay=0.1) == [(1e-3, 0.1, 4), (1.6e-2, 0.1, 4), (1e-3, 0, 4)]
+    with pytest.raises(UserError, match="no trainable adapter; inject one, or load it with trainable=True"):
+        lora.param_groups(GPT.from_pretrained(bases["gpt2"]), 1e-3)
     grouped = {id(p) for g in lora.param_groups(model, 1e-3) for p in g["params"]}
     assert grouped == {id(p) for p in lora.adapter_parameters(model).values()}
     assert seen(make(bases, variant="ia3", targets=("k", "down")), weight_decay=0.1) == [(1e-3, 0, 4)]

@@ -391,6 +391,30 @@ def test_config_faults(case, change, words, tmp_path):
     assert len(str(e.value)) < 400 and e.value.code == 65
 
 
+@pytest.mark.parametrize("value", [5000, 2 ** 31 - 1, 2 ** 31, 10 ** 30])
+@pytest.mark.parametrize("case", ["gpt2-tied", "llama-plain"])
+def test_sizes_that_the_weights_cannot_have_are_refused_before_they_are_built(case, value, tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError("built")
+
+    sizes = dict(gpt2=("vocab_size", "n_layer", "n_embd", "n_inner", "n_positions"),
+                 llama=("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "head_dim"))
+    monkeypatch.setattr(GPT, "__init__", never)
+    for key in sizes[case[:5].rstrip("-")]:
+        change = {key: value, "n_head": 1} if key == "n_embd" else {key: value}
+        folder_of(case, tmp_path, config=lambda h: h.update(change))
+        with pytest.raises(DataError, match="config.json") as e:
+            GPT.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(e.value) and len(str(e.value)) < 300
+    shutil.copytree(HERE / "sharded", tmp_path / "sharded")
+    path = tmp_path / "sharded" / "config.json"
+    sharded = read_json(path)
+    for key in ("num_hidden_layers", "vocab_size", "intermediate_size"):
+        write_json(path, sharded | {key: value})
+        with pytest.raises(DataError, match=f"{value}"):
+            GPT.from_pretrained(tmp_path / "sharded")
+
+
 @pytest.mark.parametrize("text, words", [
     ("[]", "model_type None"), ("7", "model_type None"), ("", "not valid JSON"),
     ('{"model_type": "gpt2", "model_type": "gpt2"}', "twice")])
@@ -488,7 +512,13 @@ def test_impossible_configs():
                           ({"family": "bert"}, "'bert' is unknown; known: gpt2, llama, qwen2, qwen3"),
                           ({"position": "rotary"}, "position is 'rotary'; it can be learned or rope"),
                           ({"norm": "batchnorm"}, "norm is"), ({"mlp": "relu"}, "mlp is"),
-                          ({"position": "rope", "head_size": 5}, "must be even")):
+                          ({"position": "rope", "head_size": 5}, "must be even"),
+                          ({"n_head": 0}, "n_head is 0; it must be a whole number above 0"),
+                          ({"n_layer": 0}, "n_layer is 0"), ({"n_embd": -32}, "n_embd is -32"),
+                          ({"vocab_size": "64"}, "vocab_size is '64'"), ({"block_size": None}, "block_size is None"),
+                          ({"n_kv_head": 0}, "n_kv_head is 0"), ({"n_inner": 1.5}, "n_inner is 1.5"),
+                          ({"n_layer": True}, "n_layer is True"),
+                          ({"position": "rope", "n_embd": 2, "head_size": None}, "head_size is 0")):
         with pytest.raises(UserError, match=words):
             dataclasses.replace(SMALL, **change)
 
@@ -557,6 +587,8 @@ def test_targets_give_the_mean_cross_entropy(kind):
     assert torch.equal(behind, model(x, past=past)[0]) and abs(loss_behind - loss) > 1e-3
     assert torch.allclose(model(model.embed(x), targets)[1], loss)
     assert model(x, torch.full_like(x, -1))[1].isnan()
+    as_in_transformers = targets.masked_fill(targets == -1, -100)
+    assert torch.equal(model(x, as_in_transformers)[1], loss) and torch.equal(model(x, targets.int())[1], loss)
 
 
 def test_the_loss_of_a_bf16_model_is_fp32():
@@ -568,10 +600,31 @@ def test_the_loss_of_a_bf16_model_is_fp32():
 
 def test_targets_must_match():
     model, x = make("gpt2"), torch.tensor(ids(9, 9))
-    with pytest.raises(UserError, match=r"targets are \[2, 8\], but these tokens need ids \[2, 9\]"):
+    with pytest.raises(UserError, match=r"targets are .*\[2, 8\], but these tokens need ids \[2, 9\]"):
         model(x, x[:, 1:])
+    with pytest.raises(UserError, match=r"targets are torch.float32 \[2, 9\]"):
+        model(x, x.float())
+    for beyond in (64, -2):
+        with pytest.raises(UserError, match="a target is not in the vocabulary .* from 0 to 63, and -1 or -100 are"):
+            model(x, torch.full_like(x, beyond))
     with pytest.raises(UserError, match=r"targets are list.*give a past by name"):
         model(x, soft(model, 3))
+
+
+@ANY
+def test_what_is_no_batch_of_tokens_is_a_sentence(kind):
+    model = make(kind)
+    for wrong, found in (([1, 2], "a list"), ("ab", "a str"), (torch.tensor([1, 2]), r"torch.int64 \[2\]"),
+                         (torch.zeros(1, 2), "torch.float32"), (torch.ones(1, 2, dtype=torch.int16), "torch.int16"),
+                         (torch.zeros(1, 2, 31), r"torch.float32 \[1, 2, 31\]"), (None, "a NoneType"),
+                         (torch.zeros(1, 2, 32, dtype=torch.long), "torch.int64")):
+        for call in (model, model.hidden_states):
+            with pytest.raises(UserError, match=f"tokens are {found}.*; they must be a tensor of ids"):
+                call(wrong)
+    for token in (64, -1, -100):
+        with pytest.raises(UserError, match="a token id is not in the vocabulary of this model; ids go from 0 to 63"):
+            model(torch.tensor([[1, token]]))
+    assert torch.equal(model(torch.tensor([[1, 2]]).int())[0], model(torch.tensor([[1, 2]]))[0])
 
 
 # ---- past, padding, decoding -------------------------------------------------------------------------------
@@ -1008,6 +1061,18 @@ def test_eos_in_the_prompt_ends_nothing():
 def test_impossible_sampling(bad):
     with pytest.raises(UserError, match="generate: temperature"):
         generate(make("gpt2"), [[1, 2]], 3, **bad)
+
+
+@pytest.mark.parametrize("prompts, more, says", [
+    (torch.tensor([[1, 2]]), {}, "prompts are a Tensor; they must be a list of lists of token ids"),
+    ([1, 2], {}, "must be a list of lists"), (["ab"], {}, "must be a list of lists"), ("ab", {}, "a list of lists"),
+    ([[1.5]], {}, "must be a list of lists"), ([["a"]], {}, "must be a list of lists"),
+    ([[1]], {"eos": "x"}, "eos is 'x'; it must be a token id"), ([[1]], {"eos": [None]}, "eos is .None."),
+    ([[1]], {"eos": torch.tensor([3])}, "eos is tensor"), ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ([[64]], {}, "a token id is not in the vocabulary")])
+def test_impossible_prompts(prompts, more, says):
+    with pytest.raises(UserError, match=says):
+        generate(make("gpt2"), prompts, **{"max_new_tokens": 3, **more})
 
 
 def test_sampling_edges():

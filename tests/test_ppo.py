@@ -35,6 +35,12 @@ def ragged(B=6, R=7, seed=0, *, n=8):
 
 # ----------------------------------------------------------------------------------------------- hand numbers
 
+def test_gae_needs_a_bool_mask():
+    x = torch.ones(1, 3)
+    with pytest.raises(UserError, match="gae: the mask is torch.float32; it must be bool"):
+        ppo.gae(x, x, x)
+
+
 def test_gae_fixtures():
     rewards, values = t([-0.1, 0.2, 1.0], [-0.1, 1.2, 0.0]), t([0.5, 0.4, 0.3], [0.5, 0.4, 9.0])
     adv, ret = ppo.gae(rewards, values, MASK)

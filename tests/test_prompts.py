@@ -517,7 +517,11 @@ def test_a_template_is_stored_and_peft_must_refuse_it(tmp_path):
 
 
 @pytest.mark.parametrize("damage, says", [
-    ({"config": {"peft_type": "LORA"}}, "LORA"), ({"config": {"num_virtual_tokens": 4}}, "4"),
+    ({"config": {"peft_type": "LOHA"}}, "'LOHA' is not read as a soft prompt; PROMPT_TUNING"),
+    ({"config": {"num_virtual_tokens": 4}}, "4"), ({"config": {"num_virtual_tokens": "3"}}, "a whole number"),
+    ({"config": {"task_type": "SEQ_CLS"}}, "task_type SEQ_CLS is not read here; .* CAUSAL_LM, is"),
+    ({"config": {"peft_type": "TEMPLATE_PROMPT", "template": "{p:3}"}}, "adapter_config.json: template"),
+    ({"config": {"peft_type": "TEMPLATE_PROMPT", "template": "{prompt}{p:9}"}}, "json: .* 9 virtual tokens"),
     ({"config": {"num_virtual_tokens": None}}, "None"),
     ({"config": {"template": "{prompt}{p:3}"}}, "template"),
     ({"config": {"peft_type": "PREFIX_TUNING"}}, "PREFIX"), ({"tensors": {}}, "prompt_embeddings"),

@@ -29,7 +29,7 @@ from data.runtime import flags, progress, run_folder
 from data.runtime.command import groups_of
 from data.batches.examples import Text
 from data.checkpoints.safetensors import read_tensors
-from data.runtime.files import UserError, read_json
+from data.runtime.files import UserError, read_json, write_json
 from data.runtime.progress import Progress
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -101,6 +101,14 @@ def same(a, b):
     (["--task", "merge", "--init", "data"], "--out"), (["--init", "no/such/folder"], "no such folder"),
     (["--layers", "a-b"], "--layers a-b cannot be read"), (["--layers", "3-1"], "upwards"),
     (["--layers", ""], "cannot be read"), (["--layers", "0-1-2"], "cannot be read"),
+    (["--layers", "0-9999999999999"], "cannot be read"), (["--layers", "9" * 5000], "cannot be read"),
+    (["--method", "p_tuning", "--encoder_hidden", str(2 ** 63 - 1)], "--encoder_hidden"),
+    (["--method", "prefix_tuning", "--encoder_hidden", str(2 ** 63 - 1)], "it goes from 1 to 65536"),
+    (["--task", "pretrain", "--block_size", str(2 ** 63 - 1)], "it goes from 2 to 16777216"),
+    (["--task", "pretrain", "--n_layer", str(2 ** 63 - 1)], "it goes from 1 to 1000"),
+    (["--task", "ppo", "--ppo_epochs", str(2 ** 63 - 1)], "it goes from 1 to 1000"),
+    (["--task", "ppo", "--batch", str(2 ** 63 - 2)], "it goes from 1 to 65536"),
+    (["--task", "sample", "--num_generations", str(2 ** 63 - 1)], "it goes from 1 to 65536"),
     (["--rank_pattern", "down"], "cannot be read"), (["--rank_pattern", "o=4"], "targets q,v,up,down leave it out"),
     (["--beta2", "1"], "below 1"), (["--warmup", "2"], "from 0 to 1"), (["--min_lr_ratio", "-1"], "--min_lr_ratio -1.0"),
     (["--weight_decay", "-1"], "--weight_decay"), (["--loraplus_lr_ratio", "-1"], "--loraplus_lr_ratio"),
@@ -649,9 +657,17 @@ def test_a_quantised_run_is_read_on_the_base_it_was_trained_against(world, tmp_p
             assert loss == pytest.approx(r["metrics"]["loss"], rel=1e-5), init.name
 
 
-def test_out_of_memory_is_advice(world, tmp_path, monkeypatch, capsys):
+def test_a_batch_beyond_the_data_is_the_data(world, tmp_path, capsys):
+    found = [run(world, tmp_path / f"b{n}", "--batch", n)["metrics"]["loss"] for n in (2 ** 63 - 1, 64)]
+    assert "a step of 9223372036854775807 is more than the 64 examples there are" in capsys.readouterr().err
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+                                   MemoryError()])
+def test_out_of_memory_is_advice(error, world, tmp_path, monkeypatch, capsys):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
     monkeypatch.setattr(evaluate, "summed_loss", full)
     assert train.main(command(world, tmp_path / "r")) == 1
     assert "--micro_batch_tokens" in capsys.readouterr().err
@@ -779,6 +795,107 @@ def test_merging_keeps_the_head(world, tmp_path):
         assert train.main([*words, "--out", str(tmp_path / f"eval-{init}")]) == 0
         found.append(read_json(tmp_path / f"eval-{init}" / "result.json")["metrics"])
     assert found[0].keys() == found[1].keys() and abs(found[0]["loss"] - found[1]["loss"]) < 1e-4
+
+
+def classifier_of_peft(world, folder, rows=2, names=None, **config):
+    """A SEQ_CLS adapter as peft writes it, and its weights: the head is in the adapter's file."""
+    model = GPT.from_pretrained(world / "base")
+    lora.inject(model, "q,v", rank=2)
+    generator = torch.Generator().manual_seed(7)
+    for p in lora.adapter_parameters(model).values():
+        p.data.normal_(0, 0.3, generator=generator)
+    score = torch.randn(rows, 32, generator=generator)
+    lora.save_adapter(model, folder, base=str(world / "base"), extra={"score.weight": score})
+    (folder / "run.json").unlink()
+    write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **config})
+    if names:
+        write_json(folder / "config.json", {"id2label": dict(enumerate(names))})
+    return model, score
+
+
+def labels_of_peft(world, model, score, rows):
+    """What transformers computes: the head at the last token of tokenizer(text), which adds none here."""
+    tokenizer = Tokenizer.from_pretrained(world / "base")
+    ids = [torch.tensor([tokenizer.encode(row["text"])]) for row in rows]
+    with torch.no_grad():
+        return [int((model.eval().hidden_states(x)[0][0, -1] @ score.T).argmax()) for x in ids]
+
+
+def test_a_classifier_of_peft_is_measured_by_its_head(world, tmp_path, capsys):
+    model, score = classifier_of_peft(world, tmp_path / "cls", names=["y", "x"])
+    rows = [json.loads(line) for line in (world / "label" / "test.jsonl").read_text().splitlines()]
+    right = [number == ["y", "x"].index(row["label"])
+             for number, row in zip(labels_of_peft(world, model, score, rows), rows)]
+    assert 0 < sum(right) < len(right)
+
+    def accuracy(folder, out):
+        argv = ["--task", "eval", "--init", str(folder), "--data", str(world / "label"), "--out", str(out)]
+        assert train.main(argv) == 0
+        return read_json(out / "result.json")
+
+    result = accuracy(tmp_path / "cls", tmp_path / "eval")
+    assert result["item_correct"] == "".join("1" if one else "0" for one in right)
+    assert train.main(["--task", "merge", "--init", str(tmp_path / "cls"), "--out", str(tmp_path / "m")]) == 0
+    assert torch.equal(read_tensors(tmp_path / "m" / "head.safetensors")["score.weight"], score)
+    again = accuracy(tmp_path / "m", tmp_path / "eval-m")
+    assert again["item_correct"] == result["item_correct"]
+    for task in ("chat", "sample"):
+        capsys.readouterr()
+        more = ["--prompt", "ab"] if task == "chat" else ["--data", str(world / "chat"), "--out", str(tmp_path / "s"),
+                                                          "--reward", "builtins:len"]
+        assert train.main(["--task", task, "--init", str(tmp_path / "cls"), *more]) == 2
+        assert "scores and does not generate" in capsys.readouterr().err
+
+
+def test_a_head_of_peft_is_gone_on_with_or_its_loss_is_said(world, tmp_path, capsys):
+    classifier_of_peft(world, tmp_path / "cls", names=["y", "x"])
+    flags = ["--init", tmp_path / "cls", "--task", "classify", "--lr", 0]
+    result = run(world, tmp_path / "head", *flags, "--classifier", "head", data="label")
+    assert result["metrics"] == result["baseline_metrics"]
+    assert "has a head, which this command does not use" not in capsys.readouterr().err
+    run(world, tmp_path / "words", *flags, "--classifier", "lm", data="label")
+    assert f"--init {tmp_path / 'cls'} has a head, which this command does not use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows, config, says", [
+    (2, {}, r"labels \['x', 'y'\], but the head of .* knows \['0', '1'\]; id2label in a config.json"),
+    (1, {}, "a head of .labels, 32., and of two labels or more"),
+    (2, {"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS' is not read here; CAUSAL_LM .* and SEQ_CLS"),
+    (2, {"task_type": "CAUSAL_LM"}, "score.weight was trained beside the adapter .modules_to_save."),
+    (2, {"modules_to_save": ["score", "value"], "task_type": "CAUSAL_LM"}, "score.weight was trained beside"),
+])
+def test_a_head_that_cannot_be_used_is_refused(rows, config, says, world, tmp_path, capsys):
+    classifier_of_peft(world, tmp_path / "cls", rows, **config)
+    argv = ["--task", "eval", "--init", str(tmp_path / "cls"), "--data", str(world / "label")]
+    assert train.main([*argv, "--out", str(tmp_path / "eval")]) == 65
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("key", ["task", "template", "classifier", "attention", "objective", "quant"])
+def test_an_unknown_choice_in_run_json_is_named(key, world, tmp_path, capsys):
+    classifier_of_peft(world, tmp_path / "a", task_type="CAUSAL_LM")
+    write_json(tmp_path / "a" / "run.json", {key: "guess"})
+    assert train.main(["--task", "chat", "--prompt", "ab", "--init", str(tmp_path / "a")]) == 65
+    assert f"{tmp_path}/a/run.json: {key} is 'guess'; it is one of " in capsys.readouterr().err
+
+
+def test_adapters_in_a_ring_and_a_base_that_is_gone_are_named(world, tmp_path, capsys):
+    def chat(name):
+        assert train.main(["--task", "chat", "--prompt", "ab", "--init", str(tmp_path / name)]) == 65
+        return capsys.readouterr().err
+
+    bases = {"itself": "itself", "a": "b", "b": "c", "c": "a", "gone": "nowhere/model", "nul": "x\0y", "long": "x" * 300}
+    for name, base in bases.items():
+        classifier_of_peft(world, tmp_path / name, base_model_name_or_path=str(tmp_path / base))
+    assert f"leads back to itself ({tmp_path}/itself -> {tmp_path}/itself); name the plain" in chat("itself")
+    ring = " -> ".join(str(tmp_path / name) for name in "abca")
+    assert f"leads back to itself ({ring}); name the plain model there" in chat("a")
+    for name in ("gone", "nul", "long"):
+        config = tmp_path / name / "adapter_config.json"
+        assert f"{config}: its base_model_name_or_path leads to no base: {tmp_path}" in chat(name)
+    for base in ([], 7, {"x": 1}):
+        classifier_of_peft(world, tmp_path / "typed", base_model_name_or_path=base)
+        assert '"base_model_name_or_path" is' in chat("typed")
 
 
 def test_a_prompt_is_read_where_its_device_is_not(world, tmp_path):

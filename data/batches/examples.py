@@ -37,7 +37,7 @@ class TextFlags:
 class BlockFlags:
     """text"""
     block_size: int = flag(None, "longest example in tokens; default: the context, at most 1024", type=int,
-                           low=2)
+                           low=2, high=2 ** 24)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Text:
         for other in shots:
             messages += self.turns(other)
         messages += self.turns(row)[:-1]
-        ids = chat.prompt(messages, self.template, self.tokenizer, self.system)
+        ids = chat.prompt(messages, self.template, self.tokenizer, self.system) or [self.end_token]
         before, after = self.around_prompt
         if limit:
             ids = chat.truncate_left(ids, limit - len(before) - len(after))
@@ -270,6 +270,10 @@ class Feed:
         self.epoch = 0
         self.steps = self._plan(0)
         self.steps_per_epoch = len(self.steps)
+        count = sum(map(len, self.steps))
+        if batch > count:
+            log_progress(f"a step of {batch} is more than the {count} examples there are: each takes all of "
+                         "them")
 
     def _plan(self, epoch):
         """The steps of an epoch: lists of indices of examples, or of starts of windows."""

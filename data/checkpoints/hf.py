@@ -5,6 +5,7 @@
     end tokens                    -> generation_config.json, config.json            save_generation
     model.safetensors, or shards  -> {stored name: tensor}                          read_weights
     our module path               -> (stored module path, part of a fused one)      hf_names
+    a model folder                -> its stored tensors, as many as config asks     read_stored
     stored tensors                -> the model's state dict, checked strictly       read_state
     a model                       -> the tensors to store                           stored_tensors
 
@@ -19,10 +20,11 @@ is not implemented here is refused by name, never ignored.
 Models are used through their attributes only (config, get_submodule, named_modules).
 
 Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, save_generation, read_weights,
-hf_names, read_state, stored_tensors
+hf_names, read_stored, read_state, stored_tensors
 """
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -69,7 +71,7 @@ class ConfigReader:
                             f"{' or '.join(map(json.dumps, accepted))}")
 
     def take(self, key, expected, *default, section=None):
-        """The value of `key`, bool, or int or float above 0; `default` if absent, else DataError."""
+        """The value of `key`, bool, int below 2^31 or float above 0; `default` if absent, else DataError."""
         value = (self.values if section is None else section).get(key)
         if value is None and default:
             return default[0]
@@ -77,9 +79,9 @@ class ConfigReader:
             valid = type(value) is bool
         else:
             number = type(value) is int or expected is float and type(value) is float   # True is no number
-            valid = number and 0 < value < float("inf")
+            valid = number and 0 < value < (2 ** 31 if expected is int else float("inf"))
         if not valid:
-            need = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}[expected]
+            need = {int: "a whole number above 0 and below 2^31", float: "a number above 0", bool: "true or false"}[expected]
             found = "missing" if value is None else f"{value!r:.80}"
             raise DataError(f"{self.path}: {key} is {found}, and a {self.model_type} model needs {need} "
                             "there")
@@ -282,15 +284,38 @@ def canonical_names(stored, family):
     return {name: t for name, t in stored.items() if not name.endswith(buffers)}
 
 
-def read_state(model, folder, dtype):
-    """The weights of a model folder as the state dict of `model`, whose tensors may be on the meta device.
+def read_stored(config, folder):
+    """{full stored name: tensor} of a model folder, memory-mapped.
+
+    Raises DataError where `config`, a GPTConfig, asks for more layers or a larger size than any tensor has: a
+    model is built only where its weights can exist.
+    """
+    family = find_family(config.family)
+    stored = canonical_names(read_weights(folder), family)
+    block = re.compile(re.escape(family.block_path).replace(r"\{i\}", r"(\d+)") + r"\.")
+    layers = {match[1] for match in map(block.match, stored) if match}
+    if config.n_layer > len(layers):
+        raise DataError(f"{folder}: config.json asks for {config.n_layer} layers, and the weights hold "
+                        f"{len(layers)}")
+    largest = max((max(t.shape, default=1) for t in stored.values() if t.numel()), default=0)
+    sizes = {"a vocabulary": config.vocab_size, "a width": config.n_embd, "an MLP": config.n_inner,
+             "a width of all heads": config.n_head * config.head_size,
+             "a context": config.block_size if config.position == "learned" else 0}
+    for what, size in sizes.items():
+        if size > largest:
+            raise DataError(f"{folder}: config.json asks for {what} of {size}, and no tensor of the weights "
+                            f"has a size above {largest}")
+    return stored
+
+
+def read_state(model, stored, folder, dtype):
+    """Stored tensors as the state dict of `model`, whose tensors may be on the meta device.
 
     Every tensor must be there, in shape, and no other beside it; DataError names the first that is not.
     Tensors that need neither reshaping nor a cast stay memory-mapped.
     """
     config = model.config
     family = find_family(config.family)
-    stored = canonical_names(read_weights(folder), family)
     state = {}
     used = set()
     for path, (stored_path, part) in hf_names(model).items():

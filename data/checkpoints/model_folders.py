@@ -2,18 +2,22 @@
 
     name         a path, a path inside this repository, or the name of a fetched model
     run folder   its weights are in adapter/ or model/; an adapter names its base in adapter_config.json
+    head         of a classifier or reward model: head.safetensors; in a SEQ_CLS adapter of peft, score.weight
 
-Public: find, weights_folder, base_of, adapter_config, folders, root_model, settings, portable, hash_folder
+Public: find, weights_folder, base_of, folders, root_model, settings, read_head, portable, hash_folder
 """
 import hashlib
+import os
 import pathlib
 
+from data.checkpoints.hf import read_config
+from data.checkpoints.peft import read_adapter_config
+from data.checkpoints.safetensors import read_tensors
 from data.runtime import cache
 from data.runtime.files import DataError
 from data.runtime.run_files import read_object
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-ADAPTER_CONFIG = {"base_model_name_or_path": "a string or null", "peft_type": "a string"}
 SETTINGS = {"task": "a string", "method": "a string", "template": "a string", "system": "a string or null",
             "labels": "a list of strings", "question": "a string or null", "classifier": "a string",
             "attention": "a string", "objective": "a string", "quant": "a string",
@@ -29,7 +33,7 @@ def find(name, beside=None):
     if beside:
         candidates.append(beside / name)
     for path in candidates:
-        if path.is_dir():
+        if os.path.isdir(path):                         # pathlib's is_dir raises for a name that cannot be
             return path
     cached = cache.find_model(str(name))
     if cached:
@@ -58,42 +62,98 @@ def weights_folder(name, beside=None):
 
 
 def base_of(folder):
-    """The folder of the base under an adapter folder (pathlib.Path); None for a plain model."""
-    config = folder / "adapter_config.json"
-    if not config.exists():
+    """The folder of the base under an adapter folder (pathlib.Path); None for a plain model. DataError."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
         return None
-    base = adapter_config(folder).get("base_model_name_or_path")
+    base = read_adapter_config(folder).get("base_model_name_or_path")
     if not base:
-        raise DataError(f"{config} has no base_model_name_or_path; add the folder of the base model")
-    return weights_folder(base, folder)
-
-
-def adapter_config(folder):
-    """adapter_config.json of an adapter folder, an object. Raises DataError."""
-    return read_object(pathlib.Path(folder) / "adapter_config.json", ADAPTER_CONFIG)
+        raise DataError(f"{path} has no base_model_name_or_path; add the folder of the base model")
+    try:
+        return weights_folder(base, folder)
+    except DataError as e:
+        raise DataError(f"{path}: its base_model_name_or_path leads to no base: {e}") from None
 
 
 def folders(name):
-    """The folder of a model's weights, then those that it stands on, down to the plain model."""
+    """The folder of a model's weights, then those that it stands on, down to the plain model.
+
+    Raises DataError for adapters that are each other's base.
+    """
+    found = []
     folder = weights_folder(name)
     while folder is not None:
-        yield folder
+        if folder.resolve() in [other.resolve() for other in found]:
+            ring = " -> ".join(map(str, [*found, folder]))
+            raise DataError(f"{folder}/adapter_config.json: its base_model_name_or_path leads back to itself "
+                            f"({ring}); name the plain model there")
+        found.append(folder)
         folder = base_of(folder)
+    return found
 
 
 def root_model(name):
     """The plain model under any number of adapters."""
-    *_, root = folders(name)
-    return root
+    return folders(name)[-1]
 
 
 def settings(name):
-    """What a run has saved beside its weights (template, labels, ...); {} for a folder of another tool.
+    """What a run has saved beside its weights (template, labels, ...); {} for a model of another tool.
 
-    Raises DataError for a damaged run.json.
+    A SEQ_CLS adapter of peft is a classifier by a head, which reads a text as its tokenizer gives it.
+    Raises DataError.
     """
-    path = weights_folder(name) / "run.json"
-    return read_object(path, SETTINGS) if path.exists() else {}
+    folder = weights_folder(name)
+    path = folder / "run.json"
+    stored = read_object(path, SETTINGS) if path.exists() else {}
+    if stored.get("task") or not (folder / "adapter_config.json").exists():
+        return stored
+    task_type = read_adapter_config(folder).get("task_type")
+    if task_type != "SEQ_CLS":
+        return stored
+    return {**stored, "task_type": task_type, "classifier": "head", "labels": head_labels(folder),
+            "template": "raw", "system": "", "question": ""}
+
+
+def head_labels(folder):
+    """The labels of a SEQ_CLS adapter: id2label in a config.json beside it or of its base, else 0, 1, ...
+    """
+    count = len(read_head(folder)["weight"])
+    for place in (folder, root_model(folder)):
+        path = place / "config.json"
+        names = read_object(path, {}).get("id2label") if path.exists() else None
+        if isinstance(names, dict) and set(names) == set(map(str, range(count))):
+            labels = [names[str(i)] for i in range(count)]
+            if all(isinstance(label, str) and label != f"LABEL_{i}" for i, label in enumerate(labels)):
+                return labels
+    return [str(i) for i in range(count)]
+
+
+def read_head(name):
+    """{name: tensor} of the head that was trained beside a model: weight and perhaps more; {} without one.
+
+    Raises DataError for one that does not fit the model.
+    """
+    folder = weights_folder(name)
+    path = folder / "head.safetensors"
+    if path.exists():
+        stored = read_tensors(path)
+        prefix = "score."
+    elif (folder / "adapter_config.json").exists() and \
+            read_adapter_config(folder).get("task_type") == "SEQ_CLS":
+        path = folder / "adapter_model.safetensors"
+        prefix = "base_model.model.score."
+        stored = {name: t for name, t in read_tensors(path).items() if name.startswith(prefix)}
+    else:
+        return {}
+    head = {name.removeprefix(prefix): t for name, t in stored.items()}
+    width = read_config(root_model(folder))["n_embd"]
+    weight = head.get("weight")
+    if weight is None or weight.dim() not in (1, 2) or weight.size(-1) != width:
+        found = "missing" if weight is None else f"{list(weight.shape)}"
+        raise DataError(f"{path}: {prefix}weight is {found}; a head of this model is [{width}] or "
+                        f"[labels, {width}]")
+    return head
 
 
 def portable(name):

@@ -15,8 +15,12 @@ they share one A they are one plain adapter. A variant that peft does not have i
 by our module paths, with the settings it was built with. What is missing, foreign or misshaped, or would
 change the mathematics, is refused by name, where peft warns or is silent.
 
+What an adapter file holds beside the adapter (modules_to_save) is `extra`: the head of a SEQ_CLS adapter,
+`score.weight` (labels, C), is a classifier's; anything else is refused by whoever would not use it.
+
 Models and adapters are used through their attributes only.
-Public: peft_type_of, fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter
+Public: peft_type_of, fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter_config,
+read_adapter, require_known_extra
 """
 import math
 import os
@@ -28,6 +32,7 @@ import torch
 from data.checkpoints.hf import find_family
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
+from data.runtime.run_files import check_object, read_object
 
 
 def peft_type_of(variant):
@@ -204,11 +209,34 @@ CONFIGS = {"LORA": lora_config, "ADALORA": adalora_config, "IA3": ia3_config}
 
 # -------------------------------------------------------------------------------------------------- reading
 
+# What is read here of adapter_config.json, but for null, which counts as absent.
+CONFIG_KINDS = {
+    "peft_type": "a string", "base_model_name_or_path": "a string", "task_type": "a string",
+    "template": "a string", "modules_to_save": "a list of strings", "target_modules": "a string or a list of strings",
+    "exclude_modules": "a string or a list of strings", "r": "a whole number", "init_r": "a whole number",
+    "num_virtual_tokens": "a whole number", "lora_alpha": "a finite number",
+    "lora_dropout": "a number from 0 to 1", "use_rslora": "true or false", "use_dora": "true or false", "rank_pattern": "an object",
+    "alpha_pattern": "an object", "layers_to_transform": "a whole number or a list of them",
+    "modules": "an object", "settings": "an object"}
+
+
+def read_adapter_config(folder):
+    """The object in adapter_config.json of a folder, each entry that is read here of its right type.
+
+    Entries that are null are left out. Raises DataError.
+    """
+    path = os.path.join(folder, "adapter_config.json")
+    config = {name: value for name, value in read_object(path, {}).items() if value is not None}
+    check_object(config, CONFIG_KINDS, (), path)
+    return config
+
+
 # Settings that change the mathematics in a way not implemented here, with the values that do not. Any other
-# init_lora_weights has changed the base weight, too.
+# init_lora_weights (pissa, olora, corda, loftq, lora_ga) has changed the base weight, too.
 NEUTRAL = {"bias": ("none",), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
-           "init_lora_weights": (True, False, "gaussian", "eva"), "layer_replication": (None,),
-           "trainable_token_indices": (None,), "target_parameters": (None,), "arrow_config": (None,),
+           "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+           "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None,),
+           "arrow_config": (None,),
            "alora_invocation_tokens": (None,), "kasa_config": (None,), "velora_config": (None,),
            "monteclora_config": (None,)}
 
@@ -242,7 +270,7 @@ def read_adapter(model, folder, variants, force):
     """
     path = os.path.join(folder, "adapter_config.json")
     run = os.path.join(folder, "run.json")
-    config = read_json(path)
+    config = read_adapter_config(folder)
     side = read_json(run) if os.path.exists(run) else {}
     try:
         variant = variant_of(config, variants, path)
@@ -255,8 +283,11 @@ def read_adapter(model, folder, variants, force):
         read = read_own_format if variant.peft_type is None else read_peft_format
         modules = read(model, folder, config, side, variant, tensors)
         return variant, modules, read_extra(model, folder, config, tensors)
-    except (TypeError, AttributeError, KeyError, ZeroDivisionError, re.error) as e:
-        raise DataError(f"{path} (or run.json beside it) makes no sense as an adapter's settings: {e}") from e
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError, re.error) as e:
+        raise DataError(f"{path} (or run.json beside it) makes no sense as an adapter's settings: "
+                        f"{' '.join(str(e).split())}") from e
 
 
 def variant_of(config, variants, path):
@@ -267,7 +298,8 @@ def variant_of(config, variants, path):
         if peft_type == peft_type_of(variant) and (not stored or stored == variant.peft_config):
             return variant
     known = dict.fromkeys(map(peft_type_of, variants))
-    raise DataError(f"{path}: peft_type {peft_type!r} is not an adapter of Linears; {', '.join(known)} are")
+    raise DataError(f"{path}: peft_type {peft_type!r} is not read as an adapter of Linears; "
+                    f"{', '.join(known)} are")
 
 
 def read_own_format(model, folder, config, side, variant, tensors):
@@ -330,6 +362,27 @@ def read_extra(model, folder, config, tensors):
     return extra
 
 
+def require_known_extra(folder, extra, width):
+    """DataError unless a folder's `extra` is none, or the head (labels, width) of a SEQ_CLS adapter."""
+    config = read_adapter_config(folder)
+    task_type = config.get("task_type", "CAUSAL_LM")
+    path = os.path.join(folder, "adapter_config.json")
+    if task_type not in ("CAUSAL_LM", "SEQ_CLS"):
+        raise DataError(f"{path}: task_type {task_type!r} is not read here; CAUSAL_LM (a language model) and "
+                        "SEQ_CLS (a classifier, with its head) are")
+    foreign = sorted(set(extra) - {"score.weight"})
+    if foreign or extra and task_type == "CAUSAL_LM":
+        name = (foreign or [*extra])[0]
+        raise DataError(f"{path}: {name} was trained beside the adapter (modules_to_save), and an adapter of "
+                        f"task_type {task_type} is not used with it here")
+    if task_type == "SEQ_CLS":
+        shape = list(extra["score.weight"].shape) if extra else None
+        if shape is None or len(shape) != 2 or shape[0] < 2 or shape[1] != width:
+            found = "lacks score.weight" if shape is None else f"has score.weight {shape}"
+            raise DataError(f"{path}: the task_type is SEQ_CLS, and the adapter {found}; a classifier of "
+                            f"this model has a head of [labels, {width}], and of two labels or more")
+
+
 def is_copy(t, own):
     """Is t the weight that the model has already, up to a cast? peft adds an adapted head's own weight."""
     if own is None or t.shape != own.shape:
@@ -358,6 +411,8 @@ def check_module(file, config, target, module, width, widths):
         else:
             r = pattern(config, "rank_pattern", target, config.get("r", 8))
             settings["scale"] = alpha / (math.sqrt(r) if settings["rslora"] else r)
+        if not math.isfinite(settings["scale"]):
+            raise DataError(f"{file}: the scale of {target}, alpha / rank, is {settings['scale']}")
         out = sum(widths)
         want = {"lora_A": (r, width), "lora_B": (out, r), "lora_E": (r, 1), "lora_magnitude_vector": (out,)}
     for leaf, t in module.items():

@@ -250,7 +250,7 @@ def parse_layers(text):
         return None
     found = []
     for part in text.split(","):
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)        # of thousands of layers at most
         if not ends or int(ends[2] or ends[1]) < int(ends[1]):
             raise UserError(f"--layers {text} cannot be read; write it as 0-3,5, each range upwards")
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)

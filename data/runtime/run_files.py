@@ -11,7 +11,7 @@ the types below or a DataError that names file, key and what belongs there; a ke
 unless it is `required`. A line of log.jsonl that is no event is left out and counted, because a killed
 process may have torn it.
 
-Public: read_object, read_run_config, read_result, read_events, failure_reason, resume_step
+Public: read_object, check_object, read_run_config, read_result, read_events, failure_reason, resume_step
 """
 import json
 import pathlib
@@ -29,6 +29,14 @@ def is_number(x):
     if isinstance(x, float) or x in NON_FINITE:
         return True
     return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2 ** 63
+
+
+def is_count(x):
+    return type(x) is int and 0 <= x < 2 ** 31
+
+
+def is_finite(x):
+    return type(x) in (int, float) and abs(x) < 2 ** 31
 
 
 def is_list_of(check):
@@ -55,8 +63,13 @@ KINDS = {                                           # what an error calls it: it
     "a string": is_text,
     "a string or null": lambda x: x is None or is_text(x),
     "a number": is_number,
+    "a finite number": is_finite,
+    "a number from 0 to 1": lambda x: is_finite(x) and 0 <= x <= 1,
+    "a whole number": is_count,
+    "a whole number or a list of them": lambda x: is_count(x) or is_list_of(is_count)(x),
     "true or false": lambda x: isinstance(x, bool),
     "a list of strings": is_list_of(is_text),
+    "a string or a list of strings": lambda x: is_text(x) or is_list_of(is_text)(x),
     "an object": lambda x: isinstance(x, dict),
     "an object of numbers": is_object_of(is_number),
     "an object of strings, numbers and lists": is_object_of(is_flag_value),

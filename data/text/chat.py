@@ -5,6 +5,7 @@ r"""data/text/chat.py: conversations -> token ids and loss mask, for training, s
     llama3   <|begin_of_text|> <|start_header_id|>ROLE<|end_header_id|> \n\n CONTENT <|eot_id|>
     alpaca   a preamble, then "### Instruction:" and "### Response:" as plain text        any base model
     plain    start, prompt, answer, end; prompt, answer, end; ... with nothing between    completions
+    raw      plain with the start that the tokenizer itself adds to a text, often none    SEQ_CLS adapters
 
     messages [{"role", "content", "weight"?}]  ->  ids [int], mask [bool]
 
@@ -62,6 +63,7 @@ class ChatTemplate:
     system: str = ""                # the system text of conversations without a system message
     separator: str = ""             # what stands behind an end token
     document: bool = False          # plain text that starts and ends as a document; only answers have an end
+    own_start: bool = False         # a document starts as the tokenizer starts a text
 
 
 class Style(NamedTuple):
@@ -192,6 +194,7 @@ TEMPLATES = (
                  _llama3_before, _stripped, LLAMA3, start="<|begin_of_text|>"),
     ChatTemplate("alpaca", (), _alpaca_before, _unchanged, ALPACA, system=PREAMBLE, document=True),
     ChatTemplate("plain", (), _plain_before, _plain_content, PLAIN, document=True),
+    ChatTemplate("raw", (), _plain_before, _plain_content, PLAIN, document=True, own_start=True),
 )
 
 
@@ -225,8 +228,10 @@ def note(template, tokenizer):
 
 def _missing(record, tokenizer):
     """The first token of a template that a tokenizer lacks; None if it has them all."""
-    if record.document:
-        return "end-of-text" if tokenizer.eos is None else None
+    if record.document and tokenizer.eos is None:
+        return "end-of-text"
+    if record.own_start and (tokenizer.start_ids is None or len(tokenizer.start_ids) > 1):
+        return "a start token"
     return next((token for token in record.tokens if token not in tokenizer.special), None)
 
 
@@ -234,9 +239,12 @@ def _fitting(template, tokenizer):
     """The record of a template. Raises UserError if there is none, or if the tokenizer lacks its tokens."""
     record = find_record(TEMPLATES, template)
     missing = _missing(record, tokenizer)
-    if missing and record.document:
+    if missing == "end-of-text":
         raise UserError(f"the template {template} ends answers with the end-of-text token, and this "
                         "tokenizer names none")
+    if missing and record.own_start:
+        raise UserError(f"the template {template} takes a text as the tokenizer gives it, and this one adds "
+                        "more than a start token; use another --template")
     if missing:
         raise UserError(f"the template {template} needs the token {missing}, which this tokenizer lacks; use "
                         f"--template {guess_template(tokenizer)}")
@@ -252,7 +260,10 @@ def end_token(template, tokenizer):
 def _style(record, tokenizer):
     """(Style, how the tokenizer's own chat_template differs, or "") of a template that fits."""
     names = {i: text for text, i in tokenizer.special.items()}
-    return _read_style(record, tokenizer.chat_template, names.get(tokenizer.bos, ""), names.get(tokenizer.eos, ""))
+    bos = names.get(tokenizer.bos, "")
+    if record.own_start:
+        bos = "".join(names[i] for i in tokenizer.start_ids)
+    return _read_style(record, tokenizer.chat_template, bos, names.get(tokenizer.eos, ""))
 
 
 def _turns(*contents):
@@ -268,10 +279,11 @@ PROBES = (                                              # (conversation, whether
 @functools.lru_cache
 def _read_style(record, source, bos, eos):
     """(Style, difference) of a template under a chat_template (Jinja, or ""), and the texts of BOS and EOS."""
-    if bos == "<|im_start|>":                           # SmolLM2 names it so; it starts a turn, not a document
+    # SmolLM2 names it so; it starts a turn, not a document
+    if bos == "<|im_start|>" and not record.own_start:
         bos = ""
     if record.document:
-        style = Style(bos or eos, eos, record.system, record.separator)
+        style = Style(bos if record.own_start else bos or eos, eos, record.system, record.separator)
     else:
         style = Style(record.start or "", record.tokens[-1], record.system, record.separator)
     if not source:

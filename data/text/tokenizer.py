@@ -11,8 +11,8 @@ Deviations from `tokenizers`:
 As in `tokenizers`, bytes that the vocabulary lacks are dropped (SmolLM2 has no 0x04).
 
 Public: Tokenizer with train, from_pretrained, save_pretrained, encode, decode, decoder, and the attributes
-special (name -> id), eos, bos, pad (id or None), vocab_size (largest id + 1), chat_template (Jinja or "");
-Stream
+special (name -> id), eos, bos, pad (id or None), start_ids (ids that `tokenizers` puts in front of a text, or
+None), vocab_size (largest id + 1), chat_template (Jinja or ""); Stream
 """
 import codecs
 import re
@@ -54,6 +54,7 @@ class Tokenizer:
         self.bos = self._role_id("bos_token")
         self.eos = self._role_id("eos_token")
         self.pad = self._role_id("pad_token")
+        self.start_ids = tokenizer_files.start_ids(spec, self.special)
         self.chat_template = tokenizer_files.default_template(config)
 
     def _text_vocab(self, merges, hidden):

@@ -5,12 +5,13 @@
     tokenizer_config.json    which special token is bos, eos, pad; the chat template (also in other files)
 
     text -> normalizer (a Unicode form, or none) -> pre_tokenizer (ByteLevel; Digits or Split, then ByteLevel)
-         -> model (BPE over bytes).   post_processor, truncation and padding are kept, and not used.
+         -> model (BPE over bytes).   post_processor (but for start_ids), truncation and padding are kept, and
+         not used.
 
 "spec" is the content of tokenizer.json, "config" that of tokenizer_config.json. Any setting that would change
 an id and is not supported is an error.
 
-Public: read, write, with_template, default_template, encoding_rules, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
+Public: read, write, with_template, default_template, encoding_rules, start_ids, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
 """
 import pathlib
 import re
@@ -197,6 +198,18 @@ def write(folder, spec, config):
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "vocab.json", spec["model"]["vocab"])
     write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def start_ids(spec, special):
+    """The ids that the post_processor puts in front of a text; None if it adds some behind it, too."""
+    top = spec.get("post_processor") or {}
+    pieces = [piece for step in top.get("processors", [top]) if step.get("type") == "TemplateProcessing"
+              for piece in step["single"]]
+    names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in pieces]
+    before = names[:names.index(None)] if None in names else names
+    if len(names) > len(before) + 1:
+        return None
+    return [special[name] for name in before]
 
 
 # ---- what decides ids --------------------------------------------------------------------------------------
