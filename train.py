@@ -60,6 +60,7 @@ from data.checkpoints.model_folders import (adapter_config, base_of, find, folde
                                             root_model, settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.results import cost_model, evaluate, forecast, inspect_data, next_token, tables, untrained
+from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
@@ -133,7 +134,8 @@ class TrainingFlags:
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", low=0)
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     compile: bool = flag(False, "training forward and backward through torch.compile")
-    eval_every: int = flag(0, "steps between evaluations on valid; 0: three in the run", low=0)
+    eval_every: int = flag(0, "steps between evaluations on valid, with one at the end; 0: four in the run",
+                           low=0)
 
 
 @dataclass(frozen=True)
@@ -198,14 +200,14 @@ class PtxFlags:
 
 
 @dataclass(frozen=True)
-class KeepBestFlags:
+class BestAnswersFlags:
     """sampling"""
-    keep_best: int = flag(1, "best answers to each prompt that are written out", low=1)
+    best_n: int = flag(1, "best answers to each prompt that are written out", low=1)
 
     @staticmethod
     def check(cfg):
-        if cfg.keep_best > cfg.num_generations:
-            raise UserError(f"--keep_best {cfg.keep_best} is more than --num_generations "
+        if cfg.best_n > cfg.num_generations:
+            raise UserError(f"--best_n {cfg.best_n} is more than --num_generations "
                             f"{cfg.num_generations}, the answers there are")
 
 
@@ -632,6 +634,7 @@ class LoopState:
     scaler: torch.amp.GradScaler
     allocator: object               # AdaLoRA's, None for other methods
     lr_scales: list                 # of each optimiser group, relative to --lr
+    best: Best                      # --keep_best: the best weights on valid
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -653,10 +656,12 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
     try:
-        while loop.step < total:
+        while True:
             step = loop.step
-            if step and step % (cfg.eval_every or math.ceil(total / 4)) == 0:  # first: a resume repeats it
-                log_validation(ctx, run, loop, total, evaluate_now)
+            if evaluation_is_due(cfg, step, total):         # before the step: a resume repeats it
+                log_validation(ctx, run, loop, trainable, total, evaluate_now)
+            if step == total or loop.best.patience_is_over():
+                break
             began = time.monotonic()
             seed_step(cfg.seed, step)
             batch = feed.step_examples(step)
@@ -701,6 +706,8 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
             progress.update(note=f"loss {loss:.4f}  {loop.tokens / loop.seconds:,.0f} tokens/s")
             if due or loop.step % cfg.save_every == 0 or loop.step == total:
                 save_state(run, loop, trainable, state)
+        if loop.step < total:
+            stop_early(run, loop, trainable, state)
         return loop
     except Interrupted:
         save_state(run, loop, trainable, state)
@@ -719,7 +726,7 @@ def start_loop(ctx, cfg, trainable, total):
     make_allocator = find_method(cfg.method).allocator
     allocator = make_allocator(ctx.model, cfg, total) if make_allocator else None
     distributed.reshard(ctx.model)
-    return LoopState(optimizer, scaler, allocator, lr_scales)
+    return LoopState(optimizer, scaler, allocator, lr_scales, Best(cfg.keep_best, cfg.patience))
 
 
 def resume(ctx, cfg, run, loop, trainable, state):
@@ -736,6 +743,9 @@ def resume(ctx, cfg, run, loop, trainable, state):
             trainable[name].data.copy_(distributed.scatter(trainable[name], value))
         loop.optimizer.load_state_dict(distributed.scatter_state(loop.optimizer, state["optimizer"]))
         loop.scaler.load_state_dict(state["scaler"])
+        best = state["best"]
+        kept = {name: distributed.scatter(trainable[name], value) for name, value in best["weights"].items()}
+        loop.best.load_state_dict({**best, "weights": kept})
         for name, value in state["counters"].items():
             setattr(loop, name, value)
         if loop.allocator:
@@ -749,7 +759,8 @@ def save_state(run, loop, trainable, state):
     counters = {name: getattr(loop, name) for name in names}
     with defer_signals:
         whole = distributed.collect({"trainable": {name: p.detach() for name, p in trainable.items()},
-                                     "optimizer": loop.optimizer.state_dict()})
+                                     "optimizer": loop.optimizer.state_dict(),
+                                     "best": loop.best.state_dict()})
         run.save({**state, **whole, "scaler": loop.scaler.state_dict(), "counters": counters,
                   "processes": dist_state.size,
                   "allocator": loop.allocator.state_dict() if loop.allocator else {}}, **loop.clock())
@@ -834,14 +845,28 @@ def advance(loop, batch, finite, seconds):
     loop.skipped_in_a_row = 0 if finite else loop.skipped_in_a_row + 1
 
 
-def log_validation(ctx, run, loop, total, evaluate_now):
+def evaluation_is_due(cfg, step, total):
+    """Whether valid is measured before this step, or behind the last one (step == total)."""
+    every = cfg.eval_every or math.ceil(total / 4)
+    return step > 0 and (step == total or step % every == 0)
+
+
+def log_validation(ctx, run, loop, trainable, total, evaluate_now):
     ctx.train(False)
     with Progress(f"valid at step {loop.step}"):
         metrics = evaluate_now()
     ctx.train()
+    with defer_signals:
+        loop.best.consider(loop.step, metrics, trainable)
     run.log(event="valid", **loop.clock(), **metrics)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     log_progress(f"step {loop.step}/{total}  valid  {shown}")
+
+
+def stop_early(run, loop, trainable, state):
+    """--patience is over: save, so that a resume trains no further."""
+    log_progress(f"stopped at step {loop.step}: {loop.best.without_gain} evaluations without gain")
+    save_state(run, loop, trainable, state)
 
 
 # ----------------------------------------------------------------------------------------- the supervised run
@@ -892,7 +917,8 @@ class Outcome:
 def clock_of(loop):
     if loop is None:
         return dict(steps=0, tokens=0, seconds=0.0, skipped=0)
-    return dict(steps=loop.step, tokens=loop.tokens, seconds=round(loop.seconds, 3), skipped=loop.skipped)
+    return dict(steps=loop.step, tokens=loop.tokens, seconds=round(loop.seconds, 3), skipped=loop.skipped,
+                **loop.best.summary())
 
 
 def check_rows(ctx, cfg, rows, row_type):
@@ -964,8 +990,12 @@ def train(ctx, cfg, run, rows, row_type, state):
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
+    if cfg.keep_best is not None:                       # before any step: is there such a metric?
+        check_metric(cfg.keep_best, task.evaluate(ctx, cfg, rows["valid"][:2], examples["valid"][:2])[0])
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
+    distributed.reshard(ctx.model)
+    loop.best.restore(trainable)
     if ctx.prompt is not None:
         ctx.prompt.drop_encoder()                       # an encoder is for training only
     with Progress("test after training"):
@@ -985,8 +1015,8 @@ def open_feed(ctx, cfg, examples, row_type):
 
 
 def valid_evaluations(cfg, total):
-    """How often a run of so many steps is measured on valid."""
-    return max(0, total - 1) // (cfg.eval_every or max(1, math.ceil(total / 4)))
+    """How often a run of so many steps is measured on valid, if --patience does not end it."""
+    return sum(evaluation_is_due(cfg, step, total) for step in range(total + 1))
 
 
 def prepare_examples(ctx, cfg, feed, total, examples):
@@ -1784,7 +1814,7 @@ def best_rows(setup, prompt_ids, answers, scores, cfg):
     n = cfg.num_generations
     text = setup.ctx.text
     cut = torch.tensor([y[-1] != text.end_token for y in answers]).view(-1, n)
-    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.keep_best, torch.finfo().min)
+    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.best_n, torch.finfo().min)
     return [dict(prompt=setup.texts[tuple(prompt_ids[b])], completion=text.decode_answer(answers[b * n + i]),
                  score=scores[b, i].item()) for b, i in best]
 
@@ -1942,6 +1972,7 @@ class Task:
     baseline_flags: tuple = ()                      # groups that it has with --method none
     defaults: dict = field(default_factory=dict)    # of flags, where this task needs another value
     config: type = None  # the group that replaces TrainingFlags, with its own defaults
+    renamed_flags: dict = field(default_factory=dict)   # {old name of a flag of this task: its new name}
     lr_scale: float = 1.0                           # of the method's rate
     full_lr: dict = None                            # --lr of --method full: {"new": rate, "existing": rate}
     trains: bool = True
@@ -1991,7 +2022,7 @@ def no_command(ctx, cfg, folder):
 
 
 RUN = (DataFlags, RunFolderFlags)
-LOOP = (TrainingFlags, SaveFlags, DryRunFlags)
+LOOP = (TrainingFlags, KeepBestFlags, SaveFlags, DryRunFlags)
 PREFERENCES = ("pairs", "ranked")
 PROMPTS = ("prompt", "chat", "pairs", "ranked")
 
@@ -2045,8 +2076,8 @@ TASKS = (
          metric="gold", scales_loss=False),
     Task("sample", "answers to prompts, scored, the best as rows", sample_answers, reads=PROMPTS,
          trains=False,
-         flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, KeepBestFlags),
-         defaults=dict(data="toy/prompts"),
+         flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, BestAnswersFlags),
+         defaults=dict(data="toy/prompts"), renamed_flags=dict(keep_best="best_n"),
          generates=True, reads_templates=False, needs_causal=True, all_valid=True, metric="score",
          next_command=then_sft),
     Task("eval", "measure a trained model", run_supervised, trains=False,
