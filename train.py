@@ -52,14 +52,15 @@ import ppo
 import prompts
 from data.batches import batching, few_shot, objectives
 from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, TooLongFlags,
-                                   size, targets)
+                                   size, targets, training_facts)
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
 from data.checkpoints.hf import FAMILIES, read_config, save_generation
 from data.checkpoints.model_folders import (adapter_config, base_of, find, folders, hash_folder, portable,
                                             root_model, settings, weights_folder)
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.results import cost_model, evaluate, forecast, inspect_data, next_token, tables, untrained
+from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
+                          tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
@@ -71,7 +72,7 @@ from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
-from data.runtime.files import DataError, UserError, atomic, read_json, write_json
+from data.runtime.files import DataError, UserError, read_json, write_atomic, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.records import find_record
@@ -309,7 +310,8 @@ def open_context(cfg):
     device = distributed.local_device(device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
     made_by = find_task(stored["task"]) if "task" in stored else None
-    if made_by and task.generates and (made_by.judges or stored.get("classifier") == "head"):
+    by_head = stored.get("classifier") == "head" and not task.measures
+    if made_by and task.generates and (made_by.judges or by_head):
         raise UserError(f"--init {cfg.init} is a run of --task {made_by.name}, which scores and does not "
                         "generate; --task eval measures it, and the model below it can generate")
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
@@ -451,8 +453,8 @@ def param_groups(ctx, cfg, trainable):
     return groups
 
 
-def save_weights(ctx, cfg, folder):
-    """The trained weights in standard formats, what only we have a name for in run.json.
+def save_weights(ctx, cfg, folder, rows):
+    """The weights trained on rows in standard formats, what only we have a name for in run.json.
 
     Returns {"adapter_bytes" or, of a whole model, "model_bytes": their size}.
     """
@@ -466,7 +468,7 @@ def save_weights(ctx, cfg, folder):
         write_tensors(inner / "head.safetensors",
                       {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
     written = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
+    text = {**{name: getattr(ctx.text, name) for name in TEXT_SETTINGS}, **training_facts(ctx.text, rows)}
     if method.trains_base:
         save_text_files(inner, cfg.init, ctx.text.tokenizer, {"task": cfg.task, **text})
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
@@ -491,6 +493,7 @@ def save_text_files(folder, init, tokenizer, stored):
 
 
 TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
+TRAINING_FACTS = ("task", "row_type", "turns", "systems")               # of run.json, besides
 
 
 class FullMethod:
@@ -897,7 +900,7 @@ def train_and_measure(cfg, run, rows, row_type):
     elif len(shots) > 1:
         outcome = measure_shots(ctx, rows, shots, outcome)
     with defer_signals, Progress("saving"):
-        stored = save_weights(ctx, cfg, run.folder) if trainable else {}
+        stored = save_weights(ctx, cfg, run.folder, rows["train"]) if trainable else {}
         samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
                         after=after)
                    for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
@@ -926,8 +929,11 @@ def check_rows(ctx, cfg, rows, row_type):
     if ctx.head is not None:
         made_by = find_task(settings(cfg.init)["task"])
         if row_type not in made_by.reads:
+            remedy = "; --task predict labels texts" if row_type == "text" else ""
             raise DataError(f"{cfg.data} holds {row_type} rows; {cfg.init}, a run of --task {made_by.name}, "
-                            f"reads {' or '.join(made_by.reads)} rows")
+                            f"reads {' or '.join(made_by.reads)} rows{remedy}")
+    if row_type == "text" and ctx.text.labels and not find_method(cfg.method).trains:
+        log_progress(f"{cfg.data} has no labels: the loss of its text is measured; --task predict labels it")
     if row_type not in ("label", "tags"):
         return
     labels = formats.label_names(sum(rows.values(), []))
@@ -1244,14 +1250,24 @@ def measured_rows(cfg, rows):
     return rows
 
 
-def open_run(cfg):
+def open_questions(cfg):
+    """({"test": rows}, row type) of --data: all its rows, and each line of a .txt. Raises DataError."""
+    data = formats.load_lines(cfg.data)
+    log_progress(f"{data.source}, {data.format}: {len(data.rows)} rows")
+    if data.row_type not in find_task(cfg.task).reads:
+        raise DataError(f"{cfg.data} holds {data.row_type} rows; --task {cfg.task} reads "
+                        f"{' or '.join(find_task(cfg.task).reads)} rows")
+    return {"test": data.rows[:cfg.eval_items or None]}, data.row_type
+
+
+def open_run(cfg, read=open_data):
     """(rows, row type, Run, identity): what a command reads, where its run lives, what it is the run of.
 
-    Raises as `open_data`; failed.json then says why.
+    Raises as `read`; failed.json then says why.
     """
     run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
     try:
-        rows, row_type = open_data(cfg)
+        rows, row_type = read(cfg)
         with Progress("hashing code, data and base"):
             return rows, row_type, run, identity_of(cfg, rows)
     except UserError as e:
@@ -1707,7 +1723,7 @@ def train_policy(cfg, run, rows):
         if forgetting:
             metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
-            stored = save_weights(ctx, cfg, run.folder)
+            stored = save_weights(ctx, cfg, run.folder, rows["train"])
             samples = [dict(prompt=asked(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
                        for row, before, y in zip(rows["test"], state["before"], answers)]
             counts = dict(params_total=params_total, params_trainable=count, **stored)
@@ -1801,12 +1817,17 @@ def write_samples(cfg, run, rows):
         without = len(prompt_ids) - len({row["prompt"] for row in kept})
         if without:
             log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
-        with atomic(run.folder / f"{split}.jsonl") if not dist_state.rank else open(os.devnull, "wb") as f:
-            f.writelines((json.dumps(row) + "\n").encode() for row in kept)
+        write_rows(run.folder / f"{split}.jsonl", kept)
     del metrics["kl"]                                   # policy and reference are one here
     counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
+
+
+def write_rows(path, rows):
+    """Rows as a .jsonl file, by one process of several. Raises WriteError."""
+    if not dist_state.rank:
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def best_rows(setup, prompt_ids, answers, scores, cfg):
@@ -1852,30 +1873,34 @@ def forecast_stage(cfg):
 
 def run_chat(cfg):
     """--task chat: one answer to --prompt, or a conversation until the input ends."""
+    return conversation.chat(open_context(cfg), cfg, settings(cfg.init))
+
+
+def run_predict(cfg):
+    """--task predict: what a model answers to rows without answers, as rows of predictions.jsonl."""
+    if cfg.data is None:
+        raise UserError("--task predict needs --data FILE: texts, one a line, or rows with text or prompt")
+    rows, row_type, run, identity = open_run(cfg, open_questions)
+    return report_once(run, identity, lambda: write_predictions(cfg, run, rows))
+
+
+def write_predictions(cfg, run, rows):
+    """Predict, write rows. Returns the result."""
+    began = time.monotonic()
     ctx = open_context(cfg)
-    turns = []
-    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
-    sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
-    while True:
-        question = cfg.prompt
-        if question is None:
-            try:
-                question = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return 0
-        turns.append({"role": "user", "content": question})
-        while len(ctx.text.prompt_ids(open_row(turns))) > ctx.max_prompt_len() and len(turns) > 2:
-            turns = turns[2:]                           # a full context loses its oldest exchange
-        answer = evaluate.answer(ctx, [ctx.prompt_ids(open_row(turns))], **sampling)[0]
-        print_result(answer)
-        if cfg.prompt is not None:
-            return 0
-        turns.append({"role": "assistant", "content": answer})
-
-
-def open_row(turns):
-    """A conversation whose last answer is still to be given."""
-    return {"messages": [*turns, {"role": "assistant", "content": ""}]}
+    run.start(facts_of(ctx, rows))
+    row_type = predict.row_type_of_model(ctx, settings(cfg.init))
+    questions, references = predict.input_rows(ctx, row_type, rows["test"], cfg.data)
+    predictions = predict.predict_rows(ctx, row_type, questions)
+    for prediction, reference in zip(predictions, references):
+        if reference is not None:
+            prediction["reference"] = reference
+    write_rows(run.folder / "predictions.jsonl", predictions)
+    log_progress(f"{run.folder}/predictions.jsonl holds {len(predictions)} rows")
+    samples = [predict.sample(ctx, *pair) for pair in zip(questions, predictions)][:3]
+    clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
+    return finish(run, ctx, cfg, Outcome(predict.metrics_of(predictions), []), {}, samples, counts, clock)
 
 
 def run_show(cfg):
@@ -1916,7 +1941,7 @@ def run_merge(cfg):
     plain.save_pretrained(cfg.out)
     save_text_files(cfg.out, cfg.init, tokenizer, stored)
     write_json(os.path.join(cfg.out, "run.json"),
-               {name: stored[name] for name in ("task", *TEXT_SETTINGS) if name in stored})
+               {name: stored[name] for name in (*TRAINING_FACTS, *TEXT_SETTINGS) if name in stored})
     head = weights_folder(cfg.init) / "head.safetensors"
     if head.exists():
         write_tensors(os.path.join(cfg.out, head.name), read_tensors(head))
@@ -2085,8 +2110,12 @@ TASKS = (
          flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags,
                 ShotFlags),
          evaluate=evaluate_reward, measures=True, describe=describe_prompt, next_command=no_command),
+    Task("predict", "labels or answers for rows without them", run_predict, trains=False,
+         reads=("text", "label", "tags", "chat", "prompt"),
+         flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),
+         generates=True, measures=True, next_command=no_command),
     Task("chat", "talk to a model", run_chat, trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
-         generates=True, one_process=True, resumes=False),
+         generates=True, measures=True, one_process=True, resumes=False),
     Task("show", "the next-token distribution", run_show, trains=False,
          flags=(TextFlags, AnswerFlags, GenerationFlags),
          defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True,

@@ -892,25 +892,6 @@ def test_a_long_question_is_asked_as_it_was_taught(world):
         head.encode(rows, 120, "error")
 
 
-def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
-    lines, lengths = ["a" * 60] * 4, []
-    original = evaluate.answer
-
-    def answer(ctx, prompts, **sampling):
-        lengths.append(len(prompts[0]))
-        return original(ctx, prompts, **sampling)
-
-    def ask(_):
-        if not lines:
-            raise EOFError
-        return lines.pop()
-
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr("builtins.input", ask)
-    assert train.main(["--task", "chat", "--init", str(world / "base"), "--max_new_tokens", "40"]) == 0
-    assert len(lengths) == 4 and max(lengths) <= 160 - 40
-
-
 def test_a_talk_that_is_interrupted_claims_no_save(world, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: run_folder.defer_signals.handler(signal.SIGINT, None))
     assert train.main(["--task", "chat", "--init", str(world / "base")]) == 130
