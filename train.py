@@ -67,7 +67,7 @@ from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
-from data.results.report import asked, describe, describe_virtual_tokens, report
+from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -1071,7 +1071,12 @@ def use_it(ctx, cfg, folder):
         return None
     if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
         return shlex.join(["python", "train.py", "--task", "eval", "--init", str(folder), "--data", cfg.data])
-    return shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
+    command_of_chat = shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
+    if ctx.prompt is None:
+        return command_of_chat
+    what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
+    look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
+    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
@@ -1085,7 +1090,8 @@ def initial_prompt(folder, device="auto"):
     # no config.json, no base, other flags
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
         stored = read_run_config(find(folder))["config"]
-        cfg = Config({**stored, "device": device, "compile": False})
+        usual = parse(["--task", stored["task"], "--method", stored["method"]])     # flags that are not stored
+        cfg = Config({**usual.to_dict(), **stored, "device": device, "compile": False})
         ctx = open_context(cfg)
         ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
         apply_method(ctx, cfg)
@@ -1897,15 +1903,22 @@ def write_predictions(cfg, run, rows):
             prediction["reference"] = reference
     write_rows(run.folder / "predictions.jsonl", predictions)
     log_progress(f"{run.folder}/predictions.jsonl holds {len(predictions)} rows")
-    samples = [predict.sample(ctx, *pair) for pair in zip(questions, predictions)][:3]
+    samples = [dict(prompt=asked(ctx.text, row), after=predict.describe(prediction))
+               for row, prediction in zip(questions[:3], predictions)]
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     return finish(run, ctx, cfg, Outcome(predict.metrics_of(predictions), []), {}, samples, counts, clock)
 
 
 def run_show(cfg):
-    """--task show: the next-token distribution, of the base and of the tuned model."""
+    """--task show: the next-token distribution, of the base and of the tuned model.
+
+    Without --prompt, what a soft prompt has become.
+    """
     ctx = open_context(cfg)
+    if ctx.prompt is not None and not cfg.prompt:
+        print_virtual_tokens(describe_prompt(ctx, cfg))
+        return 0
     sides = {"base": enter_model(ctx, ctx.model)}
     if lora.adapters(ctx.model) or ctx.prompt is not None:
         sides["tuned"] = tuned_role(ctx, ctx.model, ctx.prompt)
@@ -2116,8 +2129,8 @@ TASKS = (
          generates=True, measures=True, next_command=no_command),
     Task("chat", "talk to a model", run_chat, trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
          generates=True, measures=True, one_process=True, resumes=False),
-    Task("show", "the next-token distribution", run_show, trains=False,
-         flags=(TextFlags, AnswerFlags, GenerationFlags),
+    Task("show", "the next-token distribution; without --prompt: the words nearest to a soft prompt", run_show,
+         trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
          defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True,
          resumes=False),
     Task("merge", "an adapter run as a plain model folder", run_merge, trains=False, flags=(MergeFlags,),

@@ -307,5 +307,6 @@ def test_what_predict_and_eval_say_of_texts_without_labels(world, tmp_path, caps
         assert says in capsys.readouterr().err
     assert train.main(["--task", "predict", "--init", str(world / "words")]) == 2
     assert "--task predict needs --data FILE" in capsys.readouterr().err
-    assert train.main(["--task", "predict", "--init", str(world / "words"), "--data", str(world / "chat")]) == 65
+    assert train.main(["--task", "predict", "--init", str(world / "words"), "--data", str(world / "chat"), "--out",
+                       str(tmp_path / "chat")]) == 65
     assert 'answers with a label and reads rows with "text"' in capsys.readouterr().err

@@ -949,9 +949,18 @@ def test_eval_reads_a_soft_prompt_and_knows_where_it_started(task, data, flags, 
         assert train.main(ask) == 0
         printed = capsys.readouterr().out
         lines = read_json(tmp_path / f"eval-{name}" / "result.json")["virtual_tokens"]
-        assert "\n".join(lines) in printed and train.main(ask) == 0 and capsys.readouterr().out == printed
-        ways = [line.split("| ")[-1] for line in lines[1:]]
-        assert len(ways) == (4 if "prompt_tuning" in flags or "p_tuning" in flags else 2)   # tokens, or layers
+        assert train.main(ask) == 0
+        assert capsys.readouterr().out == printed
+        embeddings = "prompt_tuning" in flags or "p_tuning" in flags
+        assert lines[-1].startswith("How to read the cosines: ") == embeddings
+        ways = [line.split("| ")[-1] for line in (lines[1:-1] if embeddings else lines[1:])]
+        assert len(ways) == (4 if embeddings else 2)        # tokens, or layers
+        look = ["--task", "show", "--init", str(tmp_path / name)]
+        assert train.main(look) == 0
+        shown = capsys.readouterr().out
+        assert shown in printed and shown.split() == " ".join(lines).split()
+        command_at_the_end = read_json(tmp_path / name / "result.json")["next_command"].splitlines()[-1]
+        assert command_at_the_end.startswith(f"python train.py {' '.join(look)}    # the ")
         assert all((float(way) == 0) == (steps == "0") for way in ways)
     alone = ["--task", "eval", "--init", str(tmp_path / "some" / "adapter"), *ask[4:6]]
     assert train.main([*alone, "--out", str(tmp_path / "alone")]) == 0

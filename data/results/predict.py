@@ -9,7 +9,7 @@ The probabilities are p(label) = softmax over the labels of log p(label word | q
 Predictions are rows in the format of training, so that a file of them can be --data again; what a row had as
 its answer becomes "reference".
 
-Public: question_row, predict_rows, describe, sample, metrics_of, row_type_of_model, open_row, input_rows, KINDS
+Public: question_row, predict_rows, describe, metrics_of, row_type_of_model, open_row, input_rows, KINDS
 """
 import re
 
@@ -118,13 +118,6 @@ def describe(prediction):
     if "tags" in prediction:
         return entities.format_entities(prediction["tokens"], prediction["tags"])
     return prediction["completion"] if "completion" in prediction else prediction["messages"][-1]["content"]
-
-
-def sample(ctx, row, prediction):
-    """A question and its prediction, as a sample of result.json."""
-    prompt = row["text"] if "text" in row else " ".join(row["tokens"]) if "tokens" in row else \
-        ctx.text.turns(row)[-2]["content"]
-    return dict(prompt=prompt, after=describe(prediction))
 
 
 def metrics_of(predictions):
