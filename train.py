@@ -52,7 +52,7 @@ import ppo
 import prompts
 from data.batches import batching, few_shot, objectives
 from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, TooLongFlags,
-                                   size, targets)
+                                   size, targets, training_facts)
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
 from data.checkpoints.hf import FAMILIES, read_config, save_generation
@@ -60,18 +60,20 @@ from data.checkpoints.model_folders import (base_of, find, folders, hash_folder,
                                             root_model, settings, weights_folder)
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import write_tensors
-from data.results import cost_model, evaluate, forecast, inspect_data, next_token, tables, untrained
+from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
+                          tables, untrained)
+from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
-from data.results.report import asked, describe, describe_virtual_tokens, report
+from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
-from data.runtime.files import DataError, UserError, atomic, read_json, write_json
+from data.runtime.files import DataError, UserError, read_json, write_atomic, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.records import find_record
@@ -134,7 +136,8 @@ class TrainingFlags:
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", low=0)
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     compile: bool = flag(False, "training forward and backward through torch.compile")
-    eval_every: int = flag(0, "steps between evaluations on valid; 0: three in the run", low=0)
+    eval_every: int = flag(0, "steps between evaluations on valid, with one at the end; 0: four in the run",
+                           low=0)
 
 
 @dataclass(frozen=True)
@@ -200,14 +203,14 @@ class PtxFlags:
 
 
 @dataclass(frozen=True)
-class KeepBestFlags:
+class BestAnswersFlags:
     """sampling"""
-    keep_best: int = flag(1, "best answers to each prompt that are written out", low=1)
+    best_n: int = flag(1, "best answers to each prompt that are written out", low=1)
 
     @staticmethod
     def check(cfg):
-        if cfg.keep_best > cfg.num_generations:
-            raise UserError(f"--keep_best {cfg.keep_best} is more than --num_generations "
+        if cfg.best_n > cfg.num_generations:
+            raise UserError(f"--best_n {cfg.best_n} is more than --num_generations "
                             f"{cfg.num_generations}, the answers there are")
 
 
@@ -311,7 +314,8 @@ def open_context(cfg):
     stored = settings(cfg.init) if cfg.init != "new" else {}
     check_settings(stored, cfg.init)
     made_by = task_of(stored)
-    if made_by and task.generates and (made_by.judges or stored.get("classifier") == "head"):
+    by_head = stored.get("classifier") == "head" and not task.measures
+    if made_by and task.generates and (made_by.judges or by_head):
         raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
                         "generate; --task eval measures it, and the model below it can generate")
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
@@ -474,8 +478,8 @@ def param_groups(ctx, cfg, trainable):
     return groups
 
 
-def save_weights(ctx, cfg, folder):
-    """The trained weights in standard formats, what only we have a name for in run.json.
+def save_weights(ctx, cfg, folder, rows):
+    """The weights trained on rows in standard formats, what only we have a name for in run.json.
 
     Returns {"adapter_bytes" or, of a whole model, "model_bytes": their size}.
     """
@@ -489,7 +493,7 @@ def save_weights(ctx, cfg, folder):
         write_tensors(inner / "head.safetensors",
                       {f"score.{name}": t.cpu() for name, t in ctx.head.state_dict().items()})
     written = read_json(inner / "run.json") if (inner / "run.json").exists() else {}
-    text = {name: getattr(ctx.text, name) for name in TEXT_SETTINGS}
+    text = {**{name: getattr(ctx.text, name) for name in TEXT_SETTINGS}, **training_facts(ctx.text, rows)}
     if method.trains_base:
         save_text_files(inner, cfg.init, ctx.text.tokenizer, {"task": cfg.task, **text})
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
@@ -514,6 +518,7 @@ def save_text_files(folder, init, tokenizer, stored):
 
 
 TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
+TRAINING_FACTS = ("task", "row_type", "turns", "systems")               # of run.json, besides
 
 
 class FullMethod:
@@ -657,6 +662,7 @@ class LoopState:
     scaler: torch.amp.GradScaler
     allocator: object               # AdaLoRA's, None for other methods
     lr_scales: list                 # of each optimiser group, relative to --lr
+    best: Best                      # --keep_best: the best weights on valid
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -678,10 +684,12 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
     try:
-        while loop.step < total:
+        while True:
             step = loop.step
-            if step and step % (cfg.eval_every or math.ceil(total / 4)) == 0:  # first: a resume repeats it
-                log_validation(ctx, run, loop, total, evaluate_now)
+            if evaluation_is_due(cfg, step, total):         # before the step: a resume repeats it
+                log_validation(ctx, run, loop, trainable, total, evaluate_now)
+            if step == total or loop.best.patience_is_over():
+                break
             began = time.monotonic()
             seed_step(cfg.seed, step)
             batch = feed.step_examples(step)
@@ -726,6 +734,8 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
             progress.update(note=f"loss {loss:.4f}  {loop.tokens / loop.seconds:,.0f} tokens/s")
             if due or loop.step % cfg.save_every == 0 or loop.step == total:
                 save_state(run, loop, trainable, state)
+        if loop.step < total:
+            stop_early(run, loop, trainable, state)
         return loop
     except Interrupted:
         save_state(run, loop, trainable, state)
@@ -744,7 +754,7 @@ def start_loop(ctx, cfg, trainable, total):
     make_allocator = find_method(cfg.method).allocator
     allocator = make_allocator(ctx.model, cfg, total) if make_allocator else None
     distributed.reshard(ctx.model)
-    return LoopState(optimizer, scaler, allocator, lr_scales)
+    return LoopState(optimizer, scaler, allocator, lr_scales, Best(cfg.keep_best, cfg.patience))
 
 
 def resume(ctx, cfg, run, loop, trainable, state):
@@ -761,6 +771,9 @@ def resume(ctx, cfg, run, loop, trainable, state):
             trainable[name].data.copy_(distributed.scatter(trainable[name], value))
         loop.optimizer.load_state_dict(distributed.scatter_state(loop.optimizer, state["optimizer"]))
         loop.scaler.load_state_dict(state["scaler"])
+        best = state["best"]
+        kept = {name: distributed.scatter(trainable[name], value) for name, value in best["weights"].items()}
+        loop.best.load_state_dict({**best, "weights": kept})
         for name, value in state["counters"].items():
             setattr(loop, name, value)
         if loop.allocator:
@@ -774,7 +787,8 @@ def save_state(run, loop, trainable, state):
     counters = {name: getattr(loop, name) for name in names}
     with defer_signals:
         whole = distributed.collect({"trainable": {name: p.detach() for name, p in trainable.items()},
-                                     "optimizer": loop.optimizer.state_dict()})
+                                     "optimizer": loop.optimizer.state_dict(),
+                                     "best": loop.best.state_dict()})
         run.save({**state, **whole, "scaler": loop.scaler.state_dict(), "counters": counters,
                   "processes": dist_state.size,
                   "allocator": loop.allocator.state_dict() if loop.allocator else {}}, **loop.clock())
@@ -859,14 +873,28 @@ def advance(loop, batch, finite, seconds):
     loop.skipped_in_a_row = 0 if finite else loop.skipped_in_a_row + 1
 
 
-def log_validation(ctx, run, loop, total, evaluate_now):
+def evaluation_is_due(cfg, step, total):
+    """Whether valid is measured before this step, or behind the last one (step == total)."""
+    every = cfg.eval_every or math.ceil(total / 4)
+    return step > 0 and (step == total or step % every == 0)
+
+
+def log_validation(ctx, run, loop, trainable, total, evaluate_now):
     ctx.train(False)
     with Progress(f"valid at step {loop.step}"):
         metrics = evaluate_now()
     ctx.train()
+    with defer_signals:
+        loop.best.consider(loop.step, metrics, trainable)
     run.log(event="valid", **loop.clock(), **metrics)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     log_progress(f"step {loop.step}/{total}  valid  {shown}")
+
+
+def stop_early(run, loop, trainable, state):
+    """--patience is over: save, so that a resume trains no further."""
+    log_progress(f"stopped at step {loop.step}: {loop.best.without_gain} evaluations without gain")
+    save_state(run, loop, trainable, state)
 
 
 # ----------------------------------------------------------------------------------------- the supervised run
@@ -897,7 +925,7 @@ def train_and_measure(cfg, run, rows, row_type):
     elif len(shots) > 1:
         outcome = measure_shots(ctx, rows, shots, outcome)
     with defer_signals, Progress("saving"):
-        stored = save_weights(ctx, cfg, run.folder) if trainable else {}
+        stored = save_weights(ctx, cfg, run.folder, rows["train"]) if trainable else {}
         samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
                         after=after)
                    for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
@@ -917,7 +945,8 @@ class Outcome:
 def clock_of(loop):
     if loop is None:
         return dict(steps=0, tokens=0, seconds=0.0, skipped=0)
-    return dict(steps=loop.step, tokens=loop.tokens, seconds=round(loop.seconds, 3), skipped=loop.skipped)
+    return dict(steps=loop.step, tokens=loop.tokens, seconds=round(loop.seconds, 3), skipped=loop.skipped,
+                **loop.best.summary())
 
 
 def check_rows(ctx, cfg, rows, row_type):
@@ -925,8 +954,11 @@ def check_rows(ctx, cfg, rows, row_type):
     if ctx.head is not None:
         made_by = task_of(settings(cfg.init))
         if row_type not in made_by.reads:
+            remedy = "; --task predict labels texts" if row_type == "text" else ""
             raise DataError(f"{cfg.data} holds {row_type} rows; {cfg.init}, a model of --task {made_by.name}, "
-                            f"reads {' or '.join(made_by.reads)} rows")
+                            f"reads {' or '.join(made_by.reads)} rows{remedy}")
+    if row_type == "text" and ctx.text.labels and not find_method(cfg.method).trains:
+        log_progress(f"{cfg.data} has no labels: the loss of its text is measured; --task predict labels it")
     if row_type not in ("label", "tags"):
         return
     labels = formats.label_names(sum(rows.values(), []))
@@ -990,8 +1022,12 @@ def train(ctx, cfg, run, rows, row_type, state):
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
+    if cfg.keep_best is not None:                       # before any step: is there such a metric?
+        check_metric(cfg.keep_best, task.evaluate(ctx, cfg, rows["valid"][:2], examples["valid"][:2])[0])
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
+    distributed.reshard(ctx.model)
+    loop.best.restore(trainable)
     if ctx.prompt is not None:
         ctx.prompt.drop_encoder()                       # an encoder is for training only
     with Progress("test after training"):
@@ -1056,7 +1092,12 @@ def use_it(ctx, cfg, folder):
         return None
     if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
         return shlex.join(["python", "train.py", "--task", "eval", "--init", str(folder), "--data", cfg.data])
-    return shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
+    command_of_chat = shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
+    if ctx.prompt is None:
+        return command_of_chat
+    what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
+    look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
+    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
@@ -1070,7 +1111,8 @@ def initial_prompt(folder, device="auto"):
     # no config.json, no base, other flags
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
         stored = read_run_config(find(folder))["config"]
-        cfg = Config({**stored, "device": device, "compile": False})
+        usual = parse(["--task", stored["task"], "--method", stored["method"]])     # flags that are not stored
+        cfg = Config({**usual.to_dict(), **stored, "device": device, "compile": False})
         ctx = open_context(cfg)
         ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
         apply_method(ctx, cfg)
@@ -1176,14 +1218,24 @@ def measured_rows(cfg, rows):
     return rows
 
 
-def open_run(cfg):
+def open_questions(cfg):
+    """({"test": rows}, row type) of --data: all its rows, and each line of a .txt. Raises DataError."""
+    data = formats.load_lines(cfg.data)
+    log_progress(f"{data.source}, {data.format}: {len(data.rows)} rows")
+    if data.row_type not in find_task(cfg.task).reads:
+        raise DataError(f"{cfg.data} holds {data.row_type} rows; --task {cfg.task} reads "
+                        f"{' or '.join(find_task(cfg.task).reads)} rows")
+    return {"test": data.rows[:cfg.eval_items or None]}, data.row_type
+
+
+def open_run(cfg, read=open_data):
     """(rows, row type, Run, identity): what a command reads, where its run lives, what it is the run of.
 
-    Raises as `open_data`; failed.json then says why.
+    Raises as `read`; failed.json then says why.
     """
     run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
     try:
-        rows, row_type = open_data(cfg)
+        rows, row_type = read(cfg)
         with Progress("hashing code, data and base"):
             return rows, row_type, run, identity_of(cfg, rows)
     except UserError as e:
@@ -1648,7 +1700,7 @@ def train_policy(cfg, run, rows):
         if forgetting:
             metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
-            stored = save_weights(ctx, cfg, run.folder)
+            stored = save_weights(ctx, cfg, run.folder, rows["train"])
             samples = [dict(prompt=asked(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
                        for row, before, y in zip(rows["test"], state["before"], answers)]
             counts = dict(params_total=params_total, params_trainable=count, **stored)
@@ -1742,12 +1794,17 @@ def write_samples(cfg, run, rows):
         without = len(prompt_ids) - len({row["prompt"] for row in kept})
         if without:
             log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
-        with atomic(run.folder / f"{split}.jsonl") if not dist_state.rank else open(os.devnull, "wb") as f:
-            f.writelines((json.dumps(row) + "\n").encode() for row in kept)
+        write_rows(run.folder / f"{split}.jsonl", kept)
     del metrics["kl"]                                   # policy and reference are one here
     counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
+
+
+def write_rows(path, rows):
+    """Rows as a .jsonl file, by one process of several. Raises WriteError."""
+    if not dist_state.rank:
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def best_rows(setup, prompt_ids, answers, scores, cfg):
@@ -1755,7 +1812,7 @@ def best_rows(setup, prompt_ids, answers, scores, cfg):
     n = cfg.num_generations
     text = setup.ctx.text
     cut = torch.tensor([y[-1] != text.end_token for y in answers]).view(-1, n)
-    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.keep_best, torch.finfo().min)
+    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.best_n, torch.finfo().min)
     return [dict(prompt=setup.texts[tuple(prompt_ids[b])], completion=text.decode_answer(answers[b * n + i]),
                  score=scores[b, i].item()) for b, i in best]
 
@@ -1793,35 +1850,46 @@ def forecast_stage(cfg):
 
 def run_chat(cfg):
     """--task chat: one answer to --prompt, or a conversation until the input ends."""
+    return conversation.chat(open_context(cfg), cfg, settings(cfg.init))
+
+
+def run_predict(cfg):
+    """--task predict: what a model answers to rows without answers, as rows of predictions.jsonl."""
+    if cfg.data is None:
+        raise UserError("--task predict needs --data FILE: texts, one a line, or rows with text or prompt")
+    rows, row_type, run, identity = open_run(cfg, open_questions)
+    return report_once(run, identity, lambda: write_predictions(cfg, run, rows))
+
+
+def write_predictions(cfg, run, rows):
+    """Predict, write rows. Returns the result."""
+    began = time.monotonic()
     ctx = open_context(cfg)
-    turns = []
-    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
-    sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
-    while True:
-        question = cfg.prompt
-        if question is None:
-            try:
-                question = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return 0
-        turns.append({"role": "user", "content": question})
-        while len(ctx.text.prompt_ids(open_row(turns))) > ctx.max_prompt_len() and len(turns) > 2:
-            turns = turns[2:]                           # a full context loses its oldest exchange
-        answer = evaluate.answer(ctx, [ctx.prompt_ids(open_row(turns))], **sampling)[0]
-        print_result(answer)
-        if cfg.prompt is not None:
-            return 0
-        turns.append({"role": "assistant", "content": answer})
-
-
-def open_row(turns):
-    """A conversation whose last answer is still to be given."""
-    return {"messages": [*turns, {"role": "assistant", "content": ""}]}
+    run.start(facts_of(ctx, rows))
+    row_type = predict.row_type_of_model(ctx, settings(cfg.init))
+    questions, references = predict.input_rows(ctx, row_type, rows["test"], cfg.data)
+    predictions = predict.predict_rows(ctx, row_type, questions)
+    for prediction, reference in zip(predictions, references):
+        if reference is not None:
+            prediction["reference"] = reference
+    write_rows(run.folder / "predictions.jsonl", predictions)
+    log_progress(f"{run.folder}/predictions.jsonl holds {len(predictions)} rows")
+    samples = [dict(prompt=asked(ctx.text, row), after=predict.describe(prediction))
+               for row, prediction in zip(questions[:3], predictions)]
+    clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
+    return finish(run, ctx, cfg, Outcome(predict.metrics_of(predictions), []), {}, samples, counts, clock)
 
 
 def run_show(cfg):
-    """--task show: the next-token distribution, of the base and of the tuned model."""
+    """--task show: the next-token distribution, of the base and of the tuned model.
+
+    Without --prompt, what a soft prompt has become.
+    """
     ctx = open_context(cfg)
+    if ctx.prompt is not None and not cfg.prompt:
+        print_virtual_tokens(describe_prompt(ctx, cfg))
+        return 0
     sides = {"base": enter_model(ctx, ctx.model)}
     if lora.adapters(ctx.model) or ctx.prompt is not None:
         sides["tuned"] = tuned_role(ctx, ctx.model, ctx.prompt)
@@ -1859,7 +1927,7 @@ def run_merge(cfg):
     made_by = task_of(stored)
     named = {"task": made_by.name} if made_by else {}
     write_json(os.path.join(cfg.out, "run.json"),
-               {**named, **{name: stored[name] for name in TEXT_SETTINGS if name in stored}})
+               {**{name: stored[name] for name in (*TRAINING_FACTS, *TEXT_SETTINGS) if name in stored}, **named})
     head = read_head(cfg.init)
     if head:
         write_tensors(os.path.join(cfg.out, "head.safetensors"), {f"score.{n}": t for n, t in head.items()})
@@ -1915,6 +1983,7 @@ class Task:
     baseline_flags: tuple = ()                      # groups that it has with --method none
     defaults: dict = field(default_factory=dict)    # of flags, where this task needs another value
     config: type = None  # the group that replaces TrainingFlags, with its own defaults
+    renamed_flags: dict = field(default_factory=dict)   # {old name of a flag of this task: its new name}
     lr_scale: float = 1.0                           # of the method's rate
     full_lr: dict = None                            # --lr of --method full: {"new": rate, "existing": rate}
     trains: bool = True
@@ -1965,7 +2034,7 @@ def no_command(ctx, cfg, folder):
 
 
 RUN = (DataFlags, RunFolderFlags)
-LOOP = (TrainingFlags, SaveFlags, DryRunFlags)
+LOOP = (TrainingFlags, KeepBestFlags, SaveFlags, DryRunFlags)
 PREFERENCES = ("pairs", "ranked")
 PROMPTS = ("prompt", "chat", "pairs", "ranked")
 
@@ -2019,8 +2088,8 @@ TASKS = (
          metric="gold", scales_loss=False),
     Task("sample", "answers to prompts, scored, the best as rows", sample_answers, reads=PROMPTS,
          trains=False,
-         flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, KeepBestFlags),
-         defaults=dict(data="toy/prompts"),
+         flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, BestAnswersFlags),
+         defaults=dict(data="toy/prompts"), renamed_flags=dict(keep_best="best_n"),
          generates=True, reads_templates=False, needs_causal=True, all_valid=True, metric="score",
          next_command=then_sft),
     Task("eval", "measure a trained model", run_supervised, trains=False,
@@ -2028,10 +2097,14 @@ TASKS = (
          flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags,
                 ShotFlags),
          evaluate=evaluate_reward, measures=True, describe=describe_prompt, next_command=no_command),
+    Task("predict", "labels or answers for rows without them", run_predict, trains=False,
+         reads=("text", "label", "tags", "chat", "prompt"),
+         flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),
+         generates=True, measures=True, next_command=no_command),
     Task("chat", "talk to a model", run_chat, trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
-         generates=True, one_process=True, resumes=False),
-    Task("show", "the next-token distribution", run_show, trains=False,
-         flags=(TextFlags, AnswerFlags, GenerationFlags),
+         generates=True, measures=True, one_process=True, resumes=False),
+    Task("show", "the next-token distribution; without --prompt: the words nearest to a soft prompt", run_show,
+         trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
          defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True,
          resumes=False),
     Task("merge", "an adapter run as a plain model folder", run_merge, trains=False, flags=(MergeFlags,),

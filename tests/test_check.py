@@ -142,7 +142,7 @@ def test_what_makes_no_sense_is_refused(base, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text(lines([{"prompt": "a", "completion": "b"}] * 2))
     assert "too few different rows" in checked(base, few, capsys, "--write", code=2)
-    assert "--keep_best belongs to" in checked(base, few, capsys, "--keep_best", "1", code=2)
+    assert "--best_n belongs to" in checked(base, few, capsys, "--best_n", "1", code=2)
     assert "--fresh means nothing to --task check" in checked(base, few, capsys, "--fresh", code=2)
     assert "--data needs a value" in checked(base, few, capsys, "--data", code=2)
     assert "does not exist" in checked(base, tmp_path / "no.jsonl", capsys, code=65)

@@ -33,7 +33,8 @@ PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new_token
       "--minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 --missing_eos_score none"
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
          "prefix": f"--method prefix_tuning --num_virtual_tokens 4 --micro_batch_tokens 9 {SFT}",
-         "shard": f"--method full --shard {SFT}", "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO}
+         "shard": f"--method full --shard --keep_best loss {SFT}",
+         "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO}
 RESUMED = f"{SFT} --save_every 2"
 SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "prompt": f"--method prompt_tuning --num_virtual_tokens 4 {SFT}",
@@ -181,7 +182,7 @@ def test_a_sharded_run_leaves_a_plain_folder(many):
 def test_rank_0_alone_writes_and_prints(many):
     folder, err, found = many
     events = [json.loads(line)["event"] for line in (folder / "lora" / "log.jsonl").open()]
-    assert events == ["baseline", "train", "train", "valid", "train", "train", "valid", "train", "save", "test"]
+    assert events == ["baseline", "train", "train", "valid", "train", "train", "valid", "train", "save", "valid", "test"]
     lines = [json.loads(line)["out"] for line in (folder / "results.jsonl").open()]
     assert len(lines) == len(set(lines)) == len(QUICK) + 1
     assert read_json(folder / "lora" / "config.json")["machine"]["processes"] == 2

@@ -2,10 +2,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data.batches.examples import Ranking, Text, display
 from data.results.metrics import unit
-from data.results.report import asked, format_number, mark_targets, relocated, report
+from data.results.report import (asked, format_number, mark_targets, print_virtual_tokens, relocated,
+                                 report, usual_cosines)
 
 RESULT = dict(task="sft", method="lora", seed=1, params_trainable=10, adapter_bytes=40, steps=5, seconds=1.5,
               tokens_per_second=3, baseline_metrics={"loss": 2.0, "targets": 7, "old": 1},
@@ -107,3 +109,21 @@ def test_all_answers_of_a_preference_are_shown():
     shown = display(Ranking([97], [[98, 99], [100]], [0, 1]))
     assert [mark_targets(ids, mask, Letters()) for _, ids, mask in shown] == ["a[[bc]]", "a[[d]]"]
     assert [title for title, _, _ in shown] == [" answer 1 of 2, best first", " answer 2 of 2, best first"]
+
+
+@pytest.mark.parametrize("other", [0.0, 0.6, 1.0])
+def test_how_near_words_usually_are(other):
+    """Words in pairs with a cosine of `other`, else orthogonal; a random direction is near none of them."""
+    table = torch.eye(256)
+    table[1::2] = other * table[::2] + (1 - other ** 2) ** 0.5 * table[1::2]
+    model = SimpleNamespace(wte=SimpleNamespace(weight=table), embed=lambda ids: 3 * table[ids],
+                                  config=SimpleNamespace(vocab_size=256))
+    of_random, of_words = usual_cosines(model)
+    assert of_words == pytest.approx(other, abs=1e-6)
+    assert 0.15 < of_random < 0.2                           # the largest of 256 normal numbers, over sqrt(256)
+
+
+def test_the_sentence_about_cosines_is_wrapped(capsys):
+    print_virtual_tokens(["a " * 100, "How to read the cosines: " + "b " * 100])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert len(first) == 200 and len(rest) == 3 and max(map(len, rest)) <= 110

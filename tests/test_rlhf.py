@@ -288,7 +288,7 @@ def test_samples_feed_sft(town, tmp_path, monkeypatch):
     """Best of n is what it says; the kept rows are data for SFT."""
     ending(town, monkeypatch, 1)
     r = go(town, tmp_path / "s", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
-           "--num_generations", "8", "--max_new_tokens", "4", "--keep_best", "2", "--gold_reward", "judges:letters")
+           "--num_generations", "8", "--max_new_tokens", "4", "--best_n", "2", "--gold_reward", "judges:letters")
     rows = [json.loads(line) for line in (tmp_path / "s" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 64
     assert all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)    # stripped
@@ -307,7 +307,7 @@ def test_a_text_cut_short_is_no_row_to_imitate(town, tmp_path, monkeypatch, caps
     assert not (tmp_path / "s" / "train.jsonl").read_text()     # one token that is no end, as good as always
     ending(town, monkeypatch, 2)
     go(town, tmp_path / "t", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
-       "--num_generations", "4", "--max_new_tokens", "4", "--keep_best", "4")
+       "--num_generations", "4", "--max_new_tokens", "4", "--best_n", "4")
     rows = [json.loads(line) for line in (tmp_path / "t" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 32 * 2
 

@@ -23,7 +23,7 @@ import lora
 import prompts
 import train
 from data.text import chat
-from data.results import evaluate
+from data.results import best, evaluate
 from data.runtime.run_files import resume_step
 from data.runtime import flags, progress, run_folder
 from data.runtime.command import groups_of
@@ -115,7 +115,11 @@ def same(a, b):
     (["--method", "prefix_tuning", "--encoder_hidden", "0"], "--encoder_hidden 0"),
     (["--method", "p_tuning_v2", "--prefix_dropout", "1.5"], "--prefix_dropout 1.5"),
     (["--method", "adalora", "--target_rank", "0"], "--target_rank 0"),
-    (["--task", "sample", "--num_generations", "2", "--keep_best", "3"], "--keep_best 3 is more"),
+    (["--task", "sample", "--num_generations", "2", "--best_n", "3"], "--best_n 3 is more"),
+    (["--task", "sample", "--keep_best", "2"], "--keep_best of --task sample is now called --best_n"),
+    (["--patience", "2"], "name it by --keep_best METRIC"),
+    (["--task", "ppo", "--keep_best", "loss"], "--keep_best belongs to --task sft"),
+    (["--keep_best", "f2", "--steps", "1"], "--keep_best f2 is no metric of this run on valid; there are exact_match, loss"),
     (["--data", "\udcff.jsonl"], "\\udcff.jsonl is not UTF-8 text or holds the character NUL"),
     (["--out", "a\0b"], "a\\x00b is not UTF-8 text or holds the character NUL"),
     (["--data", "\x1b[2J\n"], "\\x1b[2J\\n does not exist"),
@@ -133,7 +137,7 @@ def same(a, b):
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
-    if {"--rank_pattern", "--device", "--forgetting_data", "170"} & set(argv):
+    if {"--rank_pattern", "--device", "--forgetting_data", "170", "f2"} & set(argv):
         argv = [*argv, "--init", str(world / "base"), "--data", str(world / "chat")]
     code = train.main(argv)
     err = capsys.readouterr().err
@@ -408,7 +412,74 @@ def test_a_signal_leaves_no_hole_in_the_log(where, world, tmp_path, monkeypatch)
         assert train.main(command(world, tmp_path / "cut", *flags)) == 75
     run(world, tmp_path / "cut", *flags)
     assert events(tmp_path / "whole") == events(tmp_path / "cut")
-    assert [e["step"] for e in events(tmp_path / "cut") if e["event"] == "valid"] == [2, 4]
+    assert [e["step"] for e in events(tmp_path / "cut") if e["event"] == "valid"] == [2, 4, 6]
+
+
+# --------------------------------------------------------------------------------- the best weights on valid
+
+STEADY = ["--schedule", "constant", "--warmup", "0", "--eval_every", "2", "--max_new_tokens", "2"]  # steps alike
+
+
+def valid_values(out, name):
+    return {e["step"]: e[name] for e in events(out) if e["event"] == "valid"}
+
+
+@pytest.mark.parametrize("metric, order", [("loss", (3.0, 1.0, 2.0, math.nan, 1.0)),
+                                           ("exact_match", (1.0, 3.0, 2.0, math.nan, 3.0))])
+def test_the_weights_of_the_best_evaluation_are_saved_and_tested(metric, order, world, tmp_path, monkeypatch):
+    values = iter(order)
+    original = train.log_validation
+
+    def log_validation(ctx, run, loop, trainable, total, evaluate_now):
+        original(ctx, run, loop, trainable, total, lambda: {**evaluate_now(), metric: next(values)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "log_validation", log_validation)
+        r = run(world, tmp_path / "kept", *STEADY, "--steps", "10", "--keep_best", metric)
+    assert r["best_valid"] == {"metric": metric, "value": order[1], "step": 4} and r["steps"] == 10
+    four = run(world, tmp_path / "four", *STEADY, "--steps", "4")
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "four")) and "best_valid" not in four
+    assert {**r["metrics"], "loss": 0} == {**four["metrics"], "loss": 0}
+    assert r["metrics"]["loss"] == pytest.approx(four["metrics"]["loss"], rel=1e-6)
+
+
+def test_valid_is_measured_at_the_end_too(world, tmp_path):
+    run(world, tmp_path / "r", "--steps", "5")
+    assert list(valid_values(tmp_path / "r", "loss")) == [5]
+    run(world, tmp_path / "none", "--steps", "0")
+    assert not valid_values(tmp_path / "none", "loss")
+
+
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "full"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_resume_knows_the_best_weights_so_far(at, method, world, tmp_path, monkeypatch):
+    """Cut before and after the best evaluation; here the highest loss is the best, so it is an early one."""
+    monkeypatch.setattr(best, "LOWER_IS_BETTER", ())
+    flags = ["--method", method, *STEADY, "--steps", "8", "--keep_best", "loss", "--save_every", "2"]
+    whole = run(world, tmp_path / "whole", *flags)
+    values = valid_values(tmp_path / "whole", "loss")
+    assert list(values) == [2, 4, 6, 8] and whole["best_valid"]["step"] == max(values, key=values.get) < 6
+    stopped(monkeypatch, at, lambda: train.main(command(world, tmp_path / "cut", *flags)))
+    cut = run(world, tmp_path / "cut", *flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert events(tmp_path / "whole") == events(tmp_path / "cut")
+    assert cut["best_valid"] == whole["best_valid"] and cut["metrics"] == whole["metrics"]
+
+
+def test_patience_stops_a_run_and_a_resume_trains_no_further(world, tmp_path, monkeypatch, capsys):
+    flags = [*STEADY, "--steps", "40", "--keep_best", "loss", "--patience", "2", "--lr", "0.5"]
+    whole = run(world, tmp_path / "whole", *flags)
+    values = valid_values(tmp_path / "whole", "loss")
+    first = min(values, key=values.get)
+    assert whole["steps"] == max(values) == first + 4 < 40      # two evaluations behind the best one
+    assert "2 evaluations without gain" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "finish", lambda *args: (_ for _ in ()).throw(Stop))
+        train.main(command(world, tmp_path / "cut", *flags))
+    before = events(tmp_path / "cut")
+    cut = run(world, tmp_path / "cut", *flags)
+    assert events(tmp_path / "cut") == before == events(tmp_path / "whole")
+    assert cut["steps"] == whole["steps"] and same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(world, tmp_path, capsys):
@@ -938,25 +1009,6 @@ def test_a_long_question_is_asked_as_it_was_taught(world):
         head.encode(rows, 120, "error")
 
 
-def test_a_long_talk_leaves_every_answer_its_room(world, monkeypatch, capsys):
-    lines, lengths = ["a" * 60] * 4, []
-    original = evaluate.answer
-
-    def answer(ctx, prompts, **sampling):
-        lengths.append(len(prompts[0]))
-        return original(ctx, prompts, **sampling)
-
-    def ask(_):
-        if not lines:
-            raise EOFError
-        return lines.pop()
-
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr("builtins.input", ask)
-    assert train.main(["--task", "chat", "--init", str(world / "base"), "--max_new_tokens", "40"]) == 0
-    assert len(lengths) == 4 and max(lengths) <= 160 - 40
-
-
 def test_a_talk_that_is_interrupted_claims_no_save(world, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: run_folder.defer_signals.handler(signal.SIGINT, None))
     assert train.main(["--task", "chat", "--init", str(world / "base")]) == 130
@@ -1014,9 +1066,18 @@ def test_eval_reads_a_soft_prompt_and_knows_where_it_started(task, data, flags, 
         assert train.main(ask) == 0
         printed = capsys.readouterr().out
         lines = read_json(tmp_path / f"eval-{name}" / "result.json")["virtual_tokens"]
-        assert "\n".join(lines) in printed and train.main(ask) == 0 and capsys.readouterr().out == printed
-        ways = [line.split("| ")[-1] for line in lines[1:]]
-        assert len(ways) == (4 if "prompt_tuning" in flags or "p_tuning" in flags else 2)   # tokens, or layers
+        assert train.main(ask) == 0
+        assert capsys.readouterr().out == printed
+        embeddings = "prompt_tuning" in flags or "p_tuning" in flags
+        assert lines[-1].startswith("How to read the cosines: ") == embeddings
+        ways = [line.split("| ")[-1] for line in (lines[1:-1] if embeddings else lines[1:])]
+        assert len(ways) == (4 if embeddings else 2)        # tokens, or layers
+        look = ["--task", "show", "--init", str(tmp_path / name)]
+        assert train.main(look) == 0
+        shown = capsys.readouterr().out
+        assert shown in printed and shown.split() == " ".join(lines).split()
+        command_at_the_end = read_json(tmp_path / name / "result.json")["next_command"].splitlines()[-1]
+        assert command_at_the_end.startswith(f"python train.py {' '.join(look)}    # the ")
         assert all((float(way) == 0) == (steps == "0") for way in ways)
     alone = ["--task", "eval", "--init", str(tmp_path / "some" / "adapter"), *ask[4:6]]
     assert train.main([*alone, "--out", str(tmp_path / "alone")]) == 0

@@ -10,7 +10,7 @@ Text renders a row in one place for training, scoring and generation, so that a 
 exactly the tokens that it was trained on. Feed is a pure function of (seed, step): no data state is saved
 or restored.
 
-Public: Text, Feed, Ranking, targets, size, display
+Public: Text, Feed, Ranking, training_facts, targets, size, display
 """
 from dataclasses import dataclass
 
@@ -212,6 +212,31 @@ class Text:
             window = ids[start:start + step + 1]
             examples.append(objectives.corrupt(self.objective, window, rng, self.special_tokens))
         return examples
+
+
+def training_facts(text, rows):
+    """What a chat with a model has to know of the rows it was trained on, for its run.json.
+
+    row_type    of the rows
+    turns       questions in the longest conversation; 1: single questions
+    systems     number of different system messages in the rows
+    system      the one that all rows have, if no other is the default
+    """
+    row_type = row_type_of(rows[0])
+    if row_type.turns is None:                              # raw text
+        return {"row_type": row_type.name}
+    turns = 0
+    found = set()
+    for row in rows:
+        roles = [turn["role"] for turn in text.turns(row)]
+        turns = max(turns, roles.count("user"))
+        found.update(turn["content"] for turn in text.turns(row) if turn["role"] == "system")
+        if "system" not in roles:
+            found.add(None)
+    facts = {"row_type": row_type.name, "turns": turns, "systems": len(found - {None})}
+    if text.system is None and len(found) == 1 and None not in found:
+        facts["system"] = found.pop()
+    return facts
 
 
 # ---- examples ----------------------------------------------------------------------------------------------

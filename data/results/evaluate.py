@@ -321,12 +321,17 @@ def evaluate_tags(ctx, rows, examples):
     return {**entity_scores(tags, gold), "accuracy": accuracy, "loss": loss}, answers
 
 
-def evaluate_labels(ctx, rows, prompts):
-    """A label per row, by the head or by the likeliest label word."""
+def label_scores(ctx, prompts):
+    """-log p of every label, by the head or by the label words: (N, labels)."""
     # generates no words
     untrained_head = ctx.text.classifier == "head" and ctx.text.attention == "bidirectional"
     by_head = ctx.head is not None or untrained_head
-    scores = head_scores(ctx, prompts) if by_head else word_scores(ctx, prompts)
+    return head_scores(ctx, prompts) if by_head else word_scores(ctx, prompts)
+
+
+def evaluate_labels(ctx, rows, prompts):
+    """A label per row, by the head or by the likeliest label word."""
+    scores = label_scores(ctx, prompts)
     predicted = [ctx.text.labels[j] for j in scores.argmin(1).tolist()]
     gold = [ctx.text.references(row)[0] for row in rows]
     gold_index = torch.tensor([ctx.text.labels.index(label) for label in gold])

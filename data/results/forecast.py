@@ -64,8 +64,8 @@ class Forecast(NamedTuple):
 # ctx, cfg, task (its record), rows and examples {split: list}: as the supervised loop of train.py has them.
 
 def valid_evaluations(cfg, steps):
-    """How often a run of so many steps is measured on valid."""
-    return max(0, steps - 1) // (cfg.eval_every or max(1, math.ceil(steps / 4)))
+    """How often a run of so many steps is measured on valid, if --patience does not end it."""
+    return math.ceil(steps / (cfg.eval_every or max(1, math.ceil(steps / 4))))
 
 
 def evaluation_part(ctx, cfg, task, rows, examples, steps):

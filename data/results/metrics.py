@@ -21,8 +21,10 @@
 `predictions` and `references` (or `gold`) have one entry per item; unequal lengths raise ValueError. An entry
 of `references` is one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
 
+LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all others improve upwards.
+
 Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
-wilson, summary, unit
+wilson, summary, unit, LOWER_IS_BETTER
 """
 import collections
 import math
@@ -31,6 +33,8 @@ import statistics
 import string
 
 from data.text.entities import spans
+
+LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
 
 
 def _texts(references):

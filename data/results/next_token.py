@@ -8,7 +8,7 @@
 The prompt is answered in the model's own template, or continued as plain text (--template plain). With
 an adapter or a soft prompt, the base and the tuned model stand side by side, with the same seed.
 
-Public: GenerationFlags, show, table, walk
+Public: GenerationFlags, show, table, steps, walk, sampling_of, generator_of, attention_of
 """
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ from model import KVCache, filter_logits, glm_position_ids, past_length, prompt_
 class GenerationFlags:
     """generation"""
     prompt: str = flag(None, "answer this and stop, or a conversation; show: continue this", type=str)
-    temperature: float = flag(0.7, "0 is greedy", low=0)
+    temperature: float = flag(None, "0 is greedy; default: 0, but 1 with --top_k or --top_p", type=float, low=0)
     top_k: int = flag(None, "sample from the k likeliest", type=int, low=1)
     top_p: float = flag(None, "sample from the likeliest of this mass", type=float, low=0, high=1)
 
@@ -35,6 +35,23 @@ class GenerationFlags:
 ROWS = 12                               # of the table
 BAR = 16                                # characters of the longest bar
 COLUMN = 46                             # characters of one model's column
+
+
+def sampling_of(cfg):
+    """The arguments with which a command draws tokens: greedy, unless a flag asks for sampling."""
+    temperature = cfg.temperature
+    if temperature is None:
+        temperature = 0.0 if cfg.top_k is None and cfg.top_p is None else 1.0
+    return dict(temperature=temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+
+
+def generator_of(ctx, cfg):
+    return torch.Generator(ctx.device).manual_seed(cfg.seed)
+
+
+def attention_of(text):
+    """The arguments of `steps` for a prompt of a Text."""
+    return dict(bidirectional_prompt=text.attention == "prefix", infill_suffix=bool(text.infill_suffix))
 
 
 def token_text(token, tokenizer):
@@ -77,30 +94,33 @@ def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS,
 
 # Sampling's parameters stay flat, under the names that generate gives them.
 @torch.no_grad()
-def walk(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top_k=None, top_p=None,
-         bidirectional_prompt=False, embed=None, infill_suffix=False):
-    """(logits (V,) of the first token, [(token, the probability it was sampled with)]) of a continuation."""
+def steps(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top_k=None, top_p=None,
+          bidirectional_prompt=False, embed=None, infill_suffix=False):
+    """Yields (token, the probability it was sampled with, logits (V,)) of a continuation, token by token."""
     x = torch.tensor([ids], device=model.wte.weight.device)                         # (1, T)
     n = torch.tensor([len(ids)], device=x.device)
     view = prompt_view(len(ids), n, bidirectional_prompt, infill_suffix)
     P = past_length(past)
-    hidden, filled = model.hidden_states(embed(model, x) if embed else x, past, **view)
+    hidden, filled = model.hidden_states(embed(x) if embed else x, past, **view)
     limit = min(max_new_tokens, model.config.block_size - P - len(ids) + 1)  # the last token needs no column
     cache = KVCache.extend(filled, n + P, limit - 1)
-    tokens = []
-    while True:
+    for count in range(1, limit + 1):
         logits = model.logits(hidden[:, -1]).float()                                # (1, V)
-        if not tokens:
-            first = logits[0]
         p = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
         token = torch.multinomial(p, 1, generator=generator)                        # (1, 1)
-        tokens.append((token.item(), p[0, token].item()))
-        if len(tokens) == limit or token.item() == end:
-            return first, tokens
+        yield token.item(), p[0, token].item(), logits[0]
+        if count == limit or token.item() == end:
+            return
         column = (cache.lengths - P)[:, None]                                       # (1, 1), of this token
         glm_positions = glm_position_ids(column, n) if infill_suffix else None
         hidden, _ = model.hidden_states(token, past, cache=cache, glm_positions=glm_positions)
         cache = cache._replace(lengths=cache.lengths + 1)
+
+
+def walk(*args, **kwargs):
+    """(logits (V,) of the first token, [(token, the probability it was sampled with)]), all `steps`."""
+    found = list(steps(*args, **kwargs))
+    return found[0][2], [(token, p) for token, p, _ in found]
 
 
 def print_columns(columns):
@@ -117,7 +137,7 @@ def show(ctx, sides, cfg):
     if not cfg.prompt:
         raise UserError('--task show needs the text to continue, as in --prompt "The cat is on the"')
     ctx.require_causal()
-    sampling = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+    sampling = sampling_of(cfg)
     tokenizer = ctx.text.tokenizer
     walks = {side: continue_prompt(ctx, side, role, cfg, sampling) for side, role in sides.items()}
     scale = max(probabilities(first, cfg.temperature).max().item() for first, _ in walks.values())
@@ -149,8 +169,6 @@ def continue_prompt(ctx, side, role, cfg, sampling):
         text = dataclasses.replace(text, soft_prompt_ids=([], []))
     row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
     ids = text.prompt_ids(row, (), ctx.max_text_len() - 1)
-    generator = torch.Generator(ctx.device).manual_seed(cfg.seed)
     with role() as (model, past):
-        return walk(model, ids, past, cfg.max_new_tokens, generator, text.end_token, **sampling,
-                    bidirectional_prompt=text.attention == "prefix", infill_suffix=bool(text.infill_suffix),
-                    embed=ctx.prompt.embed if in_template else None)
+        return walk(model, ids, past, cfg.max_new_tokens, generator_of(ctx, cfg), text.end_token, **sampling,
+                    **attention_of(text), embed=ctx.embed if in_template else None)

@@ -4,12 +4,18 @@ Every metric stands with its unit (data/results/metrics.py). Of a preference all
 what the model was asked: the message, or with a system message or earlier turns the conversation.
 
 A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
-moved it. Keys and values have no nearest tokens: for them there are norms and distances, by layer.
+moved it. Two cosines of the same embedding say how near is near: of a random direction with its nearest word,
+and of a word with the other word that is nearest to it. Keys and values have no nearest tokens: for them there
+are norms and distances, by layer.
 
-Public: describe, report, asked, describe_virtual_tokens
+Public: describe, report, asked, describe_virtual_tokens,
+print_virtual_tokens
 """
 import shlex
 import textwrap
+
+import torch
+import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
@@ -17,6 +23,7 @@ from data.results.metrics import unit, wilson
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
 
+READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
          "tokens_per_second")
 
@@ -96,7 +103,32 @@ def describe_embeddings(ctx, start, nearest):
                                     for token, value in row[measure]))
         moved = "unknown" if start is None else f"{row['moved']:.2f}"
         lines.append(f"{i:3}  {' | '.join(columns)} | {embeddings[i].norm():.2f} | {moved}")
+    of_random, of_words = usual_cosines(ctx.model)
+    lines.append(f"{READING} in this model a random direction has {of_random:.2f} with its nearest "
+                 f"word, a word {of_words:.2f} with the nearest other word (medians). Near the first, often 0.2 "
+                 "to 0.4, a virtual token stands for no word: it works as a direction; near the second it can "
+                 "be read as the words beside it.")
     return lines
+
+
+@torch.no_grad()
+def usual_cosines(model, count=200):
+    """(of random directions with their nearest word, of words with the nearest other word), medians."""
+    device = model.wte.weight.device
+    V = model.config.vocab_size
+    table = F.normalize(model.embed(torch.arange(V, device=device)).float(), dim=1)         # (V, C)
+    generator = torch.Generator().manual_seed(0)
+    random = F.normalize(torch.randn(count, table.size(1), generator=generator), dim=1).to(device)
+    chosen = torch.arange(0, V, max(1, V // count), device=device)
+    between = table[chosen] @ table.T                                                       # (words, V)
+    between[torch.arange(len(chosen), device=device), chosen] = -1                          # not with itself
+    return tuple(cosines.max(1).values.median().item() for cosines in (random @ table.T, between))
+
+
+def print_virtual_tokens(lines):
+    """The lines of describe_virtual_tokens; the last one, a sentence, is wrapped."""
+    for line in lines:
+        print_result("\n".join(textwrap.wrap(line, 110)) if line.startswith(READING) else line)
 
 
 def mean_norm(tensor):
@@ -122,8 +154,7 @@ def report(result, folder):
         print_sample(sample, trained)
     if "virtual_tokens" in result:
         print_result()
-        for line in result["virtual_tokens"]:
-            print_result(line)
+        print_virtual_tokens(result["virtual_tokens"])
     if result.get("next_command") is not None:
         print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
     if result.get("steps") and "seconds" in result:
@@ -136,9 +167,10 @@ def report(result, folder):
 
 
 def relocated(command, old, new):
-    """A command line with the folder `new` in place of `old`."""
-    words = f"{command} ".replace(f" {shlex.quote(str(old))} ", f" {shlex.quote(str(new))} ")
-    return words.strip()
+    """Command lines with the folder `new` in place of `old`."""
+    old = f" {shlex.quote(str(old))} "
+    new = f" {shlex.quote(str(new))} "
+    return "\n".join(f"{line} ".replace(old, new).strip() for line in command.split("\n"))
 
 
 def asked(text, row):

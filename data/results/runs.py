@@ -37,7 +37,7 @@ import math
 import pathlib
 import time
 
-from data.results.metrics import summary, wilson
+from data.results.metrics import LOWER_IS_BETTER, summary, wilson    # noqa: F401
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
 from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
@@ -47,7 +47,6 @@ MISSING = "-"
 # comparisons accuracy, PPO the gold reward or else the reward model's score, raw text the loss.
 METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
-LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
 # {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
 DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta", "label_smoothing"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),

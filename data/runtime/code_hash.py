@@ -53,6 +53,7 @@ EXCLUDED = {                                        # folder/ or file: why an ed
     "data/results/log_plots.py": "reads results, computes none",
     "data/results/report.py": "prints results, computes none",
     "data/results/next_token.py": "--task show: prints, stores no result",
+    "data/results/conversation.py": "--task chat: prints, stores no result",
     "data/results/cost_model.py": "--dry_run and --task check: estimates",
     "data/results/large_models.py": "prints estimates",
     "data/results/inspect_data.py": "--task check: looks at data",

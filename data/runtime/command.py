@@ -4,8 +4,8 @@
     (--optimizer)
     defaults   field < method < what --init is < task < record that a flag names
 
-A task record has: name, flags, training_flags, baseline_flags, defaults, config, lr_scale, trains, baseline,
-baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags, loop_flags,
+A task record has: name, flags, training_flags, baseline_flags, defaults, renamed_flags, config, lr_scale,
+trains, baseline, baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags, loop_flags,
 template_flags, defaults, refuses, trains, mergeable, and perhaps variants (their names are switches) and
 critic_lr. This file names none.
 
@@ -152,6 +152,9 @@ def check_together(cfg, task, method):
 
 def explain(word, groups, task, method, program):
     """The sentence for a word that is no flag of this command."""
+    old = word.split("=")[0].removeprefix("--")
+    if old in task.renamed_flags:
+        return f"--{old} of --task {task.name} is now called --{task.renamed_flags[old]}"
     usable = {}                                     # {flag: (names of tasks, names of methods)}, in pairs
     for other in program.tasks:
         for m in program.methods:

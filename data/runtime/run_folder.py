@@ -160,17 +160,18 @@ defer_signals = DeferSignals()
 
 # ----------------------------------------------------------------------------------------------- the terminal
 
-def print_result(text=""):
-    """A line of results on stdout. A closed pipe (`| head`) ends the printing, not the run."""
+def print_result(text="", end="\n"):
+    """A line of results on stdout, a part of one with end="". A closed pipe (`| head`) ends the printing, not
+    the run."""
     if dist_state.rank:
         return
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except UnicodeEncodeError:                      # a terminal without these letters shows ? instead
         sys.stdout.reconfigure(errors="replace")
-        print(text, flush=True)
+        print(text, end=end, flush=True)
 
 
 def log_progress(text, rank=0):

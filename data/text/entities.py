@@ -14,7 +14,7 @@ occur untagged before the entity, or a word contains white space. An entity that
 counts as predicted and wrong. The separator is a comma because every vocabulary has seen one; a rarer symbol
 may have an untrained embedding.
 
-Public: word_tokens, entity_types, question, format_entities, parse_entities, spans
+Public: word_tokens, entity_types, question, format_entities, parse_entities, spans, tags_of
 """
 import re
 
@@ -104,3 +104,12 @@ def spans(tags):
         start = i
         current_type = entity_type if prefix in ("B", "I") else None
     return entities
+
+
+def tags_of(entities, length):
+    """The BIO tags of a text of `length` words; entities that are not in it are left out."""
+    tags = ["O"] * length
+    for entity_type, first, last in entities:
+        if first >= 0:
+            tags[first:last + 1] = [f"B-{entity_type}"] + [f"I-{entity_type}"] * (last - first)
+    return tags

@@ -11,11 +11,12 @@ Splits. A folder holds train, valid and test files. A single file is split 80/10
 folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
 set with too few rows to split is used whole in every split. Data.source says which of these happened.
 
-Public: load, load_splits, load_text, Data, SPLITS, prompt_key, row_json, label_names,
+Public: load, load_splits, load_lines, load_text, Data, SPLITS, prompt_key, row_json, label_names,
 duplicates, leaks
 """
 import collections
 import pathlib
+import re
 import typing
 
 from data.runtime import cache
@@ -134,6 +135,20 @@ def load_splits(path_or_name):
             raise DataError(f"{part.source} holds {part.row_type} rows, but {train.source} {train.row_type} "
                             "rows; all splits of a data set have one row type")
     return data
+
+
+def load_lines(path_or_name):
+    """Data of all rows, splits or not; of a .txt, one text row for each line that is not blank."""
+    data = load(path_or_name)
+    rows = []
+    for row in data.rows:
+        file, _, number = row["line"].rpartition(":")
+        if not re.search(r"\.txt(\.gz)?$", file) or number != "1" or data.row_type != "text":
+            rows.append(row)
+            continue
+        lines = enumerate(row["text"].splitlines(), 1)
+        rows += [{"text": line, "line": f"{file}:{n}"} for n, line in lines if line.strip()]
+    return data._replace(rows=rows)
 
 
 def load_text(path_or_name, split, row_types=("text",)):

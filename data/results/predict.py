@@ -1,0 +1,129 @@
+"""data/results/predict.py: what a model answers to texts without answers, for --task predict and --task chat.
+
+    trained on   a text is asked as                   prediction
+    label        text + question, or a head           label, and the probability of each label
+    tags         text + question, or a head           a tag for each word
+    chat         one user message, or its messages    an answer
+
+The probabilities are p(label) = softmax over the labels of log p(label word | question), or those of the head.
+Predictions are rows in the format of training, so that a file of them can be --data again; what a row had as
+its answer becomes "reference".
+
+Public: question_row, predict_rows, describe, metrics_of, row_type_of_model, open_row, input_rows, KINDS
+"""
+import re
+
+from data.batches.few_shot import fit_shots
+from data.results import evaluate
+from data.runtime.files import DataError
+from data.text import entities
+
+KINDS = {"label": "a label", "tags": "tags", "chat": "a text"}          # what a model answers with
+WORD = re.compile(r"\w+(?:[-'’.&]\w+)*|[^\w\s]")       # as rows have them: punctuation stands alone
+SHOWN = 5                                           # labels whose probability is printed
+
+
+def row_type_of_model(ctx, stored):
+    """The row type that a model is asked in: that of the rows of its training (run.json)."""
+    row_type = stored.get("row_type", "label" if ctx.text.labels else "chat")
+    return row_type if row_type in KINDS and (ctx.text.labels or row_type == "chat") else "chat"
+
+
+def open_row(turns):
+    """A conversation whose last answer is still to be given."""
+    return {"messages": [*turns, {"role": "assistant", "content": ""}]}
+
+
+def question_row(ctx, row_type, text):
+    """A text as a row of this type, whose answer is still to be given."""
+    if row_type == "label":
+        return {"text": text, "label": ctx.text.labels[0]}
+    if row_type == "tags":
+        words = WORD.findall(text)
+        return {"tokens": words, "tags": ["O"] * len(words)}
+    return open_row([{"role": "user", "content": text}])
+
+
+def input_rows(ctx, row_type, rows, source):
+    """(rows of this type, the answer of each or None) of rows of any type that has one text or prompt.
+
+    Raises DataError for a row without the text that the model reads.
+    """
+    found = []
+    references = []
+    for row in rows:
+        if row_type == "chat" and ("messages" in row or "prompt" in row):
+            turns = row["messages"][:-1] if "messages" in row else row["prompt"]
+            found.append(open_row(turns))
+            references.append(row["messages"][-1]["content"] if "messages" in row else None)
+        elif row_type == "tags" and "tokens" in row:
+            found.append(question_row(ctx, row_type, "")
+                         | {"tokens": row["tokens"], "tags": ["O"] * len(row["tokens"])})
+            references.append(row["tags"])
+        elif "text" in row:
+            found.append(question_row(ctx, row_type, row["text"]))
+            references.append(row.get("label"))
+        else:
+            raise DataError(f"{row.get('line', source)}: the model answers with {KINDS[row_type]} and reads "
+                            'rows with "text"; this one has ' + ", ".join(key for key in row if key != "line"))
+    return found, references
+
+
+def predict_rows(ctx, row_type, rows):
+    """A prediction for each row, as dicts in the format of training."""
+    if row_type == "label":
+        return predict_labels(ctx, rows)
+    if row_type == "tags":
+        return predict_tags(ctx, rows)
+    answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows])
+    predictions = []
+    for row, answer in zip(rows, answers):
+        turns = row["messages"][:-1]
+        if len(turns) == 1:
+            predictions.append({"prompt": turns[0]["content"], "completion": answer})
+        else:
+            predictions.append({"messages": [*turns, {"role": "assistant", "content": answer}]})
+    return predictions
+
+
+def predict_labels(ctx, rows):
+    labels = ctx.text.labels
+    scores = evaluate.label_scores(ctx, [fit_shots(ctx, row, ())[0] for row in rows])       # (N, labels)
+    predictions = []
+    for row, p in zip(rows, (-scores).softmax(1).tolist()):
+        ranked = sorted(zip(p, labels), key=lambda pair: -pair[0])
+        probabilities = {label: round(value, 6) for value, label in ranked}
+        predictions.append({"text": row["text"], "label": ranked[0][1], "probabilities": probabilities})
+    return predictions
+
+
+def predict_tags(ctx, rows):
+    if ctx.text.classifier == "head":
+        block = ctx.block_size()
+        tags = evaluate.word_tags(ctx, ctx.text.encode(rows, block)[0])
+        tags = [some + ["O"] * (len(row["tokens"]) - len(some)) for some, row in zip(tags, rows)]
+    else:
+        answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows])
+        tags = [entities.tags_of(entities.parse_entities(text, row["tokens"]), len(row["tokens"]))
+                for text, row in zip(answers, rows)]
+    return [{"tokens": row["tokens"], "tags": some} for row, some in zip(rows, tags)]
+
+
+def describe(prediction):
+    """A prediction as one text."""
+    if "label" in prediction:
+        shown = [f"{label} {p:.3f}" for label, p in list(prediction["probabilities"].items())[:SHOWN]]
+        more = ", ..." if len(prediction["probabilities"]) > SHOWN else ""
+        return f"{prediction['label']}  ({', '.join(shown)}{more})"
+    if "tags" in prediction:
+        return entities.format_entities(prediction["tokens"], prediction["tags"])
+    return prediction["completion"] if "completion" in prediction else prediction["messages"][-1]["content"]
+
+
+def metrics_of(predictions):
+    """The number of rows, and how sure a classifier was: the mean probability of the label it chose."""
+    metrics = {"rows": len(predictions)}
+    if "probabilities" in predictions[0]:
+        top = [prediction["probabilities"][prediction["label"]] for prediction in predictions]
+        metrics["mean_probability"] = sum(top) / len(top)
+    return metrics
