@@ -75,7 +75,7 @@ from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pi
 from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, read_json, write_atomic, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
-from data.runtime.progress import Progress, format_seconds
+from data.runtime.progress import Progress
 from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
@@ -909,7 +909,6 @@ def run_supervised(cfg):
 
 def train_and_measure(cfg, run, rows, row_type):
     """Measure, train, measure again, save. Returns the result."""
-    task = find_task(cfg.task)
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
     params_total = sum(p.numel() for p in ctx.model.parameters())
@@ -1960,12 +1959,10 @@ def run_check(argv):
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
-    estimate = None
-    if task.loss:                                       # the supervised loop; RL has no forecast
-        def estimate():
-            return foretell(ctx, cfg, rows, row_type)
+    has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
-    return inspect_data.examine(ctx, cfg, data, shlex.join(words), estimate, clean_copy)
+    return inspect_data.examine(ctx, cfg, data, shlex.join(words),
+                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy)
 
 
 # ------------------------------------------------------------------------------------------- records of tasks

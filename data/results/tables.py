@@ -241,7 +241,6 @@ def table(groups, fields, metrics, sort=None):
 
     With --sort, or grouped by it, the folders of the rows are its last column.
     """
-    all_runs = sum(groups.values(), [])
     columns = [Column(name, [display_value(key[i]) for key in groups])
                for i, name in enumerate(fields) if name != "folder"]
     columns.append(Column("runs", [str(len(runs)) for runs in groups.values()]))

@@ -15,11 +15,10 @@ by unread_keys.
 Public: string, optional_string, strings, number, is_blank, either, decode_json, user, assistant, messages,
 system, prompt, answer, check_supported, unread_keys
 """
-import json
 import math
 import re
 
-from data.runtime.files import DataError, printable
+from data.runtime.files import DataError
 from data.text.readers import describe_type, parse_json, shown
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
