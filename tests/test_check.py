@@ -183,7 +183,7 @@ def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
     assert train.main([*map(str, argv)]) == 0
     out = capsys.readouterr().out
     before = "" if task in ("reward", "dpo") else "before and "
-    assert f"  8 test items {before}after training, 6 of valid 1 times: " in out
+    assert f"  8 test items {before}after training, 6 of valid 2 times: " in out
     assert extra == "evaluation" or f"\n  {extra}: " in out          # dpo: 8 for two steps, 6 and 8 to measure
     assert not (tmp_path / "r").exists()
 
