@@ -705,7 +705,11 @@ def load_adapter(model, folder, name="default", trainable=True, force=False):
     for path, (tensors, settings) in modules.items():
         linear = wrap_linear(model.get_submodule(path))
         if variant.peft_type is None:
-            made[path] = variant.build(linear, path, generator=torch.Generator(), **settings)
+            try:
+                made[path] = variant.build(linear, path, generator=torch.Generator(), **settings)
+            except (TypeError, ValueError, RuntimeError) as e:
+                fault = " ".join(str(e).split())
+                raise DataError(f"{folder}: {path} cannot be built as {variant.name} ({fault})") from None
             made[path].settings = settings
             load_strictly(made[path], tensors, f"{folder}: {path}")
             continue

@@ -562,8 +562,8 @@ def check_targets(targets, tokens):
         found = f"{targets.dtype} {list(targets.shape)}"
         if targets.shape == tokens.shape[:2] and not targets.is_floating_point():
             return
-    raise UserError(f"targets are {found}, but these tokens need ids {list(tokens.shape[:2])} (give a past by "
-                    "name)")
+    raise UserError(f"targets are {found}, but these tokens need ids {list(tokens.shape[:2])} (give a past "
+                    "by name)")
 
 
 def layer_views(past, cache, positions, bidirectional_len):

@@ -80,6 +80,8 @@ for family, base in BASES.items():
             "lora one layer": LoraConfig(**both, target_modules=attention, layers_to_transform=[1]),
             "lora patterns": LoraConfig(**both, target_modules=attention + mlp, rank_pattern={mlp[0]: 2},
                                         alpha_pattern={r".*\.0\..*": 5}),
+            "lora orthogonal": LoraConfig(**both, target_modules=attention, init_lora_weights="orthogonal"),
+            "lora mica": LoraConfig(**both, target_modules=attention, init_lora_weights="mica"),
             "lora head": LoraConfig(**both, target_modules=attention + ["lm_head"]),
             "dora": LoraConfig(**both, target_modules=attention + mlp, use_dora=True),
             "ia3": IA3Config(**both, target_modules=attention + mlp, feedforward_modules=mlp),

@@ -81,7 +81,8 @@ class ConfigReader:
             number = type(value) is int or expected is float and type(value) is float   # True is no number
             valid = number and 0 < value < (2 ** 31 if expected is int else float("inf"))
         if not valid:
-            need = {int: "a whole number above 0 and below 2^31", float: "a number above 0", bool: "true or false"}[expected]
+            need = {int: "a whole number above 0 and below 2^31", float: "a number above 0",
+                    bool: "true or false"}[expected]
             found = "missing" if value is None else f"{value!r:.80}"
             raise DataError(f"{self.path}: {key} is {found}, and a {self.model_type} model needs {need} "
                             "there")

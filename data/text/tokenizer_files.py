@@ -11,7 +11,8 @@
 "spec" is the content of tokenizer.json, "config" that of tokenizer_config.json. Any setting that would change
 an id and is not supported is an error.
 
-Public: read, write, with_template, default_template, encoding_rules, start_ids, tokenizer_json, added_token, token_text, OUR_RULES, ROLES
+Public: read, write, with_template, default_template, encoding_rules, start_ids, tokenizer_json, added_token,
+token_text, OUR_RULES, ROLES
 """
 import pathlib
 import re
