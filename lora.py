@@ -351,7 +351,7 @@ def add_adapter(model, made, name, trainable=True):
     Backward then stops at the lowest adapter, because nothing below it needs a gradient. Raises UserError for
     a name that is taken or cannot name a module.
     """
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise UserError(f"{name!r} cannot name an adapter; use a word like policy, value or default")
     if adapters(model, name):
         raise UserError(f"this model already has an adapter called {name!r}; choose another name")
@@ -410,9 +410,9 @@ def inject(model, targets=("q", "v"), variant="lora", rank=8, alpha=16, dropout=
     Returns the adapted paths, such as "blocks.0.attn.q". Raises UserError for what cannot be.
     """
     cls = variant_called(variant)
-    targets = targets.split(",") if isinstance(targets, str) else list(targets)
+    targets = targets.split(",") if isinstance(targets, str) else targets
     rank_pattern = rank_pattern or {}
-    check_inject(targets, [rank, *rank_pattern.values()], alpha, dropout, layers, seed)
+    check_inject(cls, targets, rank, rank_pattern, alpha, dropout, layers, seed, options)
     if not (alpha > 0 and 0 <= dropout < 1):
         raise UserError(f"alpha must be positive and dropout in [0, 1); they are {alpha} and {dropout}")
     given = {"dropout": dropout, "rank_pattern": rank_pattern, "rslora": rslora}
@@ -435,9 +435,17 @@ def inject(model, targets=("q", "v"), variant="lora", rank=8, alpha=16, dropout=
     return list(made)
 
 
-def check_inject(targets, ranks, alpha, dropout, layers, seed):
-    """UserError for an argument of `inject` of a wrong type."""
-    whole = [*ranks, seed, *(layers if hasattr(layers, "__iter__") else ())]
+def check_inject(cls, targets, rank, rank_pattern, alpha, dropout, layers, seed, options):
+    """UserError for an argument of `inject` of a wrong type, or an option that the variant does not have."""
+    known = [f.name for f in fields(cls.options)] if cls.options else []
+    for word in options:
+        if word not in known:
+            raise UserError(f"inject has no {word}, nor has the variant {cls.name}; it has "
+                            f"{' '.join(known) or 'none'}")
+    if not isinstance(targets, (list, tuple)) or not isinstance(rank_pattern, dict):
+        raise UserError(f"inject: targets are {targets!r} and rank_pattern {rank_pattern!r}; they must be "
+                        "words, as in \"q,v\" or (\"q\", \"v\"), and a dict, as in {\"q\": 4}")
+    whole = [rank, *rank_pattern.values(), seed, *(layers if hasattr(layers, "__iter__") else ())]
     wrong = [value for value in whole if not isinstance(value, Integral)]
     wrong += [value for value in (alpha, dropout) if not isinstance(value, (int, float))]
     wrong += [word for word in targets if not isinstance(word, str)]
@@ -545,12 +553,19 @@ def budget(t, T, t_i, t_f, b0, bT):
 
 
 def svd_groups(model, name="default"):
-    """{path: [AdaLoRA, ...]}: modules that share A and E (a fused c_attn from peft) share their triplets."""
+    """{path: [AdaLoRA, ...]}: modules that share A and E (a fused c_attn from peft) share their triplets.
+
+    Raises UserError without an AdaLoRA adapter of this name.
+    """
     first_path = {}
     groups = {}
     for path, adapter in adapters(model, name).items():
+        if not hasattr(adapter, "lora_E"):
+            raise UserError(f"the adapter {name!r} is a {type(adapter).name}, and this is for adalora")
         owner = first_path.setdefault(id(adapter.lora_E), path)
         groups.setdefault(owner, []).append(adapter)
+    if not groups:
+        raise UserError(f"this model has no adapter called {name!r}")
     return groups
 
 
@@ -655,7 +670,7 @@ def quantize(model, dtype, double=False):
     """Store the weight of every Linear in the blocks as codes ("int8" | "nf4"), for good.
 
     The head stays: it is often the embedding, too. Returns bits per weight, everything counted. Raises
-    UserError for another dtype.
+    UserError for another dtype, and for a model that is quantized already.
     """
     if dtype not in QUANT_TYPES:
         raise UserError(f"a base cannot be quantized to {dtype!r}; {' and '.join(QUANT_TYPES)} are known")
@@ -664,6 +679,8 @@ def quantize(model, dtype, double=False):
     for path, module in linears(model).items():
         if path.startswith("blocks."):
             linear = wrap_linear(module)
+            if linear.quant is not None:
+                raise UserError("this model is quantized already; load it again for another dtype")
             linear.quant = QuantizedWeight(linear.weight, dtype, double)
             linear.weight = None
             count += linear.quant.shape.numel()

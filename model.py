@@ -126,10 +126,14 @@ def past_length(past):
 
     UserError if an entry is neither None nor a Past, or if two entries without a gate differ in length.
     """
+    if past is not None and not isinstance(past, (list, tuple)):
+        raise UserError(f"a past is a list with an entry per layer, not a {type(past).__name__}")
     lengths = set()
     for entry in past or ():
         if entry is not None and not isinstance(entry, Past):
             raise UserError(f"an entry of a past is None or Past(k, v, gate), not a {type(entry).__name__}")
+        if entry is not None and not (torch.is_tensor(entry.k) and torch.is_tensor(entry.v)):
+            raise UserError("k and v of a Past are tensors (B or 1, kv heads, P, head size)")
         if entry is not None and entry.gate is None:
             lengths.add(entry.k.size(2))
     if len(lengths) > 1:
@@ -342,6 +346,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise UserError(f"GPT takes a GPTConfig, not a {type(config).__name__}")
         self.config = config
         self.wte = self.new_embedding(config.vocab_size)
         self.wpe = self.new_embedding(config.block_size) if config.position == "learned" else None
@@ -466,10 +472,10 @@ class GPT(nn.Module):
 
     def check_past(self, past, B):
         """UserError unless every entry is None or fits the layer and a batch of B rows."""
+        past_length(past)
         if len(past) != self.config.n_layer:
             raise UserError(f"the past has {len(past)} entries and the model {self.config.n_layer} layers; "
                             "give one per layer, None where a layer has no past")
-        past_length(past)
         _, nkv, hs = self.blocks[0].attn.heads
         for i, entry in enumerate(past):
             for t in entry[:2] if entry is not None else ():
@@ -523,6 +529,8 @@ class GPT(nn.Module):
         Sizes are compared with the weights before anything is built. Weights that need neither reshaping nor
         a cast stay memory-mapped: processes share them.
         """
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"dtype is {dtype!r}; weights take a floating torch dtype, such as torch.float32")
         try:
             config = GPTConfig(**read_config(folder))
         except DataError:
@@ -740,8 +748,10 @@ def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uni
     ends = () if eos is None else [eos] if is_integer(eos) else eos
     if not isinstance(ends, (list, tuple, set, frozenset)) or not all(map(is_integer, ends)):
         raise UserError(f"generate: eos is {eos!r:.80}; it must be a token id, or a collection of them")
-    if not is_integer(max_new_tokens):
-        raise UserError(f"generate: max_new_tokens is {max_new_tokens!r}; it must be a whole number")
+    if not is_integer(max_new_tokens) or not is_integer(1 if top_k is None else top_k):
+        raise UserError(f"generate: max_new_tokens {max_new_tokens!r} and top_k {top_k!r} must be whole numbers")
+    if not all(isinstance(number, (int, float)) for number in (temperature, top_p) if number is not None):
+        raise UserError(f"generate: temperature {temperature!r} and top_p {top_p!r} must be numbers")
     if not all(prompts):
         raise UserError("generate: a prompt is empty; give it at least one token (end-of-text will do)")
     if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 <= top_p <= 1)):

@@ -40,6 +40,7 @@ import pathlib
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -318,6 +319,9 @@ def check_prefix_len(model, n, init, template=None):
 
     Raises UserError if the context is too short.
     """
+    if not isinstance(n, Integral) or not isinstance(template, (str, type(None))):
+        raise UserError(f"num_virtual_tokens is {n!r} and template {template!r}; they must be a whole number, "
+                        "and a string or None")
     slots = sum(map(int, re.findall(r"\{p:(\d+)\}", template or "")))
     context = model.config.block_size
     if template and slots != n:
@@ -338,10 +342,19 @@ def sampled(n, pool):                                               # all differ
     return repeated([pool[i] for i in torch.randperm(len(pool)).tolist()], n)
 
 
+def check_ids(ids, model):
+    """UserError unless ids, if there are any, are a list of token ids of this model."""
+    vocab_size = model.config.vocab_size
+    if ids is not None and not all(isinstance(i, Integral) and 0 <= i < vocab_size for i in ids):
+        raise UserError(f"a soft prompt cannot start from the ids {ids!r:.80}; this model's go from 0 to "
+                        f"{vocab_size - 1}")
+
+
 @torch.no_grad()
 def soft_start(model, n, init, ids):
     """The embeddings (P, C), fp32, that virtual tokens start from. Raises UserError for an unknown init."""
     wte = model.wte.weight.float()
+    check_ids([i for label in ids for i in label] if init == "labels" and ids else ids, model)
     common = range(min(COMMON, model.config.vocab_size))
     if init == "random":
         return torch.randn(n, wte.size(1)).to(wte.device) * wte.std()
@@ -366,6 +379,7 @@ def kv_start(model, n, init, ids):
     """
     device = model.wte.weight.device
     c = model.config
+    check_ids(ids, model)
     if init == "zero":
         return torch.zeros(n, kv_width(c)).to(device), None
     if init == "random":

@@ -541,6 +541,8 @@ def test_a_head_of_ones_own_travels_in_the_file(bases, tmp_path):
     (dict(rank=4.0), "4.0 has the wrong type"), (dict(alpha="16"), "'16' has the wrong type"),
     (dict(rank_pattern={"q": "4"}), "'4' has the wrong type"), (dict(layers=1), "1 has the wrong type"),
     (dict(layers="01"), "'0' has the wrong type"), (dict(seed=None), "None has the wrong type"),
+    (dict(targets=None), "targets are None"), (dict(rank_pattern="q=4"), "rank_pattern 'q=4'; .* a dict"),
+    (dict(foo=1), "no foo, nor has the variant lora; it has none"), (dict(name=3), "3 cannot name an adapter"),
     (dict(targets=[1]), "1 has the wrong type"), (dict(dropout=None), "None has the wrong type"),
 ])
 def test_a_wrong_request_is_a_sentence(kw, error, bases):
@@ -857,6 +859,14 @@ def test_param_groups(bases):
 
     model = make(bases, variant="dora")
     assert seen(model, loraplus_lr_ratio=16, weight_decay=0.1) == [(1e-3, 0.1, 4), (1.6e-2, 0.1, 4), (1e-3, 0, 4)]
+    with pytest.raises(UserError, match="the adapter 'default' is a dora, and this is for adalora"):
+        lora.RankAllocator(model, 10)
+    with pytest.raises(UserError, match="no adapter called 'default'"):
+        lora.orthogonality(GPT.from_pretrained(bases["gpt2"]))
+    lora.quantize(model, "int8")
+    with pytest.raises(UserError, match="this model is quantized already"):
+        lora.quantize(model, "nf4")
+    model = make(bases, variant="dora")
     with pytest.raises(UserError, match="no trainable adapter; inject one, or load it with trainable=True"):
         lora.param_groups(GPT.from_pretrained(bases["gpt2"]), 1e-3)
     grouped = {id(p) for g in lora.param_groups(model, 1e-3) for p in g["params"]}

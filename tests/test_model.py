@@ -638,6 +638,11 @@ def test_past_length():
     assert past_length([shorter, gated]) == 3                           # a gated one may have any length
     with pytest.raises(UserError, match=r"entries of a past differ in length: \[3, 5\]"):
         past_length([Past(k, k), shorter])
+    for wrong in (5, "ab", torch.zeros(2)):
+        with pytest.raises(UserError, match="a past is a list with an entry per layer, not a"):
+            make("gpt2")(torch.tensor([[1]]), past=wrong)
+    with pytest.raises(UserError, match="k and v of a Past are tensors"):
+        past_length([Past(None, None)])
     with pytest.raises(UserError, match=r"None or Past\(k, v, gate\), not a tuple"):
         past_length([(k, k)])
 
@@ -1068,7 +1073,8 @@ def test_impossible_sampling(bad):
     ([1, 2], {}, "must be a list of lists"), (["ab"], {}, "must be a list of lists"), ("ab", {}, "a list of lists"),
     ([[1.5]], {}, "must be a list of lists"), ([["a"]], {}, "must be a list of lists"),
     ([[1]], {"eos": "x"}, "eos is 'x'; it must be a token id"), ([[1]], {"eos": [None]}, "eos is .None."),
-    ([[1]], {"eos": torch.tensor([3])}, "eos is tensor"), ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ([[1]], {"eos": torch.tensor([3])}, "eos is tensor"), ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens 2.5 and"),
+    ([[1]], {"top_k": 1.5}, "top_k 1.5 must be whole numbers"), ([[1]], {"temperature": "1"}, "temperature '1' and"),
     ([[64]], {}, "a token id is not in the vocabulary")])
 def test_impossible_prompts(prompts, more, says):
     with pytest.raises(UserError, match=says):

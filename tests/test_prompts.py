@@ -432,6 +432,12 @@ def test_the_seed_decides_and_disturbs_nobody(cls, kw):
     (lambda m: PrefixTuning(m, 3, init="vocab"), "vocab"), (lambda m: PTuning(m, 3, encoder="rnn"), "rnn"),
     (lambda m: PromptTuning(m, 1, init="labels", ids=[[1], [2]]), "2 labels"),
     (lambda m: PTuning(m, 4, template="{p:3} {prompt}"), "3 virtual tokens"),
+    (lambda m: PTuningV2(m, "3"), "num_virtual_tokens is '3'"), (lambda m: PTuning(m, 3.0), "tokens is 3.0"),
+    (lambda m: PromptTuning(m, 3, template=5), "template 5"),
+    (lambda m: PromptTuning(m, 3, init="text", ids=[10 ** 6]), "start from the ids .1000000."),
+    (lambda m: PromptTuning(m, 3, init="text", ids=[-1]), "start from the ids .-1."),
+    (lambda m: PrefixTuning(m, 3, ids="abc"), "start from the ids 'abc'"),
+    (lambda m: PromptTuning(m, 3, init="labels", ids=[[1], [-2]]), "start from the ids"),
     (lambda m: m(ids_of(1, 28), past=PTuningV2(m, 5)(m)), "context of 32"),
     (lambda m: m(ids_of(1, 28), past=PromptTuning(m, 5)(m)), "context of 32")])
 def test_mistakes_get_one_sentence(call, says):
