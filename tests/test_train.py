@@ -133,7 +133,7 @@ def same(a, b):
     (["--data", "toy/preferences"], "ranked rows are for --task reward or dpo or ppo"),
     (["--task", "dpo", "--data", "toy/sentiment"], "label rows are for --task sft or classify"),
     (["--forgetting_data", "toy/spam"], "holds label rows; raw text is needed"),
-    (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "--num_virtual_tokens 170 leaves no room"),
+    (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "num_virtual_tokens is 170; text shares the context of 160"),
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
@@ -1178,6 +1178,7 @@ def test_every_phase_has_a_name(world, tmp_path, monkeypatch):
         "encoding of 2", "forgetting", "forgetting, loss of 3",
         "encoding of 64", "encoding of 8", "encoding of 8", "step of 6",
         "valid at step 4", "valid at step 4, answers of 8", "valid at step 4, loss of 8",
+        "valid at step 6", "valid at step 6, answers of 8", "valid at step 6, loss of 8",
         "test after training", "test after training, answers of 8", "test after training, loss of 8",
         "forgetting", "forgetting, loss of 3", "saving"]
     assert progress.active == []

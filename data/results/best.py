@@ -1,4 +1,4 @@
-"""data/results/best.py: --keep_best METRIC: keep the weights of the best evaluation on valid, stop without gain.
+"""data/results/best.py: --keep_best METRIC: keep the weights that were best on valid, stop without gain.
 
     gain    an evaluation whose METRIC is better than at all evaluations before; of two equal ones the earlier
             is the best. NaN is never a gain

@@ -67,12 +67,14 @@ def describe(ctx, cfg, talk, stored):
         return [f"It labels texts, by {by}. A text is asked as: {' '.join(asked.split())}"]
     if talk.row_type == "tags":
         return ["It names the entities of a text."]
-    way = "Answers are sampled" if talk.sampling["temperature"] else "Answers are greedy (--temperature 0.7 samples)"
+    greedy = talk.sampling["temperature"] == 0
+    way = "Answers are greedy (--temperature 0.7 samples)" if greedy else "Answers are sampled"
     lines = [f"{way} and have at most {cfg.max_new_tokens} tokens (--max_new_tokens)."]
     if ctx.text.system:
         lines.append(f"System message (--system overrules it): {ctx.text.system}")
     elif ctx.text.system is None and stored.get("systems", 0) > 1:
-        lines.append(f"Its training rows had {stored['systems']} different system messages; --system gives one.")
+        lines.append(f"Its training rows had {stored['systems']} different system messages; --system gives "
+                     "one.")
     if talk.single:
         lines.append("It was trained on single questions: each is asked alone, without those before it.")
     return lines
@@ -173,8 +175,8 @@ class Conversation:
             turns = turns[2:]
             left_out += 1
         if left_out:
-            log_progress(f"the context of {self.ctx.model.config.block_size} tokens is full: the oldest of the "
-                         "conversation is left out from here on")
+            log_progress(f"the context of {self.ctx.model.config.block_size} tokens is full: the oldest of "
+                         "the conversation is left out from here on")
         if self.length(turns) > limit:
             log_progress(f"the question is longer than the {limit} tokens that leave room for an answer: its "
                          "beginning is cut")

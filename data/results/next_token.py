@@ -27,7 +27,8 @@ from model import KVCache, filter_logits, glm_position_ids, past_length, prompt_
 class GenerationFlags:
     """generation"""
     prompt: str = flag(None, "answer this and stop, or a conversation; show: continue this", type=str)
-    temperature: float = flag(None, "0 is greedy; default: 0, but 1 with --top_k or --top_p", type=float, low=0)
+    temperature: float = flag(None, "0 is greedy; default: 0, but 1 with --top_k or --top_p", type=float,
+                              low=0)
     top_k: int = flag(None, "sample from the k likeliest", type=int, low=1)
     top_p: float = flag(None, "sample from the likeliest of this mass", type=float, low=0, high=1)
 

@@ -5,9 +5,9 @@
     tags         text + question, or a head           a tag for each word
     chat         one user message, or its messages    an answer
 
-The probabilities are p(label) = softmax over the labels of log p(label word | question), or those of the head.
-Predictions are rows in the format of training, so that a file of them can be --data again; what a row had as
-its answer becomes "reference".
+The probabilities are p(label) = softmax over the labels of log p(label word | question), or those of the
+head. Predictions are rows in the format of training, so that a file of them can be --data again; what a row
+had as its answer becomes "reference".
 
 Public: question_row, predict_rows, describe, metrics_of, row_type_of_model, open_row, input_rows, KINDS
 """
@@ -64,8 +64,9 @@ def input_rows(ctx, row_type, rows, source):
             found.append(question_row(ctx, row_type, row["text"]))
             references.append(row.get("label"))
         else:
+            keys = ", ".join(key for key in row if key != "line")
             raise DataError(f"{row.get('line', source)}: the model answers with {KINDS[row_type]} and reads "
-                            'rows with "text"; this one has ' + ", ".join(key for key in row if key != "line"))
+                            f'rows with "text"; this one has {keys}')
     return found, references
 
 

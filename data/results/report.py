@@ -4,9 +4,9 @@ Every metric stands with its unit (data/results/metrics.py). Of a preference all
 what the model was asked: the message, or with a system message or earlier turns the conversation.
 
 A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
-moved it. Two cosines of the same embedding say how near is near: of a random direction with its nearest word,
-and of a word with the other word that is nearest to it. Keys and values have no nearest tokens: for them there
-are norms and distances, by layer.
+moved it. Two cosines of the same embedding say how near is near: of a random direction with its nearest
+word, and of a word with the other word that is nearest to it. Keys and values have no nearest tokens: for them
+there are norms and distances, by layer.
 
 Public: describe, report, asked, describe_virtual_tokens,
 print_virtual_tokens
@@ -104,10 +104,10 @@ def describe_embeddings(ctx, start, nearest):
         moved = "unknown" if start is None else f"{row['moved']:.2f}"
         lines.append(f"{i:3}  {' | '.join(columns)} | {embeddings[i].norm():.2f} | {moved}")
     of_random, of_words = usual_cosines(ctx.model)
-    lines.append(f"{READING} in this model a random direction has {of_random:.2f} with its nearest "
-                 f"word, a word {of_words:.2f} with the nearest other word (medians). Near the first, often 0.2 "
-                 "to 0.4, a virtual token stands for no word: it works as a direction; near the second it can "
-                 "be read as the words beside it.")
+    lines.append(f"{READING} in this model a random direction has {of_random:.2f} with its nearest word, a "
+                 f"word {of_words:.2f} with the nearest other word (medians). Near the first, often 0.2 to 0.4, "
+                 "a virtual token stands for no word: it works as a direction; near the second it can be read "
+                 "as the words beside it.")
     return lines
 
 
