@@ -35,7 +35,6 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
-import importlib
 import json
 import math
 import shlex
@@ -74,12 +73,13 @@ from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
 from data.runtime.files import DataError, UserError, read_json, write_atomic, write_json
-from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers
+from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers, path_type
 from data.runtime.progress import Progress
 from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
+from data.runtime.user_functions import load_reward
 from data.text import chat, formats
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -101,7 +101,7 @@ class CommonFlags:
     """the run"""
     task: str = flag("sft", "the objective", choices=lambda: tuple(t.name for t in TASKS))
     method: str = flag("lora", "which parameters are trained", choices=lambda: tuple(m.name for m in METHODS))
-    init: str = flag("data/base", "a model, adapter or run folder, a fetched model, or new")
+    init: str = flag("data/base", "a model, adapter or run folder, a fetched model, or new", type=path_type)
     seed: int = flag(1, "of initialisation, data order, dropout and sampling", low=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "precision of the arithmetic; trainable parameters are stored in fp32",
@@ -113,7 +113,8 @@ class CommonFlags:
 @dataclass(frozen=True)
 class DataFlags:
     """the run"""
-    data: str = flag("toy", "a file, a folder of train/valid/test files, a fetched data set, or toy/NAME")
+    data: str = flag("toy", "a file, a folder of train/valid/test files, a fetched data set, or toy/NAME",
+                     type=path_type)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class TrainingFlags:
 class SaveFlags:
     """training"""
     save_every: int = flag(100, "steps between saves of state.pt", low=1)
-    forgetting_data: str = flag("toy/corpus", "held-out text to measure forgetting on, or none")
+    forgetting_data: str = flag("toy/corpus", "held-out text to measure forgetting on, or none", type=path_type)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class RewardFlags:
 @dataclass(frozen=True)
 class PtxFlags:
     """reward"""
-    ptx_data: str = flag("toy/corpus", "raw text for --ptx_coef")
+    ptx_data: str = flag("toy/corpus", "raw text for --ptx_coef", type=path_type)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class BestAnswersFlags:
 @dataclass(frozen=True)
 class MergeFlags:
     """the run"""
-    out: str = flag(None, "the new folder", type=str)
+    out: str = flag(None, "the new folder", type=path_type)
 
 
 def names(records):
@@ -1506,30 +1507,9 @@ def tuned_role(ctx, model, prompt):
     return enter_model(ctx, model, "default" if lora.adapters(model) else None, prompt)
 
 
-REWARD_FUNCTION = "a function of the texts of a prompt and an answer that returns a number"
-
-
-def reward_function(word, ctx, texts):
-    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}.
-
-    Raises UserError if it cannot be imported.
-    """
-    module, _, name = word.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"{word} cannot be imported ({e}); it must be module:function, "
-                        f"{REWARD_FUNCTION}") from None
-    if not callable(function):
-        raise UserError(f"{word} is a {type(function).__name__}; it must be {REWARD_FUNCTION}")
-
-    def score_one(prompt, answer):
-        try:
-            return float(function(prompt, answer))
-        except Exception as e:
-            raise UserError(f"{word} failed on the answer {answer[:40]!r} ({type(e).__name__}: {e}); it "
-                            f"must be {REWARD_FUNCTION}") from e
+def reward_function(flag_name, word, ctx, texts):
+    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
+    score_one = load_reward(flag_name, word)
 
     def score(prompt_ids, answers):
         def call():                                     # it may draw random numbers, or ask another program
@@ -1598,14 +1578,14 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
     head = None
     folder = None
     if ":" in cfg.reward:
-        reward = reward_function(cfg.reward, ctx, texts)
+        reward = reward_function("reward", cfg.reward, ctx, texts)
     else:
         reward, head, folder = open_reward_model(cfg, ctx, base)
     gold = gold_reward_of(cfg)
     unnamed = range(ctx.text.tokenizer.vocab_size, ctx.model.config.vocab_size)
     banned = sorted({*ctx.text.tokenizer.special.values(), *unnamed} - {ctx.text.end_token})
     return RolloutSetup(ctx, cfg.seed, config, prompt_ids, texts, reward, head, folder,
-                        gold and reward_function(gold, ctx, texts), banned)
+                        gold and reward_function("gold_reward", gold, ctx, texts), banned)
 
 
 def gold_reward_of(cfg):
@@ -1673,10 +1653,10 @@ def train_policy(cfg, run, rows):
     trains_base = find_method(cfg.method).trains_base
     base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
     params_total = sum(p.numel() for p in base.parameters())
-    state = run.start(facts_of(ctx, rows)) or {}
     trainable = apply_method(ctx, cfg)
     setup = set_up_rollouts(cfg, ctx, rows, base, config)
     roles, critic = make_roles(cfg, ctx, base, setup)
+    state = run.start(facts_of(ctx, rows)) or {}
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {params_total:,} parameters are trainable")
     run.add_facts(params_trainable=count, params_total=params_total)
@@ -1779,12 +1759,13 @@ def write_samples(cfg, run, rows):
     """Roll out, keep the best, write rows. Returns the result."""
     began = time.monotonic()
     ctx = open_context(cfg)
-    run.start(facts_of(ctx, rows))
-    run.rewind(-1)                                      # of a run that was killed before its result
+    facts = facts_of(ctx, rows)
     rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
     config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})
     setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
     policy = tuned_role(ctx, ctx.model, ctx.prompt)
+    run.start(facts)
+    run.rewind(-1)                                      # of a run that was killed before its result
     for split, prompt_ids in setup.prompts.items():
         with Progress(split):
             metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,

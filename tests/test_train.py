@@ -134,6 +134,12 @@ def same(a, b):
     (["--task", "dpo", "--data", "toy/sentiment"], "label rows are for --task sft or classify"),
     (["--forgetting_data", "toy/spam"], "holds label rows; raw text is needed"),
     (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "num_virtual_tokens is 170; text shares the context of 160"),
+    (["--dora=1"], "--dora takes no value"), (["--no-fresh=x"], "takes no value"),
+    (["--device", "foo"], "--device foo is none of auto, cpu, mps, cuda"), (["--device", "meta"], "--device meta is none"),
+    (["--out", ""], "--out '' names no file or folder"), (["--init", ""], "--init '' names no file or folder"),
+    (["--data="], "--data '' names no file or folder"), (["--out", "a\0b"], "--out 'a\\x00b' names no file"),
+    (["--init", "\udcff"], "--init '\\udcff' is not UTF-8"), (["--system", "\udcff"], "--system '\\udcff' is not UTF-8"),
+    (["--out", "a/" + "x" * 256], "has a name of more than 255 bytes"),
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
@@ -151,6 +157,23 @@ def test_an_old_flag_is_answered_with_its_new_name(old, new, capsys):
     for words in ([f"--{old}", "1"], [f"--{old}=1"]):
         assert train.main(words) == 2
         assert f"train.py: --{old} is now called --{new}" in capsys.readouterr().err
+
+
+def test_a_flag_of_another_library_is_answered_with_ours(capsys):
+    for theirs, ours in flags.ELSEWHERE.items():
+        assert theirs not in all_fields() and theirs not in flags.RENAMED, theirs
+        assert re.match(r"--(\w+)", ours)[1] in all_fields(), theirs
+    for theirs, ours in (("learning_rate", "--lr"), ("lora_r", "--rank"), ("bf16", "--dtype bf16")):
+        assert train.main([f"--{theirs}", "1"]) == 2
+        assert capsys.readouterr().err == f"train.py: --{theirs} is called {ours} here\n"
+
+
+def test_the_name_of_a_folder_is_never_too_long():
+    words = ["--rank", "3", "--alpha", "3", "--dropout", "0.3", "--batch", "3", "--warmup", "0.3", "--schedule", "linear",
+             "--beta2", "0.3", "--steps", "3", "--min_lr_ratio", "0.3", "--grad_clip", "0.3", "--block_size", "33",
+             "--eval_every", "3", "--eval_items", "3", "--max_new_tokens", "33", "--weight_decay", "0.3", "--lr", "0.3"]
+    names = {flags.default_out(train.parse([*words, "--loraplus_lr_ratio", str(n)])) for n in (2, 3)}
+    assert len(names) == 2 and all(len(name) < 200 and name.endswith("-s1") for name in names)
 
 
 RENAMED_VALUES = [(name, old, new) for name, values in flags.RENAMED_VALUES.items() for old, new in values.items()]

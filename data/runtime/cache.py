@@ -9,6 +9,7 @@ data/fetch.py fills both. --init and --data look here for a name that is not a p
 
 Public: File, SOURCES, MODELS, DATASETS, RECORD, model_cache, data_folder, find_model, find_data
 """
+import glob
 import os
 import pathlib
 import re
@@ -75,7 +76,8 @@ def find_model(name):
     """
     repo, revision = MODELS.get(name, (name, None))
     for base in (model_cache(repo), model_cache(name)):         # the hub's "gpt2" had no ORG before 2024
-        snapshots = {path.name: path for path in sorted(base.glob("snapshots/*")) if _has_model(path)}
+        found = sorted(glob.glob(os.path.join(glob.escape(str(base)), "snapshots", "*")))
+        snapshots = {os.path.basename(path): pathlib.Path(path) for path in found if _has_model(pathlib.Path(path))}
         main = base / "refs" / "main"
         main = main.read_text().strip() if main.is_file() else None
         for candidate in (revision, main, *snapshots):

@@ -30,9 +30,15 @@ def pick_device(name):
     """(torch.device, reason) of --device. Raises UserError for one that is not available."""
     if name != "auto":
         try:
+            known = torch.device(name).type != "meta"
+        except RuntimeError:
+            known = False
+        if not known:
+            raise UserError(f"--device {name} is none of auto, cpu, mps, cuda, cuda:0, cuda:1 and so on")
+        try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {name} is not available: {str(e).splitlines()[0]}") from None
+            raise UserError(f"--device {name} is not available ({str(e).splitlines()[0]}); use auto or cpu") from None
         return prepare_device(torch.device(name)), "requested"
     if torch.cuda.is_available():
         return prepare_device(torch.device("cuda")), "CUDA is available"

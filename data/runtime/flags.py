@@ -10,9 +10,10 @@ types, choices and ranges, and gives a read-only Config. It knows no flag, task 
 command has stands in the records of its task and method (train.py). A group may have a static method
 check(cfg), which raises UserError for values that exclude each other. Abbreviations are errors: what a sweep
 means must not change when a flag is added. A flag of an earlier version is answered with its new name
-(RENAMED).
+(RENAMED), one of transformers, peft or TRL with its name here (ELSEWHERE).
 
-Public: flag, fields_of, Config, parse, usage_error, default_out, parse_layers, parse_rank_pattern, RENAMED
+Public: flag, path_type, fields_of, Config, parse, usage_error, default_out, parse_layers, parse_rank_pattern,
+RENAMED, ELSEWHERE
 """
 import argparse
 import dataclasses
@@ -33,15 +34,53 @@ RENAMED = {
     "forget": "forgetting_data", "by": "classifier", "ask": "question", "block": "block_size",
     "vocab": "vocab_size", "missing_eos": "missing_eos_score", "target_kl": "early_stop_kl",
     "dpo_loss": "preference_loss"}
+# What transformers, peft and TRL call a flag of the same meaning, and what an option of theirs is here.
+ELSEWHERE = {
+    "learning_rate": "--lr", "lr_scheduler_type": "--schedule", "warmup_ratio": "--warmup", "optim": "--optimizer",
+    "adam_beta2": "--beta2", "max_grad_norm": "--grad_clip", "max_steps": "--steps", "num_train_epochs": "--epochs",
+    "num_epochs": "--epochs", "batch_size": "--batch", "train_batch_size": "--batch",
+    "per_device_train_batch_size": "--batch, of all processes together", "eval_steps": "--eval_every",
+    "save_steps": "--save_every", "output_dir": "--out", "overwrite_output_dir": "--fresh", "model": "--init",
+    "model_name": "--init", "model_name_or_path": "--init", "dataset": "--data", "dataset_name": "--data",
+    "train_file": "--data", "max_length": "--block_size", "max_seq_length": "--block_size",
+    "max_seq_len": "--block_size", "torch_dtype": "--dtype", "torch_compile": "--compile", "bf16": "--dtype bf16",
+    "fp16": "--dtype fp16", "tf32": "--dtype tf32", "load_in_4bit": "--quant nf4", "load_in_8bit": "--quant int8",
+    "bnb_4bit_use_double_quant": "--double_quant", "r": "--rank", "lora_r": "--rank", "lora_rank": "--rank",
+    "lora_alpha": "--alpha", "lora_dropout": "--dropout", "target_modules": "--targets",
+    "lora_target_modules": "--targets", "layers_to_transform": "--layers", "use_rslora": "--rslora",
+    "use_dora": "--dora", "peft_type": "--method", "use_peft": "--method", "encoder_hidden_size": "--encoder_hidden",
+    "prompt_tuning_init": "--prompt_init", "prompt_tuning_init_text": "--prompt_init_text",
+    "reward_model": "--reward", "reward_model_path": "--reward", "num_ppo_epochs": "--ppo_epochs",
+    "num_mini_batches": "--minibatches", "response_length": "--max_new_tokens",
+    "max_completion_length": "--max_new_tokens", "loss_type": "--preference_loss", "chat_template": "--template", "system_prompt": "--system"}
 RENAMED_VALUES = {"method": {"prompt": "prompt_tuning", "ptuning": "p_tuning", "prefix": "prefix_tuning",
                              "ptuning2": "p_tuning_v2"},
                   "classifier": {"words": "lm"}}
 
 
+def utf8(word):
+    """The type of a flag that is a text. A word of the command line that is not UTF-8 has lone surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not UTF-8") from None
+    return word
+
+
+def path_type(word):
+    """The type of a flag that names a file or folder."""
+    names = utf8(word).encode().split(b"/")
+    if not word or "\0" in word:
+        raise argparse.ArgumentTypeError(f"{word!r} names no file or folder")
+    if max(map(len, names)) > 255:
+        raise argparse.ArgumentTypeError(f"{word[:40]}... has a name of more than 255 bytes, which no disk takes")
+    return word
+
+
 def flag(default, help, type=None, choices=None, low=None, high=None, below=None, identity=True, nargs=None):
     """A dataclass field that is also a flag.
 
-    type      a callable of the word; needed where the default is None
+    type      a callable of the word, such as `path_type`; needed where the default is None
     choices   a tuple of words, or a function that returns one (for records declared further down a file)
     low, high   inclusive bounds; below: an exclusive upper bound. A number with a bound must be finite
     identity  False for a flag that does not change what a run computes
@@ -108,9 +147,11 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{name} {found[2]} is no {whole}number")
         if found := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", fault):
             raise UserError(unknown_choice(name, found[1], re.findall(r"[\w.-]+", found[2])))
+        if re.match(r"ignored explicit argument", fault):
+            raise UserError(f"{name.split('/')[0].split(', ')[0]} takes no value; leave the = and what follows out")
         if found := re.fullmatch(r"expected (?:at least )?(\w+) arguments?", fault):
             raise UserError(f"{name} needs {'a value' if found[1] == 'one' else found[1] + ' values'}")
-        raise UserError(message)
+        raise UserError(f"{name} {fault}" if message.startswith("argument ") else message)
 
 
 def unknown_choice(name, word, known):
@@ -154,7 +195,7 @@ def add_flag(section, name, field, default, hidden=False):
         section.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
         return
     choices = meta["choices"]() if callable(meta["choices"]) else meta["choices"]
-    section.add_argument("--" + name, type=meta["type"], choices=choices, help=text, nargs=meta["nargs"],
+    section.add_argument("--" + name, type=utf8 if meta["type"] is str else meta["type"], choices=choices, help=text, nargs=meta["nargs"],
                          metavar=None if choices else name.upper())
 
 
@@ -210,12 +251,14 @@ def usage_error(word, known, owners, here):
         return f"--{name} is now called --{RENAMED[name]}"
     if name in owners:
         return f"--{name} belongs to {owners[name]}; this is {here}"
+    if name in ELSEWHERE:
+        return f"--{name} is called {ELSEWHERE[name]} here"
     near = difflib.get_close_matches(name, [*known, *owners], 1)
     return f"--{name} is not a flag" + (f"; did you mean --{near[0]}?" if near else "; see --help")
 
 
 def default_out(cfg):
-    """out/<task>-<method>[-flags that differ from the bare command's]-s<seed>: deterministic."""
+    """out/<task>-<method>[-flags that differ from the bare command's]-s<seed>: deterministic, not too long."""
     parts = [cfg.task, cfg.method]
     for name, value in cfg.identity().items():
         if value == cfg.standard.get(name) or name in ("task", "method", "seed"):
@@ -224,8 +267,15 @@ def default_out(cfg):
         if name in ("init", "data", "reward"):
             text = text.rstrip("/").split("/")[-1] or text
         plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
-        parts.append(name + (text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]))
-    return os.path.join("out", "-".join(parts) + f"-s{cfg.seed}")
+        parts.append(name + (text if plain else short_name(text)))
+    name = "-".join(parts)
+    if len(name) > 180:                             # a disk takes 255 bytes, and more is added to some names
+        name = name[:170] + "-" + short_name(name)
+    return os.path.join("out", f"{name}-s{cfg.seed}")
+
+
+def short_name(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # ------------------------------------------------------------------------- values that are a small language

@@ -58,7 +58,7 @@ from data.runtime.device import machine
 from data.runtime.distributed import Interrupted, dist_state
 from data.runtime.files import (DataError, UserError, WriteError, atomic, cannot_write, fcntl,
                                 remove_abandoned, sync_folder, try_lock, write_json)
-from data.runtime.flags import flag
+from data.runtime.flags import flag, path_type
 from data.runtime.identity import (UNKNOWN_CODE, Change, code_of, compare_flags, compare_identity,
                                    from_config, has_code, to_config)
 from data.runtime.run_files import read_events, read_result, read_run_config, resume_step
@@ -67,7 +67,7 @@ from data.runtime.run_files import read_events, read_result, read_run_config, re
 @dataclass(frozen=True)
 class RunFolderFlags:
     """the run"""
-    out: str = flag(None, "the run folder; default: a readable name in out/", type=str, identity=False)
+    out: str = flag(None, "the run folder; default: a readable name in out/", type=path_type, identity=False)
     fresh: bool = flag(False, "start over: delete what the run folder holds", identity=False)
     keep: bool = flag(False, "accept the old result although the code has changed", identity=False)
 
@@ -162,13 +162,16 @@ defer_signals = DeferSignals()
 
 def print_result(text="", end="\n"):
     """A line of results on stdout, a part of one with end="". A closed pipe (`| head`) ends the printing, not
-    the run."""
+    the run. Raises WriteError where stdout cannot be written: a file on a full disk."""
     if dist_state.rank:
         return
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
+    except OSError as e:
+        sys.stdout = open(os.devnull, "w")          # Python would try again at its end
+        raise cannot_write("stdout", e) from e
     except UnicodeEncodeError:                      # a terminal without these letters shows ? instead
         sys.stdout.reconfigure(errors="replace")
         print(text, end=end, flush=True)
