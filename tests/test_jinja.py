@@ -70,3 +70,19 @@ def test_what_is_refused(source, says):
     """Nothing of Python can be reached, and nothing runs for long."""
     with pytest.raises(JinjaError, match=says):
         render(source, {"x": "v"})
+
+
+def test_damaged_templates_are_text_or_an_error():
+    draw = random.Random(0)
+    values = {"messages": TALKS[3], "bos_token": "<s>", "add_generation_prompt": True}
+    outcomes = []
+    for _ in range(400):
+        source = list(TEMPLATES[draw.choice([*TEMPLATES])])
+        for _ in range(draw.choice([1, 3, 30])):
+            at = draw.randrange(len(source) + 1)
+            source[at:at + draw.choice([0, 1, 40])] = draw.choice(["", "{%", "}}", "(", "'", "\0", "é", " - ", "[", "end"])
+        try:
+            outcomes.append(type(render("".join(source), values)))
+        except JinjaError:
+            outcomes.append(JinjaError)
+    assert {*outcomes} == {str, JinjaError}
