@@ -49,6 +49,7 @@ def test_white_space_and_scopes(seed):
     ("{%- set n = namespace(k=0) %}{% for c in 'abc' %}{% set n.k = loop.index0 %}{% endfor %}{{ n.k }}", "2"),
     ("{% for k, v in m.items() %}{{ k ~ '=' ~ v ~ ';' }}{% endfor %}", "role=user;text=é;"),
     ("{{ 'a\\nb' }}{{ 'it\\'s {% x %}' }}", "a\nbit's {% x %}"), ("{{ strftime_now is defined }}", "False"),
+    ("{% for t in m.tools %}x{% endfor %}{{ m.tools | length }}{{ 'x' in m.tools }}", "0False"),
     ("{{ a.__class__ }}", ""), ("", ""), ("{# c #}\n\n\n", "\n"),
 ])
 def test_values_by_hand(source, want):
