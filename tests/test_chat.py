@@ -373,6 +373,7 @@ def test_guess_and_end_tokens():
     base = Tokenizer.train("a", 257)
     assert guess_template(Tokenizer.train("a", 257, special=["<|im_start|>"])) == "plain"    # half a template is none
     assert guess_template(base) == "plain" and end_token("plain", base) == end_token("alpaca", base) == base.eos == 256
+    assert guess_template(model_tokenizer(OWN["llama3"].replace("| trim", ""), BOS["llama3"])) == "llama3"
     assert end_token("chatml", TOK) == TOK.special["<|im_end|>"]
     assert end_token("llama3", TOK) == TOK.special["<|eot_id|>"]
 

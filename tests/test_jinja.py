@@ -49,6 +49,7 @@ def test_white_space_and_scopes(seed):
     ("{%- set n = namespace(k=0) %}{% for c in 'abc' %}{% set n.k = loop.index0 %}{% endfor %}{{ n.k }}", "2"),
     ("{% for k, v in m.items() %}{{ k ~ '=' ~ v ~ ';' }}{% endfor %}", "role=user;text=é;"),
     ("{{ 'a\\nb' }}{{ 'it\\'s {% x %}' }}", "a\nbit's {% x %}"), ("{{ strftime_now is defined }}", "False"),
+    ("{% for t in m.tools %}x{% endfor %}{{ m.tools | length }}{{ 'x' in m.tools }}", "0False"),
     ("{{ a.__class__ }}", ""), ("", ""), ("{# c #}\n\n\n", "\n"),
 ])
 def test_values_by_hand(source, want):
@@ -70,3 +71,19 @@ def test_what_is_refused(source, says):
     """Nothing of Python can be reached, and nothing runs for long."""
     with pytest.raises(JinjaError, match=says):
         render(source, {"x": "v"})
+
+
+def test_damaged_templates_are_text_or_an_error():
+    draw = random.Random(0)
+    values = {"messages": TALKS[3], "bos_token": "<s>", "add_generation_prompt": True}
+    outcomes = []
+    for _ in range(400):
+        source = list(TEMPLATES[draw.choice([*TEMPLATES])])
+        for _ in range(draw.choice([1, 3, 30])):
+            at = draw.randrange(len(source) + 1)
+            source[at:at + draw.choice([0, 1, 40])] = draw.choice(["", "{%", "}}", "(", "'", "\0", "é", " - ", "[", "end"])
+        try:
+            outcomes.append(type(render("".join(source), values)))
+        except JinjaError:
+            outcomes.append(JinjaError)
+    assert {*outcomes} == {str, JinjaError}

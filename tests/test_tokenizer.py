@@ -382,9 +382,14 @@ def test_a_class_without_its_end_token_has_no_roles(tmp_path):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, None, None)
 
 
-def test_chat_template_file_is_taken_along(tmp_path):
-    folder = folder_of(tmp_path, spec_of("gpt2"))
-    (folder / "chat_template.jinja").write_text("{{ é }}", "utf-8")
+@pytest.mark.parametrize("template, want", [
+    ("{{ 1 }}", "{{ 1 }}"), (None, ""), ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+    ({"default": "d", "rag": "r"}, "d"), ([{"name": "rag", "template": "r"}], ""), ([], ""),
+])
+def test_chat_templates(tmp_path, template, want):
+    folder = folder_of(tmp_path, spec_of("gpt2"), config={"chat_template": template})
+    assert Tokenizer.from_pretrained(folder).chat_template == want
+    (folder / "chat_template.jinja").write_text("{{ é }}", "utf-8")     # it goes first, as in transformers
     assert Tokenizer.from_pretrained(folder).chat_template == "{{ é }}"
 
 
@@ -454,6 +459,9 @@ def test_missing_bytes_need_no_unknown_token():
     ("tokenizer.model", "\n", "SentencePiece"), ("vocab.json", "{}", "merges.txt"),
     ("tokenizer_config.json", '{"eos_token": "</s>"}', "</s>"),
     ("tokenizer_config.json", "[]", "JSON object"),
+    ("tokenizer_config.json", '{"chat_template": 7}', "its chat_template is 7"),
+    ("tokenizer_config.json", '{"chat_template": {"default": ["x"]}}', "its chat_template is ['x']"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "not the files of a tokenizer"),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "not the files of a tokenizer"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):

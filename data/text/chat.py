@@ -200,16 +200,19 @@ TEMPLATES = (
 
 # ---- the template of a model -------------------------------------------------------------------------------
 def guess_template(tokenizer):
-    """The name of the template that the tokenizer's own chat_template equals, or whose tokens it has.
+    """The name of the template that the tokenizer's own chat_template equals, or whose tokens they have.
 
     "plain" for a base model.
     """
+    own = tokenizer.chat_template
     fitting = [record for record in TEMPLATES if not _missing(record, tokenizer)]
-    if tokenizer.chat_template:
+    if own:
         for record in fitting:
             if not _style(record, tokenizer)[1]:
                 return record.name
-    return next((record.name for record in fitting if record.tokens), "plain")
+    with_tokens = [record for record in fitting if record.tokens]
+    named = [record for record in with_tokens if record.tokens[-1] in own]
+    return next((record.name for record in named + with_tokens), "plain")
 
 
 def fits(template, tokenizer):
@@ -316,18 +319,22 @@ def _style_of_text(record, style, asked, instructed, bos):
     if bos and asked.startswith(bos):
         style = style._replace(start=bos)
     opening = style.start + "".join(record.before("system", None, False))
-    if instructed.startswith(opening):
-        text = instructed.removeprefix(opening).partition(style.end)[0]
-        if text.endswith(SYSTEM["content"]):
-            style = style._replace(prefix=text.removesuffix(SYSTEM["content"]))
-    if asked.startswith(opening):
-        text = asked.removeprefix(opening).partition(style.end)[0]
-        style = style._replace(system=text.removeprefix(style.prefix))
+    system = _between(instructed, opening, style.end)
+    found = {}
+    if system.endswith(SYSTEM["content"]):
+        found["prefix"] = system.removesuffix(SYSTEM["content"])
+    found["system"] = _between(asked, opening, style.end).removeprefix(found.get("prefix", ""))
     behind = asked.partition("Hi." + style.end)[2]
     opening = "".join(record.before("assistant", "user", True))
     if behind.endswith(opening):
-        style = style._replace(separator=behind.removesuffix(opening))
-    return style
+        found["separator"] = behind.removesuffix(opening)
+    return style._replace(**{name: text for name, text in found.items()
+                             if not any(token in text for token in record.tokens)})
+
+
+def _between(text, opening, end):
+    """What stands between an opening at the start of a text and the first `end`; "" without the opening."""
+    return text.removeprefix(opening).partition(end)[0] if text.startswith(opening) else ""
 
 
 def _difference(theirs, ours, name):

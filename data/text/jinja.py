@@ -16,7 +16,7 @@ as Python: only the kinds of nodes, methods, filters and tests that are listed h
 
 As in transformers, a newline behind a statement and blanks in front of one are dropped (trim_blocks,
 lstrip_blocks), and {% generation %} is ignored. What is set inside a loop is forgotten after each pass. A
-missing name, key or attribute is undefined: false, and written as nothing. Deviation: strftime_now is
+missing name, key or attribute is undefined. Deviation: strftime_now is
 undefined, so that no rendering depends on the day; templates with a date have one for that case.
 
 Macros, imports and filters that are not listed raise JinjaError; so does a template that runs for more than
@@ -42,10 +42,13 @@ class JinjaError(Exception):
 
 
 class Undefined:
-    """The value of what is missing."""
+    """The value of what is missing: false, empty, written as nothing."""
 
-    def __bool__(self):
-        return False
+    def __len__(self):
+        return 0
+
+    def __iter__(self):
+        return iter(())
 
     def __str__(self):
         return ""

@@ -164,11 +164,15 @@ def _add_chat_template(folder, config):
 
 
 def default_template(config):
-    """The chat template (Jinja) of a config, "" without one; of a list of named ones, "default"."""
+    """The chat template (Jinja) of a config, "" without one; of several named ones, "default". DataError."""
     template = config.get("chat_template") or ""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default", "") if isinstance(template, dict) else template
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    if not isinstance(template, str):
+        raise DataError(f"its chat_template is {template!r:.60}; it must be text, or a list of named texts")
+    return template
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
