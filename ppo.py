@@ -91,6 +91,8 @@ class Algorithm:
     ratio        "token", or "sequence": one ratio for the answer, see log_ratio
     kl           "reward": -beta k1 per token; "loss": + beta k3 per token; "none"
     mean         how a minibatch's token losses are averaged, see token_weights
+    clip_range   (cfg) -> (low, high): its loss clips a ratio to 1 - low, 1 + high, and "clipfrac" counts what
+                 lies outside; inf: not on that side. None: --cliprange and --cliprange_high
     defaults, own_flags, unused: see data/runtime/records.py; without critic or KL their flags are unused
     """
     name: str
@@ -102,6 +104,7 @@ class Algorithm:
     ratio: str = "token"
     kl: str = "reward"
     mean: str = "token"
+    clip_range: Callable = None
     defaults: dict = field(default_factory=dict)
     own_flags: tuple = ()
     unused: tuple = ()
@@ -501,8 +504,9 @@ def advantage_drgrpo(cfg, batch, scores):
 
 
 def clip_range(cfg):
-    """(low, high): a ratio is clipped to 1 - low, 1 + high."""
-    return cfg.cliprange, cfg.cliprange_high or cfg.cliprange
+    """(low, high): a ratio is clipped to 1 - low, 1 + high, by the algorithm of cfg."""
+    own = find_record(ALGORITHMS, cfg.algo).clip_range
+    return own(cfg) if own else (cfg.cliprange, cfg.cliprange_high or cfg.cliprange)
 
 
 def clipped_policy_loss(cfg, logp, batch):

@@ -880,6 +880,7 @@ NEW = (ppo.Algorithm("gspo", "one ratio per answer", ppo.advantage_grpo, ppo.cli
        ppo.Algorithm("dapo", "clip higher", ppo.advantage_grpo, ppo.clipped_policy_loss, compares_groups=True,
                      kl="none", defaults={"num_generations": 8, "cliprange_high": 0.28}),
        ppo.Algorithm("cispo", "clipped weights", ppo.advantage_grpo, cispo, compares_groups=True, kl="none",
+                     clip_range=lambda cfg: (math.inf, cfg.cliprange_high),
                      defaults={"num_generations": 4, "cliprange_high": 0.5}))
 
 
@@ -894,6 +895,24 @@ def test_a_new_algorithm_is_one_record(name, monkeypatch):
     assert log[-1]["score"] > log[0]["score"] + 0.1 and "value_loss" not in log[0]
     with pytest.raises(UserError, match="--kl_coef means nothing to --algo " + name):
         ppo.PPOConfig(algo=name, kl_coef=0.3)
+
+
+def test_the_clipped_share_is_that_of_the_algorithms_own_range(monkeypatch):
+    """A loss that clips nothing below, and above at 1.5: ratios under 0.8 are not counted as clipped."""
+    ranges = {"both": None, "above": lambda cfg: (math.inf, cfg.cliprange_high),
+              "nowhere": lambda cfg: (math.inf, math.inf)}
+    loss = lambda cfg, logp, batch: ppo.ppo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, 9, 9)
+    new = [ppo.Algorithm(name, "", ppo.advantage_grpo, loss, compares_groups=True, kl="none", clip_range=own,
+                         defaults={"num_generations": 4}) for name, own in ranges.items()]
+    monkeypatch.setattr(ppo, "ALGORITHMS", (*ppo.ALGORITHMS, *new))
+    share = {}
+    for name in ranges:                                 # equal losses, so equal ratios
+        cfg = ppo.PPOConfig(algo=name, lr=0.05, batch=16, steps=2, max_new_tokens=8, minibatches=2, cliprange=0.2,
+                            cliprange_high=0.5)
+        roles, state, _, _ = setup(cfg)
+        share[name] = [m["clipfrac"] for m in train(cfg, roles, state)][-1]
+    assert ppo.clip_range(cfg) == (math.inf, math.inf)
+    assert share["both"] > share["above"] > share["nowhere"] == 0
 
 
 def test_a_ratio_of_the_whole_answer():

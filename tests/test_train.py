@@ -201,6 +201,17 @@ def test_help_is_that_methods_manual(capsys):
     assert f"default {train.find_method('prefix_tuning').defaults['lr']}" in text
 
 
+def test_help_names_the_records_whose_defaults_it_shows(capsys):
+    for words, shown, hidden in ((["--task", "ppo"], "the RL algorithm (here ppo)", "(here grpo)"),
+                                 (["--task", "ppo", "--algo=grpo"], "the RL algorithm (here grpo)", "the RL algorithm (default")):
+        with pytest.raises(SystemExit):
+            train.main([*words, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert shown in text and hidden not in text and "the objective (here ppo)" in text
+    assert "The flags of --task ppo --method lora --algo grpo, with their defaults." in text
+    assert "0: the algorithm's own number (default 4)" in text
+
+
 def all_fields():
     """{flag: field} of every task and method, and of the records that a flag names."""
     groups = [g for task in train.TASKS for method in train.METHODS for g in groups_of(train.PROGRAM, task, method)]

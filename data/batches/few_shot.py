@@ -7,8 +7,8 @@
 The metric "shots_used" is the mean number of examples that stood in front of a question, "shots_used_max" the
 largest. While shots_used equals the number requested, two lines of the table compare numbers of shots; where
 it is smaller, they compare what the context holds. The result of a ladder is its best rung, the one with the
-highest main metric, "shots" its number; being chosen on the test items, it is a little too high. Such a ladder
-is figure 1.2 of Brown et al. 2020 (arXiv 2005.14165).
+highest main metric, "shots" its number; being chosen on the test items, it is a little too high. Such a
+ladder is figure 1.2 of Brown et al. 2020 (arXiv 2005.14165).
 
 Public: parse_shots, fit_shots, Rung, shot_ladder, best_rung, print_ladder
 """
@@ -113,10 +113,12 @@ def shot_ladder(numbers, evaluate, first):
         with Progress(f"test with {n} shots"):
             rung = evaluate(n)
         rungs.append(rung)
-        log_progress(f"--shots {n}  " + "  ".join(f"{name} {value:.4g}" for name, value in rung.metrics.items()))
-        if rung.metrics["shots_used_max"] < n:
-            log_progress(f"no question has more than {rung.metrics['shots_used_max']} examples in front of it, "
-                         "because the context or the data ends there; larger numbers of shots are skipped")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in rung.metrics.items())
+        log_progress(f"--shots {n}  {shown}")
+        most = rung.metrics["shots_used_max"]
+        if most < n:
+            log_progress(f"no question has more than {most} examples in front of it, because the context or the "
+                         "data ends there; larger numbers of shots are skipped")
             break
     return rungs
 
@@ -150,10 +152,10 @@ def print_ladder(rungs):
         print_result(f"{rung.shots:6}{''.join(cells)}{mark}".rstrip())
     short = [rung for rung in rungs if rung.metrics.get("shots_used", rung.shots) < rung.shots]
     if short:
-        print_result("shots_used is the mean number of examples that fitted in front of a question; where it is "
-                     "below shots, the context held no more.")
+        print_result("shots_used is the mean number of examples that fitted in front of a question; where it "
+                     "is below shots, the context held no more.")
     same = [str(rung.shots) for rung in rungs if rung.metrics.get("labels_used") == 1]
     if same:
-        print_result(f"With {', '.join(same)} shots every answer is the same label: this accuracy is the share of "
-                     "that label in the test items.")
+        print_result(f"With {', '.join(same)} shots every answer is the same label: this accuracy is the share "
+                     "of that label in the test items.")
     print_result()

@@ -86,7 +86,7 @@ def one_per_key(runs, text, fields, metric):
 
 
 def check_pairs(pairs, runs, a, b, metric):
-    """Raises UserError when there is no pair, when pairs mix codes, or when a pair was measured differently."""
+    """Raises UserError when there is no pair, when pairs mix codes, or one was measured differently."""
     codes = displayed_values(runs, "code")
     if not pairs:
         hint = ""
@@ -99,8 +99,8 @@ def check_pairs(pairs, runs, a, b, metric):
     for x, y in pairs:
         names = measured_differently([x, y], metric)
         if names == ["test"]:
-            raise UserError(f"{x['folder']} and {y['folder']} were measured on different test items; a paired "
-                            "difference needs the same ones")
+            raise UserError(f"{x['folder']} and {y['folder']} were measured on different test items; a "
+                            "paired difference needs the same ones")
         if names:
             raise UserError(f"{metric} means something else in {x['folder']} than in {y['folder']}, because "
                             f"{', '.join(names)} differs; name another --metric")

@@ -75,7 +75,8 @@ def draw_steps(figure, logs, fields, metric, items=""):
         raise UserError("--x step: these runs logged no steps of training; name a field instead of step")
     valid = [event for event in seen if event["event"] == "valid"]
     # of labels the training loss is a mean over tokens, that on valid one over labels
-    beside = main == "loss" and any("loss" in event and unit("loss", event) != "nats per label" for event in valid)
+    same_mean = any("loss" in event and unit("loss", event) != "nats per label" for event in valid)
+    beside = main == "loss" and same_mean
     below = any(metric in event for event in valid) and not (beside and metric == "loss")
     figure.set_size_inches(WIDTH, 4.2 if below else 2.5)
     axes = figure.subplots(2 if below else 1, 1, sharex=True, squeeze=False)[:, 0]

@@ -1,7 +1,7 @@
 """data/results/report.py: what a run prints before it starts (--dry_run), at its end, about a soft prompt.
 
-Every metric stands with its unit (data/results/metrics.py). Of a preference all answers are shown. A sample shows
-what the model was asked: the message, or with a system message or earlier turns the conversation.
+Every metric stands with its unit (data/results/metrics.py). Of a preference all answers are shown. A sample
+shows what the model was asked: the message, or with a system message or earlier turns the conversation.
 
 A soft prompt of embeddings is described by the tokens nearest to each virtual token, and by how far training
 moved it. Two cosines of the same embedding say how near is near: of a random direction with its nearest

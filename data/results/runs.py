@@ -2,14 +2,14 @@
 
 A run is a dict: "folder"; "config" {flag: value}; "result", which is result.json; the hashes of config.json.
 Only the flags of its task and method are in "config". A field that a run does not have is shown as "-".
-Three fields are no flags: `folder`, `date` (when the run finished) and `test` (below). `steps` is what the run
-took, where the flag was not given.
+Three fields are no flags: `folder`, `date` (when the run finished) and `test` (below). `steps` is what the
+run took, where the flag was not given.
 
 test set    the test items of a run: their number and a hash of their content (config.json). Runs of different
-            test sets are never compared or averaged. A run from before they were recorded stands with those of
-            equal data and equally many items
-definition  what a metric of one name means in a run, where that depends on more than the items (DEFINED_BY): a
-            loss per token and one per label are not compared, nor are scores of two reward models
+            test sets are never compared or averaged. A run from before they were recorded stands with those
+            of equal data and equally many items
+definition  what a metric of one name means in a run, where that depends on more than the items (DEFINED_BY):
+            a loss per token and one per label are not compared, nor are scores of two reward models
 group       the runs that agree in the fields of --by. The default fields are those in which the runs differ,
             without the seed and without fields that follow from earlier ones: where each method has its own
             learning rate, `method` is enough. Flags that stood on a command line come first
@@ -48,7 +48,8 @@ MISSING = "-"
 METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
 # {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
-DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta", "label_smoothing"),
+DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta",
+                       "label_smoothing"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
               "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
               "gold": ("gold_reward",)}
@@ -354,9 +355,9 @@ def measured_differently(runs, metric):
     having = [run for run in runs if metric_values([run], metric)]
     if len({test_set(run) for run in having}) > 1:
         return ["test"]
-    definitions = [definition(run, metric) for run in having]
-    names = dict.fromkeys(name for found in definitions for name in found)
-    return [name for name in names if any(found.get(name) != definitions[0].get(name) for found in definitions)]
+    found = [definition(run, metric) for run in having]
+    names = dict.fromkeys(name for one in found for name in one)
+    return [name for name in names if any(one.get(name) != found[0].get(name) for one in found)]
 
 
 def main_metric(run):

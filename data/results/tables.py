@@ -7,8 +7,7 @@ Runs that were measured on different test items stand in different tables, each 
             (bold in Markdown). None where a metric is defined differently in some rows: this is said below
 --sort      rows ordered by a column, best metric or latest date first, and the folders of each row
 --across    a matrix: the values of one field are the columns, and a cell is one number
-width       columns beyond the terminal are left out, the least important first, and named below; what
-            remains is wrapped. Markdown and matrices have all columns
+width       what a terminal has no room for is left out or wrapped (data/results/layout.py)
 left out    a folder that looks like a run and is not in the table is listed below it with the reason
 
 Public: TableFlags, show, best, table, matrix, format_size
@@ -16,13 +15,11 @@ Public: TableFlags, show, best, table, matrix, format_size
 import difflib
 import math
 import os
-import shutil
-import textwrap
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from data.results import plots
 from data.results.compare import compare
+from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
 from data.results.metrics import summary
 from data.results.runs import (MISSING, by_test_set, display_value, estimate, field_value, gather, group,
                                group_fields, known_fields, lower_is_better, main_metric, measured_differently,
@@ -42,7 +39,7 @@ class TableFlags:
                      "another metric, a field, date, folder, tokens/s ...", type=str)
     across: str = flag(None, "a matrix: a column for each value of this field, and one number a cell, the "
                        "first of --metric that its runs have", type=str)
-    metric: str = flag(None, "what to show, as exact_match,before.loss,loss; default: the metric of each task",
+    metric: str = flag(None, "what to show, as exact_match,loss,before.loss; default: the task's metric",
                        type=str)
     compare: list = flag(None, "paired difference of two groups: lora full, or rank=1 rank=8, or "
                          "method=lora,rank=1 full", type=str, nargs=2)
@@ -63,8 +60,9 @@ def show(cfg):
     if (cfg.compare or cfg.plot) and not metrics:
         raise UserError("no finished run has a metric, so there is nothing to compare or to plot")
     if cfg.plot and not cfg.by and len(by_test_set(runs)) > 1:
-        raise UserError(f"--plot would compare runs on different test items ({', '.join(by_test_set(runs))}); "
-                        "select one by --runs, or name in --by what tells them apart")
+        tests = ", ".join(by_test_set(runs))
+        raise UserError(f"--plot would compare runs on different test items ({tests}); select one by --runs, or "
+                        "name in --by what tells them apart")
     if cfg.across and runs:
         print_matrix(runs, fields, cfg)
     elif runs:
@@ -113,7 +111,7 @@ def check_metrics(runs, requested):
 
 
 def shown_metrics(runs, requested, also=None):
-    """The metrics to show, of those that runs have: --metric, or the main ones and "forgetting"; and `also`."""
+    """The metrics to show, of those there are: --metric, or the main ones and "forgetting"; and `also`."""
     names = [*dict.fromkeys(map(main_metric, runs)), "forgetting"]
     if requested:
         names = requested.split(",")
@@ -169,14 +167,6 @@ def folder_pattern(runs):
 
 
 # ---------------------------------------------------------------------------------------------- rows of cells
-
-class Column(NamedTuple):
-    """A column of a table."""
-    title: str
-    cells: list
-    rank: int = 0                                       # the highest is left out first; 0: it always stays
-    best: tuple = ()                                    # rows that get an asterisk
-
 
 def best(groups, metric):
     """The keys of the best groups, at most one: its interval overlaps no other.
@@ -300,17 +290,6 @@ def matrix(groups, fields, across, metrics=None):
 
 # --------------------------------------------------------------------------------------------------- printing
 
-def terminal_width():
-    """COLUMNS, or the width of the terminal; a file or a pipe has 200."""
-    return shutil.get_terminal_size((200, 0)).columns
-
-
-def print_wrapped(text, indent=""):
-    """A sentence, its later lines indented by one step more; no word is cut."""
-    print_result(textwrap.fill(text, max(40, terminal_width()), initial_indent=indent,
-                               subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False))
-
-
 def print_tables(runs, cfg):
     """A table for each test set, and below them what the numbers are."""
     tests = by_test_set(runs)
@@ -345,7 +324,8 @@ def print_table(runs, cfg):
     for metric in metrics:
         names = measured_differently(runs, metric)
         if names:
-            print_wrapped(f"{metric}: not the same in all rows, because {', '.join(names)} differs; no * there.")
+            print_wrapped(f"{metric}: not the same in all rows, because {', '.join(names)} differs; no * "
+                          "there.")
     print_mixed_fields(runs, groups, fields)
     return columns
 
@@ -353,80 +333,8 @@ def print_table(runs, cfg):
 def print_matrix(runs, fields, cfg):
     print_columns(matrix(group(runs, fields), fields, cfg.across, cfg.metric and cfg.metric.split(",")),
                   cfg.markdown)
-    print_wrapped("\nmean ± sd over the runs of a cell.")
+    print_result("\nmean ± sd over the runs of a cell.")
     print_mixed_fields(runs, group(runs, fields), fields)
-
-
-def print_columns(columns, markdown):
-    if markdown:
-        print_result("\n".join(markdown_lines(columns)))
-    else:
-        print_result("\n".join(aligned_lines(columns, terminal_width())))
-
-
-def markdown_lines(columns):
-    """The best cells are bold; a bar inside a cell is escaped."""
-    written = []
-    for column in columns:
-        cells = [cell.replace("|", "\\|") for cell in column.cells]
-        bold = [f"**{cell}**" if row in column.best else cell for row, cell in enumerate(cells)]
-        written.append([column.title, "---", *bold])
-    return ["| " + " | ".join(row) + " |" for row in zip(*written)]
-
-
-GAP = 2                                                 # blanks between columns
-
-
-def width_of(column):
-    return max(map(len, [column.title, *marked_cells(column)]))
-
-
-def marked_cells(column):
-    """The cells with an asterisk behind the best ones."""
-    return [cell + "*" if row in column.best else cell for row, cell in enumerate(column.cells)]
-
-
-def left_out_columns(columns, limit):
-    """The columns that have no room in `limit` characters, the least important first.
-
-    Folders take no room here, because they are wrapped; columns of rank 0 always stay.
-    """
-    total = sum(width_of(column) + GAP for column in columns if column.title != "folder") - GAP
-    dropped = []
-    for column in sorted(columns, key=lambda column: -column.rank):
-        if total <= limit or not column.rank:
-            break
-        dropped.append(column)
-        total -= width_of(column) + GAP
-    return dropped
-
-
-def aligned_lines(columns, limit):
-    """Lines of text, without `left_out_columns`; what is still too wide continues on an indented line below
-    each row."""
-    dropped = left_out_columns(columns, limit)
-    parts = [[]]
-    used = 0
-    for i, column in enumerate(columns):
-        if column in dropped:
-            continue
-        if parts[-1] and used + width_of(column) > limit:
-            parts.append([])
-            used = GAP
-        title = column.title
-        if title == "folder" and not parts[-1]:         # folders on a line of their own need no heading
-            title = ""
-        to_the_left = i == 0 or column.title == "folder"
-        width = width_of(column)
-        parts[-1].append([cell.ljust(width) if to_the_left else cell.rjust(width)
-                          for cell in (title, *marked_cells(column))])
-        used += width + GAP
-    lines = []
-    for row in range(1 + len(columns[0].cells)):
-        for number, part in enumerate(parts):
-            indent = " " * GAP if number else ""
-            lines.append((indent + (" " * GAP).join(cells[row] for cells in part)).rstrip())
-    return [line for line in lines if line]
 
 
 def print_mixed_fields(runs, groups, fields):

@@ -107,20 +107,21 @@ def parse(argv, program):
     groups = groups_of(program, task, method)
     defaults = defaults_of(task, method, argv, program)
     hidden = [name for v in chosen_variants(method, argv) for name in v.unused]
+    chosen = {"task": task.name, "method": method.name}
     for name, records in program.selectors.items():
         declared = fields_of(groups).get(name)
         if declared:
-            word = word_after(argv, name, defaults.get(name, declared.default))
-            chosen = find_record(records, word)
-            groups += getattr(chosen, "flags", ())
-            defaults = {**defaults, **getattr(chosen, "defaults", {})}
-            hidden += unused_flags(chosen, records) if hasattr(chosen, "unused") else ()
-    title = f"The flags of --task {task.name} --method {method.name}, with its defaults."
+            chosen[name] = word_after(argv, name, defaults.get(name, declared.default))
+            record = find_record(records, chosen[name])
+            groups += getattr(record, "flags", ())
+            defaults = {**defaults, **getattr(record, "defaults", {})}
+            hidden += unused_flags(record, records) if hasattr(record, "unused") else ()
+    title = f"The flags of {' '.join(f'--{name} {word}' for name, word in chosen.items())}, with their defaults."
 
     def sentence(word):
         return explain(word, groups, task, method, program)
 
-    cfg = parse_flags(argv, groups, defaults, title, sentence, hidden)
+    cfg = parse_flags(argv, groups, defaults, title, sentence, hidden, chosen)
     check_together(cfg, task, method)
     return cfg
 

@@ -163,10 +163,11 @@ def unknown_choice(name, word, known):
     return f"{name} {word} is none of {' '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def make_parser(groups, defaults, description, hidden=()):
+def make_parser(groups, defaults, description, hidden=(), chosen={}):
     """An argument parser with a section for each group; defaults are not filled in.
 
-    hidden: flags that this command refuses, which --help leaves out.
+    hidden    flags that this command refuses, which --help leaves out
+    chosen    {flag: the record it names}: all other defaults on the page are theirs
     """
     parser = Parser(allow_abbrev=False, usage="python train.py [--task T] [--method M] [flags]",
                     description=description, argument_default=argparse.SUPPRESS,
@@ -180,16 +181,23 @@ def make_parser(groups, defaults, description, hidden=()):
             title = group.__doc__.strip().split("\n")[0]
             if title not in sections:
                 sections[title] = parser.add_argument_group(title)
-            add_flag(sections[title], name, field, defaults.get(name, field.default), name in hidden)
+            default = f"(here {chosen[name]})" if name in chosen else default_text(
+                field, defaults.get(name, field.default))
+            add_flag(sections[title], name, field, default, name in hidden)
     return parser
+
+
+def default_text(field, default):
+    """What --help says of a default; nothing where there is none, and for switches."""
+    if default is None or field.metadata["type"] is bool:
+        return ""
+    words = " ".join(map(str, default)) if field.metadata["nargs"] else default
+    return f"(default {words})"
 
 
 def add_flag(section, name, field, default, hidden=False):
     meta = field.metadata
-    text = meta["help"]
-    if default is not None and meta["type"] is not bool:
-        words = " ".join(map(str, default)) if meta["nargs"] else default
-        text += f" (default {words})"
+    text = f"{meta['help']} {default}".strip()
     text = argparse.SUPPRESS if hidden else text.replace("%", "%%")
     if meta["type"] is bool:
         section.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
@@ -199,13 +207,13 @@ def add_flag(section, name, field, default, hidden=False):
                          metavar=None if choices else name.upper())
 
 
-def parse(argv, groups, defaults, description, explain, hidden=()):
+def parse(argv, groups, defaults, description, explain, hidden=(), chosen={}):
     """argv -> Config of the flags of these groups. `defaults` {flag: value} beat a field's own default.
 
-    explain(word) gives the sentence for a word that is no flag of these groups. Raises
-    UserError.
+    explain(word) gives the sentence for a word that is no flag of these groups; hidden, chosen: as make_parser
+    takes them. Raises UserError.
     """
-    parser = make_parser(groups, defaults, description, hidden)
+    parser = make_parser(groups, defaults, description, hidden, chosen)
     found, extra = parser.parse_known_args(argv)
     if extra:
         raise UserError(explain(extra[0]))
