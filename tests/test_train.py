@@ -133,7 +133,7 @@ def same(a, b):
     (["--data", "toy/preferences"], "ranked rows are for --task reward or dpo or ppo"),
     (["--task", "dpo", "--data", "toy/sentiment"], "label rows are for --task sft or classify"),
     (["--forgetting_data", "toy/spam"], "holds label rows; raw text is needed"),
-    (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "--num_virtual_tokens 170 leaves no room"),
+    (["--method", "p_tuning_v2", "--num_virtual_tokens", "170"], "num_virtual_tokens is 170; text shares the context of 160"),
 ])
 def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
