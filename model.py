@@ -760,6 +760,8 @@ def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uni
     past_length(past)
     if any(entry is not None and entry.k.size(0) != 1 for entry in past or ()):
         raise UserError("generate: past must have batch 1; it serves every row")
+    if uniforms is not None and not torch.is_tensor(uniforms):
+        raise UserError(f"generate: uniforms are a {type(uniforms).__name__}; they must be a tensor (B, T)")
     if uniforms is not None and (len(uniforms) != len(prompts) or uniforms.size(1) < max_new_tokens):
         raise UserError(f"generate: uniforms are {list(uniforms.shape)}; {len(prompts)} prompts and "
                         f"{max_new_tokens} new tokens need {[len(prompts), max_new_tokens]}")

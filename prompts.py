@@ -345,7 +345,9 @@ def sampled(n, pool):                                               # all differ
 def check_ids(ids, model):
     """UserError unless ids, if there are any, are a list of token ids of this model."""
     vocab_size = model.config.vocab_size
-    if ids is not None and not all(isinstance(i, Integral) and 0 <= i < vocab_size for i in ids):
+    known = ids is None or isinstance(ids, (list, tuple, range)) and all(
+        isinstance(i, Integral) and 0 <= i < vocab_size for i in ids)
+    if not known:
         raise UserError(f"a soft prompt cannot start from the ids {ids!r:.80}; this model's go from 0 to "
                         f"{vocab_size - 1}")
 
@@ -354,7 +356,8 @@ def check_ids(ids, model):
 def soft_start(model, n, init, ids):
     """The embeddings (P, C), fp32, that virtual tokens start from. Raises UserError for an unknown init."""
     wte = model.wte.weight.float()
-    check_ids([i for label in ids for i in label] if init == "labels" and ids else ids, model)
+    for label in ids or () if init == "labels" else [ids]:
+        check_ids(label, model)
     common = range(min(COMMON, model.config.vocab_size))
     if init == "random":
         return torch.randn(n, wte.size(1)).to(wte.device) * wte.std()
@@ -426,7 +429,7 @@ def nearest_tokens(prompt, model, k=5, start=None):
             words = block.attn.v(block.ln_1(placed))                                        # (V, nkv hs)
         words = words.float()
         scores = {"cosine": F.cosine_similarity(words, row[None]), "dot": words @ row}
-        near = {name: [(int(i), float(s[i])) for i in s.topk(k).indices] for name, s in scores.items()}
+        near = {name: [(int(i), float(s[i])) for i in s.topk(min(k, len(s))).indices] for name, s in scores.items()}
         moved = None if start is None else float((table[j] - start[j]).norm())
         nearest.append({**near, "moved": moved})
     return nearest

@@ -1074,6 +1074,7 @@ def test_impossible_sampling(bad):
     ([[1.5]], {}, "must be a list of lists"), ([["a"]], {}, "must be a list of lists"),
     ([[1]], {"eos": "x"}, "eos is 'x'; it must be a token id"), ([[1]], {"eos": [None]}, "eos is .None."),
     ([[1]], {"eos": torch.tensor([3])}, "eos is tensor"), ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens 2.5 and"),
+    ([[1]], {"uniforms": [[0.5] * 3]}, "uniforms are a list; they must be a tensor"),
     ([[1]], {"top_k": 1.5}, "top_k 1.5 must be whole numbers"), ([[1]], {"temperature": "1"}, "temperature '1' and"),
     ([[64]], {}, "a token id is not in the vocabulary")])
 def test_impossible_prompts(prompts, more, says):

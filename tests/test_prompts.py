@@ -437,6 +437,7 @@ def test_the_seed_decides_and_disturbs_nobody(cls, kw):
     (lambda m: PromptTuning(m, 3, init="text", ids=[10 ** 6]), "start from the ids .1000000."),
     (lambda m: PromptTuning(m, 3, init="text", ids=[-1]), "start from the ids .-1."),
     (lambda m: PrefixTuning(m, 3, ids="abc"), "start from the ids 'abc'"),
+    (lambda m: PromptTuning(m, 3, init="labels", ids=[1, 2]), "start from the ids 1"),
     (lambda m: PromptTuning(m, 3, init="labels", ids=[[1], [-2]]), "start from the ids"),
     (lambda m: m(ids_of(1, 28), past=PTuningV2(m, 5)(m)), "context of 32"),
     (lambda m: m(ids_of(1, 28), past=PromptTuning(m, 5)(m)), "context of 32")])
