@@ -23,7 +23,7 @@ import math
 import os
 import re
 
-from data.runtime.files import UserError
+from data.runtime.files import DataError, UserError, check_path
 
 RENAMED = {
     "n_virtual": "num_virtual_tokens", "start": "prompt_init", "start_text": "prompt_init_text",
@@ -58,22 +58,14 @@ RENAMED_VALUES = {"method": {"prompt": "prompt_tuning", "ptuning": "p_tuning", "
                   "classifier": {"words": "lm"}}
 
 
-def utf8(word):
-    """The type of a flag that is a text. A word of the command line that is not UTF-8 has lone surrogates."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{word!r} is not UTF-8") from None
-    return word
-
-
 def path_type(word):
     """The type of a flag that names a file or folder."""
-    names = utf8(word).encode().split(b"/")
-    if not word or "\0" in word:
-        raise argparse.ArgumentTypeError(f"{word!r} names no file or folder")
-    if max(map(len, names)) > 255:
-        raise argparse.ArgumentTypeError(f"{word[:40]}... has a name of more than 255 bytes, which no disk takes")
+    if not word:
+        raise argparse.ArgumentTypeError("'' names no file or folder")
+    try:
+        check_path(word)
+    except DataError as e:
+        raise argparse.ArgumentTypeError(str(e).removeprefix("the path ")) from None
     return word
 
 
@@ -203,7 +195,7 @@ def add_flag(section, name, field, default, hidden=False):
         section.add_argument("--" + name, action=argparse.BooleanOptionalAction, help=text)
         return
     choices = meta["choices"]() if callable(meta["choices"]) else meta["choices"]
-    section.add_argument("--" + name, type=utf8 if meta["type"] is str else meta["type"], choices=choices, help=text, nargs=meta["nargs"],
+    section.add_argument("--" + name, type=meta["type"], choices=choices, help=text, nargs=meta["nargs"],
                          metavar=None if choices else name.upper())
 
 
