@@ -778,7 +778,7 @@ DAMAGED = {                                             # file: (content, what t
                     ('{"metrics": {"loss": "low"}}', "an object of numbers"), ('{"metrics": {"loss": true}}', "numbers"),
                     ('{"metrics": {"loss": 1%s}}' % ("0" * 400), "an object of numbers"),
                     ('{"metrics": {}, "samples": [["a"]]}', "a list of objects of strings"),
-                    ('{"metrics": {}, "item_correct": 101}', '"item_correct" is 101, and a string belongs there')),
+                    ('{"metrics": {}, "item_correct": 101}', '"item_correct" is 101, and a string of 0 and 1 belongs there')),
     "failed.json": (("3", "holds 3"), ("{}", 'has no "reason"'), ('{"reason": null}', '"reason" is null'))}
 READERS = {"config.json": read_run_config, "result.json": read_result, "failed.json": failure_reason}
 

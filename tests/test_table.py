@@ -128,7 +128,7 @@ def test_an_interrupted_run_names_the_step_it_goes_on_from(tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     (name, text) for name in ("config.json", "result.json")
-    for text in ("", "[]", "null", "3", '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
+    for text in ("", "[]", "null", "3", '{"metrics": {}, "item_correct": "12"}', '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
                  '{"config": {"seed": {}}}', '{"config": {}, "test_items": "x"}')])
 def test_a_damaged_run_stands_below_the_others_with_its_reason(name, text, tmp_path, capsys):
     seeds(tmp_path, "a", [0.5, 0.7])
@@ -137,6 +137,13 @@ def test_a_damaged_run_stands_below_the_others_with_its_reason(name, text, tmp_p
     out = shown(tmp_path, capsys, "--sort", "best")
     table_part, reason = out.split("Not in the table, 1:\n")
     assert "0.600" in table_part and "0.900" not in table_part and f"bad/{name}" in reason
+
+
+def test_runs_without_a_metric_have_a_table_too(tmp_path, capsys):
+    make(tmp_path / "a", {}, flags=["--rank", 2])
+    make(tmp_path / "b", {})
+    for flags in ((), ("--sort", "best"), ("--markdown",), ("--across", "rank")):
+        assert "4.0 kB" in shown(tmp_path, capsys, *flags) or flags[0] == "--across"
 
 
 def test_odd_flag_values_are_values_like_others(tmp_path, capsys):

@@ -278,7 +278,7 @@ def matrix(groups, fields, across, metrics=None):
     lines = {}
     for key, runs in groups.items():
         candidates = metrics or [main_metric(runs[0])]
-        name = next((name for name in candidates if metric_values(runs, name)), None)
+        name = next((name for name in candidates if name and metric_values(runs, name)), None)
         cell = format_estimate(estimate(runs, name))[0] if name else MISSING
         lines.setdefault((*key[:i], *key[i + 1:]), {})[key[i]] = cell
     others = [name for name in fields if name != across]

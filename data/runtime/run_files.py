@@ -61,6 +61,7 @@ def is_hash(x):
 
 KINDS = {                                           # what an error calls it: its check
     "a string": is_text,
+    "a string of 0 and 1": lambda x: is_text(x) and set(x) <= set("01"),
     "a string or null": lambda x: x is None or is_text(x),
     "a number": is_number,
     "a finite number": is_finite,
@@ -90,7 +91,8 @@ RESULT = {
     "params_total": "a number", "params_trainable": "a number", "adapter_bytes": "a number",
     "model_bytes": "a number", "out": "a string",
     "steps": "a number", "tokens": "a number", "seconds": "a number", "skipped": "a number",
-    "tokens_per_second": "a number", "samples": "a list of objects of strings", "item_correct": "a string",
+    "tokens_per_second": "a number", "samples": "a list of objects of strings",
+    "item_correct": "a string of 0 and 1",
     "next_command": "a string or null", "virtual_tokens": "a list of strings", "code": "a string",
     "kept": "a list of strings"}
 EVENT = {"event": "a string", "step": "a number"}
