@@ -1052,7 +1052,7 @@ def prepare_examples(ctx, cfg, feed, total, examples):
     used = feed.used(total)
     for i, example in zip(used, prepare(ctx, cfg, [feed.examples[i] for i in used])):
         feed.examples[i] = example
-    for split in ("valid", "test") if forecast.valid_evaluations(cfg, total) else ("test",):
+    for split in ("valid", "test"):
         examples[split] = prepare(ctx, cfg, examples[split])
 
 
