@@ -254,3 +254,9 @@ def test_json(tmp_path):
 
 def test_exit_codes():
     assert UserError.code == 2 and DataError.code == 65 and issubclass(DataError, UserError)
+
+
+def test_a_message_is_one_printable_line_of_bounded_length():
+    assert str(UserError("--data a\nb\x1b[31m\0 does not exist")) == "--data a\\nb\\x1b[31m\\x00 does not exist"
+    long = str(UserError("x" * 5000 + " is not a flag; see --help"))
+    assert len(long) < 1000 and long.startswith("xxx") and long.endswith("is not a flag; see --help")

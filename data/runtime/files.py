@@ -28,6 +28,12 @@ class UserError(ValueError):
     """A mistake of the user, in one sentence; the command prints it, no traceback, and exits with `code`."""
     code = 2
 
+    def __str__(self):
+        """On one line, without control characters; of a very long message the middle is cut."""
+        text = super().__str__()
+        text = text if len(text) <= 900 else f"{text[:600]} ... {text[-300:]}"
+        return printable(text, len(text))
+
 
 class DataError(UserError):
     """Bad or missing data, model or adapter files."""

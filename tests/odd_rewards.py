@@ -1,0 +1,76 @@
+"""tests/odd_rewards.py: functions that a user might give as --reward, most of them broken (tests/torture.py)."""
+import math
+import sys
+
+
+def deep(prompt, answer):
+    return deep(prompt, answer)
+
+
+def none(prompt, answer):
+    pass
+
+
+def one(prompt):
+    return 1.0
+
+
+def three(prompt, answer, reference):
+    return 1.0
+
+
+def text(prompt, answer):
+    return "good"
+
+
+def nan(prompt, answer):
+    return math.nan
+
+
+def infinite(prompt, answer):
+    return -math.inf
+
+
+def huge(prompt, answer):
+    return 10 ** 400
+
+
+def many(prompt, answer):
+    return [1.0, 2.0]
+
+
+def truth(prompt, answer):
+    return len(answer) % 2 == 0
+
+
+def raises(prompt, answer):
+    raise RuntimeError("line one\nline two \x1b[31m" + 1000 * "x")
+
+
+def bare(prompt, answer):
+    raise Exception
+
+
+def leaves(prompt, answer):
+    sys.exit(3)
+
+
+def prints(prompt, answer):
+    print("x" * 10000)
+    return 1.0
+
+
+def several(prompt, answer):
+    raise ExceptionGroup("several", [ValueError("a")])
+
+
+def length(prompt, answer):
+    return float(len(answer))
+
+
+class Score:
+    def __init__(self, prompt, answer):
+        pass
+
+
+number = 3.0
