@@ -36,6 +36,7 @@ glm_position_ids, prompt_view
 import functools
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import NamedTuple
@@ -746,7 +747,7 @@ def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uni
         raise UserError(f"generate: prompts are a {type(prompts).__name__}; they must be a list of lists of "
                         "token ids, as tensor.tolist() gives of ids (B, T)")
     ends = () if eos is None else [eos] if is_integer(eos) else eos
-    if not isinstance(ends, (list, tuple, set, frozenset)) or not all(map(is_integer, ends)):
+    if not isinstance(ends, Collection) or not all(map(is_integer, ends)):
         raise UserError(f"generate: eos is {eos!r:.80}; it must be a token id, or a collection of them")
     if not is_integer(max_new_tokens) or not is_integer(1 if top_k is None else top_k):
         raise UserError(f"generate: max_new_tokens {max_new_tokens!r} and top_k {top_k!r} must be whole numbers")

@@ -7,14 +7,13 @@
 Public: find, weights_folder, base_of, folders, root_model, settings, read_head, portable, hash_folder
 """
 import hashlib
-import os
 import pathlib
 
 from data.checkpoints.hf import read_config
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import read_tensors
 from data.runtime import cache
-from data.runtime.files import DataError
+from data.runtime.files import DataError, check_path
 from data.runtime.run_files import read_object
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -29,11 +28,12 @@ def find(name, beside=None):
 
     Raises DataError when there is none.
     """
+    check_path(name)
     candidates = [pathlib.Path(name), ROOT / name]
     if beside:
         candidates.append(beside / name)
     for path in candidates:
-        if os.path.isdir(path):                         # pathlib's is_dir raises for a name that cannot be
+        if path.is_dir():
             return path
     cached = cache.find_model(str(name))
     if cached:
