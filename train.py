@@ -72,7 +72,7 @@ from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
-from data.runtime.files import DataError, UserError, read_json, write_atomic, write_json
+from data.runtime.files import DataError, UserError, atomic_folder, read_json, write_atomic, write_json
 from data.runtime.flags import Config, Parser, default_out, fields_of, flag, parse_layers, path_type
 from data.runtime.progress import Progress
 from data.runtime.records import find_record
@@ -510,7 +510,7 @@ def save_text_files(folder, init, tokenizer, stored):
     """
     base = None if init == "new" else root_model(init)
     end = None
-    has_prompts = "task" in stored and (base is None or TextFlags in find_task(stored["task"]).flags)
+    has_prompts = {"task", "template"} <= stored.keys() and (base is None or TextFlags in find_task(stored["task"]).flags)
     if has_prompts and chat.fits(stored["template"], tokenizer):
         end = chat.end_token(stored["template"], tokenizer)
         tokenizer = chat.export(stored["template"], tokenizer, stored.get("system"))
@@ -1902,15 +1902,16 @@ def run_merge(cfg):
                        f"{difference:.2g}, so the variant's merged() is not its forward(); nothing was "
                        "written")
     stored = settings(cfg.init)
-    plain.save_pretrained(cfg.out)
-    save_text_files(cfg.out, cfg.init, tokenizer, stored)
     made_by = task_of(stored)
     named = {"task": made_by.name} if made_by else {}
-    write_json(os.path.join(cfg.out, "run.json"),
-               {**{name: stored[name] for name in (*TRAINING_FACTS, *TEXT_SETTINGS) if name in stored}, **named})
+    facts = {name: stored[name] for name in (*TRAINING_FACTS, *TEXT_SETTINGS) if name in stored}
     head = read_head(cfg.init)
-    if head:
-        write_tensors(os.path.join(cfg.out, "head.safetensors"), {f"score.{n}": t for n, t in head.items()})
+    with atomic_folder(cfg.out) as folder:              # else a killed merge is in the way of the next one
+        plain.save_pretrained(folder)
+        save_text_files(folder, cfg.init, tokenizer, stored)
+        write_json(folder / "run.json", {**facts, **named})
+        if head:
+            write_tensors(folder / "head.safetensors", {f"score.{n}": t for n, t in head.items()})
     print_result(f"largest logit difference after merging: {difference:.2g}")
     use = "eval" if head else "chat"
     print_result(shlex.join(["python", "train.py", "--task", use, "--init", cfg.out]))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data.checkpoints.safetensors import read_tensors, write_tensors
-from data.runtime.files import DataError, UserError, atomic, read_json, write_atomic, write_json
+from data.runtime.files import (DataError, UserError, WriteError, atomic, atomic_folder, cannot_write, read_json,
+                                remove_abandoned, write_atomic, write_json)
 
 SAMPLE = {"b": torch.tensor([1.5, -2.0]).bfloat16(), "a": torch.arange(6.).reshape(2, 3),
           "i": torch.tensor([1, -1]), "d": torch.tensor(0.5, dtype=torch.float64),
@@ -260,3 +261,40 @@ def test_a_message_is_one_printable_line_of_bounded_length():
     assert str(UserError("--data a\nb\x1b[31m\0 does not exist")) == "--data a\\nb\\x1b[31m\\x00 does not exist"
     long = str(UserError("x" * 5000 + " is not a flag; see --help"))
     assert len(long) < 1000 and long.startswith("xxx") and long.endswith("is not a flag; see --help")
+
+
+# ----------------------------------------------------------------------------------------- writers that were killed
+
+def test_the_next_writer_of_a_file_deletes_what_a_killed_one_left(tmp_path):
+    """Not the temporary file of a writer that lives, nor of another file."""
+    (tmp_path / ".x.json.77.tmp").write_text("{")
+    (tmp_path / ".y.json.77.tmp").write_text("{")
+    with atomic(tmp_path / "x.json") as f:
+        assert not (tmp_path / ".x.json.77.tmp").exists() and (tmp_path / ".y.json.77.tmp").exists()
+        remove_abandoned(tmp_path)
+        f.write(b"1")
+    assert sorted(os.listdir(tmp_path)) == ["x.json"] and read_json(tmp_path / "x.json") == 1
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    for left in (".new.5.tmp", ".other.5.tmp"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half").write_text("")
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "new") as folder:
+        write_json(folder / "a.json", 1)
+        raise KeyError
+    assert sorted(os.listdir(tmp_path)) == [".other.5.tmp"]
+    (tmp_path / "new").mkdir()                                              # an empty one is as good as none
+    with atomic_folder(tmp_path / "new") as folder:
+        write_json(folder / "a.json", 1)
+        assert os.listdir(tmp_path / "new") == []
+    assert os.listdir(tmp_path / "new") == ["a.json"] and len(os.listdir(tmp_path)) == 2
+    with pytest.raises(WriteError, match="new cannot be written .Directory not empty.$"), atomic_folder(tmp_path / "new"):
+        pass
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_only_a_full_disk_is_told_to_free_space():
+    for number, asks in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, False), (errno.EIO, False)):
+        error = cannot_write("x", OSError(number, os.strerror(number)))
+        assert error.code == 74 and ("free some space" in str(error)) == asks and os.strerror(number) in str(error)

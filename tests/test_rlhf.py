@@ -14,6 +14,7 @@ import train
 from data.text import chat, formats
 from data.batches.examples import Text, size, targets
 from data.checkpoints.safetensors import read_tensors
+from data.runtime import run_folder
 from data.runtime.files import read_json
 from data.text.tokenizer import Tokenizer
 from test_train import same, weights, world  # noqa: F401
@@ -310,6 +311,21 @@ def test_a_text_cut_short_is_no_row_to_imitate(town, tmp_path, monkeypatch, caps
        "--num_generations", "4", "--max_new_tokens", "4", "--best_n", "4")
     rows = [json.loads(line) for line in (tmp_path / "t" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 32 * 2
+
+
+def test_samples_that_were_cut_at_the_end_log_test_once(town, tmp_path, monkeypatch):
+    words = ["--task", "sample", "--data", town / "prompts", "--reward", "judges:letters", "--num_generations", "2",
+             "--max_new_tokens", "2", "--eval_items", "2"]
+
+    def killed(run, result):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.Run, "finish", killed)
+        go(town, tmp_path / "s", *words)
+    assert len(events(tmp_path / "s", "test")) == 1
+    go(town, tmp_path / "s", *words)
+    assert len(events(tmp_path / "s", "test")) == 1
 
 
 def test_sample_answers_every_valid_prompt(town, tmp_path):

@@ -1,11 +1,13 @@
 """The run folder: identity, moving aside, --keep, locks, signals, saves. No model, no training: Run alone."""
 import builtins
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
@@ -627,6 +629,49 @@ def test_a_flipped_bit_in_a_save_never_becomes_other_numbers(folder, capsys):
     assert used.count(2) > 20 and "state.pt is damaged" in capsys.readouterr().err
 
 
+def test_a_finished_run_on_a_read_only_disk_is_its_result(folder, monkeypatch, capsys):
+    """Also where its line of results.jsonl is missing, or where that file cannot be read."""
+    result, _, _ = complete(folder)
+    (folder.parent / "results.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        assert Run(folder, FLAGS).finished(SAME) == result
+        assert not (folder.parent / "results.jsonl").exists()
+    (folder.parent / "results.jsonl").mkdir()
+    assert Run(folder, FLAGS).finished(SAME) == result
+    (folder.parent / "results.jsonl").rmdir()
+    (folder.parent / "results.jsonl").write_bytes(b"\xff\n{torn")
+    assert complete(folder)[1] and complete(folder)[1]
+    lines = (folder.parent / "results.jsonl").read_bytes().splitlines()
+    assert lines[:2] == [b"\xff", b"{torn"] and [json.loads(line)["status"] for line in lines[2:]] == ["done"]
+
+
+def test_a_folder_where_a_file_should_be_is_one_sentence(folder):
+    for name in ("log.jsonl", "state.pt"):
+        begin(folder, fresh=True)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        if name == "log.jsonl":
+            with pytest.raises(DataError, match="log.jsonl cannot be read .Is a directory."):
+                complete(folder)
+        with pytest.raises(WriteError, match=f"{name} cannot be removed .Is a directory.; use another --out"):
+            complete(folder, fresh=True)
+        (folder / name).rmdir()
+
+
+def test_a_missing_log_is_said(folder, capsys):
+    begin(folder)
+    (folder / "log.jsonl").unlink()
+    complete(folder)
+    assert f"{folder / 'log.jsonl'} is missing; the new one begins at step 2\n" in capsys.readouterr().err
+    begin(folder, fresh=True)
+    with open(folder / "log.jsonl", "ab") as f:
+        f.write(b'{"event": "train", "a": {"b": 1}\n\xff\n{"event": "train"}\n')
+    complete(folder)
+    assert "log.jsonl: 3 of 6 lines cannot be read and are left out\n" in capsys.readouterr().err
+    assert [e["event"] for e in read_events(folder)[0]] == ["train", "train", "save", "train", "save"]
+
+
 def test_a_damaged_save_falls_back_to_the_one_before_or_starts_over(folder, capsys):
     run = begin(folder)
     run.save({"step": 3}, step=3)
@@ -840,6 +885,57 @@ def test_signals_are_deferred_and_let_through():
                     os.kill(os.getpid(), signal.SIGINT)
                 done.append("all of the block")
         assert done and deferring.pending == signal.SIGINT
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGHUP; a shell script ignores SIGINT in its background jobs."""
+    deferring = run_folder.DeferSignals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferring.installed():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) == deferring.handler
+        assert deferring.pending is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_interrupts_and_its_last_words_are_no_error(folder):
+    """The terminal sends SIGHUP, perhaps twice, and then cannot be written."""
+    child, terminal = pty.fork()
+    if not child:
+        code = 1
+        try:
+            with defer_signals.installed():
+                try:
+                    with Run(folder, FLAGS).opened(SAME):
+                        begin(folder.parent / "ready")
+                        time.sleep(60)
+                except Interrupted as e:
+                    signal.raise_signal(signal.SIGHUP)
+                    run_folder.log_progress("interrupted")
+                    run_folder.print_result("interrupted")
+                    os.write(2, b"a bar")
+                    (folder.parent / "said").write_text(str(e))
+                    code = 75
+        finally:
+            os._exit(code)
+    while not (folder.parent / "ready" / "state.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert (folder.parent / "said").read_text() == "nothing was saved yet, so the same command starts again"
+
+
+def test_stdout_on_a_full_disk_is_code_74(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(WriteError, match="stdout cannot be written .No space left on device.; free some space"):
+            run_folder.print_result("x" * 10)
+        run_folder.print_result("the rest goes nowhere")
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_a_signal_while_the_run_is_moved_waits_for_the_end(folder, monkeypatch):

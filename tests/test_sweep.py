@@ -92,12 +92,15 @@ def test_a_run_that_failed_is_in_the_table_and_is_tried_again(tmp_path, monkeypa
     world = tiny.world(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert train.main(flags(world, 1)) == 0
-    (world / "chat" / "train.jsonl").rename(world / "away")
-    assert train.main(flags(world, 2)) == 65
+    tiny.stopped(monkeypatch, 3, lambda: train.main(flags(world, 2)))
     capsys.readouterr()
     assert train.main(["--task", "table"]) == 0
     out = capsys.readouterr().out
     assert "Not in the table, 1:" in out and "failed: " in out and "lora" in out
+    (world / "chat" / "train.jsonl").rename(world / "away")
+    for rank in (2, 4):                                     # of the run that has not begun nothing is left
+        assert train.main(flags(world, rank)) == 65
+    assert len(list((tmp_path / "out").glob("*-s1"))) == 2
     (world / "away").rename(world / "chat" / "train.jsonl")
     assert train.main(flags(world, 2)) == 0
     capsys.readouterr()
