@@ -510,7 +510,9 @@ def save_text_files(folder, init, tokenizer, stored):
     """
     base = None if init == "new" else root_model(init)
     end = None
-    has_prompts = {"task", "template"} <= stored.keys() and (base is None or TextFlags in find_task(stored["task"]).flags)
+    has_prompts = {"task", "template"} <= stored.keys()
+    if base is not None and has_prompts:
+        has_prompts = TextFlags in find_task(stored["task"]).flags
     if has_prompts and chat.fits(stored["template"], tokenizer):
         end = chat.end_token(stored["template"], tokenizer)
         tokenizer = chat.export(stored["template"], tokenizer, stored.get("system"))
