@@ -1,6 +1,6 @@
 r"""data/text/chat.py: conversations -> token ids and loss mask, for training, scoring and generation.
 
-    chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen2, SmolLM2, Hermes
+    chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen2, SmolLM2
     qwen3    chatml, and <think> \n\n </think> \n\n before the last answer                Qwen3
     llama3   <|begin_of_text|> <|start_header_id|>ROLE<|end_header_id|> \n\n CONTENT <|eot_id|>
     alpaca   a preamble, then "### Instruction:" and "### Response:" as plain text        any base model
@@ -55,8 +55,8 @@ class ChatTemplate:
     """One way to write conversations. A message is before(...), its content(...), and its ending."""
     selected_by = "template"
     name: str                       # the value of --template
-    tokens: tuple                   # special tokens that the tokenizer must have, the one that ends an answer last
-    before: Callable                # (role, previous role or None, is last) -> texts and tokens before a content
+    tokens: tuple                   # the special tokens it needs, the one that ends an answer last
+    before: Callable                # (role, previous role or None, is last) -> texts and tokens
     content: Callable               # (text, role, is last) -> the text that is encoded
     jinja: str                      # the same for transformers; knows start, system, prefix, separator, end
     start: str = None               # the token that stands first
@@ -121,8 +121,7 @@ def _plain_content(text, role, last):
     return " " + text if role == "assistant" and not text[:1].isspace() else text
 
 
-# The templates for transformers, without the assignments of a Style that `export` puts in front. loop.last and
-# messages mean what `last` means above. A first system message is inserted where there is none.
+# The templates for transformers. `export` puts the assignments of a Style in front: start, end, system, ...
 FIRST_LINES = """\
 {%- if (system or prefix) and (not messages or messages[0]['role'] != 'system') %}
     {%- set messages = [{'role': 'system', 'content': system}] + messages %}
@@ -225,8 +224,8 @@ def note(template, tokenizer):
     difference = _style(_fitting(template, tokenizer), tokenizer)[1]
     if not difference:
         return ""
-    return (f"the model's own chat template is not --template {template}: {difference}; --template {template} "
-            "accepts that, another --template or --system changes it")
+    return (f"the model's own chat template is not --template {template}: {difference}; "
+            f"--template {template} accepts that, another --template or --system changes it")
 
 
 def _missing(record, tokenizer):
@@ -281,7 +280,7 @@ PROBES = (                                              # (conversation, whether
 
 @functools.lru_cache
 def _read_style(record, source, bos, eos):
-    """(Style, difference) of a template under a chat_template (Jinja, or ""), and the texts of BOS and EOS."""
+    """(Style, difference) of a template under a chat_template (Jinja, or ""). bos, eos: texts, or ""."""
     # SmolLM2 names it so; it starts a turn, not a document
     if bos == "<|im_start|>" and not record.own_start:
         bos = ""
@@ -354,6 +353,11 @@ class Piece(NamedTuple):
                                     # not joined with the text before it
 
 
+def _opening(record, role, previous, last):
+    """What stands before a content, as Pieces."""
+    return [Piece(text, text in record.tokens, None) for text in record.before(role, previous, last)]
+
+
 def _pieces(messages, record, style, open_answer):
     """A conversation as Pieces. open_answer: end with the opening of one more assistant message."""
     pieces = [Piece(style.start, True, None)] if style.start else []
@@ -365,7 +369,7 @@ def _pieces(messages, record, style, open_answer):
         role = message["role"]
         last = i + 1 == len(messages) and not open_answer
         target = bool(message.get("weight", 1)) if role == "assistant" else None
-        pieces += [Piece(text, text in record.tokens, None) for text in record.before(role, previous, last)]
+        pieces += _opening(record, role, previous, last)
         prefix = style.prefix if role == "system" and previous is None else ""
         pieces.append(Piece(prefix + record.content(message["content"], role, last), False, target))
         if role == "assistant" or not record.document:
@@ -373,7 +377,7 @@ def _pieces(messages, record, style, open_answer):
             pieces.append(Piece(style.separator, False, None))
         previous = role
     if open_answer:
-        pieces += [Piece(text, text in record.tokens, None) for text in record.before("assistant", previous, True)]
+        pieces += _opening(record, "assistant", previous, True)
     return pieces
 
 
@@ -393,7 +397,10 @@ def _encode(messages, template, tokenizer, system, open_answer):
     # Neighbouring texts are encoded as one string; an answer is never joined with what is around it.
     for (is_token, target), run in itertools.groupby(pieces, lambda piece: (piece.token, piece.target)):
         texts = [piece.text for piece in run]
-        new_ids = [tokenizer.special[text] for text in texts] if is_token else tokenizer.encode("".join(texts))
+        if is_token:
+            new_ids = [tokenizer.special[text] for text in texts]
+        else:
+            new_ids = tokenizer.encode("".join(texts))
         ids += new_ids
         mask += [bool(target)] * len(new_ids)
     return ids, mask

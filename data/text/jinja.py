@@ -7,11 +7,11 @@ statement a line, and Python's parser (ast) reads it; then the tree is walked. N
 as Python: only the kinds of nodes, methods, filters and tests that are listed here exist.
 
     Jinja                                            Python
-    text   {{ x }}                                   "text"   x            each an expression statement: output
+    text   {{ x }}                                   "text"   x            statements that write
     {% if c %} {% elif d %} {% else %} {% endif %}   if c:   elif d:   else:
     {% for x in y %} {% endfor %}                    for x in y:
     {% set x = y %}                                  x = y
-    x | trim                                         x @ trim             binds more tightly than +, as filters do
+    x | trim                                         x @ trim             binds more tightly than +
     a ~ b                                            a + b
 
 As in transformers, a newline behind a statement and blanks in front of one are dropped (trim_blocks,

@@ -51,7 +51,7 @@ def tokenizer_json(vocab, merges, added_tokens, pre_tokenizer, normalizer):
 
 
 def added_token(token, i, special=True):
-    """The entry of added_tokens for a token with id i; as in transformers, a word is found in normalised text."""
+    """The entry of added_tokens for a token with id i. As in transformers, words stand in normalised text."""
     return {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": not special, "special": special}
 
@@ -184,12 +184,12 @@ def with_template(spec, config, chat_template, start):
     config = config | {"chat_template": chat_template}
     if not start:
         return spec, config
-    token, text = ({"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
+    single = [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": start, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     i = next(token["id"] for token in spec["added_tokens"] if token["content"] == start)
-    first = {"type": "TemplateProcessing", "single": [token, text], "pair": [token, text, *second],
+    first = {"type": "TemplateProcessing", "single": single, "pair": single + second,
              "special_tokens": {start: {"id": start, "ids": [i], "tokens": [start]}}}
-    config = {key: value for key, value in config.items() if key != "add_bos_token"}    # it would replace this
+    config.pop("add_bos_token", None)                   # with it transformers would make a rule of its own
     if config.get("bos_token") is None:
         config["bos_token"] = start
     return spec | {"post_processor": first}, config
