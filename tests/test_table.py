@@ -128,7 +128,8 @@ def test_an_interrupted_run_names_the_step_it_goes_on_from(tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     (name, text) for name in ("config.json", "result.json")
-    for text in ("", "[]", "null", "3", '{"metrics": {}, "item_correct": "12"}', '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
+    for text in ("", "[]", "null", "3", '{"metrics": {}, "item_correct": "12"}', '{"metrics": {}, "steps": "nan"}',
+                 '{"metrics": {}, "peak_memory_mb": NaN}', '{"config": {}, "test_items": "inf"}', '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
                  '{"config": {"seed": {}}}', '{"config": {}, "test_items": "x"}')])
 def test_a_damaged_run_stands_below_the_others_with_its_reason(name, text, tmp_path, capsys):
     seeds(tmp_path, "a", [0.5, 0.7])
