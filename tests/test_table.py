@@ -147,6 +147,12 @@ def test_runs_without_a_metric_have_a_table_too(tmp_path, capsys):
         assert "4.0 kB" in shown(tmp_path, capsys, *flags) or flags[0] == "--across"
 
 
+def test_the_sizes_of_large_models_are_read(tmp_path, capsys):
+    make(tmp_path / "a", {"loss": 1}, model_bytes=15 * 10 ** 9, adapter_bytes=0, params_trainable=7 * 10 ** 9,
+         tokens=10 ** 12)
+    assert "7,000,000,000" in shown(tmp_path, capsys)
+
+
 def test_odd_flag_values_are_values_like_others(tmp_path, capsys):
     seeds(tmp_path, "a", [0.5, 0.7])
     stored = read_json(tmp_path / "a-s1" / "config.json")
