@@ -128,7 +128,8 @@ def test_an_interrupted_run_names_the_step_it_goes_on_from(tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     (name, text) for name in ("config.json", "result.json")
-    for text in ("", "[]", "null", "3", '{"metrics": {}, "item_correct": "12"}', '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
+    for text in ("", "[]", "null", "3", '{"metrics": {}, "item_correct": "12"}', '{"metrics": {}, "steps": "nan"}',
+                 '{"metrics": {}, "peak_memory_mb": NaN}', '{"config": {}, "test_items": "inf"}', '{"config": []}', '{"metrics": {"loss": [1]}}', '{"metrics": 7}',
                  '{"config": {"seed": {}}}', '{"config": {}, "test_items": "x"}')])
 def test_a_damaged_run_stands_below_the_others_with_its_reason(name, text, tmp_path, capsys):
     seeds(tmp_path, "a", [0.5, 0.7])
@@ -144,6 +145,12 @@ def test_runs_without_a_metric_have_a_table_too(tmp_path, capsys):
     make(tmp_path / "b", {})
     for flags in ((), ("--sort", "best"), ("--markdown",), ("--across", "rank")):
         assert "4.0 kB" in shown(tmp_path, capsys, *flags) or flags[0] == "--across"
+
+
+def test_the_sizes_of_large_models_are_read(tmp_path, capsys):
+    make(tmp_path / "a", {"loss": 1}, model_bytes=15 * 10 ** 9, adapter_bytes=0, params_trainable=7 * 10 ** 9,
+         tokens=10 ** 12)
+    assert "7,000,000,000" in shown(tmp_path, capsys)
 
 
 def test_odd_flag_values_are_values_like_others(tmp_path, capsys):

@@ -64,7 +64,9 @@ KINDS = {                                           # what an error calls it: it
     "a string of 0 and 1": lambda x: is_text(x) and set(x) <= set("01"),
     "a string or null": lambda x: x is None or is_text(x),
     "a number": is_number,
+    "an integer": lambda x: is_number(x) and isinstance(x, int),
     "a finite number": is_finite,
+    "a finite number or null": lambda x: x is None or is_finite(x),
     "a number from 0 to 1": lambda x: is_finite(x) and 0 <= x <= 1,
     "a whole number": is_count,
     "a whole number or a list of them": lambda x: is_count(x) or is_list_of(is_count)(x),
@@ -83,19 +85,19 @@ KINDS = {                                           # what an error calls it: it
 CONFIG = {
     "config": "an object of strings, numbers and lists", "argv": "a list of strings", "id": "a string",
     "code": "a string", "code_hashes": "an object of hashes", "kept": "a list of strings",
-    "test_items": "a number", "test_sha256": "a string", "data_sha256": "a string", "base_sha256": "a string", "reward": "a hash or an object of hashes",
+    "test_items": "an integer", "test_sha256": "a string", "data_sha256": "a string",
+    "base_sha256": "a string", "reward": "a hash or an object of hashes",
     "gold_reward": "a hash or an object of hashes", "inputs": "an object of hashes or of objects of hashes"}
 SELECTORS = {"task": "a string", "method": "a string"}          # of the flags in "config"
 RESULT = {
     "status": "a string", "task": "a string", "method": "a string", "init": "a string", "data": "a string",
-    "seed": "a number", "metrics": "an object of numbers", "baseline_metrics": "an object of numbers",
-    "params_total": "a number", "params_trainable": "a number", "adapter_bytes": "a number",
-    "model_bytes": "a number", "out": "a string",
-    "steps": "a number", "tokens": "a number", "seconds": "a number", "skipped": "a number",
-    "tokens_per_second": "a number", "samples": "a list of objects of strings",
-    "item_correct": "a string of 0 and 1",
-    "next_command": "a string or null", "virtual_tokens": "a list of strings", "code": "a string",
-    "kept": "a list of strings"}
+    "seed": "an integer", "metrics": "an object of numbers", "baseline_metrics": "an object of numbers",
+    "params_total": "an integer", "params_trainable": "an integer", "adapter_bytes": "an integer",
+    "model_bytes": "an integer", "out": "a string", "steps": "an integer", "tokens": "an integer",
+    "seconds": "a finite number", "skipped": "an integer", "tokens_per_second": "a finite number",
+    "peak_memory_mb": "a finite number or null", "samples": "a list of objects of strings",
+    "item_correct": "a string of 0 and 1", "next_command": "a string or null",
+    "virtual_tokens": "a list of strings", "code": "a string", "kept": "a list of strings"}
 EVENT = {"event": "a string", "step": "a number"}
 FAILURE = {"reason": "a string"}
 
