@@ -229,8 +229,8 @@ def seconds_per_item(part, work, budget):
         is_first = count == 0
         count = len(sample)
         before = seconds
-        next_one = 3 * seconds if is_first else spent + seconds + 3 * count * one_more
-        if count == len(items) or next_one > budget:
+        needed = 3 * seconds if is_first else spent + seconds + 3 * count * one_more
+        if count == len(items) or needed > budget:
             break
         n *= 4
     mean = seconds / count
