@@ -231,7 +231,9 @@ class Clock:
 
 @pytest.mark.parametrize("items, fixed, each, budget, low, high, seconds", [
     (300, 0.0, 1.0, 100, 1.0, 1.0, 85),                 # 1, 4, 16 and 64 items
-    (300, 8.0, 0.5, 100, 0.5, 0.5 + 8 / 64, 74.5),      # a larger batch costs less for each item
+    (300, 8.0, 0.5, 100, 0.5, (40 + 236 * 0.5) / 300, 74.5),    # a larger batch costs less for each item
+    (300, 8.0, 0.0, 40, 8 / 300, (8 + 44 * 8 / 256 / 2) / 300, 40),     # 256 cost no more than one
+    (300, 0.0, 3.0, 10, 3.0, 3.0, 15),                  # two measurements, unless the first is long
     (300, 0.0, 60.0, 10, 30.0, 60.0, 60),               # one item already takes long
     (3, 0.0, 1.0, 100, 1.0, 1.0, 4),                    # all there are
     (16, 4.0, 1.0, 100, 1.25, 1.25, 33)])

@@ -6,8 +6,8 @@
                  for each of a few items, spread over all of them, x items
 
 A number is a range (low, high), in seconds. Training: 2 standard errors around the mean of the micro-batches,
-at least 10 %. Parts: between what one more item took, in a larger batch, and the mean; of a single
-measurement, half. Answers after training are at best as long as the references, at worst as long as those of
+at least 10 %. Parts: what one more item took, in a larger batch, and at most half of the mean if that is more;
+of a single measurement, half of it and all. Answers after training are at best as long as the references, at worst as long as those of
 the untrained model. Not included are reading files, loading, encoding and saving.
 
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
@@ -123,7 +123,8 @@ def other_parts(ctx, cfg, task, rows, examples, feed, steps):
 
 def forgetting_part(ctx, examples):
     """The loss on other text, before and after, as a Part."""
-    return Part("forgetting, before and after", examples, 2 * len(examples), lambda some: mean_loss(ctx, some))
+    return Part("forgetting, before and after", examples, 2 * len(examples),
+                lambda some: mean_loss(ctx, some))
 
 
 # ----------------------------------------------------------------------------------------------- measurements
@@ -195,7 +196,11 @@ def rate_of(batches):
 def measure_parts(parts, budget):
     """{what: range of the seconds} of the parts that have items."""
     some = [part for part in parts if part.items and part.count + part.after]
-    return {part.what: measure_part(part, budget / len(some)) for part in some}
+    end = time.monotonic() + budget
+    measured = {}
+    for number, part in reversed(list(enumerate(some, 1))):     # the evaluations come first, and get what is left
+        measured[part.what] = measure_part(part, (end - time.monotonic()) / number)
+    return {part.what: measured[part.what] for part in some}
 
 
 def measure_part(part, budget):
@@ -209,30 +214,33 @@ def measure_part(part, budget):
 
 
 def seconds_per_item(part, work, budget):
-    """(low, high): work(some of the items) for more and more of them, until `budget` seconds would be over."""
+    """(low, high): work(some of the items) for more and more of them, as long as `budget` seconds allow."""
     items = part.items
-    measured = []                                       # (items, seconds)
-    n = FIRST_ITEMS
+    count = before = 0
     spent = 0.0
+    n = FIRST_ITEMS
     while True:
         sample = part.prepare(items[::max(1, len(items) // n)][:n])
         began = time.monotonic()
         work(sample)
         seconds = time.monotonic() - began
-        measured.append((len(sample), seconds))
         spent += seconds
-        if len(sample) == len(items) or spent + 3 * seconds > budget:
+        one_more = max(0.0, (seconds - before) / (len(sample) - count))     # a batch has costs of its own
+        is_first = count == 0
+        count = len(sample)
+        before = seconds
+        needed = 3 * seconds if is_first else spent + seconds + 3 * count * one_more
+        if count == len(items) or needed > budget:
             break
         n *= 4
-    count, seconds = measured[-1]
     mean = seconds / count
     if count == len(items):
         return mean, mean
-    if len(measured) == 1:
+    if is_first:
         return mean / 2, mean
-    fewer, before = measured[-2]
-    one_more = (seconds - before) / (count - fewer)
-    return max(0.0, min(one_more, mean)), mean
+    rest = len(items) - count
+    high = (seconds + rest * max(one_more, mean / 2)) / len(items)
+    return min(high, max(one_more, seconds / len(items))), high
 
 
 # ----------------------------------------------------------------------------------------------- for people
