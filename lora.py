@@ -656,9 +656,10 @@ class RankAllocator:
         return dict(budget=self.left, ranks=active)
 
     def state_dict(self):
-        return dict(I=self.I, U=self.U)
+        return dict(I=self.I, U=self.U, left=self.left)
 
     def load_state_dict(self, state):
+        self.left = state.get("left", self.left)            # a state of an earlier version lacks it
         for n in self.params:
             self.I[n].copy_(state["I"][n])
             self.U[n].copy_(state["U"][n])

@@ -990,8 +990,10 @@ def test_adalora_resumes_exactly(bases):
         state = copy.deepcopy((half.state_dict(), allocator.state_dict(), optimiser.state_dict()))
         again = make(bases, variant="adalora", seed=5)
         again.load_state_dict(state[0])
+        said = allocator.report()
         allocator = lora.RankAllocator(again, 16, **kw)
         allocator.load_state_dict(state[1])
+        assert allocator.report() == said
         optimiser = torch.optim.AdamW(lora.adapter_parameters(again).values(), lr=9, weight_decay=0.0)
         optimiser.load_state_dict(state[2])
         ada_run(again, 16, allocator=allocator, optimiser=optimiser, start=stop, **kw)
