@@ -670,7 +670,7 @@ class PromptMethod:
 METHODS = (
     PromptMethod("prompt_tuning", "input embeddings", PromptTuning, flags=(EmbeddingFlags,),
                  template_flags=(TemplateFlags,),
-                 defaults=dict(lr=0.2, beta2=0.95, epochs=9.0, batch=8, num_virtual_tokens=40,
+                 defaults=dict(lr=0.1, beta2=0.95, epochs=9.0, batch=8, num_virtual_tokens=40,
                                prompt_template="{prompt} {p}")),
     PromptMethod("p_tuning", "input embeddings through an encoder", PTuning,
                  flags=(EmbeddingFlags, PTuningFlags), template_flags=(TemplateFlags,),
