@@ -1,6 +1,7 @@
 """--task chat and --task predict: what is asked is what was trained, what is printed is what was generated."""
 import io
 import json
+import shutil
 import signal
 
 import pytest
@@ -181,6 +182,19 @@ def test_bytes_that_are_not_utf8_are_said(world, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff ab\n"), encoding="utf-8"))
     printed = chat(capsys, world / "base", "--max_new_tokens", "2")
     assert "what is not UTF-8 in the question became \ufffd" in printed.err and printed.out
+
+
+def test_a_closed_input_ends_the_conversation(world, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert chat(capsys, world / "base").out == ""
+
+
+@pytest.mark.parametrize("key, value", [("turns", "1"), ("systems", []), ("row_type", ["label"])])
+def test_settings_of_a_wrong_type_are_an_error(key, value, world, tmp_path, capsys):
+    shutil.copytree(world / "single" / "adapter", tmp_path / "run")
+    stored = read_json(tmp_path / "run" / "run.json")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**stored, key: value}))
+    assert f'"{key}"' in chat(capsys, tmp_path / "run", code=65).err
 
 
 def test_a_paste_is_one_question(world, capsys, monkeypatch):

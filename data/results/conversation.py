@@ -104,6 +104,8 @@ def forgive_ctrl_c():
 
 
 def read_lines():
+    if sys.stdin is None:                           # closed by whoever started the program
+        return None
     try:
         lines = [read_line("> ")]
         while is_terminal() and more_is_waiting():
