@@ -2,9 +2,9 @@
 
     damage(path, rng) -> Damage(what, do, noticed)        do(path of a copy) does it
 
-A fault is a flipped bit, bytes that are missing, added or doubled, an empty file, a folder in its place, or in
-JSON a value of another kind or a missing key. `noticed`: no reader can take it for sound (a header of
-safetensors, an archive of torch, a JSON value of another type, but null); a bit of a weight or digit it can.
+A fault is a flipped bit, bytes that are missing, added or doubled, an empty file, a folder in its place, or
+in JSON a value of another kind or a missing key. `noticed`: no reader can take it for sound (a header of
+safetensors, an archive of torch, a JSON value of another type, but null); a bit of a weight it can.
 
 Public: damage, Damage, ROWS, write_data_files
 """
@@ -18,8 +18,8 @@ from typing import Callable, NamedTuple
 
 ODD = [None, [], {}, "", "x", True, False, -1, 0, 1, 3, 1.5, 10 ** 30, -1e308, "x" * 10000, "a\0b", "\ud800",
        "../..", [None], [[[1]]], {"a": {"b": 1}}, [{}], "nan"]
-ODD_BYTES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b'"', b"{", b"]", b",", b"9" * 400, b"[" * 100000, b"NaN",
-             b"\\ud800", b"\n\n", b"e999", "\u2028".encode())
+ODD_BYTES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b'"', b"{", b"]", b",", b"9" * 400, b"[" * 100000,
+             b"NaN", b"\\ud800", b"\n\n", b"e999", "\u2028".encode())
 
 
 def turn(role, content, **more):
@@ -32,14 +32,17 @@ ROWS = {
     "label": ("label", {"text": "{} b", "label": "x"}),
     "tags": ("tags", {"tokens": ["{}", "b", "c"], "tags": ["B-X", "I-X", "O"]}),
     "completion": ("chat", {"prompt": "{}", "completion": "b", "system": "s"}),
-    "messages": ("chat", {"messages": [turn("system", "s"), turn("user", "{}"), turn("assistant", "b", weight=0),
-                                       turn("user", "c"), turn("assistant", "d", weight=1)]}),
-    "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "{}"}, {"from": "gpt", "value": "b"}]}),
+    "messages": ("chat", {"messages": [turn("system", "s"), turn("user", "{}"),
+                                       turn("assistant", "b", weight=0), turn("user", "c"),
+                                       turn("assistant", "d", weight=1)]}),
+    "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "{}"},
+                                            {"from": "gpt", "value": "b"}]}),
     "alpaca": ("chat", {"instruction": "{}", "input": "b", "output": "c", "history": [["d", "e"]]}),
     "references": ("chat", {"prompt": "{}", "references": ["b", "c"]}),
     "pairs": ("pairs", {"prompt": "{}", "chosen": "b", "rejected": "c", "votes_for": 3, "votes_against": 1}),
     "hh": ("pairs", {"chosen": "\n\nHuman: {}\n\nAssistant: b", "rejected": "\n\nHuman: {}\n\nAssistant: c"}),
-    "openai": ("pairs", {"input": {"messages": [turn("user", "{}")]}, "preferred_output": [turn("assistant", "b")],
+    "openai": ("pairs", {"input": {"messages": [turn("user", "{}")]},
+                         "preferred_output": [turn("assistant", "b")],
                          "non_preferred_output": [turn("assistant", "c")]}),
     "ranked": ("ranked", {"prompt": "{}", "responses": ["b", "c", "d"], "rank": [1, 2, 3]}),
     "prompt": ("prompt", {"prompt": "{}"})}

@@ -118,7 +118,7 @@ def wait(pid, pipes, stop):
 
 
 def judge(outcome, codes=EXIT_CODES, own_code="no file"):
-    """None, or what is wrong with an Outcome. own_code: a file of the user; a traceback that ends there is his."""
+    """None, or what is wrong with an Outcome. own_code: a file of the user; a traceback may end there."""
     lines = outcome.err.strip().splitlines() or [""]
     if "Traceback (most recent call last)" in outcome.err:
         frames = re.findall(r'File "(.+)", line \d+, in (.+)', outcome.err)
@@ -137,7 +137,7 @@ def judge(outcome, codes=EXIT_CODES, own_code="no file"):
         if not lines[-1].startswith("train.py: "):
             return f"exit code {outcome.code} without a sentence: {lines[-1][-150:]!r}"
         if len(lines[-1]) > 1000 or not lines[-1].isprintable():
-            return f"a sentence of {len(lines[-1])} characters, or with control characters: {lines[-1][:150]!r}"
+            return f"a sentence of {len(lines[-1])} characters, or not printable: {lines[-1][:150]!r}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""tests/odd_rewards.py: functions that a user might give as --reward, most of them broken (tests/torture.py)."""
+"""tests/odd_rewards.py: functions that a user might give as --reward, most of them broken."""
 import math
 import sys
 

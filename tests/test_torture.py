@@ -46,7 +46,7 @@ def test_judge():
     assert judge(Outcome(65, "", sentence)) is None
     assert judge(Outcome(65, "", sentence), (0,)) == "exit code 65: 'train.py: data.jsonl:3: no row'"
     assert "without a sentence" in judge(Outcome(65, "", "cpu"))
-    assert "control characters" in judge(Outcome(2, "", "train.py: \x1b[31m"))
+    assert "not printable" in judge(Outcome(2, "", "train.py: \x1b[31m"))
     assert judge(Outcome(-11, "", "")) == "exit code -11: ''"
     assert "does not stop" in judge(Outcome(-signal.SIGKILL, "", ""))
     raised = call(lambda: ROOT.nothing, ROOT)
@@ -93,6 +93,7 @@ def test_damage_changes_one_file(tmp_path, name):
 
 @pytest.mark.slow
 def test_short_torture():
-    done = subprocess.run([sys.executable, "tests/torture.py", "--short"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "tests/torture.py", "--short"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| rewards |" in done.stdout

@@ -1,4 +1,4 @@
-"""tests/torture_world.py: what tests/torture.py breaks: models, data, commands, and what these do undisturbed.
+"""tests/torture_world.py: what torture.py breaks: models, data, commands, and what these do undisturbed.
 
 A Cell is a command that writes a folder `run` into its working directory: every task with every method that
 writes one (test_matrix.py), two of them also over a finished run, with --fresh or after its data changed. A
@@ -101,7 +101,8 @@ class World:
             began = time.monotonic()
             outcome = must(call(action, folder, operations.install))
             seconds = time.monotonic() - began
-            self.references[cell.name] = Reference(folder, snapshot(folder), int(outcome.out.split()[-1]), seconds)
+            count = int(outcome.out.split()[-1])
+            self.references[cell.name] = Reference(folder, snapshot(folder), count, seconds)
         return self.references[cell.name]
 
     def interrupted_run(self, cell):
@@ -109,13 +110,14 @@ class World:
         if cell.name not in self.interrupted:
             folder = self.new("interrupted/" + cell.name)
             self.set_up(cell, folder)
-            call(command(cell.argv), folder, Operations(self.reference(cell).operations * 2 // 3, kill).install)
+            n = self.reference(cell).operations * 2 // 3
+            call(command(cell.argv), folder, Operations(n, kill).install)
             self.interrupted[cell.name] = folder / "run"
         return self.interrupted[cell.name]
 
 
 def write_llama(base, folder):
-    """A model in other files than those of `base`: shards with an index, a tokenizer in lists, a chat template."""
+    """A model in other files than `base`: shards with an index, a tokenizer in lists, a chat template."""
     tokenizer = Tokenizer.from_pretrained(base)
     GPT(GPTConfig(tokenizer.vocab_size, 160, 2, 2, 32, eos=tokenizer.eos).as_family("llama", n_inner=48)
         ).save_pretrained(folder)
@@ -127,9 +129,11 @@ def write_llama(base, folder):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(base / name, folder)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": shard_of})
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
-                                                  "chat_template": template, "model_max_length": 160})
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": 1}, "weight_map": shard_of})
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "chat_template": template,
+                "model_max_length": 160})
     write_json(folder / "added_tokens.json", tokenizer.special)
     write_json(folder / "generation_config.json", {"eos_token_id": [tokenizer.eos], "do_sample": True})
 
@@ -190,7 +194,8 @@ def difference(found, expected):
     faults += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     for name in sorted(expected.keys() & found.keys()):
         if found[name] != expected[name]:
-            faults.append(f"{name} is another than after an undisturbed run{first_line(found[name], expected[name])}")
+            where = first_line(found[name], expected[name])
+            faults.append(f"{name} is another than after an undisturbed run{where}")
     return "; ".join(faults[:3]) or None
 
 

@@ -81,16 +81,16 @@ def folders(name):
 
     Raises DataError for adapters that are each other's base.
     """
-    found = []
+    found = {}                                          # {path without links: folder}
     folder = weights_folder(name)
     while folder is not None:
-        if folder.resolve() in [other.resolve() for other in found]:
-            ring = " -> ".join(map(str, [*found, folder]))
+        if folder.resolve() in found:
+            ring = " -> ".join(map(str, [*found.values(), folder]))
             raise DataError(f"{folder}/adapter_config.json: its base_model_name_or_path leads back to itself "
                             f"({ring}); name the plain model there")
-        found.append(folder)
+        found[folder.resolve()] = folder
         folder = base_of(folder)
-    return found
+    return list(found.values())
 
 
 def root_model(name):
