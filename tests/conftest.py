@@ -5,6 +5,7 @@ missing (environment variable ASSETS; the README says what it holds).
 """
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: workers that spin get in the way
@@ -15,6 +16,9 @@ import pytest                                           # noqa: E402
 import torch                                            # noqa: E402
 
 torch.set_num_threads(1)
+# Under nohup, or in the background of a script, these are ignored, and so they would be in the programs of tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):
