@@ -975,3 +975,15 @@ def test_a_closed_pipe_ends_the_printing_only():
 def test_no_error_is_a_base_class_in_disguise():
     assert not issubclass(Interrupted, Exception)
     assert [error("x").code for error in (RunError, UserError, DataError, WriteError)] == [1, 2, 65, 74]
+
+
+def test_a_run_killed_between_the_renames_of_its_last_save_keeps_its_state(tmp_path):
+    run = Run(tmp_path / "r", {"task": "sft"})
+    with run.opened():
+        run.start({})
+        run.save({"step": 1}, step=1)
+        run.save({"step": 2}, step=2)
+        os.replace(run.state, tmp_path / "r" / "state.new.pt")
+        run.finish({"status": "done"})
+    assert torch.load(run.state, weights_only=True)["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "r").glob("*.pt")) == ["state.pt"]

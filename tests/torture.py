@@ -102,11 +102,13 @@ def disturbed(world, cell, label, times, codes, fresh=False):
                 return "disturbed: " + reason
         again = world.call(command([*cell.argv, *["--fresh"] * fresh]), folder)
         found = snapshot(folder)
-        if fresh:                                           # each finished run has a line there
-            lines = found["results.jsonl"]
-            found["results.jsonl"] = [line for i, line in enumerate(lines) if line not in lines[:i]]
-        codes = (0, 2) if "merge" in cell.name else (0,)     # a merged model is not written over
-        return judge(again, codes) or difference(found, world.reference(cell).files)
+        expected = dict(world.reference(cell).files)
+        if fresh or cell.before:                            # each finished run has a line there
+            for files in (found, expected):
+                lines = files["results.jsonl"]
+                files["results.jsonl"] = [line for i, line in enumerate(lines) if line not in lines[:i]]
+        ends = (0, 2) if "merge" in cell.name else (0,)      # a merged model is not written over
+        return judge(again, ends) or difference(found, expected)
     return Trial(f"{cell.name}: {label}" + ", then --fresh" * fresh, run)
 
 
@@ -266,7 +268,8 @@ def run_trials(world, rng):
             other = weights(copy) != weights(world.reference(cell).folder / "run")
             if outcome.code == 0 and other and not (finished and use == "again"):
                 return "ends in other weights"
-            return judge(outcome, *[(0,)] * (use == "--fresh"))
+            whole = use == "--fresh" and fault.what != "is a folder"        # which --fresh does not remove
+            return judge(outcome, (0,) if whole else EXIT_CODES)
         state = "finished" if finished else "interrupted"
         yield Trial(f"{state} {cell.name}: {name}: {fault.what}; {use}", run)
 
@@ -340,7 +343,7 @@ def reward_trials(world, rng):
         argv = [*test_matrix.command(world.folder, task, method, "run"), *words]
 
         def run(folder, argv=argv):
-            return judge(world.call(command(argv), folder), own_code="odd_rewards.py")
+            return judge(world.call(command(argv), folder), (*EXIT_CODES, 3), own_code="odd_rewards.py")
         yield Trial(f"{task} {method} {' '.join(words):.60}", run)
 
 

@@ -171,7 +171,7 @@ def hash_folder(name):
     digest = hashlib.sha256()
     for folder in folders(name):
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
+            if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
                 with open(path, "rb") as f:
                     digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()

@@ -551,7 +551,10 @@ class Run:
             for path in self.states():
                 if path != self.state:
                     with contextlib.suppress(OSError):
-                        path.unlink()
+                        if self.state.exists():
+                            path.unlink()
+                        else:                       # killed between the two renames of its last save
+                            os.replace(path, self.state)
             write_json(self.result, result)
             self.record(result)
         distributed.barrier()                       # other processes may read the folder after this
