@@ -1001,7 +1001,6 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if task.begin:
         with Progress("before training"):
             state.update(task.begin(ctx, cfg, rows))
-    run.rewind(-1)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return state
 
@@ -1698,7 +1697,6 @@ def measure_reference(run, setup, roles, forgetting):
     before = [setup.ctx.text.decode_answer(y) for y in answers[:12:4]]
     with roles.reference():
         loss = forgetting_loss(setup.ctx, forgetting)
-    run.rewind(-1)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, forgetting_before=loss)
 
@@ -1767,7 +1765,6 @@ def write_samples(cfg, run, rows):
     setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
     policy = tuned_role(ctx, ctx.model, ctx.prompt)
     run.start(facts)
-    run.rewind(-1)                                      # of a run that was killed before its result
     for split, prompt_ids in setup.prompts.items():
         with Progress(split):
             metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,

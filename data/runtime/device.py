@@ -106,7 +106,7 @@ def machine():
     """Git commit (None without git), whether tracked files differ from it, versions, threads, processes."""
     def git(*args):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
+            return subprocess.run(["git", "--no-optional-locks", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
                                   timeout=10).stdout.strip()
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
             "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,

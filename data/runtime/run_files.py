@@ -70,7 +70,6 @@ KINDS = {                                           # what an error calls it: it
     "a number from 0 to 1": lambda x: is_finite(x) and 0 <= x <= 1,
     "a whole number": is_count,
     "a whole number or a list of them": lambda x: is_count(x) or is_list_of(is_count)(x),
-    "a whole number": lambda x: type(x) is int,
     "true or false": lambda x: isinstance(x, bool),
     "a list of strings": is_list_of(is_text),
     "a string or a list of strings": lambda x: is_text(x) or is_list_of(is_text)(x),

@@ -449,6 +449,8 @@ class Run:
                 return self.load_state()
             self.begin(facts)
         state = distributed.broadcast(begin_or_continue)
+        if state is None:
+            self.rewind(-1)                         # the events of a process that was killed before its first save
         self.saved_at = time.monotonic()
         return state
 
@@ -568,16 +570,15 @@ class Run:
         return json.dumps({**brief, "out": str(self.folder)})
 
     def record(self, result):
-        """Append to results.jsonl in one write, so that parallel runs never mix lines. Raises WriteError."""
+        """Append to results.jsonl, whole or not at all; parallel runs wait for each other. Raises WriteError."""
         path = self.folder.parent / "results.jsonl"
         line = (self.line(result) + "\n").encode()
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                if ends_torn(descriptor):
-                    line = b"\n" + line
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if fcntl:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                append_whole(descriptor, b"\n" + line if ends_torn(descriptor) else line)
             finally:
                 os.close(descriptor)
         except OSError as e:
@@ -614,8 +615,19 @@ def read_state(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def append_whole(descriptor, line):
+    """Write a line at the end of a file. On a full disk the file keeps its size. Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 def ends_torn(descriptor):
-    """Whether a file has a last line without an end: a full disk has cut it."""
+    """Whether a file has a last line without an end: a kill has cut it."""
     if os.fstat(descriptor).st_size == 0:
         return False
     os.lseek(descriptor, -1, os.SEEK_END)
