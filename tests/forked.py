@@ -71,9 +71,9 @@ def child(action, cwd, prepare, out, err):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdin = open(0)
-        sys.stdout = open(1, "w", buffering=1)
-        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
+        sys.stdin = open(0, closefd=False)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         sys.argv = ["train.py"]
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGXCPU, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -177,6 +177,9 @@ def print_result(text="", end="\n"):
         print(text, end=end, flush=True)
 
 
+tqdm.get_lock()         # made now: a signal inside of its first use would leave tqdm without one
+
+
 def log_progress(text, rank=0):
     """A line of progress on stderr, above the bar if there is one; from one process of several."""
     with contextlib.suppress(OSError):
