@@ -124,7 +124,8 @@ def sync_folder(path):
 def atomic_folder(path):
     """A folder that appears only if the block ends well: `with atomic_folder(path) as folder: ...`.
 
-    `path` must be new or an empty folder. Raises WriteError, and what the block raises; nothing is then left.
+    `path` must be new or an empty folder. Raises UserError if another process has filled it meanwhile,
+    WriteError, and what the block raises; nothing is then left.
     """
     path = pathlib.Path(path).absolute()
     temp = temporary(path)
@@ -137,6 +138,8 @@ def atomic_folder(path):
             yield temp
         os.replace(temp, path)
     except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{path} has been written by another process meanwhile; use another --out") from e
         raise cannot_write(path, e) from e
     finally:
         shutil.rmtree(temp, ignore_errors=True)

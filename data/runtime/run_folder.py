@@ -585,12 +585,14 @@ class Run:
             raise cannot_write(path, e) from e
 
     def recorded(self, result):
-        """The result. A kill just before `record` is repaired here: every finished run has its line.
+        """The result. A kill just before `record` is repaired here: every finished run has its line, and no
+        temporary files.
 
         Not while another process works in the folder, nor where the line cannot be written.
         """
         if result is not None and not self.has_line(result):
             with contextlib.suppress(UserError), self.locked():
+                remove_abandoned(self.folder)
                 if not self.has_line(result):
                     self.record(result)
         return result
