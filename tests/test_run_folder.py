@@ -856,6 +856,17 @@ def test_whole_files_are_read_as_they_were_written(folder):
     assert read_result(folder)["metrics"] == {"kl": math.inf, "loss": 1.5}
 
 
+def test_a_run_without_its_config_can_be_started_over(tmp_path):
+    begin(tmp_path / "r")
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(UserError, match="r holds a run whose config.json is gone; use --fresh to start over"):
+        Run(tmp_path / "r", FLAGS).finished(SAME)
+    assert Run(tmp_path / "r", FLAGS, fresh=True).finished(SAME) is None
+    (tmp_path / "r" / "mine.txt").write_text("no file of a run")
+    with pytest.raises(UserError, match="is not a run folder"):
+        Run(tmp_path / "r", FLAGS, fresh=True).finished(SAME)
+
+
 def test_lines_of_the_log_that_are_no_event_are_left_out(tmp_path):
     good = b'{"event": "train", "step": 1, "loss": "nan"}\n'
     bad = [b'{"event": "train", "step": 2, "ranks": {"q": 1}', b'{"event": "train"}', b'{"step": 3}', b"[]", b"\xff",

@@ -537,3 +537,12 @@ def test_transformers_reads_what_we_write(tmp_path):
         ids, *roles = json.loads(line)
         assert ids == [tokenizer.encode(text) for text in texts]
         assert roles == [tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocab_size]
+
+
+@pytest.mark.parametrize("name", [[], 7, {"a": 1}, None])
+def test_a_tokenizer_class_that_is_no_string(name, tmp_path):
+    Tokenizer.train(["ab ab"], 260).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+    with pytest.raises(DataError, match="tokenizer_config.json: tokenizer_class is .*; it must be a string"):
+        Tokenizer.from_pretrained(tmp_path)

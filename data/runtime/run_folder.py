@@ -246,7 +246,12 @@ class Run:
         """
         names = set(os.listdir(self.folder)) if os.path.isdir(self.folder) else set()
         if self.config.name not in names:
-            if any(name != self.failed.name and not name.startswith(".") for name in names):
+            strangers = {name for name in names if not name.startswith(".")} - {self.failed.name}
+            if strangers & {"log.jsonl", *STATES} and strangers <= {*WRITTEN, *WEIGHTS}:
+                if self.fresh:
+                    return None
+                raise UserError(f"{self.folder} holds a run whose config.json is gone; use --fresh to start over")
+            if strangers:
                 raise UserError(f"{self.folder} exists and is not a run folder; use another --out")
             return None
         if not names & {"log.jsonl", self.state.name, self.result.name}:

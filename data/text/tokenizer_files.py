@@ -66,6 +66,9 @@ def read(folder):
     """(spec, config) of a folder. Raises DataError for missing, broken or contradicting files."""
     folder = pathlib.Path(folder)
     config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
+    if not isinstance(config.get("tokenizer_class", ""), str):
+        raise DataError(f"{folder}/tokenizer_config.json: tokenizer_class is {config['tokenizer_class']!r:.80}; "
+                        "it must be a string")
     if (folder / "tokenizer.json").exists():
         spec = _read_object(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
