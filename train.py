@@ -2027,8 +2027,8 @@ TASKS = (
          training_flags=LOOP,
          defaults=dict(method="full", data="toy/corpus", init="new", forgetting_data="none", epochs=1.0,
                        min_lr_ratio=0.1, beta2=0.99, weight_decay=0.1),
-         # 60 steps of 4 windows on data/base (width 128), loss on new text and forgetting in nats per token:
-         # 1e-4: 3.12 -> 1.21, 0.007; 3e-4: 0.92, 0.03; 1e-3: 0.68, 0.20; 3e-3: 0.67, 1.31. Wider models need less
+         # 60 steps of 4 windows on a model of width 128, loss on new text and forgetting in nats per token:
+         # 1e-4: 3.12 -> 1.21, 0.007; 3e-4: 0.92, 0.03; 1e-3: 0.68, 0.20; 3e-3: 0.67, 1.31. Wider ones need less
          full_lr=dict(new=1e-3, existing=1e-4),
          baseline=True, new_model=True, raw_text=True, loss=answer_loss, metric="loss"),
     Task("classify", "a label, by a head or by label words", run_supervised, reads=("label",),

@@ -7,8 +7,8 @@
 
 A number is a range (low, high), in seconds. Training: 2 standard errors around the mean of the micro-batches,
 at least 10 %. Parts: what one more item took, in a larger batch, and at most half of the mean if that is more;
-of a single measurement, half of it and all. Answers after training are at best as long as the references, at worst as long as those of
-the untrained model. Not included are reading files, loading, encoding and saving.
+of a single measurement, half of it and all. Answers after training are at best as long as the references, at
+worst as long as those of the untrained model. Not included are reading files, loading, encoding and saving.
 
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 

@@ -1,12 +1,13 @@
 """data/results/untrained.py: tokens that no training reached, and answers that need them.
 
-A row of the head that is never a target moves with the softmax's denominator only, and all such rows end in one
-place (Land & Bartolo 2024, arXiv 2405.05417). With embedding and head frozen, no adapter and no soft prompt can
-give one of them a higher logit than the others: an answer that needs it cannot be learnt.
+A row of the head that is never a target moves with the softmax's denominator only, and all such rows end in
+one place (Land & Bartolo 2024, arXiv 2405.05417). With embedding and head frozen, no adapter and no soft prompt
+can give one of them a higher logit than the others: an answer that needs it cannot be learnt.
 
-    row i coincides with row j  <=>  |w_i - w_j| < 0.1 x the distance that nine of ten pairs of rows do not exceed
+    row i coincides with row j  <=>  |w_i - w_j| < 0.1 x the distance that 9 of 10 pairs of rows do not exceed
 
-The nearest row is found among random projections to 64 numbers (Johnson & Lindenstrauss 1984) and measured in full.
+The nearest row is found among random projections to 64 numbers (Johnson & Lindenstrauss 1984), and then its
+distance is measured in full.
 
 Public: coinciding_ids, warn
 """

@@ -106,8 +106,8 @@ def machine():
     """Git commit (None without git), whether tracked files differ from it, versions, threads, processes."""
     def git(*args):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(["git", "--no-optional-locks", "-C", str(ROOT), *args], capture_output=True, text=True, check=True,
-                                  timeout=10).stdout.strip()
+            command = ["git", "--no-optional-locks", "-C", str(ROOT), *args]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
             "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
             "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", 1))}

@@ -52,7 +52,8 @@ ELSEWHERE = {
     "prompt_tuning_init": "--prompt_init", "prompt_tuning_init_text": "--prompt_init_text",
     "reward_model": "--reward", "reward_model_path": "--reward", "num_ppo_epochs": "--ppo_epochs",
     "num_mini_batches": "--minibatches", "response_length": "--max_new_tokens",
-    "max_completion_length": "--max_new_tokens", "loss_type": "--preference_loss", "chat_template": "--template", "system_prompt": "--system"}
+    "max_completion_length": "--max_new_tokens", "loss_type": "--preference_loss", "chat_template": "--template",
+    "system_prompt": "--system"}
 RENAMED_VALUES = {"method": {"prompt": "prompt_tuning", "ptuning": "p_tuning", "prefix": "prefix_tuning",
                              "ptuning2": "p_tuning_v2"},
                   "classifier": {"words": "lm"}}

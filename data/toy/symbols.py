@@ -1,4 +1,4 @@
-"""data/toy/symbols.py: documents of the corpus that are not sentences, so that every token of data/base occurs.
+"""data/toy/symbols.py: documents of the corpus that are not sentences, for the other tokens.
 
     lists, tables, JSON     facts about people, with new lines, digits and punctuation
     sums, code              numbers; Python, C, shell, HTML, addresses, with made-up names
