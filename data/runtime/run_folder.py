@@ -393,8 +393,9 @@ class Run:
             if self.fresh:                          # only what a run writes; nothing else in there is ours
                 for name in WEIGHTS:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
-                for name in WRITTEN:                # config.json last: until then it is a run folder
-                    (self.folder / name).unlink(missing_ok=True)
+                for name in WRITTEN:                # config.json stays, and with it a run folder, until `begin`
+                    if name != self.config.name:
+                        (self.folder / name).unlink(missing_ok=True)
             elif change and self.keep:
                 self.accept(change, self.identity)
             elif change:
@@ -450,7 +451,7 @@ class Run:
         def begin_or_continue():
             with defer_signals:
                 self.prepare()
-            if os.path.exists(self.config):
+            if os.path.exists(self.config) and not self.fresh:
                 return self.load_state()
             self.begin(facts)
         state = distributed.broadcast(begin_or_continue)
