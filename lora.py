@@ -655,6 +655,10 @@ class RankAllocator:
         active = {path: int((group[0].lora_E != 0).sum()) for path, group in self.groups.items()}
         return dict(budget=self.left, ranks=active)
 
+    def is_pruned(self, step):
+        """Whether the ranks after so many steps are the final ones."""
+        return step > self.T - self.t_f
+
     def state_dict(self):
         return dict(I=self.I, U=self.U, left=self.left)
 

@@ -12,8 +12,8 @@ t are a function of (seed, t), the order of data of (seed, epoch): a run that is
 the same bits. Processes of torchrun share its steps and end in the same weights
 (data/runtime/distributed.py).
 
-Read `train_loop` first. A task, an optimiser and a schedule is one record at the end of this file, beside its
-functions; a method is one in lora.py or prompts.py (`full` and `none` here), an RL algorithm or a preference
+Read `train_loop` first. A task is one record at the end of this file, an optimiser or a schedule one above the
+loop; a method is one in lora.py or prompts.py (`full` and `none` here), an RL algorithm or a preference
 loss one in ppo.py. Flags, --help, saving, loading and tables read the records.
 
 The folder (out/<task>-<method>[-flags that are not defaults]-s<seed>) holds config.json, log.jsonl, state.pt,
@@ -120,7 +120,7 @@ class DataFlags:
 @dataclass(frozen=True)
 class DryRunFlags:
     """the run"""
-    dry_run: bool = flag(False, "print sizes and two rendered examples, then stop", identity=False)
+    dry_run: bool = flag(False, "print sizes, two rendered examples and the time, then stop", identity=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TrainingFlags:
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", low=0)
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     compile: bool = flag(False, "training forward and backward through torch.compile")
-    eval_every: int = flag(0, "steps between evaluations on valid, with one at the end; 0: four in the run",
+    eval_every: int = flag(0, "steps between evaluations on valid, with one at the end; 0: at most four",
                            low=0)
 
 
@@ -777,6 +777,8 @@ def resume(ctx, cfg, run, loop, trainable, state):
         best = state["best"]
         kept = {name: distributed.scatter(trainable[name], value) for name, value in best["weights"].items()}
         loop.best.load_state_dict({**best, "weights": kept})
+        for name in ("trainable", "optimizer", "best"):     # copied; `save_state` takes them anew
+            del state[name]
         for name, value in state["counters"].items():
             setattr(loop, name, value)
         if loop.allocator:
@@ -888,7 +890,8 @@ def log_validation(ctx, run, loop, trainable, total, evaluate_now):
         metrics = evaluate_now()
     ctx.train()
     with defer_signals:
-        loop.best.consider(loop.step, metrics, trainable)
+        if not loop.allocator or loop.allocator.is_pruned(loop.step):   # else the best would have too many ranks
+            loop.best.consider(loop.step, metrics, trainable)
     run.log(event="valid", **loop.clock(), **metrics)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     log_progress(f"step {loop.step}/{total}  valid  {shown}")
@@ -1129,7 +1132,8 @@ def dry_run(cfg, rows, row_type):
 
 
 def foretell(ctx, cfg, rows, row_type, shown=0):
-    """Print what a run takes, and so many of its examples. The model is changed. Returns the Forecast."""
+    """Print what a run takes, and so many of its examples. The model is changed. Returns the Forecast, None
+    with several processes."""
     method = find_method(cfg.method)
     params_total = sum(p.numel() for p in ctx.model.parameters())
     trainable = apply_method(ctx, cfg) if method.trains else {}
@@ -1139,6 +1143,9 @@ def foretell(ctx, cfg, rows, row_type, shown=0):
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
         describe(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
+    if dist_state.size > 1:                             # a measurement ends by each process's own clock
+        print_result("\nthe time is measured by one process only: leave torchrun out")
+        return None
     found = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
     print_result()
     forecast.print_forecast(found, cfg.get("batch"), ctx.device)
@@ -1329,7 +1336,7 @@ def forgetting_loss(ctx, forgetting):
 def forgetting_examples(cfg, ctx):
     """Plain text that no task trains on, as examples: the rise of its loss is the forgetting."""
     if cfg.forgetting_data == "none":
-        if not {"forgetting_data"} & {*cfg.given, *find_task(cfg.task).defaults}:
+        if "forgetting_data" not in {*cfg.given, *find_task(cfg.task).defaults}:
             log_progress(f"forgetting is not measured, because the toy world's text says nothing about {cfg.init}; "
                          "--forgetting_data FILE names other text")
         return []
@@ -1804,7 +1811,8 @@ def run_three_stages(cfg):
                  cfg.dtype]
         stage = parse(words)
         log_progress("\npython train.py " + " ".join(words))
-        if not os.path.exists(os.path.join(default_out(stage), "result.json")):
+        is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
+        if not is_finished and dist_state.size == 1:        # a measurement ends by each process's own clock
             found = forecast_stage(stage)
             log_progress(f"a stage before PPO, with steps of its own: {found.steps}, in all about "
                          f"{forecast.format_range(found.total())}")
@@ -1912,9 +1920,18 @@ def run_merge(cfg):
         if head:
             write_tensors(folder / "head.safetensors", {f"score.{n}": t for n, t in head.items()})
     print_result(f"largest logit difference after merging: {difference:.2g}")
-    use = "eval" if head else "chat"
-    print_result(shlex.join(["python", "train.py", "--task", use, "--init", cfg.out]))
+    words = ["--task", "chat", "--init", cfg.out]
+    if made_by and made_by.judges:                      # it scores, and does not answer
+        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init)]
+    print_result(shlex.join(["python", "train.py", *words]))
     return 0
+
+
+def data_of(name):
+    """The --data of the run that made a folder; "FILE" if it is not known."""
+    with contextlib.suppress(UserError):
+        return read_run_config(find(name))["config"].get("data", "FILE")
+    return "FILE"
 
 
 def run_table(cfg):
@@ -2123,7 +2140,8 @@ def main(argv=None):
         return e.code
     except Interrupted as e:
         if cfg is None or not task.resumes or cfg.get("dry_run"):
-            return 128 + defer_signals.pending          # there was nothing to save
+            # there was nothing to save; with several processes the signal's number is not known here
+            return 128 + (defer_signals.pending or signal.SIGTERM)
         log_progress(f"train.py: interrupted; {e or 'the same command starts again'}")
         with contextlib.suppress(distributed.LostProcess):
             distributed.barrier()                       # a process that leaves first has the others killed

@@ -883,6 +883,12 @@ def test_budget_by_hand():
     assert b[9] == 20 + 80 * 0.125 and b[5] == int(20 + 80 * 0.9 ** 3) and b == sorted(b, reverse=True)
 
 
+def test_the_ranks_are_final_once_the_last_budget_has_pruned(bases):
+    """Step 14 of 20, counted from 0, is the first with the last budget; 15 steps are made then."""
+    allocator = lora.RankAllocator(make(bases, variant="adalora"), 20, target_rank=2, t_i=4, t_f=6)
+    assert [allocator.is_pruned(step) for step in range(21)] == [False] * 15 + [True] * 6
+
+
 def ada_run(model, total, steps=None, allocator=None, optimiser=None, start=0, **kw):
     params = lora.adapter_parameters(model)
     optimiser = optimiser or torch.optim.AdamW(params.values(), lr=0.03, weight_decay=0.0)
