@@ -351,16 +351,16 @@ def reward_trials(world, rng):
 # ------------------------------------------------------------------------------------------------------- table
 
 KINDS = (
-    Kind("operations", "killed before any file operation", operation_trials, 600, 60),
-    Kind("writes", "killed in the middle of a write", write_trials, 300, 30),
-    Kind("signals", "SIGKILL, SIGTERM, SIGINT, SIGHUP at any time", signal_trials, 300, 30),
-    Kind("disks", "a disk that is full or read-only from some moment on", disk_trials, 200, 20),
-    Kind("races", "the same command in another process meanwhile", race_trials, 100, 10),
-    Kind("data", "faults in data files", data_trials, 700, 60),
-    Kind("models", "faults in model folders", model_trials, 700, 60),
-    Kind("adapters", "faults in adapter folders", adapter_trials, 700, 60),
-    Kind("runs", "faults in run folders", run_trials, 700, 60),
-    Kind("flags", "values that no one means", flag_trials, 1000, 80),
+    Kind("operations", "killed before any file operation", operation_trials, 600, 12),
+    Kind("writes", "killed in the middle of a write", write_trials, 300, 8),
+    Kind("signals", "SIGKILL, SIGTERM, SIGINT, SIGHUP at any time", signal_trials, 300, 8),
+    Kind("disks", "a disk that is full or read-only from some moment on", disk_trials, 200, 8),
+    Kind("races", "the same command in another process meanwhile", race_trials, 100, 4),
+    Kind("data", "faults in data files", data_trials, 700, 30),
+    Kind("models", "faults in model folders", model_trials, 700, 30),
+    Kind("adapters", "faults in adapter folders", adapter_trials, 700, 30),
+    Kind("runs", "faults in run folders", run_trials, 700, 50),
+    Kind("flags", "values that no one means", flag_trials, 1000, 40),
     Kind("rings", "bases that are no base", ring_trials, 100, 10),
     Kind("rewards", "functions that break", reward_trials, 100, 10),
 )

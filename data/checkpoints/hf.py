@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from data.checkpoints.safetensors import read_tensors
-from data.runtime.files import DataError, UserError, read_json, write_json
+from data.runtime.files import DataError, UserError, check_path, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,7 @@ def read_weights(folder):
     for shard in sorted(set(weight_map.values())):
         if os.path.basename(shard) != shard:
             raise DataError(f"{index}: shard {shard!r} is not a file name inside this folder")
+        check_path(shard)
         for name, t in read_tensors(os.path.join(folder, shard)).items():
             if weight_map.get(name) != shard:
                 raise DataError(f"{index}: {shard} holds {name}, but the index says {weight_map.get(name)}")

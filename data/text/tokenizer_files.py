@@ -82,7 +82,7 @@ def read(folder):
         _add_chat_template(folder, config)
     except DataError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, OSError) as e:
         raise DataError(f"{folder}: these are not the files of a tokenizer ({type(e).__name__}: {e})") from e
     return spec, config
 
@@ -150,7 +150,7 @@ def _add_roles(folder, spec, config):
     for role in ROLES:
         i = model_config.get(role + "_id")
         if isinstance(i, list):                                 # several end tokens: the first is ours
-            i = i[0]
+            i = i[0] if i else None
         if i in names:
             config.setdefault(role, names[i])
         text = token_text(config.get(role))
