@@ -487,7 +487,8 @@ def save_weights(ctx, cfg, folder, rows):
     method = find_method(cfg.method)
     inner = folder / ("model" if method.trains_base else "adapter")
     base = cfg.init if method.mergeable or method.trains_base else prompt_base(cfg.init)
-    method.save(ctx, inner, None if method.trains_base else portable(base))
+    if method.trains_base or dist_state.rank == 0:      # the slices of a whole model come from all processes
+        method.save(ctx, inner, None if method.trains_base else portable(base))
     if dist_state.rank:
         return {}
     if ctx.head is not None:

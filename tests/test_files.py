@@ -267,23 +267,23 @@ def test_a_message_is_one_printable_line_of_bounded_length():
 
 def test_the_next_writer_of_a_file_deletes_what_a_killed_one_left(tmp_path):
     """Not the temporary file of a writer that lives, nor of another file."""
-    (tmp_path / ".x.json.77.tmp").write_text("{")
-    (tmp_path / ".y.json.77.tmp").write_text("{")
+    (tmp_path / ".x.json.999999999.tmp").write_text("{")
+    (tmp_path / ".y.json.999999999.tmp").write_text("{")
     with atomic(tmp_path / "x.json") as f:
-        assert not (tmp_path / ".x.json.77.tmp").exists() and (tmp_path / ".y.json.77.tmp").exists()
+        assert not (tmp_path / ".x.json.999999999.tmp").exists() and (tmp_path / ".y.json.999999999.tmp").exists()
         remove_abandoned(tmp_path)
         f.write(b"1")
     assert sorted(os.listdir(tmp_path)) == ["x.json"] and read_json(tmp_path / "x.json") == 1
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    for left in (".new.5.tmp", ".other.5.tmp"):
+    for left in (".new.999999999.tmp", ".other.999999999.tmp"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "half").write_text("")
     with pytest.raises(KeyError), atomic_folder(tmp_path / "new") as folder:
         write_json(folder / "a.json", 1)
         raise KeyError
-    assert sorted(os.listdir(tmp_path)) == [".other.5.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".other.999999999.tmp"]
     (tmp_path / "new").mkdir()                                              # an empty one is as good as none
     with atomic_folder(tmp_path / "new") as folder:
         write_json(folder / "a.json", 1)

@@ -478,7 +478,7 @@ def test_a_move_that_fails_is_a_sentence(folder, monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"fresh": True}])
 def test_a_kill_while_config_is_written_leaves_our_folder(settings, folder):
     folder.mkdir()
-    left = [folder / ".config.json.123.tmp", folder / ".state.new.pt.4.tmp"]
+    left = [folder / ".config.json.999999999.tmp", folder / ".state.new.pt.999999999.tmp"]
     for path in left:
         path.write_text("{")
     (folder / ".lock").write_text("")

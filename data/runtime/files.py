@@ -68,10 +68,22 @@ def temporary(path):
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def is_alive(pid):
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                                     # there is one, of another user
+        return True
+    return True
+
+
 def remove_abandoned(folder, name="*"):
     """Delete what killed writers of folder/name (a glob pattern) have left."""
     for path in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
-        if re.search(r"\.\d+\.tmp$", path):
+        writer = re.search(r"\.(\d+)\.tmp$", path)
+        if writer and not is_alive(int(writer[1])):         # it may not have locked its file yet
             with contextlib.suppress(OSError), opened_path(path) as descriptor:
                 if try_lock(descriptor):
                     shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
