@@ -294,6 +294,17 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
 
 
+def test_whose_temporary_file_is_deleted(tmp_path):
+    """That of a process that is gone, or had this one's number; not that of another, nor one that is being written."""
+    numbers = {"gone": 999999999, "same": os.getpid(), "other": os.getppid()}
+    for name, number in numbers.items():
+        (tmp_path / f".{name}.{number}.tmp").write_text("{")
+    with atomic(tmp_path / "new"):
+        remove_abandoned(tmp_path)
+        left = {f".other.{os.getppid()}.tmp", f".new.{os.getpid()}.tmp"}
+        assert set(os.listdir(tmp_path)) == left
+
+
 def test_only_a_full_disk_is_told_to_free_space():
     for number, asks in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, False), (errno.EIO, False)):
         error = cannot_write("x", OSError(number, os.strerror(number)))

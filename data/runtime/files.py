@@ -3,7 +3,8 @@
 Writing.  Bytes go to a temporary file .NAME.PID.tmp in the same folder, are flushed and fsynced, and only
 then renamed over the target; the folder is fsynced last.  Whatever stops us (full disk, Ctrl-C), the old file
 is intact. A writer holds a lock on its temporary file, which ends with its process: a temporary file that
-nobody has locked is from a killed writer, and the next writer of the same file deletes it.
+nobody has locked, of a process that is gone, is from a killed writer, and the next writer of the same file
+deletes it.
 
 Public: UserError, DataError, WriteError, cannot_write, atomic, atomic_folder, write_atomic,
 remove_abandoned, try_lock, read_json, write_json, unique_keys, printable, check_path
@@ -68,8 +69,10 @@ def temporary(path):
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def is_alive(pid):
-    """Whether there is such a process on this machine."""
+def is_another(pid):
+    """Whether there is such a process on this machine, besides this one."""
+    if pid == os.getpid():                              # in a container every run may have the same number
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -83,7 +86,7 @@ def remove_abandoned(folder, name="*"):
     """Delete what killed writers of folder/name (a glob pattern) have left."""
     for path in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
         writer = re.search(r"\.(\d+)\.tmp$", path)
-        if writer and not is_alive(int(writer[1])):         # it may not have locked its file yet
+        if writer and not is_another(int(writer[1])):       # which may not have locked its file yet
             with contextlib.suppress(OSError), opened_path(path) as descriptor:
                 if try_lock(descriptor):
                     shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
