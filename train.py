@@ -251,10 +251,13 @@ def defaults_by_init(task, method, init):
 def reads_toy(init):
     """Whether a model has the vocabulary of data/base, so that text of the toy world is its own kind of text."""
     try:
-        sizes = [read_config(root_model(name))["vocab_size"] for name in (init, "data/base")]
+        roots = [root_model(name) for name in (init, "data/base")]
+        if roots[0].resolve() == roots[1].resolve():
+            return True
+        sizes = [read_config(root)["vocab_size"] for root in roots]
         if sizes[0] != sizes[1]:
             return False
-        mine, ours = (Tokenizer.from_pretrained(root_model(name)) for name in (init, "data/base"))
+        mine, ours = map(Tokenizer.from_pretrained, roots)
         words = [[tokenizer.decode([i], special=True) for i in range(sizes[0])] for tokenizer in (mine, ours)]
         return words[0] == words[1]
     except UserError:                               # a folder that cannot be read is reported where it is opened
@@ -881,8 +884,7 @@ def advance(loop, batch, finite, seconds):
 
 def evaluation_is_due(cfg, step, total):
     """Whether valid is measured before this step, or behind the last one (step == total)."""
-    every = cfg.eval_every or math.ceil(total / 4)
-    return step > 0 and (step == total or step % every == 0)
+    return step > 0 and (step == total or step % forecast.evaluation_interval(cfg, total) == 0)
 
 
 def log_validation(ctx, run, loop, trainable, total, evaluate_now):
@@ -991,8 +993,7 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     task = find_task(cfg.task)
     test = rows["test"]
     if task.baseline_metrics:
-        examples = ctx.text.encode_splits({"test": test}, ctx.block_size(cfg.block_size),
-                                          cfg.get("too_long", "truncate"))
+        examples = encode_rows(ctx, cfg, {"test": test})
         if "text" in test[0] and "label" not in test[0]:
             say_if_few({"test": len(examples["test"])})
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
@@ -1017,8 +1018,7 @@ def train(ctx, cfg, run, rows, row_type, state):
         state["forgetting_before"] = forgetting_loss(ctx, forgetting)
     total_params = sum(p.numel() for p in ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
-    block = ctx.block_size(cfg.block_size)
-    examples = ctx.text.encode_splits(rows, block, cfg.get("too_long", "truncate"))
+    examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
     feed, total = open_feed(ctx, cfg, examples["train"], row_type)
     if task.prepare:
@@ -1042,6 +1042,11 @@ def train(ctx, cfg, run, rows, row_type, state):
     if forgetting:
         metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
     return loop, trainable, Outcome(metrics, answers[:3], evaluate.item_correct(ctx, rows["test"], answers))
+
+
+def encode_rows(ctx, cfg, rows):
+    """{split: rows} -> {split: examples} of this run's length."""
+    return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
 
 
 def open_feed(ctx, cfg, examples, row_type):
@@ -1138,7 +1143,7 @@ def foretell(ctx, cfg, rows, row_type, shown=0):
     method = find_method(cfg.method)
     params_total = sum(p.numel() for p in ctx.model.parameters())
     trainable = apply_method(ctx, cfg) if method.trains else {}
-    examples = ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
+    examples = encode_rows(ctx, cfg, rows)
     print_result(forecast.describe_model(cfg.init, ctx.model.config))
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
@@ -1830,7 +1835,7 @@ def forecast_stage(cfg):
     data = formats.load_splits(cfg.data)
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
     trainable = apply_method(ctx, cfg)
-    examples = ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size))
+    examples = encode_rows(ctx, cfg, rows)
     return forecast_run(ctx, cfg, rows, examples, data["train"].row_type, trainable, budget=8.0)
 
 

@@ -213,11 +213,11 @@ CONFIGS = {"LORA": lora_config, "ADALORA": adalora_config, "IA3": ia3_config}
 CONFIG_KINDS = {
     "peft_type": "a string", "base_model_name_or_path": "a string", "task_type": "a string",
     "template": "a string", "modules_to_save": "a list of strings",
-    "target_modules": "a string or a list of strings", "exclude_modules": "a string or a list of strings", "r": "a whole number", "init_r": "a whole number",
-    "num_virtual_tokens": "a whole number", "lora_alpha": "a finite number",
+    "target_modules": "a string or a list of strings", "exclude_modules": "a string or a list of strings",
+    "r": "a whole number", "init_r": "a whole number", "num_virtual_tokens": "a whole number", "lora_alpha": "a finite number",
     "lora_dropout": "a number from 0 to 1", "use_rslora": "true or false", "use_dora": "true or false",
-    "rank_pattern": "an object", "alpha_pattern": "an object", "layers_to_transform": "a whole number or a list of them",
-    "modules": "an object", "settings": "an object"}
+    "rank_pattern": "an object", "alpha_pattern": "an object",
+    "layers_to_transform": "a whole number or a list of them", "modules": "an object", "settings": "an object"}
 
 
 def read_adapter_config(folder):

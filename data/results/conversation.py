@@ -6,7 +6,7 @@
 A model is asked as it was trained (run.json): one that labels texts answers with a label and the probability
 of each label, one that was trained on single questions gets each question alone. Answers are greedy, as in
 the evaluation on test, unless a flag asks for sampling. On a terminal a paste of several lines is one
-question. stdout has the answers alone; what is said about them is on stderr.
+question. stdout has the answers alone; notes about them go to stderr.
 
 Public: chat, without_outer_blanks
 """
@@ -137,7 +137,7 @@ def more_is_waiting():
 # ------------------------------------------------------------------------------------------------ the answers
 
 class Conversation:
-    """What has been said so far, and how the model is asked.
+    """The turns so far, and how the model is asked.
 
     row_type   of the rows that the model was trained on: chat, label or tags
     single     each question is asked alone

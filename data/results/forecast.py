@@ -12,8 +12,8 @@ worst as long as those of the untrained model. Not included are reading files, l
 
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
-Public: Part, Forecast, BUDGET, valid_evaluations, evaluation_part, other_parts, forgetting_part,
-measure_training, measure_parts, describe_model, format_range, print_forecast
+Public: Part, Forecast, BUDGET, evaluation_interval, valid_evaluations, evaluation_part, other_parts,
+forgetting_part, measure_training, measure_parts, describe_model, format_range, print_forecast
 """
 import math
 import time
@@ -63,9 +63,14 @@ class Forecast(NamedTuple):
 # ------------------------------------------------------------------------------------- what a run does
 # ctx, cfg, task (its record), rows and examples {split: list}: as the supervised loop of train.py has them.
 
+def evaluation_interval(cfg, steps):
+    """Steps between evaluations on valid, in a run of so many."""
+    return cfg.eval_every or max(1, math.ceil(steps / 4))
+
+
 def valid_evaluations(cfg, steps):
     """How often a run of so many steps is measured on valid, if --patience does not end it."""
-    return math.ceil(steps / (cfg.eval_every or max(1, math.ceil(steps / 4))))
+    return math.ceil(steps / evaluation_interval(cfg, steps))
 
 
 def evaluation_part(ctx, cfg, task, rows, examples, steps):

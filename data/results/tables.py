@@ -4,7 +4,7 @@ A row is a group of runs (data/results/runs.py) and shows, for each metric, mean
 Runs that were measured on different test items stand in different tables, each under the name of its items.
 
 *           the best row of its table: all rows have an interval there, and that of the best overlaps no other
-            (bold in Markdown). None where a metric is defined differently in some rows: this is said below
+            (bold in Markdown). None where a metric is defined differently in some rows: a note below names them
 --sort      rows ordered by a column, best metric or latest date first, and the folders of each row
 --across    a matrix: the values of one field are the columns, and a cell is one number
 width       what a terminal has no room for is left out or wrapped (data/results/layout.py)
@@ -313,7 +313,7 @@ def print_tables(runs, cfg):
 
 
 def print_table(runs, cfg):
-    """Print the table of runs of one test set, and what has to be said of it. Returns its Columns."""
+    """Print the table of runs of one test set, and notes on it. Returns its Columns."""
     fields = group_fields(runs, cfg.by and [name for name in cfg.by.split(",") if name in known_fields(runs)])
     if cfg.sort in settings_of(runs) and cfg.sort not in fields:
         fields.append(cfg.sort)

@@ -524,7 +524,7 @@ class Run:
     def save_is_due(self):
         """Whether the last save was SAVE_SECONDS ago; longer where saves take more than 5 % of the time.
 
-        In process 0 alone: the others are told.
+        True in process 0 alone, which sends it to the others.
         """
         wait = max(SAVE_SECONDS, 20 * self.save_seconds)
         return not dist_state.rank and time.monotonic() - self.saved_at > wait
