@@ -39,11 +39,13 @@ def stopped(monkeypatch, at, go):
 
 
 def wait_for(path, process, seconds=300):
-    """Until a process has written a file."""
+    """Until a process has written a file. Seen once is enough: a save moves state.pt aside before the next one lies there."""
     end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"{path} was never written: {process.communicate()}")
         time.sleep(0.02)
-    assert path.exists(), process.communicate()
 
 
 def write(folder, kinds, every=8):
