@@ -710,8 +710,8 @@ def inference(f, batch, tokens):
 
 
 def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
-    """A reward model as the reward of an Environment: (prompts, answers), lists of ids -> scores (B,)."""
-    def reward(prompts, answers):
+    """A reward model as the reward of an Environment: (prompts, answers, rows) -> scores (B,); rows are not read."""
+    def reward(prompts, answers, rows=None):
         with adapter_context() as (model, past):
             batch = collate_rollout(prompts, answers, model.wte.weight.device)
             s = inference(lambda part: scores(model, head, part, past)[:, None], batch, micro_batch_tokens)
@@ -818,16 +818,18 @@ class Environment(NamedTuple):
     """What the policy is trained in.
 
     prompts      non-empty lists of token ids
-    reward       (prompts, answers), lists of ids -> a score per answer, (B,)
+    reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,)
     eos          an id, or ids, that end an answer
     banned       ids never sampled and given no probability (pads)
     gold_reward  None, or another reward, which is only logged
+    rows         None, or for each prompt what the reward may need besides, such as the right answer
     """
     prompts: list
     reward: Callable
     eos: int
     banned: tuple = ()
     gold_reward: Callable = None
+    rows: list = None
 
 
 class Experience(NamedTuple):
@@ -959,8 +961,10 @@ def check_training(cfg, roles, state, environment):
     for name in ("reward", "gold_reward"):
         function = getattr(environment, name)
         if not callable(function) and (name == "reward" or function is not None):
-            raise UserError(f"{name} is a {type(function).__name__}, not a function of (prompts, answers)")
+            raise UserError(f"{name} is a {type(function).__name__}, not a function of (prompts, answers, rows)")
     check_prompts(environment.prompts)
+    if environment.rows is not None and len(environment.rows) != len(environment.prompts):
+        raise UserError(f"the environment has {len(environment.prompts)} prompts and {len(environment.rows)} rows")
     longest = max(map(len, environment.prompts))
     largest = max(map(max, environment.prompts))
     for adapter_context in roles[:3]:
@@ -1047,18 +1051,20 @@ def collect(cfg, roles, environment, step, device):
     eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
     count = cfg.batch // cfg.num_generations
     chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
-    prompts = [environment.prompts[i] for i in chosen for _ in range(cfg.num_generations)]
+    chosen = [i for i in chosen for _ in range(cfg.num_generations)]
+    prompts = [environment.prompts[i] for i in chosen]
+    rows = [environment.rows and environment.rows[i] for i in chosen]
     generator = rng(cfg.seed, "sample", step, device=device)
     batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
     rolled_out = time.perf_counter()
 
-    s = checked_scores(environment.reward(prompts, answers), len(answers), device)
+    s = checked_scores(environment.reward(prompts, answers, rows), len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
     if cfg.missing_eos_score is not None:                   # replaced, not reduced: no score can outweigh it
         s = s.where(ended, cfg.missing_eos_score)
     metrics = {}
     if environment.gold_reward:
-        gold = checked_scores(environment.gold_reward(prompts, answers), len(answers), device)
+        gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
         metrics["gold"] = gold.mean().item()
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out

@@ -1525,7 +1525,7 @@ def reward_function(flag_name, word, ctx, texts):
     """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
     score_one = load_reward(flag_name, word)
 
-    def score(prompt_ids, answers):
+    def score(prompt_ids, answers, rows=None):
         def call():                                     # it may draw random numbers, or ask another program
             return torch.tensor([score_one(texts[tuple(p)], ctx.text.decode_answer(y))
                                  for p, y in zip(prompt_ids, answers)])

@@ -354,7 +354,7 @@ def role(model, past=None):
 PROMPTS = [[1], [2, 3], [4, 5, 6], [7, 8, 9, 1, 2]]
 
 
-def toy_reward(prompts, answers):
+def toy_reward(prompts, answers, rows=None):
     return [0.3 * sum(a in (1, 2, 3) for a in y) - 0.1 * len(y) for y in answers]
 
 
@@ -533,7 +533,7 @@ def test_the_critic_starts_as_the_reward_model_or_as_zero():
 def test_a_missing_end_gets_the_constant():
     cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1)
     roles, state, _, _ = setup(cfg)
-    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y: [5.0] * 32)))
+    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [5.0] * 32)))
     last = batch.lengths - batch.start - 1
     ended = batch.tokens.gather(1, (batch.lengths - 1)[:, None])[:, 0] == END
     assert 0 < ended.sum() < 32 and abs(m["eos_rate"] - ended.float().mean()) < 1e-6
@@ -541,7 +541,7 @@ def test_a_missing_end_gets_the_constant():
     torch.testing.assert_close(at_last, torch.where(ended, 5.0, -1.0))        # KL is 0 in the first iteration
     roles, state, _, _ = setup(cfg)
     cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1, missing_eos_score=None)
-    _, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y: [5.0] * 32)))
+    _, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [5.0] * 32)))
     assert (batch.rewards.sum(1) == 5).all()
 
 
@@ -680,7 +680,7 @@ def test_resume_is_exact(tmp_path):
         torch.save(state.state_dict(), tmp_path / "state.pt")
         return torch.load(tmp_path / "state.pt", weights_only=True)
 
-    def interrupted(prompts, answers):
+    def interrupted(prompts, answers, rows):
         if state.step == 2:
             raise KeyboardInterrupt
         return toy_reward(prompts, answers)
@@ -722,7 +722,7 @@ def test_prompts_come_once_per_turn():
     asked = []
     cfg = config(algo="rloo", steps=1)
     roles, state, _, _ = setup(cfg)
-    train(cfg, roles, state, lambda p, y: asked.extend(map(tuple, p)) or [0.0] * 16)
+    train(cfg, roles, state, lambda p, y, rows: asked.extend(map(tuple, p)) or [0.0] * 16)
     # groups of num_generations=4
     assert all(len(set(asked[i:i + 4])) == 1 for i in range(0, 16, 4)) and len(set(asked)) == 4
 
@@ -797,9 +797,9 @@ def test_a_gradient_that_is_not_finite_goes_nowhere():
     torch.testing.assert_close(moment, 0.1 * torch.tensor([0.3, 0.0, 0.4]))
     roles, state, _, _ = setup(config())
     with pytest.raises(UserError, match="finite number for each of 16"):
-        train(config(), roles, state, lambda p, y: [math.nan] + [0.0] * 15)
+        train(config(), roles, state, lambda p, y, rows: [math.nan] + [0.0] * 15)
     with pytest.raises(UserError, match="15"):
-        train(config(), roles, state, lambda p, y: [0.0] * 15)
+        train(config(), roles, state, lambda p, y, rows: [0.0] * 15)
 
 
 @pytest.mark.parametrize("make", [lambda m: prompts.PromptTuning(m, 3, init="random"),
@@ -828,9 +828,26 @@ def test_full_copies_work_as_roles():
     ref, critic = copy.deepcopy(policy), copy.deepcopy(policy)
     roles = ppo.Roles(role(policy), role(ref), role(critic), head)
     state = ppo.PPOState(cfg, dict(policy.named_parameters()), dict(critic.named_parameters()))
-    log = train(cfg, roles, state, gold_reward=lambda p, y: [float(len(a)) for a in y])
+    log = train(cfg, roles, state, gold_reward=lambda p, y, rows: [float(len(a)) for a in y])
     assert log[0]["kl"] == 0 and log[-1]["score"] > log[0]["score"] + 0.1
     assert log[0]["gold"] == log[0]["length"]
+
+
+def test_the_reward_gets_what_belongs_to_each_prompt():
+    cfg = config(algo="grpo", steps=1)
+    roles, state, *_ = setup(cfg)
+    seen = []
+
+    def reward(prompts, answers, rows):
+        seen.extend(zip(prompts, rows))
+        return [float(len(y)) for y in answers]
+
+    rows = [{"answer": str(i)} for i in range(len(PROMPTS))]
+    next(ppo.train_ppo(cfg, roles, state, ppo.Environment(PROMPTS, reward, END, [PAD], rows=rows)))
+    assert len(seen) == cfg.batch and all(row is rows[PROMPTS.index(prompt)] for prompt, row in seen)
+    with pytest.raises(UserError, match="4 prompts and 1 rows"):
+        next(ppo.train_ppo(cfg, roles, state, ppo.Environment(PROMPTS, reward, END, [PAD], rows=rows[:1])))
+
 
 
 def test_bf16_autocast_keeps_the_promises():
@@ -1121,7 +1138,7 @@ def test_roles_and_parameters_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="parameter w of the policy does not require"):
         ppo.PPOState(cfg, {"w": torch.ones(2)})
     with pytest.raises(UserError, match="no list of numbers"):
-        train(cfg, roles, state, lambda p, y: ["good"] * 16)
+        train(cfg, roles, state, lambda p, y, rows: ["good"] * 16)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(value_warmup=1), dict(early_stop_kl=1e-12)])
