@@ -413,7 +413,8 @@ class GPT(nn.Module):
 
     # Many parameters, but a caller names the few that it uses.
     def hidden_states(self, tokens, past=None, cache=None, select=None, bidirectional_len=None,
-                      glm_positions=None, gradient_checkpointing=False, compile=False):
+                      glm_positions=None, gradient_checkpointing=False, compile=False, start_layer=None,
+                      stop_layer=None):
         """Everything below the head.
 
         tokens      ids (B, T), or embeddings (B, T, C); positions are added here in both cases
@@ -428,10 +429,14 @@ class GPT(nn.Module):
                             in none); Du et al. 2022 (2103.10360), section 2.1
         gradient_checkpointing  recompute each block in backward instead of keeping its activations
         compile     run each block through torch.compile; as gradient_checkpointing, only with gradients
-        Returns hidden (B, T, C), or (N, C), after ln_f; and the past of all P + T positions: Past(k, v) per
-        layer, or the layers of the cache. Side memory is not part of it.
-        UserError if tokens are not of these shapes, if the past does not fit the model, or if P + T (or a
-        cache) is more than the context.
+        stop_layer  None, or the block before which to stop: returned is what enters it, (B, T, C), without
+                    ln_f. Models that differ only from there on share it
+        start_layer None, or the block with which to go on: `tokens` are what enters it, as stop_layer
+                    returned it
+        Returns hidden (B, T, C), or (N, C), after ln_f; and the past of all P + T positions: Past(k, v) of
+        each block that ran, or the layers of the cache. Side memory is not part of it.
+        UserError if tokens are not of these shapes, if the past does not fit the model, if P + T (or a
+        cache) is more than the context, or if there are no such blocks.
         """
         self.check_tokens(tokens)
         if past is not None:
@@ -440,22 +445,39 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.size(1), device=tokens.device)      # (T,) or (B, T)
         positions = positions + (P if cache is None else cache.lengths[:, None])
         self.check_context(P, tokens.size(1), cache, bidirectional_len)
-        h, rope = self.input_states(tokens, P, positions, glm_positions)
+        self.check_layers(start_layer, stop_layer, tokens, select)
+        h, rope = self.input_states(tokens, P, positions, glm_positions, start_layer)
         past = past or [None] * self.config.n_layer
         views = layer_views(past, cache, positions, bidirectional_len)
 
         with_grad = torch.is_grad_enabled()
         run = compiled_block() if compile and with_grad else Block.__call__
         made = []
-        for i, (block, (mask, layer_cache, columns)) in enumerate(zip(self.blocks, views)):
-            last = i == len(self.blocks) - 1
-            args = (block, h, rope, mask, past[i], layer_cache, columns, select if last else None)
+        end = self.config.n_layer if stop_layer is None else stop_layer
+        for i in range(start_layer or 0, end):
+            mask, layer_cache, columns = views[i]
+            last = i == self.config.n_layer - 1
+            args = (self.blocks[i], h, rope, mask, past[i], layer_cache, columns, select if last else None)
             if gradient_checkpointing and with_grad:
                 h, kv = checkpoint(run, *args, use_reentrant=False)
             else:
                 h, kv = run(*args)
             made.append(kv)
-        return self.ln_f(h), made
+        return (self.ln_f(h) if stop_layer is None else h), made
+
+    def check_layers(self, start_layer, stop_layer, tokens, select):
+        """UserError unless there are blocks start_layer .. stop_layer - 1 and what they take is given."""
+        n = self.config.n_layer
+        start = 0 if start_layer is None else start_layer
+        stop = n if stop_layer is None else stop_layer
+        if not (is_integer(start) and is_integer(stop) and 0 <= start <= stop <= n):
+            raise UserError(f"start_layer {start_layer!r} and stop_layer {stop_layer!r} must be whole numbers, "
+                            f"in this order, from 0 to {n}")
+        if start_layer is not None and tokens.dim() == 2:
+            raise UserError(f"block {start_layer} takes what stop_layer={start_layer} returned, (B, T, C), and "
+                            "not token ids")
+        if select is not None and (stop_layer is not None or start_layer == n):
+            raise UserError("select is for the last block, and this call does not run it")
 
     def check_tokens(self, tokens):
         """UserError unless tokens are ids (B, T) or embeddings (B, T, C), by type and shape: no number is
@@ -498,23 +520,27 @@ class GPT(nn.Module):
             raise UserError("bidirectional_len belongs to the call that reads a prompt; behind a cache, "
                             "attention is causal")
 
-    def input_states(self, tokens, P, positions, glm_positions):
-        """The embeddings (B, T, C), learned positions added; and rotary (cos, sin), or None where learned."""
+    def input_states(self, tokens, P, positions, glm_positions, start_layer):
+        """What enters the first block to run, (B, T, C): without a start_layer the embeddings, learned positions
+        added; and rotary (cos, sin), or None where positions are learned."""
         h = self.embed(tokens) if tokens.dim() == 2 else tokens.to(self.wte.weight.dtype)
+        in_span = None
         if glm_positions is not None:
             in_text, in_span = glm_positions                            # (B, T) each
             positions = P + in_text
-            if self.wpe is None:            # rotary: one angle for the sum of both
+        if self.wpe is None:
+            if in_span is not None:         # one angle for the sum of both
                 positions = positions + in_span
-            else:       # learned: one table for both, positions in spans from its end, which no text reaches
-                h = h + self.wpe(-in_span % self.config.block_size) * (in_span > 0)[..., None]
-        if self.wpe is not None:
-            return h + self.wpe(positions), None
-        cos, sin = rope_table(self.config, positions)                   # (T, hs) or (B, T, hs)
-        if positions.dim() == 2:
-            cos = cos[:, None]                                          # (B, 1, T, hs), for all heads
-            sin = sin[:, None]
-        return h, (cos, sin)
+            cos, sin = rope_table(self.config, positions)               # (T, hs) or (B, T, hs)
+            if positions.dim() == 2:
+                cos = cos[:, None]                                      # (B, 1, T, hs), for all heads
+                sin = sin[:, None]
+            return h, (cos, sin)
+        if start_layer is not None:
+            return h, None
+        if in_span is not None:     # one table for both, positions in spans from its end, which no text reaches
+            h = h + self.wpe(-in_span % self.config.block_size) * (in_span > 0)[..., None]
+        return h + self.wpe(positions), None
 
     # ---------------------------------------------------------------------------------- Hugging Face folders
 
@@ -771,31 +797,38 @@ def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uni
 def read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infill_suffix):
     """A KVCache filled with the prompts, with room for limits[b] new tokens; and hidden (B, C) at their ends.
 
-    Prompts are read in parts of similar length, so that hardly a pad is computed.
+    A prompt that is asked several times is read once. Prompts are read in parts of similar length, so that
+    hardly a pad is computed.
     """
     device = model.wte.weight.device
-    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    asked = {}                                                          # {prompt: its rows}
+    for row, prompt in enumerate(prompts):
+        asked.setdefault(tuple(prompt), []).append(row)
+    distinct = list(asked)
     P = past_length(past)
     columns = P + max(len(prompt) + max(limit, 1) - 1 for prompt, limit in zip(prompts, limits))
     budget = 512 if device.type == "cpu" else 16384
     layers = None
     last = [None] * len(prompts)
-    for part in split_by_token_budget(range(len(prompts)), sizes.tolist(), budget):
-        n = sizes[part]                                                 # (b,)
-        T = max(len(prompts[i]) for i in part)
-        padded = [prompts[i] + [0] * (T - len(prompts[i])) for i in part]
-        x = torch.tensor(padded, device=device)                         # (b, T)
+    for part in split_by_token_budget(range(len(distinct)), [len(prompt) for prompt in distinct], budget):
+        some = [distinct[i] for i in part]
+        n = torch.tensor([len(prompt) for prompt in some], device=device)           # (b,)
+        T = max(map(len, some))
+        x = torch.tensor([[*prompt] + [0] * (T - len(prompt)) for prompt in some], device=device)   # (b, T)
         view = prompt_view(T, n, bidirectional_prompt, infill_suffix)
         view["select"] = torch.arange(len(part), device=device), n - 1
         hidden, made = model.hidden_states(embed(x) if embed else x, past, **view)      # (b, C)
         if layers is None:
             free = columns - max(entry.k.size(2) for entry in made)
             layers = [empty_cache(entry, len(prompts), free) for entry in made]
+        rows = [row for prompt in some for row in asked[prompt]]
+        source = [i for i, prompt in enumerate(some) for _ in asked[prompt]]        # of each of these rows
         for entry, layer in zip(made, layers):
-            layer.k[part, :, :entry.k.size(2)] = entry.k
-            layer.v[part, :, :entry.v.size(2)] = entry.v
-        for i, h in zip(part, hidden):
-            last[i] = h
+            layer.k[rows, :, :entry.k.size(2)] = entry.k[source]
+            layer.v[rows, :, :entry.v.size(2)] = entry.v[source]
+        for row, i in zip(rows, source):
+            last[row] = hidden[i]
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
     return KVCache(layers, P + sizes), torch.stack(last)
 
 
