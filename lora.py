@@ -345,6 +345,18 @@ def adapters(model, name="default"):
     return {path: m.adapters[name] for path, m in wrapped_linears(model).items() if name in m.adapters}
 
 
+def first_adapted_block(model, names):
+    """The lowest block with an adapter of these names, 0 if there is none: what enters it is the same with and
+    without them. n_layer, if only the head has one."""
+    depth = len(model.blocks)
+    blocks = [depth]
+    for name in names:
+        for path in adapters(model, name):
+            parts = path.split(".")
+            blocks.append(int(parts[1]) if parts[0] == "blocks" else depth)
+    return min(blocks) if len(blocks) > 1 else 0
+
+
 def add_adapter(model, made, name, trainable=True):
     """Add {path: adapter} as `name`, activate it, and freeze all that is no adapter.
 

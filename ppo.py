@@ -551,6 +551,12 @@ PREFERENCE_LOSSES = (
 
 # ------------------------------------------------------------------------------------ from models to numbers
 
+class Trunk(NamedTuple):
+    """What enters a block, below which all roles compute the same: once per answer, for every pass over it."""
+    hidden: torch.Tensor                        # (B, T, C)
+    layer: int                                  # the block that it enters
+
+
 class Batch(NamedTuple):
     """Prompts with answers in right-padded rows, and what is known of every action (diagram above)."""
     tokens: torch.Tensor                        # (B, T)
@@ -564,6 +570,7 @@ class Batch(NamedTuple):
     advantages: torch.Tensor = None
     returns: torch.Tensor = None
     weights: torch.Tensor = None                #           of each token's loss in its minibatch
+    trunk: Trunk = None
 
     @property
     def lengths(self):                          # (B,)      real tokens of each row
@@ -576,8 +583,9 @@ class Batch(NamedTuple):
         n = mask.sum(1)
         T = int((start + n).max())
         R = int(n.max())
-        columns = [x if x is None else x[rows, :R] for x in self[3:]]
-        return Batch(self.tokens[rows, :T], start, mask[:, :R], *columns)
+        columns = [x if x is None else x[rows, :R] for x in self[3:-1]]
+        trunk = self.trunk and self.trunk._replace(hidden=self.trunk.hidden[rows, :T])
+        return Batch(self.tokens[rows, :T], start, mask[:, :R], *columns, trunk)
 
 
 def collate_rollout(prompts, answers, device="cpu", pad=0):
@@ -626,7 +634,11 @@ class PolicyDistribution:
 def action_hidden_states(model, batch, past):
     """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
     b, t = batch.mask.nonzero(as_tuple=True)
-    return model.hidden_states(batch.tokens[:, :-1], past, select=(b, batch.start[b] - 1 + t))[0]
+    select = b, batch.start[b] - 1 + t
+    if batch.trunk is None:
+        return model.hidden_states(batch.tokens[:, :-1], past, select=select)[0]
+    hidden, layer = batch.trunk
+    return model.hidden_states(hidden[:, :-1], past, select=select, start_layer=layer)[0]
 
 
 def scatter_to_mask(x, mask):
@@ -696,17 +708,26 @@ def micro_batches(batch, tokens):
 
 
 @torch.no_grad()
-def inference(f, batch, tokens):
-    """f(part) -> (b, r, ...) over micro-batches, put back in order: (B, R, ...), 0 where nothing was."""
+def inference(f, batch, tokens, columns=None):
+    """f(part) -> (b, c, ...) over micro-batches, put back in order: (B, columns, ...), 0 where nothing was.
+    columns: None for R."""
+    columns = batch.mask.size(1) if columns is None else columns
     mine = [(rows, f(batch.take(rows))) for rows in track(micro_batches(batch, tokens), "log-probabilities")]
     out = None
     for done in distributed.gather(mine):
         for rows, y in done:
             y = y.to(batch.mask.device)
             if out is None:
-                out = y.new_zeros(*batch.mask.shape, *y.shape[2:])
+                out = y.new_zeros(len(batch.mask), columns, *y.shape[2:])
             out[rows, :y.size(1)] = y
     return out
+
+
+def run_trunk(model, batch, layer, tokens):
+    """The Trunk that enters block `layer` in every row of a batch, by all processes together."""
+    def enter(part):
+        return model.hidden_states(part.tokens, stop_layer=layer)[0]
+    return Trunk(inference(enter, batch, tokens, batch.tokens.size(1)), layer)
 
 
 def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
@@ -807,11 +828,14 @@ def dpo_step(adapter_context, examples, cfg):
 
 class Roles(NamedTuple):
     """Callables that return a context manager which yields (model, past). The reference is the policy as it
-    began; the critic, where the algorithm has one, comes with its head: hidden (..., C) -> values (...)."""
+    began; the critic, where the algorithm has one, comes with its head: hidden (..., C) -> values (...).
+    shared_blocks: how many of the lowest blocks compute the same in policy, reference and critic; they run
+    once per answer, and what they return is kept in the Batch for every role, pass and minibatch."""
     policy: Callable
     reference: Callable
     critic: Callable = None
     value_head: Callable = None
+    shared_blocks: int = 0
 
 
 class Environment(NamedTuple):
@@ -962,6 +986,8 @@ def check_training(cfg, roles, state, environment):
         function = getattr(environment, name)
         if not callable(function) and (name == "reward" or function is not None):
             raise UserError(f"{name} is a {type(function).__name__}, not a function of (prompts, answers, rows)")
+    for params in state.params.values():
+        check_shared_blocks(roles.shared_blocks, params)
     check_prompts(environment.prompts)
     if environment.rows is not None and len(environment.rows) != len(environment.prompts):
         raise UserError(f"the environment has {len(environment.prompts)} prompts and {len(environment.rows)} rows")
@@ -972,6 +998,8 @@ def check_training(cfg, roles, state, environment):
             continue
         with adapter_context() as (model, past):
             model.eval()
+            if any(entry is not None for entry in (past or ())[:roles.shared_blocks]):
+                raise UserError(f"shared_blocks is {roles.shared_blocks}, but a soft prompt stands below that block")
             room = model.config.block_size - past_length(past)
             vocab_size = model.wte.weight.size(0)
         if longest + cfg.max_new_tokens > room:
@@ -981,6 +1009,16 @@ def check_training(cfg, roles, state, environment):
             raise UserError(f"a prompt has a token id outside 0 .. {vocab_size - 1}, the model's vocabulary")
     with roles.policy() as (model, _):
         return model.wte.weight.device
+
+
+def check_shared_blocks(shared_blocks, params):
+    """Raises UserError for a trained parameter ({name: parameter}) in or below the blocks that roles share."""
+    for name in params:
+        _, found, path = name.rpartition("blocks.")
+        block = int(path.split(".")[0]) if found else 0
+        if block < shared_blocks and not name.startswith(("head.", "ln_f.")):
+            raise UserError(f"shared_blocks is {shared_blocks}, but {name} is trained, and it changes what enters "
+                            f"block {shared_blocks}")
 
 
 # -------------------------------------------------------------------------------- PPO: rollout and advantages
@@ -1022,6 +1060,8 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
         policy = PolicyDistribution(model, cfg.temperature, banned)
         answers = sample_answers(policy, prompts, eos, cfg, past, generator)
         batch = collate_rollout(prompts, answers, model.wte.weight.device)
+        if roles.shared_blocks:
+            batch = batch._replace(trunk=run_trunk(model, batch, roles.shared_blocks, cfg.micro_batch_tokens))
         logp, entropies = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens).unbind(-1)
     with roles.reference() as (model, past):
         ref_logp = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens)[..., 0]

@@ -1637,7 +1637,7 @@ def make_roles(cfg, ctx, base, setup):
     policy = tuned_role(ctx, ctx.model, ctx.prompt)
     reference = enter_model(ctx, base, None, copy.deepcopy(ctx.prompt))     # of a soft prompt: as it began
     if not find_record(ppo.ALGORITHMS, cfg.algo).needs_critic:
-        return ppo.Roles(policy, reference), None
+        return ppo.Roles(policy, reference, shared_blocks=shared_blocks(ctx, cfg, base)), None
     if setup.reward_folder:
         head = copy.deepcopy(setup.head)
         lora.load_adapter(base, setup.reward_folder, "value")
@@ -1648,7 +1648,14 @@ def make_roles(cfg, ctx, base, setup):
         base.to(ctx.device)
     parameters = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
     parameters.update(lora.adapter_parameters(base, "value"))
-    return ppo.Roles(policy, reference, enter_model(ctx, base, "value"), head), parameters
+    return ppo.Roles(policy, reference, enter_model(ctx, base, "value"), head, shared_blocks(ctx, cfg, base)), parameters
+
+
+def shared_blocks(ctx, cfg, base):
+    """How many of the lowest blocks no adapter of policy and critic changes."""
+    if ctx.prompt is not None or find_method(cfg.method).trains_base:
+        return 0
+    return lora.first_adapted_block(base, ("default", "value"))
 
 
 def run_ppo(cfg):

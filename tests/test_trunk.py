@@ -1,7 +1,15 @@
-"""test_trunk.py: a forward pass in two parts is the forward pass, and a prompt that is asked often is read once."""
+"""test_trunk.py: nothing is computed twice, and nothing changes by it.
+
+A forward pass in two parts is the forward pass; a prompt that is asked often is read once; roles whose adapters
+begin at block k share what enters it.
+"""
+import contextlib
+
 import pytest
 import torch
 
+import lora
+import ppo
 from data.runtime.files import UserError
 from model import generate, glm_position_ids
 from test_model import ANY, ids, make, pad, soft
@@ -89,3 +97,84 @@ def test_a_prompt_that_is_asked_often_is_read_once(kind, monkeypatch):
     drawn = generate(model, prompts, 5, uniforms=uniforms)
     assert drawn == [generate(model, [prompt], 5, uniforms=uniforms[[i]])[0] for i, prompt in enumerate(prompts)]
     assert len(set(map(tuple, drawn))) > 2
+
+
+# ------------------------------------------------------------------------------------------------------ PPO
+
+PROMPTS = ids(4, 6, 3, 7)
+END = 5
+
+
+def reward_of_residues(prompts, answers, rows):
+    return [sum(token % 3 for token in answer) for answer in answers]
+
+
+def train_roles(algo, shared, kind="llama", names=("policy", "value"), steps=2):
+    """Metrics of some iterations with adapters in blocks 2 and 3 of four; shared: how many are said to be."""
+    model = make(kind, n_layer=4).double()
+    for seed, name in enumerate(names):
+        lora.inject(model, ("q", "v", "up"), rank=2, alpha=4, layers=(2, 3), name=name, seed=seed)
+
+    def role(name):
+        @contextlib.contextmanager
+        def enter():
+            with lora.use_adapter(model, name):
+                yield model, None
+        return enter
+    cfg = ppo.PPOConfig(algo=algo, lr=1e-2, batch=16, steps=steps, max_new_tokens=6, minibatches=2, micro_batch_tokens=64,
+                        num_generations=2, missing_eos_score=None, temperature=3.0)
+    roles = ppo.Roles(role("policy"), role(None), shared_blocks=shared)
+    value = {}
+    if ppo.find_record(ppo.ALGORITHMS, algo).needs_critic:
+        head = ppo.ScalarHead(32, zero=True)
+        roles = roles._replace(critic=role("value"), value_head=head)
+        value = {f"head.{name}": p for name, p in head.named_parameters()} | lora.adapter_parameters(model, "value")
+    state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
+    environment = ppo.Environment(PROMPTS, reward_of_residues, END)
+    return [metrics for metrics, _ in ppo.train_ppo(cfg, roles, state, environment)], state, model
+
+
+@pytest.mark.parametrize("algo", [record.name for record in ppo.ALGORITHMS])
+def test_roles_that_share_blocks_learn_the_same(algo):
+    plain, _, _ = train_roles(algo, 0)
+    for shared in (1, 2)[algo != "ppo":]:
+        log, _, _ = train_roles(algo, shared)
+        for one, other in zip(plain, log, strict=True):
+            for name in one.keys() - {"seconds_rollout", "seconds_score", "seconds_update"}:
+                assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-9), name
+        assert log[0]["kl"] == 0 and log[0]["ratio_first"] < 1e-12
+
+
+def test_the_shared_blocks_run_once_per_answer(monkeypatch):
+    runs = []
+    block = ppo.nn.Module.__call__
+    lowest = {}
+
+    def count(self, *args, **kw):
+        if self is lowest.get("block") and torch.is_tensor(args[0]) and args[0].size(1) > 1:
+            runs.append(args[0].size(0))
+        return block(self, *args, **kw)
+    real = ppo.collate_rollout
+    monkeypatch.setattr(ppo.nn.Module, "__call__", count)
+    for shared, expected in ((2, 16), (0, 16 * (3 + 2 * 2))):           # logp, ref_logp, values; 2 passes of 2 roles
+
+        def start(*args, shared=shared):
+            runs.clear()
+            return real(*args)
+        monkeypatch.setattr(ppo, "collate_rollout", start)
+        original = ppo.check_training
+
+        def check(cfg, roles, state, environment, original=original):
+            with roles.policy() as (model, _):
+                lowest["block"] = model.blocks[0]
+            return original(cfg, roles, state, environment)
+        monkeypatch.setattr(ppo, "check_training", check)
+        train_roles("ppo", shared, steps=1)
+        assert sum(runs) == expected
+
+
+def test_what_cannot_be_shared():
+    with pytest.raises(UserError, match=r"shared_blocks is 3, but blocks.2.attn.q.adapters.policy.lora_A is trained"):
+        train_roles("rloo", 3)
+    assert lora.first_adapted_block(train_roles("rloo", 2, steps=0)[2], ("policy", "value")) == 2
+    assert lora.first_adapted_block(make("gpt2"), ("policy",)) == 0
