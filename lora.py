@@ -346,15 +346,12 @@ def adapters(model, name="default"):
 
 
 def first_adapted_block(model, names):
-    """The lowest block with an adapter of these names, 0 if there is none: what enters it is the same with and
-    without them. n_layer, if only the head has one."""
-    depth = len(model.blocks)
-    blocks = [depth]
-    for name in names:
-        for path in adapters(model, name):
-            parts = path.split(".")
-            blocks.append(int(parts[1]) if parts[0] == "blocks" else depth)
-    return min(blocks) if len(blocks) > 1 else 0
+    """The lowest block with an adapter of these names: what enters it is the same with and without them. 0 if
+    there is no adapter, the last block if only the head has one."""
+    last = len(model.blocks) - 1
+    paths = [path for name in names for path in adapters(model, name)]
+    blocks = [int(path.split(".")[1]) for path in paths if path.startswith("blocks.")]
+    return min(blocks, default=last) if paths else 0
 
 
 def add_adapter(model, made, name, trainable=True):

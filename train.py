@@ -68,6 +68,7 @@ from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
 from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
+from data.results.trunk import open_trunk
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -1029,8 +1030,10 @@ def train(ctx, cfg, run, rows, row_type, state):
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
     if cfg.keep_best is not None:                       # before any step: is there such a metric?
         check_metric(cfg.keep_best, task.evaluate(ctx, cfg, rows["valid"][:2], examples["valid"][:2])[0])
+    ctx.trunk = open_trunk(ctx, shared_blocks(ctx, cfg, ctx.model), feed, total)
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
+    ctx.trunk = None
     distributed.reshard(ctx.model)
     loop.best.restore(trainable)
     if ctx.prompt is not None:

@@ -4,13 +4,18 @@ A forward pass in two parts is the forward pass; a prompt that is asked often is
 begin at block k share what enters it.
 """
 import contextlib
+import json
 
 import pytest
 import torch
 
 import lora
 import ppo
-from data.runtime.files import UserError
+import tiny
+import train
+from data.checkpoints.safetensors import read_tensors
+from data.results import trunk
+from data.runtime.files import UserError, read_json
 from model import generate, glm_position_ids
 from test_model import ANY, ids, make, pad, soft
 
@@ -178,3 +183,81 @@ def test_what_cannot_be_shared():
         train_roles("rloo", 3)
     assert lora.first_adapted_block(train_roles("rloo", 2, steps=0)[2], ("policy", "value")) == 2
     assert lora.first_adapted_block(make("gpt2"), ("policy",)) == 0
+
+
+# ---------------------------------------------------------------------------------------- the supervised loop
+
+TASKS = {
+    "sft": ["--data", "chat"],
+    "classify": ["--data", "label", "--classifier", "head"],
+    "tag": ["--data", "tags"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+def command(world, task, out, *more):
+    words = ["--task", task, "--init", str(world / "base"), "--out", str(out), "--batch", "24", "--lr", "3e-3",
+             "--layers", "1", "--epochs", "3", *TASKS[task], *more]
+    words[words.index("--data") + 1] = str(world / words[words.index("--data") + 1])
+    return words
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines() if '"train"' in line]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_supervised_run_is_the_same_with_what_it_keeps(task, world, tmp_path, monkeypatch, capsys):
+    assert train.main(command(world, task, tmp_path / "kept")) == 0
+    assert "blocks 0 to 0 run once per example: " in capsys.readouterr().err
+    monkeypatch.setattr(trunk, "SHARE", 0)
+    assert train.main(command(world, task, tmp_path / "plain")) == 0
+    assert "more than 0% of the memory" in capsys.readouterr().err
+    kept, plain = losses(tmp_path / "kept"), losses(tmp_path / "plain")
+    assert kept == pytest.approx(plain, rel=1e-4) and len(kept) == 9 and min(kept) < kept[0]
+    one, other = (read_json(tmp_path / name / "result.json")["metrics"] for name in ("kept", "plain"))
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(world, tmp_path, monkeypatch):
+    assert train.main(command(world, "sft", tmp_path / "whole")) == 0
+    words = command(world, "sft", tmp_path / "cut", "--save_every", "2")
+    tiny.stopped(monkeypatch, 6, lambda: train.main(words))
+    assert train.main(words) == 0
+    whole, cut = (read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_every_example_passes_the_lower_blocks_once(world, tmp_path, monkeypatch):
+    rows = []
+    forward = trunk.Trunk.read
+
+    def read(self, ctx, examples):
+        rows.append(len(examples))
+        forward(self, ctx, examples)
+        block = type(ctx.model.blocks[0]).forward
+
+        def count(block_, h, *args):
+            if block_ is ctx.model.blocks[0] and torch.is_grad_enabled():
+                rows.append(h.size(0))
+            return block(block_, h, *args)
+        monkeypatch.setattr(type(ctx.model.blocks[0]), "forward", count)
+    monkeypatch.setattr(trunk.Trunk, "read", read)
+    assert train.main(command(world, "sft", tmp_path / "r")) == 0
+    assert rows == [64]
+
+
+@pytest.mark.parametrize("more", [["--epochs", "1"], ["--layers", "0-1"], ["--method", "prompt_tuning"]])
+def test_what_does_not_pay_is_not_kept(more, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(trunk.Trunk, "read", None)
+    words = command(world, "sft", tmp_path / "r")
+    if more[0] == "--method":
+        at = words.index("--layers")
+        words = words[:at] + words[at + 2:] + more
+    else:
+        words[words.index(more[0]) + 1] = more[1]
+    assert train.main(words) == 0

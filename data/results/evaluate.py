@@ -67,6 +67,7 @@ class ModelContext:
     gradient_checkpointing: bool = False
     compile: bool = False
     extra: object = None                    # what a task needs beside the model: a teacher, say
+    trunk: object = None                    # a Trunk of data/results/trunk.py, or None
 
     def autocast(self):
         """Autocast where fp32 weights compute in half precision; frozen ones are stored as they compute."""
@@ -122,7 +123,11 @@ class ModelContext:
         y = y.to(self.device)
         attention = {name: t.to(self.device) for name, t in attention.items()}
         select = (y >= 0).nonzero(as_tuple=True) if select_targets else None
-        hidden, past = self.hidden_states(x.to(self.device), past, select=select, **attention)
+        shared = self.trunk and self.trunk.find(examples)
+        if shared is None:
+            hidden, past = self.hidden_states(x.to(self.device), past, select=select, **attention)
+        else:
+            hidden, past = self.hidden_states(shared, past, select=select, start_layer=self.trunk.layer, **attention)
         return hidden, y if select is None else y[select], past
 
     def run_prompts(self, prompts, past):
