@@ -769,13 +769,13 @@ def load_strictly(adapter, tensors, where):
 class AdapterFlags:
     """LoRA"""
     targets: str = flag("q,v", "which Linears: q k v o up gate down head")
-    layers: str = flag(None, "which layers, as 0-3,5; default: all", type=str)
+    layers: str = flag(None, "which layers, as 0-3,5 or upper, upper-third, upper-quarter; default: all", type=str)
     quant: str = flag("none", "store the frozen base in fewer bits", choices=("none", *QUANT_TYPES))
     double_quant: bool = flag(False, "quantize the blocks' scales as well")
 
     @staticmethod
     def check(cfg):
-        parse_layers(cfg.layers)
+        parse_layers(cfg.layers, 1)
         if cfg.quant == "none" and cfg.double_quant:
             raise UserError("--double_quant quantizes the scales of --quant int8 or nf4, and there is none")
 
@@ -893,8 +893,8 @@ class LoRAMethod:
             settings["rank_pattern"] = parse_rank_pattern(cfg.rank_pattern)
         if variant.options:
             settings.update({f.name: cfg.get(f.name) for f in fields(variant.options)})
-        inject(ctx.model, cfg.targets, variant.name, layers=parse_layers(cfg.layers), seed=cfg.seed,
-               **settings)
+        layers = parse_layers(cfg.layers, ctx.model.config.n_layer)
+        inject(ctx.model, cfg.targets, variant.name, layers=layers, seed=cfg.seed, **settings)
         return {name: p for name, p in adapter_parameters(ctx.model).items() if p.requires_grad}
 
     def param_groups(self, ctx, cfg, trainable):
@@ -913,12 +913,12 @@ class LoRAMethod:
         """What run.json keeps so that `load` can rebuild the model."""
         return {} if cfg.quant == "none" else dict(quant=cfg.quant, double_quant=cfg.double_quant)
 
-    def cost(self, cfg):
+    def cost(self, cfg, n_layer):
         """What data/results/cost_model.py needs to know."""
         targets = tuple(word for word in cfg.targets.split(",") if word != "head")
         keeps_output = "lora_magnitude_vector" in [g.parameter for g in self.variant(cfg).groups]
         return dict(kind=self.cost_kind, targets=targets, rank=cfg.get("rank", 1), keeps_output=keeps_output,
-                    quant=cfg.quant, first_layer=min(parse_layers(cfg.layers) or [0]))
+                    quant=cfg.quant, first_layer=min(parse_layers(cfg.layers, n_layer) or [0]))
 
 
 LORA_VARIANTS = (LoRA, DoRA, PiSSA)                 # add a class here: the switch --NAME appears by itself

@@ -662,7 +662,7 @@ class PromptMethod:
     def run_settings(self, cfg):
         return {}
 
-    def cost(self, cfg):
+    def cost(self, cfg, n_layer):
         """What data/results/cost_model.py needs to know."""
         return dict(kind="prompt")
 

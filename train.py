@@ -573,7 +573,7 @@ class FullMethod:
     def run_settings(self, cfg):
         return {}
 
-    def cost(self, cfg):
+    def cost(self, cfg, n_layer):
         return dict(kind="full")
 
 
@@ -1183,7 +1183,7 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
 
 def plan_of(ctx, cfg, trainable, examples, block):
     """The numbers from which data/results/cost_model.py estimates memory and arithmetic."""
-    costs = find_method(cfg.method).cost(cfg)
+    costs = find_method(cfg.method).cost(cfg, ctx.model.config.n_layer)
     logits_on_answers = find_task(cfg.task).logits_on_answers
     return cost_model.planned(ctx, cfg, trainable, examples, block, costs, logits_on_answers)
 
@@ -1647,7 +1647,7 @@ def make_roles(cfg, ctx, base, setup):
     else:
         head = ppo.ScalarHead(base.config.n_embd, zero=True).to(ctx.device)
         lora.inject(base, cfg.get("targets", "q,v"), rank=cfg.get("rank", 8), alpha=cfg.get("alpha", 16.0),
-                    layers=parse_layers(cfg.get("layers")), name="value", seed=cfg.seed)
+                    layers=parse_layers(cfg.get("layers"), base.config.n_layer), name="value", seed=cfg.seed)
         base.to(ctx.device)
     parameters = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
     parameters.update(lora.adapter_parameters(base, "value"))

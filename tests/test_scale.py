@@ -71,7 +71,7 @@ class Case:
         groups = train.param_groups(self.ctx, self.cfg, self.trainable)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.ctx.train()
-        costs = train.find_method(self.cfg.method).cost(self.cfg)
+        costs = train.find_method(self.cfg.method).cost(self.cfg, self.ctx.model.config.n_layer)
         plan = cost_model.planned(self.ctx, self.cfg, self.trainable, self.batch, row, costs)
         self.plan = plan._replace(tokens=rows * row, row=row)           # the last id is only a target
         self.step()                                                     # Adam's moments are there from now on

@@ -16,6 +16,7 @@ import train
 from data.checkpoints.safetensors import read_tensors
 from data.results import trunk
 from data.runtime.files import UserError, read_json
+from data.runtime.flags import parse_layers
 from model import generate, glm_position_ids
 from test_model import ANY, ids, make, pad, soft
 
@@ -261,3 +262,11 @@ def test_what_does_not_pay_is_not_kept(more, world, tmp_path, monkeypatch):
     else:
         words[words.index(more[0]) + 1] = more[1]
     assert train.main(words) == 0
+
+
+def test_words_for_layers():
+    words = "upper", "upper-third", "upper-quarter"
+    assert [parse_layers(word, 6) for word in words] == [[3, 4, 5], [4, 5], [4, 5]]
+    assert [parse_layers(word, 1) for word in words] == [[0], [0], [0]]
+    with pytest.raises(UserError, match="--layers lower cannot be read; .* or as one of upper upper-third"):
+        parse_layers("lower", 6)

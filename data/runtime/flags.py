@@ -295,14 +295,21 @@ def parse_rank_pattern(text):
                         f"down=16,blocks.0.attn.q=2") from None
 
 
-def parse_layers(text):
-    """"0-3,5" -> [0, 1, 2, 3, 5]; None stays None. Raises UserError."""
+UPPER = {"upper": 2, "upper-third": 3, "upper-quarter": 4}
+
+
+def parse_layers(text, n_layer):
+    """"0-3,5" -> [0, 1, 2, 3, 5]; "upper" -> the upper half of n_layer blocks (rounded up); None stays None.
+    Raises UserError."""
     if text is None:
         return None
+    if text in UPPER:
+        return list(range(n_layer - -(-n_layer // UPPER[text]), n_layer))
     found = []
     for part in text.split(","):
         ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)        # of thousands of layers at most
         if not ends or int(ends[2] or ends[1]) < int(ends[1]):
-            raise UserError(f"--layers {text} cannot be read; write it as 0-3,5, each range upwards")
+            raise UserError(f"--layers {text} cannot be read; write it as 0-3,5, each range upwards, or as one of "
+                            f"{' '.join(UPPER)}")
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return found
