@@ -15,7 +15,8 @@ peak of each side's own process. Without SMOLLM2 the model is a small random Lla
     answer  greedy generation of 48 tokens for 16 prompts of mixed lengths; theirs: generate, left-padded
 
     ppo     an iteration of PPO: 16 prompts of 16 tokens, answers of 32, 4 passes, LoRA r 8, a GPT-2 of 6
-            layers of 384. Ours: four roles on one base. Theirs: TRL 1.12, the last with a PPO, LoRA on the
+            layers of 384; ppo_upper and ppo_third: LoRA, on both sides, in the upper half and the upper third of
+            the layers. Ours: four roles on one base. Theirs: TRL 1.12, the last with a PPO, LoRA on the
             policy, critic and reward model whole (TRL=FOLDER of `pip install --no-deps --target FOLDER
             trl==1.12.0`)
 
@@ -36,8 +37,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # tokens/s, at least
-TARGETS = dict(sft=3.0, full=1.3, prompt_tuning=1.5, p_tuning=1.5, prefix_tuning=1.5, answer=3.0, ppo=3.0)
-MEMORY = dict(sft=0.6, ppo=0.4)                         # at most
+TARGETS = dict(sft=3.0, full=1.05, prompt_tuning=2.0, p_tuning=2.0, prefix_tuning=2.0, answer=2.0, ppo=1.4,
+               ppo_upper=2.0, ppo_third=2.5)
+MEMORY = dict(sft=0.5, ppo=0.4, ppo_upper=0.4, ppo_third=0.4)           # at most
+PPO_LAYERS = dict(ppo=None, ppo_upper=(3, 4, 5), ppo_third=(4, 5))      # None: all six
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 BATCH, LR, NEW = 8, 1e-3, 48
 
@@ -102,7 +105,7 @@ def ours(what, folder, data, steps):
     return repeat
 
 
-def our_ppo(folder):
+def our_ppo(folder, layers):
     sys.path.insert(0, str(ROOT))
     import contextlib
 
@@ -113,7 +116,7 @@ def our_ppo(folder):
     from model import GPT
     model = GPT.from_pretrained(folder)
     for name in ("policy", "value", "reward"):
-        lora.inject(model, ("q", "k", "v"), rank=8, name=name)
+        lora.inject(model, ("q", "k", "v"), rank=8, layers=layers, name=name)
 
     def role(name):
         @contextlib.contextmanager
@@ -129,7 +132,8 @@ def our_ppo(folder):
     state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
     asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
     environment = ppo.Environment(asked, ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
-    loop = ppo.train_ppo(cfg, ppo.Roles(role("policy"), role(None), role("value"), head), state, environment)
+    roles = ppo.Roles(role("policy"), role(None), role("value"), head, min(layers or [0]))
+    loop = ppo.train_ppo(cfg, roles, state, environment)
 
     def repeat(i):
         metrics, _ = next(loop)
@@ -137,7 +141,7 @@ def our_ppo(folder):
     return repeat
 
 
-def trl_ppo(folder):
+def trl_ppo(folder, layers):
     """TRL's loop is one call, so it runs in a thread that waits for its turn at the end of each iteration."""
     import threading
 
@@ -179,7 +183,8 @@ def trl_ppo(folder):
         args=settings, processing_class=tokenizer, ref_model=None, reward_model=judge(), value_model=judge(),
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), train_dataset=rows,
         eval_dataset=rows.select(range(1)), callbacks=[Turns()],
-        peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+        peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"],
+                                    layers_to_transform=layers, task_type="CAUSAL_LM"))
     threading.Thread(target=trainer.train, daemon=True).start()
 
     def repeat(i):
@@ -244,8 +249,8 @@ def serve(args):
     out = os.fdopen(os.dup(1), "w")                 # a trainer that prints its logs must not answer for us
     os.dup2(2, 1)
     job = json.loads(pathlib.Path(args.job).read_text())
-    if job["what"] == "ppo":
-        repeat = {"ours": our_ppo, "peers": trl_ppo}[args.side](job["model"])
+    if job["what"] in PPO_LAYERS:
+        repeat = {"ours": our_ppo, "peers": trl_ppo}[args.side](job["model"], PPO_LAYERS[job["what"]])
     else:
         side = {"ours": ours, "peers": peers}[args.side]
         repeat = side(job["what"], job["model"], job["rows"], job["steps"])
@@ -307,7 +312,7 @@ def duel(what, model, vocab, args, folder):
                                    steps=2 if args.short else 8)))
     sides = {}
     pythons = {"ours": sys.executable}
-    if "PEERS" in os.environ and (what != "ppo" or "TRL" in os.environ):
+    if "PEERS" in os.environ and (what not in PPO_LAYERS or "TRL" in os.environ):
         pythons["peers"] = os.environ["PEERS"]
     for side, python in pythons.items():
         sides[side] = subprocess.Popen(
@@ -327,8 +332,8 @@ def duel(what, model, vocab, args, folder):
     for process in sides.values():
         process.communicate()
     medians = [{k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides]
-    unit = "iterations" if what == "ppo" else "tokens"
-    learns = what not in ("answer", "ppo")
+    unit = "iterations" if what in PPO_LAYERS else "tokens"
+    learns = what not in ("answer", *PPO_LAYERS)
     if len(medians) == 1:
         a, = medians
         print(f"{what:14} {a['speed']:8,.4g} {unit}/s, {a['memory']:7,.0f} MB" + f"; loss {a['loss']:.3f}" * learns,
@@ -431,8 +436,8 @@ def main():
         if "PEERS" not in os.environ:
             print("PEERS names no interpreter with transformers and peft, so ours is compared with nothing")
         for what in TARGETS:
-            if what == "ppo" and args.only in (None, what):
-                if "PEERS" in os.environ and "TRL" not in os.environ:
+            if what in PPO_LAYERS and args.only in (None, what):
+                if what == "ppo" and "PEERS" in os.environ and "TRL" not in os.environ:
                     print("TRL names no folder with trl 1.12, so PPO is not compared")
                 torch.manual_seed(0)
                 GPT(GPTConfig(1024, 64, 6, 6, 384, eos=1)).save_pretrained(folder / "gpt2")
