@@ -314,7 +314,6 @@ def open_context(cfg):
     """Model, tokenizer, template and device of a command, as training and evaluation take them."""
     task = find_task(cfg.task)
     device, why = pick_device(cfg.device)
-    device = distributed.local_device(device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
     check_settings(stored, cfg.init)
     made_by = task_of(stored)
