@@ -118,6 +118,13 @@ class DataFlags:
 
 
 @dataclass(frozen=True)
+class MeasuredDataFlags:
+    """the run"""
+    data: str = flag("toy", "what to measure on, as for training; of a run its own data, otherwise",
+                     type=path_type)
+
+
+@dataclass(frozen=True)
 class DryRunFlags:
     """the run"""
     dry_run: bool = flag(False, "print sizes, two rendered examples and the time, then stop", identity=False)
@@ -235,7 +242,13 @@ def find_method(name):
 
 def parse(argv):
     """argv -> Config. Raises UserError."""
-    return command.parse(argv, PROGRAM)
+    cfg = command.parse(argv, PROGRAM)
+    if find_task(cfg.task).reads_own_data and "data" not in cfg.given:
+        data = data_of(cfg.init)
+        if data is not None:
+            log_progress(f"without --data, {cfg.init} is measured on the data of its run, {data}")
+            return cfg.replace(data=data)
+    return cfg
 
 
 def defaults_by_init(task, method, init):
@@ -310,8 +323,11 @@ def prompt_base(name):
     return below
 
 
-def open_context(cfg):
-    """Model, tokenizer, template and device of a command, as training and evaluation take them."""
+def open_context(cfg, log=log_progress):
+    """Model, tokenizer, template and device of a command, as training and evaluation take them.
+
+    log: a function of a line about them.
+    """
     task = find_task(cfg.task)
     device, why = pick_device(cfg.device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
@@ -330,9 +346,9 @@ def open_context(cfg):
     template, differs = choose_template(cfg, tokenizer, stored)
     several = f", {dist_state.size} processes" if dist_state.size > 1 else ""
     on_cpu = f", {threads} thread{'s' * (threads > 1)} ({by})" if device.type == "cpu" else ""
-    log_progress(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
+    log(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
     if differs and TextFlags in task.flags:
-        log_progress(differs)
+        log(differs)
     model = place_model(model, cfg, device, dtype)
     text = open_text(cfg, task, tokenizer, template, stored)
     ctx = evaluate.ModelContext(model.eval(), text, device, dtype, prompt=prompt,
@@ -353,7 +369,7 @@ def open_context(cfg):
         if labels_by_head or scores_by_head:
             ctx.head = made_by.load_head(cfg.init).to(device)
     if ctx.head is None and cfg.init != "new" and read_head(cfg.init):
-        log_progress(f"--init {cfg.init} has a head, which this command does not use")
+        log(f"--init {cfg.init} has a head, which this command does not use")
     return ctx
 
 
@@ -687,6 +703,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     compute_loss = find_task(cfg.task).loss
     loop = start_loop(ctx, cfg, trainable, total)
     resume(ctx, cfg, run, loop, trainable, state)
+    say_where(loop.step, total)
     progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
     try:
@@ -787,6 +804,12 @@ def resume(ctx, cfg, run, loop, trainable, state):
         if loop.allocator:
             loop.allocator.load_state_dict(state["allocator"])
     run.rewind(loop.step)
+
+
+def say_where(step, total):
+    """A line about a run that does not begin at its beginning."""
+    if step:
+        log_progress(f"continuing from step {step} of {total}")
 
 
 def save_state(run, loop, trainable, state):
@@ -1122,7 +1145,7 @@ def initial_prompt(folder, device="auto"):
         stored = read_run_config(find(folder))["config"]
         usual = parse(["--task", stored["task"], "--method", stored["method"]])     # flags that are not stored
         cfg = Config({**usual.to_dict(), **stored, "device": device, "compile": False})
-        ctx = open_context(cfg)
+        ctx = open_context(cfg, log=lambda line: None)      # the device has been printed
         ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
         apply_method(ctx, cfg)
         return ctx.prompt
@@ -1680,6 +1703,7 @@ def train_policy(cfg, run, rows):
     else:
         state = measure_reference(run, setup, roles, forgetting)
     run.rewind(trained.step)
+    say_where(trained.step, config.steps)
     iterate(cfg, run, setup, roles, trained, state)
     if trained.ema:                                     # what is measured and kept is the average
         for name, p in trainable.items():
@@ -1876,16 +1900,31 @@ def write_predictions(cfg, run, rows):
 def run_show(cfg):
     """--task show: the next-token distribution, of the base and of the tuned model.
 
-    Without --prompt, what a soft prompt has become.
+    Without --prompt, what a soft prompt has become; of another run, what follows its first test row.
     """
     ctx = open_context(cfg)
     if ctx.prompt is not None and not cfg.prompt:
         print_virtual_tokens(describe_prompt(ctx, cfg))
         return 0
+    if not cfg.prompt:
+        cfg = cfg.replace(prompt=first_test_prompt(ctx, cfg.init))
     sides = {"base": enter_model(ctx, ctx.model)}
     if lora.adapters(ctx.model) or ctx.prompt is not None:
         sides["tuned"] = tuned_role(ctx, ctx.model, ctx.prompt)
     return next_token.show(ctx, sides, cfg)
+
+
+def first_test_prompt(ctx, init):
+    """The last message of the first test row that a run was measured on, or the beginning of its text; None if
+    that is not known."""
+    data = data_of(init)
+    if data is None:
+        return None
+    row = formats.load_splits(data)["test"].rows[0]
+    is_text = "text" in row and "label" not in row
+    prompt = " ".join(row["text"].split()[:8]) if is_text else ctx.text.turns(row)[-2]["content"]
+    log_progress(f"without --prompt, the first test row of {data} is continued")
+    return prompt
 
 
 def run_merge(cfg):
@@ -1927,16 +1966,16 @@ def run_merge(cfg):
     print_result(f"largest logit difference after merging: {difference:.2g}")
     words = ["--task", "chat", "--init", cfg.out]
     if made_by and made_by.judges:                      # it scores, and does not answer
-        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init)]
+        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init) or "FILE"]
     print_result(shlex.join(["python", "train.py", *words]))
     return 0
 
 
 def data_of(name):
-    """The --data of the run that made a folder; "FILE" if it is not known."""
+    """The --data of the run that made a folder; None if it is not known."""
     with contextlib.suppress(UserError):
-        return read_run_config(find(name))["config"].get("data", "FILE")
-    return "FILE"
+        return read_run_config(find(name))["config"].get("data")
+    return None
 
 
 def run_table(cfg):
@@ -1998,6 +2037,7 @@ class Task:
     needs_causal: bool = False                      # it needs a model that was trained with causal attention
     measures: bool = False                          # it measures --init as it was trained, head included
     all_valid: bool = False                         # it reads all of valid, not 100 rows
+    reads_own_data: bool = False                    # without --data, that of the run of --init
     one_process: bool = False
     input_flags: tuple = ("reward", "gold_reward")  # folders or module:function, whose content is hashed
     parses_itself: bool = False                     # run takes the words of the command line
@@ -2094,9 +2134,9 @@ TASKS = (
          next_command=then_sft),
     Task("eval", "measure a trained model", run_supervised, trains=False,
          reads=("chat", "label", "tags", "text", "pairs", "ranked"),
-         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags,
-                ShotFlags),
-         evaluate=evaluate_reward, measures=True, describe=describe_prompt, next_command=no_command),
+         flags=(MeasuredDataFlags, RunFolderFlags, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags,
+                EvalFlags, AnswerFlags, ShotFlags),
+         evaluate=evaluate_reward, measures=True, reads_own_data=True, describe=describe_prompt, next_command=no_command),
     Task("predict", "labels or answers for rows without them", run_predict, trains=False,
          reads=("text", "label", "tags", "chat", "prompt"),
          flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),
