@@ -60,10 +60,11 @@ from data.checkpoints.model_folders import (base_of, find, folders, hash_folder,
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import write_tensors
 from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
-                          tables, untrained)
+                          shot_ladder, tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
+from data.results.metrics import main_metric
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
@@ -953,7 +954,7 @@ def train_and_measure(cfg, run, rows, row_type):
     if find_method(cfg.method).trains:
         loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
     elif len(shots) > 1:
-        outcome = measure_shots(ctx, rows, shots, outcome)
+        outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
         stored = save_weights(ctx, cfg, run.folder, rows["train"]) if trainable else {}
         samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
@@ -1088,17 +1089,18 @@ def prepare_examples(ctx, cfg, feed, total, examples):
         examples[split] = prepare(ctx, cfg, examples[split])
 
 
-def measure_shots(ctx, rows, shots, first):
+def measure_shots(ctx, cfg, rows, shots, first):
     """The same measurement with more and more solved examples in front. Returns the best Outcome."""
     test = rows["test"]
 
     def measure(n):
         metrics, answers = evaluate.evaluate_rows(ctx, test, [], rows["train"][:n])
-        return few_shot.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
-    rungs = few_shot.shot_ladder(shots, measure,
-                                 few_shot.Rung(shots[0], first.metrics, first.answers, first.item_correct))
-    few_shot.print_ladder(rungs)
-    best = few_shot.best_rung(rungs)
+        return shot_ladder.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
+    rungs = shot_ladder.shot_ladder(shots, measure, shot_ladder.Rung(shots[0], first.metrics, first.answers,
+                                                                     first.item_correct))
+    own = find_task(cfg.task).metric
+    shot_ladder.print_ladder(rungs, own)
+    best = shot_ladder.best_rung(rungs, own)
     return Outcome(best.metrics, best.answers, best.item_correct)
 
 
@@ -1109,7 +1111,8 @@ def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
             **outcome.metrics)
     named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
     result = dict(status="done", **named, out=str(run.folder),
-                  metrics=outcome.metrics, baseline_metrics=baseline, **counts, **clock,
+                  metrics=outcome.metrics, main_metric=main_metric(outcome.metrics, task.metric),
+                  baseline_metrics=baseline, **counts, **clock,
                   tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
                   item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
                   next_command=task.next_command(ctx, cfg, run.folder))
@@ -2046,7 +2049,7 @@ class Task:
     # the supervised loop
     loss: Callable = None                           # (ctx, cfg, batch, past) -> summed loss
     evaluate: Callable = evaluate_answers           # (ctx, cfg, rows, examples, shots) -> (metrics, answers)
-    metric: str = "loss"                            # what it is about
+    metric: str = None                              # what it is about; None: what its rows are about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
     begin: Callable = None                          # (ctx, cfg, rows) -> more state, before training

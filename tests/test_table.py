@@ -408,6 +408,18 @@ def test_the_metric_that_a_run_is_about():
     for metrics, name in (({"loss": 1, "exact_match": 0}, "exact_match"), ({"kl": 1, "gold": 0}, "gold"),
                           ({"x": 1, "y": 2}, "x"), ({}, None)):
         assert runs.main_metric({"result": {"metrics": metrics}}) == name
+    for own, metrics, name in (("brier", {"loss": 1, "accuracy": 1, "brier": 0}, "brier"), ("exact_match", {"exact_match": 1, "f1": 0}, "f1"),
+                               ("gold", {"score": 1}, "score"), (None, {"rows": 3, "mean_probability": 1}, None)):
+        assert runs.main_metric({"result": {"metrics": metrics, "main_metric": own}}) == name
+
+
+def test_predictions_are_left_out_in_a_line(tmp_path, capsys):
+    make(tmp_path / "a", {"accuracy": 0.5})
+    make(tmp_path / "p", {"rows": 3, "mean_probability": 0.9}, flags=["--task", "predict", "--method", "none"])
+    out = shown(tmp_path, capsys)
+    table_part, rest = out.split("Not in the table, 1:")
+    assert "predict" not in table_part and "rows" not in table_part.split("mean ±")[0]
+    assert f"{tmp_path / 'p'}  it measured nothing that a table compares; it has rows, mean_probability" in rest
 
 
 # ------------------------------------------------------------------------------------------------------- code

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
-from data.results.metrics import unit, wilson
+from data.results.metrics import HIDDEN, unit, wilson
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
 
@@ -145,8 +145,8 @@ def report(result, folder):
               keys; its "next_command" uses what the run made, and names the folder that is "out" there.
               "virtual_tokens" are lines of text
     """
-    before = without_counts(result.get("baseline_metrics", {}))
-    after = without_counts(result["metrics"])
+    before = without_hidden(result.get("baseline_metrics", {}))
+    after = without_hidden(result["metrics"])
     trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
     print_metrics(before if trained else None, after, metric_notes(result))
     for sample in result.get("samples", ()):
@@ -183,9 +183,8 @@ def asked(text, row):
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def without_counts(metrics):
-    """The metrics that say how good, not on how many tokens."""
-    return {name: value for name, value in metrics.items() if name != "targets"}
+def without_hidden(metrics):
+    return {name: value for name, value in metrics.items() if name not in HIDDEN}
 
 
 def metric_notes(result):
