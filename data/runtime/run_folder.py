@@ -189,6 +189,18 @@ def log_progress(text, rank=0):
 
 # ------------------------------------------------------------------------------------------------- the folder
 
+class Saved(dict):
+    """What state.pt held. Raises DataError for an entry that an earlier version did not save."""
+
+    def __init__(self, state, path):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, key):
+        raise DataError(f"{self.path} was saved by an earlier version and has no {key!r}; use --fresh to start "
+                        "over")
+
+
 class Run:
     """One run folder.
 
@@ -455,10 +467,11 @@ class Run:
                 return self.load_state()
             self.begin(facts)
         state = distributed.broadcast(begin_or_continue)
+        self.saved_at = time.monotonic()
         if state is None:
             self.rewind(-1)                         # the events of a process that was killed before its first save
-        self.saved_at = time.monotonic()
-        return state
+            return None
+        return Saved(state, self.state)
 
     def begin(self, facts):
         self.id = uuid.uuid4().hex
