@@ -11,6 +11,7 @@ there are norms and distances, by layer.
 Public: describe, report, asked, describe_virtual_tokens,
 print_virtual_tokens
 """
+import math
 import shlex
 import textwrap
 
@@ -21,7 +22,7 @@ from data.batches.examples import display
 from data.results import cost_model
 from data.results.metrics import HIDDEN, unit, wilson
 from data.results.runs import PROPORTIONS
-from data.runtime.run_folder import print_result
+from data.runtime.run_folder import log_progress, print_result
 
 READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
@@ -149,6 +150,9 @@ def report(result, folder):
     after = without_hidden(result["metrics"])
     trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
     print_metrics(before if trained else None, after, metric_notes(result))
+    if trained and is_far_worse(before.get("loss"), after.get("loss")):
+        log_progress(f"training has made the model worse: the loss on test was {before['loss']:.4g} before and is "
+                     f"{after['loss']:.4g} now; --lr is too high, or training too long")
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -164,6 +168,13 @@ def report(result, folder):
     brief["out"] = folder
     print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
     return 0
+
+
+def is_far_worse(before, after):
+    """Whether a loss is far above that before training: by a quarter of it and half a nat, or no number at all."""
+    if before is None or after is None or not math.isfinite(before):
+        return False
+    return not after <= 1.25 * before + 0.5
 
 
 def relocated(command, old, new):
