@@ -943,7 +943,10 @@ def train_and_measure(cfg, run, rows, row_type):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
+    task = find_task(cfg.task)
     params_total = sum(p.numel() for p in ctx.model.parameters())
+    if cfg.get("keep_best") is not None and task.baseline_metrics:
+        require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
     state = run.start(facts_of(ctx, rows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
@@ -963,6 +966,11 @@ def train_and_measure(cfg, run, rows, row_type):
         counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
                       **stored)
         return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
+
+
+def require_metric(ctx, cfg, rows, examples):
+    """Raises UserError unless --keep_best names a metric of these rows of valid."""
+    check_metric(cfg.keep_best, find_task(cfg.task).evaluate(ctx, cfg, rows[:2], examples[:2])[0])
 
 
 @dataclass
@@ -1050,8 +1058,8 @@ def train(ctx, cfg, run, rows, row_type, state):
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
-    if cfg.keep_best is not None:                       # before any step: is there such a metric?
-        check_metric(cfg.keep_best, task.evaluate(ctx, cfg, rows["valid"][:2], examples["valid"][:2])[0])
+    if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
+        require_metric(ctx, cfg, rows["valid"], examples["valid"])
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
     distributed.reshard(ctx.model)
@@ -1158,7 +1166,10 @@ def dry_run(cfg, rows, row_type):
     """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
-    foretell(ctx, cfg, rows, row_type, shown=2)
+    found = foretell(ctx, cfg, rows, row_type, shown=2)
+    advice = forecast.advice_on_steps(cfg, found.steps) if found else ""
+    if advice:
+        print_result(advice)
     return 0
 
 
@@ -2007,7 +2018,8 @@ def run_check(argv):
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
     return inspect_data.examine(ctx, cfg, data, shlex.join(words),
-                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy)
+                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
+                                takes_shots=task.baseline and ShotFlags in task.baseline_flags)
 
 
 # ------------------------------------------------------------------------------------------- records of tasks

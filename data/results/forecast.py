@@ -13,7 +13,7 @@ worst as long as those of the untrained model. Not included are reading files, l
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
 Public: Part, Forecast, BUDGET, evaluation_interval, valid_evaluations, evaluation_part, other_parts,
-forgetting_part, measure_training, measure_parts, describe_model, format_range, print_forecast
+forgetting_part, measure_training, measure_parts, describe_model, advice_on_steps, format_range, print_forecast
 """
 import math
 import time
@@ -30,6 +30,7 @@ from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
 BUDGET = 20.0                                           # seconds
+FEW_STEPS = 10
 FIRST_ITEMS = 1
 
 
@@ -254,6 +255,15 @@ def describe_model(name, config):
     """A model in one line: its name, family and shape."""
     return (f"model: {name} ({config.family}, {config.n_layer} layers of width {config.n_embd}, "
             f"a context of {config.block_size:,} tokens)")
+
+
+def advice_on_steps(cfg, steps):
+    """A sentence about a run of so few steps that it cannot learn; "" for others, and without training."""
+    if not 0 < steps < FEW_STEPS:
+        return ""
+    remedy = "raise --epochs, or lower --batch" if cfg.get("steps") is None else "raise --steps"
+    teach = "1 step teaches" if steps == 1 else f"{steps} steps teach"
+    return f"{teach} a model next to nothing: {remedy}"
 
 
 def format_range(seconds):

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.batches.examples import Ranking, size, targets
+from data.batches.few_shot import ROW_TYPES_WITH_SHOTS, fit_shots
+from data.results.forecast import advice_on_steps
 from data.results.metrics import spans
 from data.runtime.files import UserError, atomic
 from data.runtime.flags import flag
@@ -36,6 +38,7 @@ class CheckFlags:
 
 NO_LIMIT = 1 << 40                                      # tokens: examples are counted as they are, uncut
 FEW_ROWS = 100
+SHOTS = 4                                               # that are advised for few rows
 FEW_OF_A_LABEL = 10
 LONG_SECONDS = 3600
 COLUMNS = {"rows": 9, "repeated": 10, "in train": 10, "tokens": 12, "shortest": 10, "median": 8, "90 %": 8,
@@ -167,8 +170,19 @@ def print_counts(ctx, data, row_type):
 
 # ------------------------------------------------------------------------------------------------- the advice
 
-def advice_on_rows(train, row_type, repeated, leaked):
-    """Sentences about repeated, leaked, ambiguous and too few rows. train: the rows of that split."""
+def usable_shots(ctx, data, row_type):
+    """How many solved examples, 4 at most, can stand in front of every one of the first test questions."""
+    if row_type not in ROW_TYPES_WITH_SHOTS or ctx.text.classifier != "lm":
+        return 0
+    shots = data["train"].rows[:SHOTS]
+    return min(fit_shots(ctx, row, shots)[1] for row in data["test"].rows[:SHOTS])
+
+
+def advice_on_rows(train, row_type, repeated, leaked, shots):
+    """Sentences about repeated, leaked, ambiguous and too few rows.
+
+    train: the rows of that split. shots: the largest --shots that the task and the context take, 0 without.
+    """
     parts = []
     if repeated:
         parts.append(f"{repeated:,} rows repeat another row of their split")
@@ -181,7 +195,8 @@ def advice_on_rows(train, row_type, repeated, leaked):
         if ambiguous:
             yield f"{ambiguous} prompts have several answers; a model can give only one of them"
     if len(train) < FEW_ROWS and row_type != "text":
-        yield f"{len(train)} training rows are few: compare with --method none --shots 4; use several seeds"
+        compare = f"compare with --method none --shots {shots}; " if shots else ""
+        yield f"{len(train)} training rows are few: {compare}use several seeds"
 
 
 def advice_on_names(names, rows, row_type):
@@ -211,7 +226,7 @@ def advice_on_lengths(lengths, row_type, block_size, supervised, seconds):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
+def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots=False):
     """Print the counts, the estimate and the advice, and write the clean copy. Returns 0.
 
     ctx, cfg     of the task that the rows are for; read are cfg.task, data and block_size
@@ -219,6 +234,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     command      the command line that the estimate is for
     estimate     estimate() prints what that command takes, and returns a forecast.Forecast; None without one
     clean_copy   as load_for_check returns it
+    takes_shots  whether the task has a baseline with solved examples in front of a question
 
     Sets ctx.text.labels for rows with labels or tags.
     """
@@ -237,14 +253,19 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
         print_result("balance:  " + "  ".join(shares))
     seconds = None
+    steps = 0
+    shots = usable_shots(ctx, data, row_type) if takes_shots else 0         # before the estimate changes the model
     print_result("\n" + command)
     if estimate is not None:
-        seconds = estimate().total()[1]
+        forecast = estimate()
+        seconds = forecast.total()[1]
+        steps = forecast.steps
     else:
         print_result(f"there is no forecast for --task {cfg.task}")
     block_size = ctx.block_size(cfg.get("block_size"))
-    advice = [*advice_on_rows(train, row_type, repeated, leaked), *advice_on_names(names, train, row_type),
+    advice = [*advice_on_rows(train, row_type, repeated, leaked, shots), *advice_on_names(names, train, row_type),
               *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]
+    advice += filter(None, [advice_on_steps(cfg, steps)])
     print_result()
     for line in advice or ["nothing to change"]:
         print_result(f"- {line}")
