@@ -947,7 +947,8 @@ def train_and_measure(cfg, run, rows, row_type):
     params_total = sum(p.numel() for p in ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
         require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
-    state = run.start(facts_of(ctx, rows)) or {}
+    windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
+    state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
         state = measure_baseline(ctx, cfg, run, rows, shots[0])
@@ -1026,7 +1027,7 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if task.baseline_metrics:
         examples = encode_rows(ctx, cfg, {"test": test})
         if "text" in test[0] and "label" not in test[0]:
-            say_if_few({"test": len(examples["test"])})
+            say_if_few({"test": len(examples["test"])}, "window")
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
             metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
@@ -1232,7 +1233,8 @@ def open_data(cfg):
         data = formats.load_splits(cfg.data)
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
-    counts = [f"{len(r)} {split}" for split, r in rows.items()]
+    what = " rows" if train.row_type == "text" else ""       # it is measured in windows
+    counts = [f"{len(r)} {split}{what}" for split, r in rows.items()]
     counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     task = find_task(cfg.task)
@@ -1253,9 +1255,9 @@ def open_data(cfg):
 FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
 
 
-def say_if_few(counts):
+def say_if_few(counts, item="item"):
     """A note about splits of so few items that their metrics mean nothing. counts: {split: items}."""
-    few = [f"{n} {split} item{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
+    few = [f"{n} {split} {item}{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
     if few:
         log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
 
@@ -1362,11 +1364,15 @@ def other_texts(cfg):
     return texts
 
 
-def facts_of(ctx, rows):
-    """What config.json keeps beside flags and identity; tables compare runs of equal test items only."""
+def facts_of(ctx, rows, windows=None):
+    """What config.json keeps beside flags and identity; tables compare runs of equal test items only.
+
+    windows: of raw text, which is measured in them and not in rows.
+    """
     test = [{key: value for key, value in row.items() if key != "line"} for row in rows["test"]]
+    count = dict(test_items=len(test)) if windows is None else dict(test_items=windows, test_unit="windows")
     return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
-                test_items=len(test), test_sha256=hash_json(test))
+                **count, test_sha256=hash_json(test))
 
 
 def forgetting_loss(ctx, forgetting):

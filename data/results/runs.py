@@ -211,7 +211,8 @@ def label_tests(runs):
     names = {}                                          # {test set: its name, after the first run}
     for run in runs:
         items = test_set(run)[0]
-        count = "test items" if items is None else f"{items} test items"
+        unit = f"test {run.get('test_unit', 'items')}"
+        count = unit if items is None else f"{items} {unit}"
         names.setdefault(test_set(run), f"{count} of {display_value(run['config'].get('data'))}")
     for run in runs:
         name = names[test_set(run)]

@@ -84,7 +84,7 @@ KINDS = {                                           # what an error calls it: it
 CONFIG = {
     "config": "an object of strings, numbers and lists", "argv": "a list of strings", "id": "a string",
     "code": "a string", "code_hashes": "an object of hashes", "kept": "a list of strings",
-    "test_items": "an integer", "test_sha256": "a string", "data_sha256": "a string",
+    "test_items": "an integer", "test_unit": "a string", "test_sha256": "a string", "data_sha256": "a string",
     "base_sha256": "a string", "reward": "a hash or an object of hashes",
     "gold_reward": "a hash or an object of hashes", "inputs": "an object of hashes or of objects of hashes"}
 SELECTORS = {"task": "a string", "method": "a string"}          # of the flags in "config"
