@@ -1,5 +1,6 @@
 """What a command says of itself: which data it reads, where it goes on, what its run cannot learn."""
 import json
+import os
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 import tiny
 import train
 from data.results import report
+from data.runtime import run_folder
 
 SHORT = ["--steps", "4", "--batch", "4", "--eval_every", "100", "--forgetting_data", "none"]
 
@@ -136,3 +138,39 @@ def test_only_examples_that_fit_are_advised(row, more, advice, world, tmp_path, 
                        "--max_new_tokens", "8"][:-2 if "completion" not in row else None] + more) == 0
     few = [line for line in capsys.readouterr().out.splitlines() if "training rows are few" in line]
     assert len(few) == 1 and few[0].endswith(advice)
+
+
+# ------------------------------------------------------------------------------------------ a terminal of 80 columns
+
+def test_every_line_fits_a_terminal_of_80_columns(world, tmp_path, monkeypatch, capsys):
+    """But for commands, which are copied, and the last line of a run, which is for programs."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(world)
+    words = "the quick brown fox jumps over the lazy dog "
+    tiny.write(world, {"long": [{"prompt": words * (1 + i % 2), "completion": words[:i]} for i in range(1, 40)]})
+    short = ["--init", "base", *SHORT, "--out", "r"]
+    long = [*short, "--data", "long", "--max_new_tokens", "40"]
+    commands = [[*long, "--dry_run"], long, long, ["--task", "check", "--init", "base", "--data", "long"],
+                ["--task", "show", "--init", "r", "--max_new_tokens", "40"],
+                ["--task", "chat", "--init", "r", "--prompt", words, "--max_new_tokens", "40"],
+                ["--task", "table", "--runs", "*"],
+                ["--init", "base", "--data", "long", "--out", "shots", "--method", "none", "--shots", "0,1", "--max_new_tokens", "4"],
+                [*short, "--task", "reward", "--data", "pairs", "--max_new_tokens", "4", "--out", "rm"],
+                [*short, "--data", "chat", "--method", "prompt_tuning", "--max_new_tokens", "2", "--out", "p"],
+                ["--task", "show", "--init", "p"]]
+    for command in commands:
+        assert train.main(command) == 0
+        for text in capsys.readouterr():
+            wide = [line for line in text.splitlines() if len(line) > 80 and not line.startswith(("python ", "task="))]
+            assert not wide, (command, wide)
+
+
+def test_text_without_a_terminal_stays_as_it_is(monkeypatch):
+    text = "a " * 100 + "\n\n  b " + "c" * 200
+    with open(os.devnull, "w") as nowhere:
+        assert run_folder.fit(text, nowhere) == text and run_folder.terminal_width(nowhere) is None
+        assert run_folder.fit("python " + text, nowhere, widest=50).splitlines()[0] == "python " + "a " * 100
+        monkeypatch.setenv("COLUMNS", "80")
+        lines = run_folder.fit("  " + text, nowhere).split("\n")
+    assert [len(line) <= 80 for line in lines] == [True] * 3 + [True, True, False]
+    assert lines[0].startswith("  a a") and lines[1].startswith("  a a") and lines[-1].strip() == "c" * 200

@@ -26,6 +26,7 @@ from data.batches.examples import size, targets
 from data.batches.few_shot import parse_shots
 from data.batches.row_types import row_type_of
 from data.results.evaluate import mean_loss
+from data.results.layout import print_wrapped
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
@@ -279,9 +280,9 @@ def print_forecast(forecast, batch, device):
     """Print steps, tokens and seconds of a run."""
     if forecast.steps:
         middle = sum(forecast.training) / 2
-        print_result(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
-                     f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
+        print_wrapped(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
+                      f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
         print_result(f"  training: {format_range(forecast.training)}")
     for text, seconds in forecast.parts.items():
-        print_result(f"  {text}: {format_range(seconds)}")
+        print_wrapped(f"{text}: {format_range(seconds)}", "  ")
     print_result(f"in all about {format_range(forecast.total())}")

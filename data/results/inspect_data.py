@@ -15,6 +15,7 @@ Public: load_for_check, examine, clean
 """
 import collections
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,12 @@ import numpy as np
 from data.batches.examples import Ranking, size, targets
 from data.batches.few_shot import ROW_TYPES_WITH_SHOTS, fit_shots
 from data.results.forecast import advice_on_steps
+from data.results.layout import Column, print_columns, print_wrapped
 from data.results.metrics import spans
 from data.runtime.files import UserError, atomic
 from data.runtime.flags import flag
 from data.runtime.progress import format_seconds
-from data.runtime.run_folder import print_result
+from data.runtime.run_folder import fit, print_result
 from data.text import formats
 
 
@@ -41,8 +43,7 @@ FEW_ROWS = 100
 SHOTS = 4                                               # that are advised for few rows
 FEW_OF_A_LABEL = 10
 LONG_SECONDS = 3600
-COLUMNS = {"rows": 9, "repeated": 10, "in train": 10, "tokens": 12, "shortest": 10, "median": 8, "90 %": 8,
-           "99 %": 8, "longest": 9}                     # head: width
+COLUMNS = ("rows", "repeated", "in train", "tokens", "shortest", "median", "90 %", "99 %", "longest")
 
 
 # --------------------------------------------------------------------------------------------- the clean copy
@@ -146,8 +147,8 @@ def print_counts(ctx, data, row_type):
 
     Returns ({split: tokens of each row}, share of targets or None, repeated rows, leaked rows).
     """
-    print_result(" " * 8 + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
     lengths = {}
+    lines = {}
     supervised = 0
     repeated = 0
     leaked = 0
@@ -160,7 +161,9 @@ def print_counts(ctx, data, row_type):
         leaked += leaks
         percentiles = np.percentile(lengths[split], (0, 50, 90, 99, 100), method="higher")
         numbers = [len(part.rows), repeats, leaks, sum(lengths[split]), *percentiles]
-        print_result(f"{split:8}" + "".join(f"{n:{width},}" for n, width in zip(numbers, COLUMNS.values())))
+        lines[split] = [f"{n:,}" for n in numbers]
+    print_columns([Column("", list(lines)), *(Column(head, [line[i] for line in lines.values()])
+                                              for i, head in enumerate(COLUMNS))], markdown=False)
     if supervised is None:
         return lengths, None, repeated, leaked
     total = sum(map(sum, lengths.values()))
@@ -242,7 +245,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots
     train = data["train"].rows
     print_result(f"{cfg.data}: {data['train'].format}; {row_type} rows, for --task {cfg.task}")
     for split, part in data.items():
-        print_result(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}")
+        print_result(fit(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}", sys.stdout))
     names = count_names(train)
     if names:
         ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])
@@ -251,7 +254,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots
     if names:
         total = sum(count for _, count in names)
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
-        print_result("balance:  " + "  ".join(shares))
+        print_wrapped("balance:  " + "  ".join(shares))
     seconds = None
     steps = 0
     shots = usable_shots(ctx, data, row_type) if takes_shots else 0         # before the estimate changes the model
@@ -268,7 +271,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots
     advice += filter(None, [advice_on_steps(cfg, steps)])
     print_result()
     for line in advice or ["nothing to change"]:
-        print_result(f"- {line}")
+        print_wrapped(f"- {line}")
     if clean_copy is not None:
         write_copy(*clean_copy)
         print_result(f"\nclean copy: {clean_copy[0]}")

@@ -173,7 +173,7 @@ def show(ctx, sides, cfg):
         text = tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token])
         label = f"{side}: " if len(sides) > 1 else ""
         between = "" if ctx.text.template == "plain" else "\n"
-        print_result(label + cfg.prompt + between + text)
+        print_wrapped(label + cfg.prompt + between + text)
     return 0
 
 

@@ -13,6 +13,7 @@ print_virtual_tokens
 """
 import math
 import shlex
+import sys
 import textwrap
 
 import torch
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
+from data.results.layout import print_wrapped, terminal_width
 from data.results.metrics import HIDDEN, unit, wilson
 from data.results.runs import PROPORTIONS
-from data.runtime.run_folder import log_progress, print_result
+from data.runtime.run_folder import fit, log_progress, print_result
 
 READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
@@ -40,14 +42,14 @@ def describe(ctx, plan, base, examples):
     size = {part: f"{n / 1e6:,.0f} MB" for part, n in cost_model.memory(ctx.model.config, plan).items()}
     gflops = cost_model.flops(ctx.model.config, plan) / 1e9
     print_result(f"{plan.trainable:,} of {base:,} parameters are trainable ({plan.trainable / base:.2%})")
-    print_result(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
-                 f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
-                 f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
+    print_wrapped(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
+                  f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
+                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
     print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
     for example in examples:
         for title, ids, mask in display(example):
             print_result("\n" + "-" * 40 + f" [[supervised]]{title}")
-            print_result(mark_targets(ids, mask, ctx.text.tokenizer))
+            print_result(fit(mark_targets(ids, mask, ctx.text.tokenizer), sys.stdout))
     return 0
 
 
@@ -127,9 +129,10 @@ def usual_cosines(model, count=200):
 
 
 def print_virtual_tokens(lines):
-    """The lines of describe_virtual_tokens; the last one, a sentence, is wrapped."""
+    """The lines of describe_virtual_tokens, as wide as the terminal; the last one, a sentence, is narrower."""
     for line in lines:
-        print_result("\n".join(textwrap.wrap(line, 110)) if line.startswith(READING) else line)
+        is_sentence = line.startswith(READING)
+        print_result(fit(line, sys.stdout, "" if is_sentence else " " * 5, 110 if is_sentence else 10 ** 6))
 
 
 def mean_norm(tensor):
@@ -222,8 +225,9 @@ def print_metrics(before, after, notes):
     if before is not None:
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
-        cells = [format_number(side.get(name)) for side in sides]
-        print_result(f"{name:{width}}{''.join(cells)}  {notes[name]}".rstrip())
+        cells = "".join(format_number(side.get(name)) for side in sides)
+        line = f"{name:{width}}{cells}  {notes[name]}".rstrip()
+        print_result(fit(line, sys.stdout, " " * (width + len(cells) + 2)))
 
 
 def format_number(x):
@@ -239,6 +243,7 @@ def format_number(x):
 
 def print_sample(sample, trained):
     """The texts of a sample, wrapped, each behind its label."""
+    width = max(40, min(94, terminal_width() - 12))
     labels = {"prompt": "prompt", "reference": "reference", "before": "before", "after": "after"}
     if not trained:
         labels = {"prompt": "prompt", "reference": "reference", "after": "answer"}
@@ -247,5 +252,5 @@ def print_sample(sample, trained):
             continue
         lines = []
         for line in sample[key].strip().splitlines() or [""]:
-            lines += textwrap.wrap(line, 94) or [""]
+            lines += textwrap.wrap(line, width) or [""]
         print_result(f"  {label:10}" + ("\n" + " " * 12).join(lines))

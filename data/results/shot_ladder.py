@@ -9,6 +9,7 @@ Public: Rung, shot_ladder, best_rung, print_ladder
 """
 from typing import NamedTuple
 
+from data.results.layout import print_wrapped
 from data.results.metrics import HIDDEN, LOWER_IS_BETTER, main_metric
 from data.runtime.progress import Progress
 from data.runtime.run_folder import log_progress, print_result
@@ -59,17 +60,19 @@ def print_ladder(rungs, own=None):
     names = [name for name in rungs[-1].metrics if name not in (*HIDDEN, "shots_used_max")]
     main = main_metric(rungs[-1].metrics, own)
     best = best_rung(rungs, own).shots
-    print_result(f"{'shots':>6}" + "".join(f"{name:>13}" for name in names))
+    widths = [max(8, len(name)) + 2 for name in names]
+    print_result(f"{'shots':>6}" + "".join(f"{name:>{width}}" for name, width in zip(names, widths)))
     for rung in rungs:
-        cells = [f"{rung.metrics[name]:13.4g}" if name in rung.metrics else " " * 13 for name in names]
+        cells = [f"{rung.metrics[name]:{width}.4g}" if name in rung.metrics else " " * width
+                 for name, width in zip(names, widths)]
         mark = f"  best {main}" if rung.shots == best else ""
         print_result(f"{rung.shots:6}{''.join(cells)}{mark}".rstrip())
     short = [rung for rung in rungs if rung.metrics.get("shots_used", rung.shots) < rung.shots]
     if short:
-        print_result("shots_used is the mean number of examples that fitted in front of a question; where it "
-                     "is below shots, the context held no more.")
+        print_wrapped("shots_used is the mean number of examples that fitted in front of a question; where it "
+                      "is below shots, the context held no more.")
     same = [str(rung.shots) for rung in rungs if rung.metrics.get("labels_used") == 1]
     if same:
-        print_result(f"With {', '.join(same)} shots every answer is the same label: this accuracy is the share "
-                     "of that label in the test items.")
+        print_wrapped(f"With {', '.join(same)} shots every answer is the same label: this accuracy is the share "
+                      "of that label in the test items.")
     print_result()
