@@ -60,10 +60,11 @@ from data.checkpoints.model_folders import (base_of, find, folders, hash_folder,
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import write_tensors
 from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
-                          tables, untrained)
+                          shot_ladder, tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.inspect_data import CheckFlags
+from data.results.metrics import main_metric
 from data.results.next_token import GenerationFlags
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import health, reward_report
@@ -115,6 +116,13 @@ class CommonFlags:
 class DataFlags:
     """the run"""
     data: str = flag("toy", "a file, a folder of train/valid/test files, a fetched data set, or toy/NAME",
+                     type=path_type)
+
+
+@dataclass(frozen=True)
+class MeasuredDataFlags:
+    """the run"""
+    data: str = flag("toy", "what to measure on, as for training; of a run its own data, otherwise",
                      type=path_type)
 
 
@@ -236,7 +244,13 @@ def find_method(name):
 
 def parse(argv):
     """argv -> Config. Raises UserError."""
-    return command.parse(argv, PROGRAM)
+    cfg = command.parse(argv, PROGRAM)
+    if find_task(cfg.task).reads_own_data and "data" not in cfg.given:
+        data = data_of(cfg.init)
+        if data is not None:
+            log_progress(f"without --data, {cfg.init} is measured on the data of its run, {data}")
+            return cfg.replace(data=data)
+    return cfg
 
 
 def defaults_by_init(task, method, init):
@@ -311,11 +325,13 @@ def prompt_base(name):
     return below
 
 
-def open_context(cfg):
-    """Model, tokenizer, template and device of a command, as training and evaluation take them."""
+def open_context(cfg, log=log_progress):
+    """Model, tokenizer, template and device of a command, as training and evaluation take them.
+
+    log: a function of a line about them.
+    """
     task = find_task(cfg.task)
     device, why = pick_device(cfg.device)
-    device = distributed.local_device(device)
     stored = settings(cfg.init) if cfg.init != "new" else {}
     check_settings(stored, cfg.init)
     made_by = task_of(stored)
@@ -332,9 +348,9 @@ def open_context(cfg):
     template, differs = choose_template(cfg, tokenizer, stored)
     several = f", {dist_state.size} processes" if dist_state.size > 1 else ""
     on_cpu = f", {threads} thread{'s' * (threads > 1)} ({by})" if device.type == "cpu" else ""
-    log_progress(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
+    log(f"{device} ({why}){on_cpu}, {str(dtype)[6:]} ({because}), chat template {template}{several}")
     if differs and TextFlags in task.flags:
-        log_progress(differs)
+        log(differs)
     model = place_model(model, cfg, device, dtype)
     text = open_text(cfg, task, tokenizer, template, stored)
     ctx = evaluate.ModelContext(model.eval(), text, device, dtype, prompt=prompt,
@@ -355,7 +371,7 @@ def open_context(cfg):
         if labels_by_head or scores_by_head:
             ctx.head = made_by.load_head(cfg.init).to(device)
     if ctx.head is None and cfg.init != "new" and read_head(cfg.init):
-        log_progress(f"--init {cfg.init} has a head, which this command does not use")
+        log(f"--init {cfg.init} has a head, which this command does not use")
     return ctx
 
 
@@ -689,6 +705,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     compute_loss = find_task(cfg.task).loss
     loop = start_loop(ctx, cfg, trainable, total)
     resume(ctx, cfg, run, loop, trainable, state)
+    say_where(loop.step, total)
     progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
     try:
@@ -789,6 +806,12 @@ def resume(ctx, cfg, run, loop, trainable, state):
         if loop.allocator:
             loop.allocator.load_state_dict(state["allocator"])
     run.rewind(loop.step)
+
+
+def say_where(step, total):
+    """A line about a run that does not begin at its beginning."""
+    if step:
+        log_progress(f"continuing from step {step} of {total}")
 
 
 def save_state(run, loop, trainable, state):
@@ -921,8 +944,12 @@ def train_and_measure(cfg, run, rows, row_type):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
+    task = find_task(cfg.task)
     params_total = sum(p.numel() for p in ctx.model.parameters())
-    state = run.start(facts_of(ctx, rows)) or {}
+    if cfg.get("keep_best") is not None and task.baseline_metrics:
+        require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
+    windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
+    state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
         state = measure_baseline(ctx, cfg, run, rows, shots[0])
@@ -932,7 +959,7 @@ def train_and_measure(cfg, run, rows, row_type):
     if find_method(cfg.method).trains:
         loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
     elif len(shots) > 1:
-        outcome = measure_shots(ctx, rows, shots, outcome)
+        outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
         stored = save_weights(ctx, cfg, run.folder, rows["train"]) if trainable else {}
         samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
@@ -941,6 +968,11 @@ def train_and_measure(cfg, run, rows, row_type):
         counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
                       **stored)
         return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
+
+
+def require_metric(ctx, cfg, rows, examples):
+    """Raises UserError unless --keep_best names a metric of these rows of valid."""
+    check_metric(cfg.keep_best, find_task(cfg.task).evaluate(ctx, cfg, rows[:2], examples[:2])[0])
 
 
 @dataclass
@@ -996,7 +1028,7 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if task.baseline_metrics:
         examples = encode_rows(ctx, cfg, {"test": test})
         if "text" in test[0] and "label" not in test[0]:
-            say_if_few({"test": len(examples["test"])})
+            say_if_few({"test": len(examples["test"])}, "window")
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
             metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
@@ -1028,8 +1060,8 @@ def train(ctx, cfg, run, rows, row_type, state):
     count = sum(p.numel() for p in trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
-    if cfg.keep_best is not None:                       # before any step: is there such a metric?
-        check_metric(cfg.keep_best, task.evaluate(ctx, cfg, rows["valid"][:2], examples["valid"][:2])[0])
+    if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
+        require_metric(ctx, cfg, rows["valid"], examples["valid"])
     ctx.trunk = open_trunk(ctx, shared_blocks(ctx, cfg, ctx.model), feed, total)
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
@@ -1069,17 +1101,18 @@ def prepare_examples(ctx, cfg, feed, total, examples):
         examples[split] = prepare(ctx, cfg, examples[split])
 
 
-def measure_shots(ctx, rows, shots, first):
+def measure_shots(ctx, cfg, rows, shots, first):
     """The same measurement with more and more solved examples in front. Returns the best Outcome."""
     test = rows["test"]
 
     def measure(n):
         metrics, answers = evaluate.evaluate_rows(ctx, test, [], rows["train"][:n])
-        return few_shot.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
-    rungs = few_shot.shot_ladder(shots, measure,
-                                 few_shot.Rung(shots[0], first.metrics, first.answers, first.item_correct))
-    few_shot.print_ladder(rungs)
-    best = few_shot.best_rung(rungs)
+        return shot_ladder.Rung(n, metrics, answers, evaluate.item_correct(ctx, test, answers))
+    rungs = shot_ladder.shot_ladder(shots, measure, shot_ladder.Rung(shots[0], first.metrics, first.answers,
+                                                                     first.item_correct))
+    own = find_task(cfg.task).metric
+    shot_ladder.print_ladder(rungs, own)
+    best = shot_ladder.best_rung(rungs, own)
     return Outcome(best.metrics, best.answers, best.item_correct)
 
 
@@ -1090,7 +1123,8 @@ def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
             **outcome.metrics)
     named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
     result = dict(status="done", **named, out=str(run.folder),
-                  metrics=outcome.metrics, baseline_metrics=baseline, **counts, **clock,
+                  metrics=outcome.metrics, main_metric=main_metric(outcome.metrics, task.metric),
+                  baseline_metrics=baseline, **counts, **clock,
                   tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
                   item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
                   next_command=task.next_command(ctx, cfg, run.folder))
@@ -1110,7 +1144,7 @@ def use_it(ctx, cfg, folder):
         return command_of_chat
     what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
     look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
-    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
+    return f"{command_of_chat}\n{look}  # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
@@ -1126,7 +1160,7 @@ def initial_prompt(folder, device="auto"):
         stored = read_run_config(find(folder))["config"]
         usual = parse(["--task", stored["task"], "--method", stored["method"]])     # flags that are not stored
         cfg = Config({**usual.to_dict(), **stored, "device": device, "compile": False})
-        ctx = open_context(cfg)
+        ctx = open_context(cfg, log=lambda line: None)      # the device has been printed
         ctx.text.labels = tuple(settings(folder).get("labels", ()))  # --prompt_init labels starts from them
         apply_method(ctx, cfg)
         return ctx.prompt
@@ -1136,7 +1170,10 @@ def dry_run(cfg, rows, row_type):
     """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
-    foretell(ctx, cfg, rows, row_type, shown=2)
+    found = foretell(ctx, cfg, rows, row_type, shown=2)
+    advice = forecast.advice_on_steps(cfg, found.steps) if found else ""
+    if advice:
+        print_result(advice)
     return 0
 
 
@@ -1199,7 +1236,8 @@ def open_data(cfg):
         data = formats.load_splits(cfg.data)
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
-    counts = [f"{len(r)} {split}" for split, r in rows.items()]
+    what = " rows" if train.row_type == "text" else ""       # it is measured in windows
+    counts = [f"{len(r)} {split}{what}" for split, r in rows.items()]
     counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     task = find_task(cfg.task)
@@ -1220,9 +1258,9 @@ def open_data(cfg):
 FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
 
 
-def say_if_few(counts):
+def say_if_few(counts, item="item"):
     """A note about splits of so few items that their metrics mean nothing. counts: {split: items}."""
-    few = [f"{n} {split} item{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
+    few = [f"{n} {split} {item}{'s' if n > 1 else ''}" for split, n in counts.items() if n < FEW_ITEMS]
     if few:
         log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
 
@@ -1329,11 +1367,15 @@ def other_texts(cfg):
     return texts
 
 
-def facts_of(ctx, rows):
-    """What config.json keeps beside flags and identity; tables compare runs of equal test items only."""
+def facts_of(ctx, rows, windows=None):
+    """What config.json keeps beside flags and identity; tables compare runs of equal test items only.
+
+    windows: of raw text, which is measured in them and not in rows.
+    """
     test = [{key: value for key, value in row.items() if key != "line"} for row in rows["test"]]
+    count = dict(test_items=len(test)) if windows is None else dict(test_items=windows, test_unit="windows")
     return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
-                test_items=len(test), test_sha256=hash_json(test))
+                **count, test_sha256=hash_json(test))
 
 
 def forgetting_loss(ctx, forgetting):
@@ -1691,6 +1733,7 @@ def train_policy(cfg, run, rows):
     else:
         state = measure_reference(run, setup, roles, forgetting)
     run.rewind(trained.step)
+    say_where(trained.step, config.steps)
     iterate(cfg, run, setup, roles, trained, state)
     if trained.ema:                                     # what is measured and kept is the average
         for name, p in trainable.items():
@@ -1887,16 +1930,31 @@ def write_predictions(cfg, run, rows):
 def run_show(cfg):
     """--task show: the next-token distribution, of the base and of the tuned model.
 
-    Without --prompt, what a soft prompt has become.
+    Without --prompt, what a soft prompt has become; of another run, what follows its first test row.
     """
     ctx = open_context(cfg)
     if ctx.prompt is not None and not cfg.prompt:
         print_virtual_tokens(describe_prompt(ctx, cfg))
         return 0
+    if not cfg.prompt:
+        cfg = cfg.replace(prompt=first_test_prompt(ctx, cfg.init))
     sides = {"base": enter_model(ctx, ctx.model)}
     if lora.adapters(ctx.model) or ctx.prompt is not None:
         sides["tuned"] = tuned_role(ctx, ctx.model, ctx.prompt)
     return next_token.show(ctx, sides, cfg)
+
+
+def first_test_prompt(ctx, init):
+    """The last message of the first test row that a run was measured on, or the beginning of its text; None if
+    that is not known."""
+    data = data_of(init)
+    if data is None:
+        return None
+    row = formats.load_splits(data)["test"].rows[0]
+    is_text = "text" in row and "label" not in row
+    prompt = " ".join(row["text"].split()[:8]) if is_text else ctx.text.turns(row)[-2]["content"]
+    log_progress(f"without --prompt, the first test row of {data} is continued")
+    return prompt
 
 
 def run_merge(cfg):
@@ -1938,16 +1996,16 @@ def run_merge(cfg):
     print_result(f"largest logit difference after merging: {difference:.2g}")
     words = ["--task", "chat", "--init", cfg.out]
     if made_by and made_by.judges:                      # it scores, and does not answer
-        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init)]
+        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init) or "FILE"]
     print_result(shlex.join(["python", "train.py", *words]))
     return 0
 
 
 def data_of(name):
-    """The --data of the run that made a folder; "FILE" if it is not known."""
+    """The --data of the run that made a folder; None if it is not known."""
     with contextlib.suppress(UserError):
-        return read_run_config(find(name))["config"].get("data", "FILE")
-    return "FILE"
+        return read_run_config(find(name))["config"].get("data")
+    return None
 
 
 def run_table(cfg):
@@ -1976,7 +2034,8 @@ def run_check(argv):
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
     return inspect_data.examine(ctx, cfg, data, shlex.join(words),
-                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy)
+                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
+                                takes_shots=task.baseline and ShotFlags in task.baseline_flags)
 
 
 # ------------------------------------------------------------------------------------------- records of tasks
@@ -2009,6 +2068,7 @@ class Task:
     needs_causal: bool = False                      # it needs a model that was trained with causal attention
     measures: bool = False                          # it measures --init as it was trained, head included
     all_valid: bool = False                         # it reads all of valid, not 100 rows
+    reads_own_data: bool = False                    # without --data, that of the run of --init
     one_process: bool = False
     input_flags: tuple = ("reward", "gold_reward")  # folders or module:function, whose content is hashed
     parses_itself: bool = False                     # run takes the words of the command line
@@ -2017,7 +2077,7 @@ class Task:
     # the supervised loop
     loss: Callable = None                           # (ctx, cfg, batch, past) -> summed loss
     evaluate: Callable = evaluate_answers           # (ctx, cfg, rows, examples, shots) -> (metrics, answers)
-    metric: str = "loss"                            # what it is about
+    metric: str = None                              # what it is about; None: what its rows are about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
     begin: Callable = None                          # (ctx, cfg, rows) -> more state, before training
@@ -2105,9 +2165,9 @@ TASKS = (
          next_command=then_sft),
     Task("eval", "measure a trained model", run_supervised, trains=False,
          reads=("chat", "label", "tags", "text", "pairs", "ranked"),
-         flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags, EvalFlags, AnswerFlags,
-                ShotFlags),
-         evaluate=evaluate_reward, measures=True, describe=describe_prompt, next_command=no_command),
+         flags=(MeasuredDataFlags, RunFolderFlags, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags,
+                EvalFlags, AnswerFlags, ShotFlags),
+         evaluate=evaluate_reward, measures=True, reads_own_data=True, describe=describe_prompt, next_command=no_command),
     Task("predict", "labels or answers for rows without them", run_predict, trains=False,
          reads=("text", "label", "tags", "chat", "prompt"),
          flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),

@@ -9,6 +9,7 @@ import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: workers that spin get in the way
+os.environ.pop("COLUMNS", None)                         # lines are as long as in a pipe
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -169,6 +169,13 @@ def test_commands_and_empty_lines(world, capsys, monkeypatch, asked):
     assert err.count("/quit or Ctrl-D leaves") == 1                 # the banner is for terminals
 
 
+def test_an_unknown_command_is_no_question(world, capsys, monkeypatch, asked):
+    typed(monkeypatch, "/cler", "/quit now?", "/usr/bin", "/quit")
+    err = chat(capsys, world / "multi", "--max_new_tokens", "2").err
+    assert "/cler is no command: /quit or Ctrl-D leaves, /clear forgets" in err and err.count("is no command") == 1
+    assert len(asked) == 2
+
+
 def test_a_long_conversation_loses_its_oldest_part_and_says_so(world, capsys, monkeypatch, asked):
     typed(monkeypatch, *["a" * 60] * 4)
     err = chat(capsys, world / "base", "--max_new_tokens", "40").err

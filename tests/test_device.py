@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import train
-from data.runtime.device import pick_threads
+from data.runtime.device import pick_device, pick_threads
+from data.runtime.distributed import dist_state
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +14,21 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name, processes, expected", [
+    ("auto", 2, "cuda:1"), ("cuda", 2, "cuda:1"), ("cuda:0", 2, "cuda:1"), ("auto", 1, "cuda"), ("cuda:0", 1, "cuda:0"),
+])
+def test_a_process_touches_its_own_gpu_alone(name, processes, expected, monkeypatch):
+    touched = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist_state, "size", processes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: touched.append(str(torch.device(device))))
+    for function in ("set_device", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, function, lambda device: touched.append(str(device)))
+    assert str(pick_device(name)[0]) == expected
+    assert set(touched) == {expected}
 
 
 @pytest.mark.parametrize("asked, environment, width, expected", [

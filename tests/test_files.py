@@ -305,6 +305,36 @@ def test_whose_temporary_file_is_deleted(tmp_path):
         assert set(os.listdir(tmp_path)) == left
 
 
+def write_many(path, letter, times):
+    """A child's life: write versions of different lengths, as fast as it goes. Returns its process number."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            for n in range(times):
+                write_atomic(path, letter * (1 + 5000 * (n % 7)))
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_two_processes_that_write_one_file_do_not_hurt_each_other(tmp_path):
+    path = tmp_path / "state.pt"
+    write_atomic(path, "start")
+    running = {write_many(path, letter, 100) for letter in "ab"}
+    seen = set()
+    while running:
+        text = path.read_text()                                 # there at every moment, and whole
+        assert text == "start" or len(set(text)) == 1 and len(text) % 5000 == 1
+        seen.add(text)
+        ended = {pid: status for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in running) if pid}
+        running -= ended.keys()
+        assert not any(map(os.waitstatus_to_exitcode, ended.values()))
+    assert {text[0] for text in seen} >= {"a", "b"}                         # their versions came in turns
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
 def test_only_a_full_disk_is_told_to_free_space():
     for number, asks in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, False), (errno.EIO, False)):
         error = cannot_write("x", OSError(number, os.strerror(number)))

@@ -104,11 +104,20 @@ def test_requirements_are_these_packages():
     assert {re.match(r"[\w-]+", line)[0] for line in lines} == PACKAGES
 
 
+def place_of(name):
+    """The key of ARROWS that a file stands under. Raises AssertionError for a file that has no place."""
+    known = [package for package in ARROWS if within(module_of(name), package)]
+    assert known, (f"{name} has no place in the house: the repository root holds "
+                   f"{', '.join(f'{p}.py' for p in ARROWS if '.' not in p and p != 'data')}; move it to a package of "
+                   "data/ or to tests/, or say in ARROWS what it may import")
+    return max(known, key=len)
+
+
 @pytest.mark.parametrize("name", PRODUCT)
 def test_arrows(name):
     """No file imports one that stands above it."""
     own = module_of(name)
-    package = max((p for p in ARROWS if within(own, p)), key=len)
+    package = place_of(name)
     for module, inside in imports(name):
         if ours(module) and module != own:
             allowed = any(within(module, p) for p in ARROWS[package])
@@ -116,6 +125,12 @@ def test_arrows(name):
             assert allowed or lazily, f"{name} imports {module}; it may import {sorted(ARROWS[package])}"
         if own in NO_NUMPY:
             assert module.split(".")[0] != "numpy", f"{name} imports numpy; it is torch only"
+
+
+def test_a_file_without_a_place_is_named_in_a_sentence():
+    with pytest.raises(AssertionError, match="scratch.py has no place in the house: .*train.py; move it"):
+        place_of("scratch.py")
+    assert place_of("data/results/best.py") == "data.results" and place_of("train.py") == "train"
 
 
 def test_nothing_imports_in_a_circle():

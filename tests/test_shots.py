@@ -8,6 +8,7 @@ import train
 from data.text import chat
 from data.results import evaluate
 from data.batches import few_shot
+from data.results import shot_ladder
 from data.batches.examples import Text
 from data.runtime.files import UserError, read_json
 from data.text.tokenizer import Tokenizer
@@ -94,25 +95,34 @@ def test_a_ladder_is_its_single_rungs_and_ends_where_the_context_does(tmp_path, 
 
 
 def rung(shots, accuracy, labels_used=2, **more):
-    return few_shot.Rung(shots, {"accuracy": accuracy, "labels_used": labels_used, **more}, [str(shots)], f"{shots}")
+    return shot_ladder.Rung(shots, {"accuracy": accuracy, "labels_used": labels_used, **more}, [str(shots)], f"{shots}")
 
 
 def test_the_best_rung_is_the_result_with_its_answers_and_items():
     rungs = [rung(0, 0.5), rung(1, 0.75, shots_used=1.0), rung(4, 0.75, shots_used=1.6), rung(8, 0.6, shots_used=1.6)]
-    best = few_shot.best_rung(rungs)
+    best = shot_ladder.best_rung(rungs)
     assert best.answers == ["1"] and best.item_correct == "1"
     assert best.metrics == {"accuracy": 0.75, "labels_used": 2, "shots_used": 1.0, "shots": 1,
                             "accuracy_0_shots": 0.5, "accuracy_1_shots": 0.75, "accuracy_4_shots": 0.75,
                             "accuracy_8_shots": 0.6}
 
 
+def test_a_ladder_of_entities_is_about_f1_and_one_of_losses_is_best_low(capsys):
+    tags = [shot_ladder.Rung(n, {"exact_match": e, "loss": 1.0, "f1": f}, [], "") for n, e, f in ((0, 0.9, 0.1), (1, 0.2, 0.6))]
+    assert shot_ladder.best_rung(tags, "exact_match").shots == 1
+    shot_ladder.print_ladder(tags, "exact_match")
+    assert "best f1" in capsys.readouterr().out
+    losses = [shot_ladder.Rung(n, {"targets": 9, "loss": x}, [], "") for n, x in ((0, 2.0), (1, 1.0), (2, 3.0))]
+    assert shot_ladder.best_rung(losses).shots == 1
+
+
 def test_a_printed_ladder_says_what_was_held_and_where_all_answers_are_one_label(capsys):
-    few_shot.print_ladder([rung(0, 0.5, 1), rung(1, 0.75, shots_used=1.0), rung(4, 0.6, 1, shots_used=1.6)])
+    shot_ladder.print_ladder([rung(0, 0.5, 1), rung(1, 0.75, shots_used=1.0), rung(4, 0.6, 1, shots_used=1.6)])
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()[1:4]] == [["0", "0.5"], ["1", "0.75"], ["4", "0.6"]]
     assert [line.endswith("best accuracy") for line in out.splitlines()[1:4]] == [False, True, False]
     assert "where it is below shots, the context held no more" in out
     assert "With 0, 4 shots every answer is the same label" in out
-    few_shot.print_ladder([rung(0, 0.5), rung(1, 0.75, shots_used=1.0)])
+    shot_ladder.print_ladder([rung(0, 0.5), rung(1, 0.75, shots_used=1.0)])
     out = capsys.readouterr().out
     assert "held" not in out and "same label" not in out

@@ -8,6 +8,7 @@ import torch
 
 import train
 from data.results.next_token import print_columns, table, walk
+from data.text.formats import load_splits
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, filter_logits, generate, sample
 
@@ -86,6 +87,19 @@ def test_columns(capsys):
     assert capsys.readouterr().out == "a" + " " * 45 + "c\nb\n"
 
 
+@pytest.mark.parametrize("width", [46, 60, 80, 200])
+def test_columns_never_touch_and_fit_the_terminal(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    left = ["50257 of 50257 can be sampled; entropy 10.21 nats", "0.5000  " + "x" * 18]
+    print_columns([left, ["RIGHT", "RIGHT"]])
+    lines = capsys.readouterr().out.splitlines()
+    starts = {line.index("RIGHT") for line in lines if "RIGHT" in line}
+    assert len(starts) == 1 and all(line[start - 2:start] == "  " for line in lines for start in starts if line[start:])
+    text = "".join(line[:start] for line in lines for start in starts).replace(" ", "")
+    assert text == "".join(left).replace(" ", "")
+    assert all(len(line) <= max(width, 61) for line in lines)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
@@ -111,6 +125,10 @@ def test_base_and_tuned_side_by_side(method, more, world, tmp_path, capsys):
     learn = ["--init", str(world / "base"), "--data", str(world / "d.jsonl"), "--out", str(tmp_path / "r"),
              "--method", method, "--steps", "3", "--max_new_tokens", "2", "--forgetting_data", "none", *more]
     assert train.main(learn) == 0
+    if method == "prompt_tuning":
+        virtual_tokens_are_described_once(tmp_path / "r", capsys)
+    if method == "lora":
+        the_first_test_row_is_the_default(world, tmp_path / "r", capsys)
     alone, both = shown(capsys, world / "base"), shown(capsys, tmp_path / "r")
     assert alone[0] == both[0] == "The next token, by probability:" and re.match(r"base +tuned$", both[1])
     left, right = [[line[46 * k:46 * k + 46].rstrip() for line in both[2:15]] for k in (0, 1)]
@@ -123,6 +141,24 @@ def test_base_and_tuned_side_by_side(method, more, world, tmp_path, capsys):
     assert both[second - 1] == "" and re.match(r"base +tuned$", both[second + 1])
     assert both[-2].startswith("base: ab") and both[-1].startswith("tuned: ab")
     assert shown(capsys, tmp_path / "r") == both                    # the same dice
+
+
+def virtual_tokens_are_described_once(run, capsys):
+    capsys.readouterr()
+    assert train.main(["--task", "show", "--init", str(run), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "virtual tokens: nearest words" in out and "unknown" not in out
+    assert err.count("cpu (") == err.count("(requested)") == 1
+
+
+def the_first_test_row_is_the_default(world, run, capsys):
+    capsys.readouterr()
+    assert train.main(["--task", "show", "--init", str(run), "--max_new_tokens", "4"]) == 0
+    by_default, said = capsys.readouterr()
+    assert f"without --prompt, the first test row of {world / 'd.jsonl'} is continued" in said
+    first = load_splits(str(world / "d.jsonl"))["test"].rows[0]["messages"][0]["content"]
+    assert train.main(["--task", "show", "--init", str(run), "--max_new_tokens", "4", "--prompt", first]) == 0
+    assert capsys.readouterr().out == by_default
 
 
 def test_a_full_model_has_one_side_and_its_own_template_unless_another_is_asked_for(world, capsys):

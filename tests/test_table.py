@@ -178,6 +178,8 @@ def test_sizes():
 def test_a_table_for_the_test_items_of_every_task(tmp_path, capsys):
     import train
     world = tiny.world(tmp_path)
+    tokens = 2 * (len(tiny.ROWS["text"][0]["text"]) + 1)            # two rows of bytes, each with its end
+    windows = math.ceil((tokens - 1) / 32)
     for task, data, flags in (("sft", "chat", ["--max_new_tokens", "2"]), ("classify", "label", []),
                               ("pretrain", "text", ["--block_size", "32"]),
                               ("eval", "chat", ["--max_new_tokens", "2"])):
@@ -188,12 +190,13 @@ def test_a_table_for_the_test_items_of_every_task(tmp_path, capsys):
         named = {"classify": "accuracy", "pretrain": None}.get(task, "exact_match")
         assert len(result["item_correct"]) == (8 if named else 0)
         assert not named or result["item_correct"].count("1") / 8 == result["metrics"][named]
-        assert read_json(tmp_path / "out" / task / "config.json")["test_items"] == (2 if task == "pretrain" else 8)
+        assert read_json(tmp_path / "out" / task / "config.json")["test_items"] == (windows if task == "pretrain" else 8)
     capsys.readouterr()
     assert train.main(["--task", "table", "--runs", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.endswith(":")] == [
-        "8 test items of chat:", "8 test items of label:", "2 test items of text:"]
+        f"{windows} test windows of text:", "8 test items of chat:", "8 test items of label:"]
+    lines = lines[lines.index("8 test items of chat:"):]
     assert lines[1].split()[:4] == ["task", "runs", "exact_match", "95"]
     assert [line.split()[0] for line in lines[2:4]] == ["eval", "sft"]
     assert lines[2].split()[-4:-3] == ["0"] and sum("[" in line for line in lines) == 3     # proportions
@@ -408,6 +411,18 @@ def test_the_metric_that_a_run_is_about():
     for metrics, name in (({"loss": 1, "exact_match": 0}, "exact_match"), ({"kl": 1, "gold": 0}, "gold"),
                           ({"x": 1, "y": 2}, "x"), ({}, None)):
         assert runs.main_metric({"result": {"metrics": metrics}}) == name
+    for own, metrics, name in (("brier", {"loss": 1, "accuracy": 1, "brier": 0}, "brier"), ("exact_match", {"exact_match": 1, "f1": 0}, "f1"),
+                               ("gold", {"score": 1}, "score"), (None, {"rows": 3, "mean_probability": 1}, None)):
+        assert runs.main_metric({"result": {"metrics": metrics, "main_metric": own}}) == name
+
+
+def test_predictions_are_left_out_in_a_line(tmp_path, capsys):
+    make(tmp_path / "a", {"accuracy": 0.5})
+    make(tmp_path / "p", {"rows": 3, "mean_probability": 0.9}, flags=["--task", "predict", "--method", "none"])
+    out = shown(tmp_path, capsys)
+    table_part, rest = out.split("Not in the table, 1:")
+    assert "predict" not in table_part and "rows" not in table_part.split("mean ±")[0]
+    assert f"{tmp_path / 'p'}  it measured nothing that a table compares; it has rows, mean_probability" in rest
 
 
 # ------------------------------------------------------------------------------------------------------- code
@@ -550,6 +565,31 @@ def test_a_picture_says_on_how_many_runs_and_items_a_point_stands(tmp_path):
     make(tmp_path / "c", {"exact_match": 0.5}, "11", flags=["--rank", 4])
     assert "different test items (4 test items of toy, 2 test items of toy)" in refused(
         tmp_path, "--plot", str(tmp_path / "p.svg"))
+
+
+def test_a_plot_never_averages_or_joins_other_data(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda path, groups, fields, metric, x: drawn.append((groups, fields, x)))
+    items = {"test_items": 4, "test_sha256": "t"}
+    for rank in (1, 2):
+        for data in ("d1", "d2"):
+            make(tmp_path / f"{rank}{data}", {"exact_match": 0.5}, "1100", data, log=curve(1), stored=items,
+                 flags=["--data", data, "--rank", rank])
+    make(tmp_path / "other", {"exact_match": 0.5}, "1100", "d3", flags=["--data", "d3", "--rank", 4])
+    for by, x, label in (("method", "step", "data"), ("rank", "rank", "data"), ("rank", None, "data"), ("rank,data", "rank", "data")):
+        shown(tmp_path, capsys, "--plot", str(tmp_path / "p.svg"), "--by", by, *(["--x", x] if x else []))
+        groups, fields, axis = drawn.pop()
+        assert label in fields and axis == (x or "rank")
+        lines = {}
+        for key, some in groups.items():
+            lines.setdefault(tuple(v for f, v in zip(fields, key) if f != axis), []).extend(some)
+        assert len(lines) == 3
+        for some in lines.values():
+            assert len({run["config"]["data"] for run in some}) == len({runs.test_set(run) for run in some}) == 1
+    seeds(tmp_path / "same", "a", [0.5, 0.6])
+    table(tmp_path / "same" / "*", "--plot", str(tmp_path / "p.svg"), "--by", "method", "--x", "step")
+    assert drawn.pop()[1] == ["method"]
 
 
 def test_the_axis_that_is_chosen(tmp_path):

@@ -256,6 +256,18 @@ def test_default_folder_is_readable_and_stable():
     assert len(long) < 40 and long != train.default_out(train.parse(["--data", "x" * 61]))
 
 
+def test_files_of_one_name_have_folders_of_their_own():
+    def name(data):
+        return train.default_out(train.parse(["--data", data])).removeprefix("out/sft-lora-data").removesuffix("-s1")
+    assert name("a/train.jsonl") == "a-train.jsonl" and name("b/train.jsonl") == "b-train.jsonl"
+    deep = [name(f"{folder}/a/train.jsonl") for folder in ("x", "y", "/x", "x/y")]
+    assert len(set(deep)) == 4 and all(re.fullmatch(r"a-train.jsonl-[0-9a-f]{6}", one) for one in deep)
+    assert name("/a/train.jsonl") == "a-train.jsonl"
+    for data, same in (("train.jsonl", "train.jsonl"), ("./train.jsonl", "train.jsonl"), ("a/folder", "folder"),
+                       ("toy/letters", "letters"), ("e2e", "e2e"), ("out/sample-none-s1/", "sample-none-s1"), ("..", "..")):
+        assert name(data) == same
+
+
 def test_text_to_go_on_with_needs_no_out():
     cfg = train.parse(["--task", "pretrain", "--method", "lora", "--init", "some/model"])
     assert train.default_out(cfg) == "out/pretrain-lora-initmodel-s1"
@@ -1258,7 +1270,7 @@ def test_few_items_are_said(world, tmp_path, capsys):
     run(world, tmp_path / "r", "--eval_items", "1")
     assert "8 valid items and 1 test item: metrics mean nothing with fewer than 30" in capsys.readouterr().err
     run(world, tmp_path / "t", "--task", "pretrain", "--block_size", "150", data="text")    # 12 rows, 3 windows
-    assert "\n3 test items: metrics mean nothing" in capsys.readouterr().err
+    assert "\n3 test windows: metrics mean nothing" in capsys.readouterr().err
     write(tmp_path, {"chat": [{"prompt": f"{i}", "completion": "a"} for i in range(31)]}, every=1)
     assert train.main(["--init", str(world / "base"), "--data", str(tmp_path / "chat"), "--out",
                        str(tmp_path / "many"), "--steps", "0", "--max_new_tokens", "2"]) == 0

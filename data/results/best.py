@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data.results.metrics import LOWER_IS_BETTER
+from data.results.metrics import COUNTS, LOWER_IS_BETTER
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import log_progress
-
-NOT_A_SCORE = ("targets", "pairs")           # counts among the metrics
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class KeepBestFlags:
 
 def check_metric(name, metrics):
     """Raises UserError unless --keep_best names one of `metrics`, those of an evaluation on valid."""
-    known = [metric for metric in metrics if metric not in NOT_A_SCORE]
+    known = [metric for metric in metrics if metric not in COUNTS]
     if name not in known:
         raise UserError(f"--keep_best {name} is no metric of this run on valid; there are {', '.join(known)}")
 

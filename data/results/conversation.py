@@ -11,6 +11,7 @@ question. stdout has the answers alone; notes about them go to stderr.
 Public: chat, without_outer_blanks
 """
 import contextlib
+import re
 import select
 import signal
 import sys
@@ -51,6 +52,8 @@ def chat(ctx, cfg, stored):
             log_progress("the conversation is forgotten")
         elif question.strip() == "/help":
             log_progress(f"{COMMANDS}.")
+        elif re.fullmatch(r"/[a-z]+", question.strip()):
+            log_progress(f"{question.strip()} is no command: {COMMANDS}.")
         elif question.strip():
             try:
                 talk.answer(question)

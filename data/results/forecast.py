@@ -13,7 +13,7 @@ worst as long as those of the untrained model. Not included are reading files, l
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
 Public: Part, Forecast, BUDGET, evaluation_interval, valid_evaluations, evaluation_part, other_parts,
-forgetting_part, measure_training, measure_parts, describe_model, format_range, print_forecast
+forgetting_part, measure_training, measure_parts, describe_model, advice_on_steps, format_range, print_forecast
 """
 import math
 import time
@@ -26,10 +26,12 @@ from data.batches.examples import size, targets
 from data.batches.few_shot import parse_shots
 from data.batches.row_types import row_type_of
 from data.results.evaluate import mean_loss
+from data.results.layout import print_wrapped
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
 BUDGET = 20.0                                           # seconds
+FEW_STEPS = 10
 FIRST_ITEMS = 1
 
 
@@ -256,6 +258,15 @@ def describe_model(name, config):
             f"a context of {config.block_size:,} tokens)")
 
 
+def advice_on_steps(cfg, steps):
+    """A sentence about a run of so few steps that it cannot learn; "" for others, and without training."""
+    if not 0 < steps < FEW_STEPS:
+        return ""
+    remedy = "raise --epochs, or lower --batch" if cfg.get("steps") is None else "raise --steps"
+    teach = "1 step teaches" if steps == 1 else f"{steps} steps teach"
+    return f"{teach} a model next to nothing: {remedy}"
+
+
 def format_range(seconds):
     low, high = map(format_seconds, seconds)
     if low == high:
@@ -269,9 +280,9 @@ def print_forecast(forecast, batch, device):
     """Print steps, tokens and seconds of a run."""
     if forecast.steps:
         middle = sum(forecast.training) / 2
-        print_result(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
-                     f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
+        print_wrapped(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
+                      f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
         print_result(f"  training: {format_range(forecast.training)}")
     for text, seconds in forecast.parts.items():
-        print_result(f"  {text}: {format_range(seconds)}")
+        print_wrapped(f"{text}: {format_range(seconds)}", "  ")
     print_result(f"in all about {format_range(forecast.total())}")

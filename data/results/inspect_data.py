@@ -15,16 +15,20 @@ Public: load_for_check, examine, clean
 """
 import collections
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.batches.examples import Ranking, size, targets
+from data.batches.few_shot import ROW_TYPES_WITH_SHOTS, fit_shots
+from data.results.forecast import advice_on_steps
+from data.results.layout import Column, print_columns, print_wrapped
 from data.results.metrics import spans
 from data.runtime.files import UserError, atomic
 from data.runtime.flags import flag
 from data.runtime.progress import format_seconds
-from data.runtime.run_folder import print_result
+from data.runtime.run_folder import fit, print_result
 from data.text import formats
 
 
@@ -36,10 +40,10 @@ class CheckFlags:
 
 NO_LIMIT = 1 << 40                                      # tokens: examples are counted as they are, uncut
 FEW_ROWS = 100
+SHOTS = 4                                               # that are advised for few rows
 FEW_OF_A_LABEL = 10
 LONG_SECONDS = 3600
-COLUMNS = {"rows": 9, "repeated": 10, "in train": 10, "tokens": 12, "shortest": 10, "median": 8, "90 %": 8,
-           "99 %": 8, "longest": 9}                     # head: width
+COLUMNS = ("rows", "repeated", "in train", "tokens", "shortest", "median", "90 %", "99 %", "longest")
 
 
 # --------------------------------------------------------------------------------------------- the clean copy
@@ -143,8 +147,8 @@ def print_counts(ctx, data, row_type):
 
     Returns ({split: tokens of each row}, share of targets or None, repeated rows, leaked rows).
     """
-    print_result(" " * 8 + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
     lengths = {}
+    lines = {}
     supervised = 0
     repeated = 0
     leaked = 0
@@ -157,7 +161,9 @@ def print_counts(ctx, data, row_type):
         leaked += leaks
         percentiles = np.percentile(lengths[split], (0, 50, 90, 99, 100), method="higher")
         numbers = [len(part.rows), repeats, leaks, sum(lengths[split]), *percentiles]
-        print_result(f"{split:8}" + "".join(f"{n:{width},}" for n, width in zip(numbers, COLUMNS.values())))
+        lines[split] = [f"{n:,}" for n in numbers]
+    print_columns([Column("", list(lines)), *(Column(head, [line[i] for line in lines.values()])
+                                              for i, head in enumerate(COLUMNS))], markdown=False)
     if supervised is None:
         return lengths, None, repeated, leaked
     total = sum(map(sum, lengths.values()))
@@ -167,8 +173,19 @@ def print_counts(ctx, data, row_type):
 
 # ------------------------------------------------------------------------------------------------- the advice
 
-def advice_on_rows(train, row_type, repeated, leaked):
-    """Sentences about repeated, leaked, ambiguous and too few rows. train: the rows of that split."""
+def usable_shots(ctx, data, row_type):
+    """How many solved examples, 4 at most, can stand in front of every one of the first test questions."""
+    if row_type not in ROW_TYPES_WITH_SHOTS or ctx.text.classifier != "lm":
+        return 0
+    shots = data["train"].rows[:SHOTS]
+    return min(fit_shots(ctx, row, shots)[1] for row in data["test"].rows[:SHOTS])
+
+
+def advice_on_rows(train, row_type, repeated, leaked, shots):
+    """Sentences about repeated, leaked, ambiguous and too few rows.
+
+    train: the rows of that split. shots: the largest --shots that the task and the context take, 0 without.
+    """
     parts = []
     if repeated:
         parts.append(f"{repeated:,} rows repeat another row of their split")
@@ -181,7 +198,8 @@ def advice_on_rows(train, row_type, repeated, leaked):
         if ambiguous:
             yield f"{ambiguous} prompts have several answers; a model can give only one of them"
     if len(train) < FEW_ROWS and row_type != "text":
-        yield f"{len(train)} training rows are few: compare with --method none --shots 4; use several seeds"
+        compare = f"compare with --method none --shots {shots}; " if shots else ""
+        yield f"{len(train)} training rows are few: {compare}use several seeds"
 
 
 def advice_on_names(names, rows, row_type):
@@ -211,7 +229,7 @@ def advice_on_lengths(lengths, row_type, block_size, supervised, seconds):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
+def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots=False):
     """Print the counts, the estimate and the advice, and write the clean copy. Returns 0.
 
     ctx, cfg     of the task that the rows are for; read are cfg.task, data and block_size
@@ -219,6 +237,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     command      the command line that the estimate is for
     estimate     estimate() prints what that command takes, and returns a forecast.Forecast; None without one
     clean_copy   as load_for_check returns it
+    takes_shots  whether the task has a baseline with solved examples in front of a question
 
     Sets ctx.text.labels for rows with labels or tags.
     """
@@ -226,7 +245,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     train = data["train"].rows
     print_result(f"{cfg.data}: {data['train'].format}; {row_type} rows, for --task {cfg.task}")
     for split, part in data.items():
-        print_result(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}")
+        print_result(fit(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}", sys.stdout))
     names = count_names(train)
     if names:
         ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])
@@ -235,19 +254,24 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None):
     if names:
         total = sum(count for _, count in names)
         shares = [f"{name} {n:,} ({percent(n, total)})" for name, n in names[:12]]
-        print_result("balance:  " + "  ".join(shares))
+        print_wrapped("balance:  " + "  ".join(shares))
     seconds = None
+    steps = 0
+    shots = usable_shots(ctx, data, row_type) if takes_shots else 0         # before the estimate changes the model
     print_result("\n" + command)
     if estimate is not None:
-        seconds = estimate().total()[1]
+        forecast = estimate()
+        seconds = forecast.total()[1]
+        steps = forecast.steps
     else:
         print_result(f"there is no forecast for --task {cfg.task}")
     block_size = ctx.block_size(cfg.get("block_size"))
-    advice = [*advice_on_rows(train, row_type, repeated, leaked), *advice_on_names(names, train, row_type),
+    advice = [*advice_on_rows(train, row_type, repeated, leaked, shots), *advice_on_names(names, train, row_type),
               *advice_on_lengths(lengths, row_type, block_size, supervised, seconds)]
+    advice += filter(None, [advice_on_steps(cfg, steps)])
     print_result()
     for line in advice or ["nothing to change"]:
-        print_result(f"- {line}")
+        print_wrapped(f"- {line}")
     if clean_copy is not None:
         write_copy(*clean_copy)
         print_result(f"\nclean copy: {clean_copy[0]}")

@@ -5,11 +5,11 @@ indented line below its row. Folders, always the last column, go there first. Ma
 
 Public: Column, print_columns, print_wrapped, left_out_columns, terminal_width
 """
-import shutil
-import textwrap
+import sys
 from typing import NamedTuple
 
-from data.runtime.run_folder import print_result
+from data.runtime import run_folder
+from data.runtime.run_folder import fit, print_result
 
 GAP = 2                                                 # blanks between columns
 
@@ -24,13 +24,12 @@ class Column(NamedTuple):
 
 def terminal_width():
     """COLUMNS, or the width of the terminal; a file or a pipe has 200."""
-    return shutil.get_terminal_size((200, 0)).columns
+    return run_folder.terminal_width(sys.stdout) or 200
 
 
 def print_wrapped(text, indent=""):
-    """A sentence, its later lines indented by one step more; no word is cut."""
-    print_result(textwrap.fill(text, max(40, terminal_width()), break_long_words=False, break_on_hyphens=False,
-                               initial_indent=indent, subsequent_indent=indent + "  "))
+    """Sentences, the later lines of each indented by one step more; no word is cut."""
+    print_result(fit(indent + text, sys.stdout, indent + "  ", terminal_width()))
 
 
 def print_columns(columns, markdown):

@@ -21,10 +21,11 @@
 `predictions` and `references` (or `gold`) have one entry per item; unequal lengths raise ValueError. An entry
 of `references` is one text or a list of texts. Scores are fractions, not percent; of no items, 0.0.
 
-LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all others improve upwards.
+LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all others improve upwards. COUNTS
+stand among the metrics of a run and are no scores; of these, a report leaves out HIDDEN.
 
 Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
-wilson, summary, unit, LOWER_IS_BETTER
+wilson, summary, unit, main_metric, LOWER_IS_BETTER, COUNTS, HIDDEN, METRIC_ORDER
 """
 import collections
 import math
@@ -35,6 +36,24 @@ import string
 from data.text.entities import spans
 
 LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
+HIDDEN = ("targets",)
+COUNTS = (*HIDDEN, "pairs", "labels_used", "shots", "shots_used", "shots_used_max", "rows", "mean_probability")
+# What rows are about, where their task has no metric of its own: entities f1, answers exact match, labels and
+# comparisons accuracy, PPO the gold reward or else the reward model's score, raw text the loss.
+METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
+
+
+def main_metric(metrics, own=None):
+    """The name of the metric that a run is about, or None.
+
+    It is `own`, that of the task's record, if the run has it; entities, with any task, are about f1. Otherwise
+    the first of METRIC_ORDER, or else the first that is no count.
+    """
+    first, *others = METRIC_ORDER
+    for name in (first, own, *others):
+        if name in metrics:
+            return name
+    return next((name for name in metrics if name not in COUNTS), None)
 
 
 def _texts(references):

@@ -13,10 +13,12 @@ Public: GenerationFlags, show, table, steps, walk, sampling_of, generator_of, at
 import dataclasses
 import itertools
 import json
+import textwrap
 from dataclasses import dataclass
 
 import torch
 
+from data.results.layout import print_wrapped, terminal_width
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result
@@ -34,8 +36,10 @@ class GenerationFlags:
 
 
 ROWS = 12                               # of the table
-BAR = 16                                # characters of the longest bar
-COLUMN = 46                             # characters of one model's column
+BAR = 16                                # characters of the longest bar, where the terminal has room for it
+BEFORE_BAR = 27                         # characters of a probability and a token
+COLUMN = 44                             # characters of one model's column
+GAP = 2                                 # blanks between columns
 
 
 def sampling_of(cfg):
@@ -66,10 +70,10 @@ def probabilities(logits, temperature):
     return (logits.float() / (temperature or 1)).softmax(-1)
 
 
-def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS, scale=None):
+def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS, scale=None, bar=BAR):
     """The likeliest tokens after one row of logits (V,), as lines of text.
 
-    scale: the probability of the longest bar; None: the largest here.
+    scale: the probability of the longest bar, which has `bar` characters; None: the largest here.
     """
     p = probabilities(logits, temperature)
     kept = int(filter_logits(logits[None], temperature, top_k, top_p).isfinite().sum())
@@ -85,8 +89,8 @@ def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS,
     scale = scale or ranked.values[0].item()
     lines = []
     for n, (value, token) in enumerate(zip(ranked.values[:rows].tolist(), ranked.indices[:rows].tolist()), 1):
-        bar = "█" * round(BAR * value / scale)
-        lines.append(f"{value:7.4f}  {token_text(token, tokenizer):16}  {bar}".rstrip())
+        blocks = "█" * round(bar * value / scale)
+        lines.append(f"{value:7.4f}  {token_text(token, tokenizer):16}  {blocks}".rstrip())
         if n in cuts:
             lines.append(f"-------  {cuts[n]}")
     entropy = -(p * p.clamp(min=1e-30).log()).sum().item()
@@ -124,10 +128,19 @@ def walk(*args, **kwargs):
     return found[0][2], [(token, p) for token, p, _ in found]
 
 
+def column_width(count):
+    """Characters of each of so many columns: COLUMN, or what a narrow terminal has room for."""
+    room = (terminal_width() - (count - 1) * GAP) // count
+    return max(BEFORE_BAR, min(COLUMN, room))
+
+
 def print_columns(columns):
-    """Blocks of lines, next to each other."""
-    for lines in itertools.zip_longest(*columns, fillvalue=""):
-        print_result("".join(line.ljust(COLUMN) for line in lines).rstrip())
+    """Blocks of lines, next to each other; a longer line goes on below itself."""
+    width = column_width(len(columns))
+    wrapped = [[part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+               if max(map(len, lines)) > width else lines for lines in columns]
+    for lines in itertools.zip_longest(*wrapped, fillvalue=""):
+        print_result("".join(line.ljust(width + GAP) for line in lines).rstrip())
 
 
 def show(ctx, sides, cfg):
@@ -142,23 +155,25 @@ def show(ctx, sides, cfg):
     tokenizer = ctx.text.tokenizer
     walks = {side: continue_prompt(ctx, side, role, cfg, sampling) for side, role in sides.items()}
     scale = max(probabilities(first, cfg.temperature).max().item() for first, _ in walks.values())
+    bar = min(BAR, column_width(len(sides)) - BEFORE_BAR)
     tables = []
     steps = []
     for side, (first, tokens) in walks.items():
         title = [side] if len(sides) > 1 else []
-        tables.append(title + table(first, tokenizer, **sampling, scale=scale))
+        tables.append(title + table(first, tokenizer, **sampling, scale=scale, bar=bar))
         steps.append(title + [f"{p:7.4f}  {token_text(token, tokenizer)}" for token, p in tokens])
     print_result("The next token, by probability:")
     print_columns(tables)
     how = "the likeliest token each time" if cfg.temperature == 0 else f"sampled with --seed {cfg.seed}"
-    print_result(f"\nA continuation, {how}; the probability that each token was chosen with:")
+    print_result()
+    print_wrapped(f"A continuation, {how}; the probability that each token was chosen with:")
     print_columns(steps)
     print_result()
     for side, (_, tokens) in walks.items():
         text = tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token])
         label = f"{side}: " if len(sides) > 1 else ""
         between = "" if ctx.text.template == "plain" else "\n"
-        print_result(label + cfg.prompt + between + text)
+        print_wrapped(label + cfg.prompt + between + text)
     return 0
 
 

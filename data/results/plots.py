@@ -16,7 +16,9 @@ sqrt_kl     PPO: gold reward and reward model's score against the root of the KL
 Groups differ in brightness, dashes and markers at once. A title says on how many runs and test items a point
 stands. matplotlib is imported when a plot is drawn.
 
-Public: draw, choose_axis, grows_by_factors, SPECIAL_AXES
+Runs of different data or test items never share a line or a mean: they have lines of their own.
+
+Public: draw, choose_axis, separating_fields, grows_by_factors, SPECIAL_AXES
 """
 import math
 import pathlib
@@ -24,7 +26,7 @@ import warnings
 
 from data.results.log_plots import (WIDTH, add_legend, draw_overoptimisation, draw_ranks, draw_steps,
                                     group_label, rlhf_events, style_of)
-from data.results.runs import PROPORTIONS, display_value, estimate, events, test_set
+from data.results.runs import PROPORTIONS, display_value, estimate, events, field_value, group, test_set
 from data.runtime.files import UserError
 
 SPECIAL_AXES = ("step", "ranks", "sqrt_kl")             # what --x takes besides a field
@@ -87,6 +89,16 @@ def choose_axis(groups, fields):
     return "step"
 
 
+def separating_fields(runs, fields, x):
+    """`fields`, and "data" and "test" where a line or a mean would join runs that differ in these."""
+    fields = list(fields)
+    for name in ("data", "test"):
+        one_line = group(runs, [field for field in fields if field != x]).values()
+        if name not in fields and any(len({field_value(run, name) for run in some}) > 1 for some in one_line):
+            fields.append(name)
+    return fields
+
+
 def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -110,8 +122,10 @@ def metric_label(groups, metric):
 
 def items_of(groups):
     """On how many test items the runs were measured, as "300 test items"; "" where it is not known."""
-    counts = sorted({test_set(run)[0] or 0 for runs in groups.values() for run in runs})
-    return f"{span_of(counts)} test items" if counts and counts[0] else ""
+    every = [run for runs in groups.values() for run in runs]
+    counts = sorted({test_set(run)[0] or 0 for run in every})
+    units = dict.fromkeys(run.get("test_unit", "items") for run in every)
+    return f"{span_of(counts)} test {' and '.join(units)}" if counts and counts[0] else ""
 
 
 def span_of(numbers):

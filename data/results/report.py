@@ -11,7 +11,9 @@ there are norms and distances, by layer.
 Public: describe, report, asked, describe_virtual_tokens,
 print_virtual_tokens
 """
+import math
 import shlex
+import sys
 import textwrap
 
 import torch
@@ -19,9 +21,10 @@ import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
-from data.results.metrics import unit, wilson
+from data.results.layout import print_wrapped, terminal_width
+from data.results.metrics import HIDDEN, unit, wilson
 from data.results.runs import PROPORTIONS
-from data.runtime.run_folder import print_result
+from data.runtime.run_folder import fit, log_progress, print_result
 
 READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
@@ -39,14 +42,14 @@ def describe(ctx, plan, base, examples):
     size = {part: f"{n / 1e6:,.0f} MB" for part, n in cost_model.memory(ctx.model.config, plan).items()}
     gflops = cost_model.flops(ctx.model.config, plan) / 1e9
     print_result(f"{plan.trainable:,} of {base:,} parameters are trainable ({plan.trainable / base:.2%})")
-    print_result(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
-                 f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
-                 f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
+    print_wrapped(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
+                  f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
+                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
     print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
     for example in examples:
         for title, ids, mask in display(example):
             print_result("\n" + "-" * 40 + f" [[supervised]]{title}")
-            print_result(mark_targets(ids, mask, ctx.text.tokenizer))
+            print_result(fit(mark_targets(ids, mask, ctx.text.tokenizer), sys.stdout))
     return 0
 
 
@@ -126,9 +129,10 @@ def usual_cosines(model, count=200):
 
 
 def print_virtual_tokens(lines):
-    """The lines of describe_virtual_tokens; the last one, a sentence, is wrapped."""
+    """The lines of describe_virtual_tokens, as wide as the terminal; the last one, a sentence, is narrower."""
     for line in lines:
-        print_result("\n".join(textwrap.wrap(line, 110)) if line.startswith(READING) else line)
+        is_sentence = line.startswith(READING)
+        print_result(fit(line, sys.stdout, "" if is_sentence else " " * 5, 110 if is_sentence else 10 ** 6))
 
 
 def mean_norm(tensor):
@@ -145,10 +149,13 @@ def report(result, folder):
               keys; its "next_command" uses what the run made, and names the folder that is "out" there.
               "virtual_tokens" are lines of text
     """
-    before = without_counts(result.get("baseline_metrics", {}))
-    after = without_counts(result["metrics"])
+    before = without_hidden(result.get("baseline_metrics", {}))
+    after = without_hidden(result["metrics"])
     trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
     print_metrics(before if trained else None, after, metric_notes(result))
+    if trained and is_far_worse(before.get("loss"), after.get("loss")):
+        log_progress(f"training has made the model worse: the loss on test was {before['loss']:.4g} before and is "
+                     f"{after['loss']:.4g} now; --lr is too high, or training too long")
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -164,6 +171,13 @@ def report(result, folder):
     brief["out"] = folder
     print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
     return 0
+
+
+def is_far_worse(before, after):
+    """Whether a loss is far above that before training: by a quarter of it and half a nat, or no number at all."""
+    if before is None or after is None or not math.isfinite(before):
+        return False
+    return not after <= 1.25 * before + 0.5
 
 
 def relocated(command, old, new):
@@ -183,9 +197,8 @@ def asked(text, row):
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def without_counts(metrics):
-    """The metrics that say how good, not on how many tokens."""
-    return {name: value for name, value in metrics.items() if name != "targets"}
+def without_hidden(metrics):
+    return {name: value for name, value in metrics.items() if name not in HIDDEN}
 
 
 def metric_notes(result):
@@ -212,8 +225,9 @@ def print_metrics(before, after, notes):
     if before is not None:
         print_result(" " * width + f"{'before':>12}{'after':>12}")
     for name in names:
-        cells = [format_number(side.get(name)) for side in sides]
-        print_result(f"{name:{width}}{''.join(cells)}  {notes[name]}".rstrip())
+        cells = "".join(format_number(side.get(name)) for side in sides)
+        line = f"{name:{width}}{cells}  {notes[name]}".rstrip()
+        print_result(fit(line, sys.stdout, " " * (width + len(cells) + 2)))
 
 
 def format_number(x):
@@ -229,6 +243,7 @@ def format_number(x):
 
 def print_sample(sample, trained):
     """The texts of a sample, wrapped, each behind its label."""
+    width = max(40, min(94, terminal_width() - 12))
     labels = {"prompt": "prompt", "reference": "reference", "before": "before", "after": "after"}
     if not trained:
         labels = {"prompt": "prompt", "reference": "reference", "after": "answer"}
@@ -237,5 +252,5 @@ def print_sample(sample, trained):
             continue
         lines = []
         for line in sample[key].strip().splitlines() or [""]:
-            lines += textwrap.wrap(line, 94) or [""]
+            lines += textwrap.wrap(line, width) or [""]
         print_result(f"  {label:10}" + ("\n" + " " * 12).join(lines))

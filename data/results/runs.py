@@ -29,7 +29,7 @@ estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
 
 Public: gather, events, by_test_set, test_set, group_fields, distinguishing_fields, group, field_value,
 display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
-measured_differently, estimate, lower_is_better, METRIC_ORDER, PROPORTIONS, VERSION_FIELDS
+measured_differently, estimate, lower_is_better, PROPORTIONS, VERSION_FIELDS
 """
 import glob
 import json
@@ -37,15 +37,13 @@ import math
 import pathlib
 import time
 
+from data.results import metrics
 from data.results.metrics import LOWER_IS_BETTER, summary, wilson    # noqa: F401
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
 from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
 
 MISSING = "-"
-# A task's own metric is the first of these that its runs have: entities f1, answers exact match, labels and
-# comparisons accuracy, PPO the gold reward or else the reward model's score, raw text the loss.
-METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
 # {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
 DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta",
@@ -57,6 +55,7 @@ BEFORE = "before."                                      # before.loss: the loss 
 INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",
                 "gold_reward_hash": "gold_reward", "inputs_hash": "inputs"}  # field: its key in config.json
 VERSION_FIELDS = ("code", *INPUT_HASHES)
+NOTHING_MEASURED = "it measured nothing that a table compares; it has {}"
 NO_SETTINGS = ("seed", "folder", "date", "test")        # fields that are no choice between two runs
 
 
@@ -78,6 +77,9 @@ def gather(patterns):
                 rest.append((path, unfinished(path)))
         except DataError as e:
             rest.append((path, str(e)))
+    unmeasured = [run for run in runs if run["result"]["metrics"] and main_metric(run) is None]
+    rest += [(run["folder"], NOTHING_MEASURED.format(", ".join(run["result"]["metrics"]))) for run in unmeasured]
+    runs = [run for run in runs if run not in unmeasured]
     label_code(runs)
     label_inputs(runs)
     runs, repeated = drop_repeated(runs)
@@ -209,7 +211,8 @@ def label_tests(runs):
     names = {}                                          # {test set: its name, after the first run}
     for run in runs:
         items = test_set(run)[0]
-        count = "test items" if items is None else f"{items} test items"
+        unit = f"test {run.get('test_unit', 'items')}"
+        count = unit if items is None else f"{items} {unit}"
         names.setdefault(test_set(run), f"{count} of {display_value(run['config'].get('data'))}")
     for run in runs:
         name = names[test_set(run)]
@@ -361,12 +364,9 @@ def measured_differently(runs, metric):
 
 
 def main_metric(run):
-    """The name of the metric that the run's task is about (METRIC_ORDER, else its first one), or None."""
-    metrics = run["result"].get("metrics", {})
-    for name in METRIC_ORDER:
-        if name in metrics:
-            return name
-    return next(iter(metrics), None)
+    """The name of the metric that the run's task is about, or None (data/results/metrics.py)."""
+    result = run["result"]
+    return metrics.main_metric(result.get("metrics", {}), result.get("main_metric"))
 
 
 def estimate(runs, metric):

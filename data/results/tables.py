@@ -73,7 +73,9 @@ def show(cfg):
     if left_out:
         print_left_out(left_out)
     if cfg.plot:
-        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], cfg.x)
+        x = cfg.x or plots.choose_axis(group(runs, fields), fields)
+        fields = plots.separating_fields(runs, fields, x)
+        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], x)
         print_result(f"\n{cfg.plot}")
     return 0
 

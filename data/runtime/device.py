@@ -18,6 +18,7 @@ import sys
 import numpy as np
 import torch
 
+from data.runtime.distributed import local_device
 from data.runtime.files import UserError
 
 # Padded tokens of one forward pass. 1024 keep the cores of a CPU busy; more would only use more memory.
@@ -27,7 +28,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def pick_device(name):
-    """(torch.device, reason) of --device. Raises UserError for one that is not available."""
+    """(torch.device, reason) of --device. Raises UserError for one that is not available.
+
+    A process of several touches its own GPU alone: a tensor on another one takes memory there.
+    """
     if name != "auto":
         try:
             known = torch.device(name).type != "meta"
@@ -35,13 +39,14 @@ def pick_device(name):
             known = False
         if not known:
             raise UserError(f"--device {name} is none of auto, cpu, mps, cuda, cuda:0, cuda:1 and so on")
+        device = local_device(torch.device(name))
         try:
-            torch.empty(0, device=name)
+            torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {name} is not available ({str(e).splitlines()[0]}); use auto or cpu") from None
-        return prepare_device(torch.device(name)), "requested"
+        return prepare_device(device), "requested"
     if torch.cuda.is_available():
-        return prepare_device(torch.device("cuda")), "CUDA is available"
+        return prepare_device(local_device(torch.device("cuda"))), "CUDA is available"
     if torch.backends.mps.is_available():
         return torch.device("mps"), "MPS is available"
     return torch.device("cpu"), "no GPU is available"

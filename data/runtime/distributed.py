@@ -92,7 +92,6 @@ def local_device(device):
     """The device of this rank: with several processes on CUDA, one GPU each."""
     if dist_state.size > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     return device
 
 

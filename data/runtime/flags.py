@@ -267,12 +267,27 @@ def default_out(cfg):
         text = str(value)
         if name in ("init", "data", "reward"):
             text = text.rstrip("/").split("/")[-1] or text
+        if name == "data":
+            text = name_of_data(str(value)) or text
         plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
         parts.append(name + (text if plain else short_name(text)))
     name = "-".join(parts)
     if len(name) > 180:                             # a disk takes 255 bytes, and more is added to some names
         name = name[:170] + "-" + short_name(name)
     return os.path.join("out", f"{name}-s{cfg.seed}")
+
+
+def name_of_data(path):
+    """A data file in a folder as FOLDER-FILE, because many folders have a train.jsonl; "" for anything else.
+
+    Further up, where folders can have one name too, a short hash of the path stands behind.
+    """
+    path = os.path.normpath(path)
+    *above, parent, file = ["", "", *path.split(os.sep)]
+    if not parent or "." not in file.strip("."):
+        return ""
+    name = f"{parent}-{file}"
+    return f"{name}-{short_name(path)[:6]}" if any(above) else name
 
 
 def short_name(text):

@@ -84,7 +84,7 @@ KINDS = {                                           # what an error calls it: it
 CONFIG = {
     "config": "an object of strings, numbers and lists", "argv": "a list of strings", "id": "a string",
     "code": "a string", "code_hashes": "an object of hashes", "kept": "a list of strings",
-    "test_items": "an integer", "test_sha256": "a string", "data_sha256": "a string",
+    "test_items": "an integer", "test_unit": "a string", "test_sha256": "a string", "data_sha256": "a string",
     "base_sha256": "a string", "reward": "a hash or an object of hashes",
     "gold_reward": "a hash or an object of hashes", "inputs": "an object of hashes or of objects of hashes"}
 SELECTORS = {"task": "a string", "method": "a string"}          # of the flags in "config"
@@ -96,7 +96,7 @@ RESULT = {
     "seconds": "a finite number", "skipped": "an integer", "tokens_per_second": "a finite number",
     "peak_memory_mb": "a finite number or null", "samples": "a list of objects of strings",
     "item_correct": "a string of 0 and 1", "next_command": "a string or null",
-    "virtual_tokens": "a list of strings", "code": "a string", "kept": "a list of strings"}
+    "virtual_tokens": "a list of strings", "main_metric": "a string or null", "code": "a string", "kept": "a list of strings"}
 EVENT = {"event": "a string", "step": "a number"}
 FAILURE = {"reason": "a string"}
 

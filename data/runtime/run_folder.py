@@ -33,7 +33,7 @@ for the lines that change weights, optimiser, counters or files. So nothing poll
 interrupted is dropped and computed again. Of several processes rank 0 alone reads, writes and prints; a
 signal waits for the next exchange.
 
-Public: Run, RunError, Interrupted, defer_signals, print_result, log_progress
+Public: Run, RunError, Interrupted, defer_signals, print_result, log_progress, terminal_width, fit
 """
 import contextlib
 import errno
@@ -44,6 +44,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import uuid
 import zipfile
@@ -177,6 +178,29 @@ def print_result(text="", end="\n"):
         print(text, end=end, flush=True)
 
 
+def terminal_width(stream):
+    """COLUMNS, or the width of a stream's terminal; None for a file or a pipe."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns) or None
+    return None
+
+
+def fit(text, stream, indent="  ", widest=10 ** 6):
+    """Text whose lines fit the terminal of a stream, at most `widest` characters; no word is cut.
+
+    Unchanged where there is no terminal. What a line leads to is indented; a command stays one line, to be copied.
+    """
+    width = min(terminal_width(stream) or widest, widest)
+    lines = []
+    for line in text.split("\n"):
+        if len(line) <= width or line.startswith("python "):
+            lines.append(line)
+        else:
+            lines += textwrap.wrap(line, max(40, width), break_long_words=False, break_on_hyphens=False,
+                                   subsequent_indent=indent, replace_whitespace=False)
+    return "\n".join(lines)
+
+
 tqdm.get_lock()         # made now: a signal inside of its first use would leave tqdm without one
 
 
@@ -184,10 +208,22 @@ def log_progress(text, rank=0):
     """A line of progress on stderr, above the bar if there is one; from one process of several."""
     with contextlib.suppress(OSError):
         if dist_state.rank == rank:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(fit(text, sys.stderr), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
+
+class Saved(dict):
+    """What state.pt held. Raises DataError for an entry that an earlier version did not save."""
+
+    def __init__(self, state, path):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, key):
+        raise DataError(f"{self.path} was saved by an earlier version and has no {key!r}; use --fresh to start "
+                        "over")
+
 
 class Run:
     """One run folder.
@@ -455,10 +491,11 @@ class Run:
                 return self.load_state()
             self.begin(facts)
         state = distributed.broadcast(begin_or_continue)
+        self.saved_at = time.monotonic()
         if state is None:
             self.rewind(-1)                         # the events of a process that was killed before its first save
-        self.saved_at = time.monotonic()
-        return state
+            return None
+        return Saved(state, self.state)
 
     def begin(self, facts):
         self.id = uuid.uuid4().hex
