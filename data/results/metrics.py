@@ -23,8 +23,8 @@ of `references` is one text or a list of texts. Scores are fractions, not percen
 
 LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all others improve upwards.
 
-Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
-wilson, summary, unit, LOWER_IS_BETTER
+Public: normalise_space, exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu,
+rouge_l, perplexity, wilson, summary, unit, LOWER_IS_BETTER
 """
 import collections
 import math
@@ -53,9 +53,14 @@ def _paired(a, b):
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
+def normalise_space(text):
+    """Every run of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
 def exact_match(prediction, references):
     """True if one text equals any reference, white space normalised."""
-    return " ".join(prediction.split()) in {" ".join(r.split()) for r in _texts(references)}
+    return normalise_space(prediction) in set(map(normalise_space, _texts(references)))
 
 
 def accuracy(predictions, gold):
@@ -236,7 +241,8 @@ UNITS = {"exact_match": "0 to 1", "accuracy": "0 to 1",
          "pairs": "comparisons", "score_length_corr": "-1 to 1", "margin": "above 0: ranked right",
          "kl": "nats per answer, from the reference", "eos_rate": "share of answers that end",
          "length": "tokens per answer", "unique": "share of answers that differ",
-         "repeat4": "share of 4-grams that repeat"}
+         "repeat4": "share of 4-grams that repeat",
+         "pass@": "one of {} right", "majority@": "most frequent of {} right", "mean@": "mean score of {}"}
 # What a loss is a mean over, by the metric that stands beside it.
 LOSS_UNITS = {"targets": "nats per token", "macro_f1": "nats per label", "f1": "nats per word",
               "pairs": "nats per prompt", "margin": "per pair"}
@@ -246,4 +252,5 @@ def unit(name, metrics):
     """The unit of a metric among `metrics`, {name: value}; "" where its name says it or it has none."""
     if name == "loss":
         return next((text for other, text in LOSS_UNITS.items() if other in metrics), "nats")
-    return UNITS.get(name, "")
+    kind, at, k = name.partition("@")                           # pass@8
+    return UNITS.get(kind + at, "").format(k)

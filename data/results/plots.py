@@ -24,7 +24,7 @@ import warnings
 
 from data.results.log_plots import (WIDTH, add_legend, draw_overoptimisation, draw_ranks, draw_steps,
                                     group_label, rlhf_events, style_of)
-from data.results.runs import PROPORTIONS, display_value, estimate, events, test_set
+from data.results.runs import display_value, estimate, events, is_proportion, test_set
 from data.runtime.files import UserError
 
 SPECIAL_AXES = ("step", "ranks", "sqrt_kl")             # what --x takes besides a field
@@ -134,7 +134,7 @@ def error_bar(numbers):
 
 def limits(low, high, metric):
     """The limits of an axis: those of the data, but a proportion stays within 0 and 1."""
-    return (max(0, low), min(1, high)) if metric in PROPORTIONS else (low, high)
+    return (max(0, low), min(1, high)) if is_proportion(metric) else (low, high)
 
 
 def draw_sweep(figure, groups, fields, metric, x):

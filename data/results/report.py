@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from data.batches.examples import display
 from data.results import cost_model
 from data.results.metrics import unit, wilson
+from data.results.pass_at_k import interval_of, is_shown
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
 
@@ -184,12 +185,12 @@ def asked(text, row):
 
 
 def without_counts(metrics):
-    """The metrics that say how good, not on how many tokens."""
-    return {name: value for name, value in metrics.items() if name != "targets"}
+    """The metrics that say how good, not on how many tokens; of pass@1 to pass@n a few."""
+    return {name: value for name, value in metrics.items() if name != "targets" and is_shown(name, metrics)}
 
 
 def metric_notes(result):
-    """{metric: its unit, and the 95 % interval (Wilson) of a proportion of test items}."""
+    """{metric: its unit, and the 95 % interval of a proportion of test items or of a mean over prompts}."""
     item_correct = result.get("item_correct", "")
     notes = {}
     for name in {**result.get("baseline_metrics", {}), **result["metrics"]}:
@@ -197,6 +198,9 @@ def metric_notes(result):
         if name in PROPORTIONS and name in result["metrics"] and item_correct:
             low, high = wilson(item_correct.count("1"), len(item_correct))
             parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
+        of_prompts = interval_of(result.get("generations"), name)
+        if of_prompts:
+            parts.append("95 %: [{:.3f}, {:.3f}]".format(*of_prompts))
         notes[name] = ", ".join(filter(None, parts))
     return notes
 
