@@ -66,9 +66,10 @@ from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.generations import GenerationsFlags, evaluate_generations, require_answers
 from data.results.inspect_data import CheckFlags
 from data.results.next_token import GenerationFlags
+from data.results.layout import join_parts, wrapped
 from data.results.pass_at_k import generations_of, is_right_or_wrong, metrics_of
 from data.results.ppo_metrics import describe as rollout_report
-from data.results.ppo_metrics import health, reward_report
+from data.results.ppo_metrics import brief, health, health_line, new_warnings, reward_report
 from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
@@ -1744,6 +1745,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     config = setup.config
     began = time.monotonic()
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
+    warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward)
     with Progress("iteration", config.steps, trained.step, "iterations") as progress:
@@ -1758,15 +1760,15 @@ def iterate(cfg, run, setup, roles, trained, state):
                 if is_last or trained.step % cfg.save_every == 0 or run.save_is_due():
                     run.save({**state, "trained": trained.state_dict()}, step=trained.step,
                              tokens=state["tokens"], seconds=state["seconds"])
-            shown = [f"{name} {metrics[name]:.3g}" for name in PPO_SHOWN if name in metrics]
-            progress.update(note="  ".join(shown))
+            progress.update(note="  ".join(brief(metrics)))
+            before = warnings
             warnings = health(metrics, tolerance)
-            if warnings or is_last:
-                log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
-                                          *warnings]))
-
-
-PPO_SHOWN = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
+            is_shown = is_last or trained.step % max(1, config.steps // 10) == 0
+            said = warnings if is_shown else new_warnings(warnings, before)
+            if is_shown or said:
+                lines = [join_parts(f"iteration {trained.step}/{config.steps}", health_line(metrics))]
+                lines += [wrapped(text, "  ") for text in said]
+                log_progress("\n".join(lines))
 
 
 def sample_answers(cfg):

@@ -3,7 +3,7 @@
 In a narrow terminal the columns of the highest rank are left out; what still has no room continues on an
 indented line below its row. Folders, always the last column, go there first. Markdown has all columns.
 
-Public: Column, print_columns, print_wrapped, left_out_columns, terminal_width
+Public: Column, print_columns, wrapped, print_wrapped, join_parts, left_out_columns, terminal_width
 """
 import shutil
 import textwrap
@@ -27,10 +27,24 @@ def terminal_width():
     return shutil.get_terminal_size((200, 0)).columns
 
 
+def wrapped(text, indent=""):
+    """A sentence in lines, the later ones indented by one step more; no word is cut."""
+    return textwrap.fill(text, max(40, terminal_width()), break_long_words=False, break_on_hyphens=False,
+                         initial_indent=indent, subsequent_indent=indent + "  ")
+
+
 def print_wrapped(text, indent=""):
-    """A sentence, its later lines indented by one step more; no word is cut."""
-    print_result(textwrap.fill(text, max(40, terminal_width()), break_long_words=False, break_on_hyphens=False,
-                               initial_indent=indent, subsequent_indent=indent + "  "))
+    print_result(wrapped(text, indent))
+
+
+def join_parts(head, parts):
+    """Parts such as "kl 5.1" behind a head, in as many lines as the terminal needs; no part is broken."""
+    lines = [head]
+    for part in parts:
+        if len(lines[-1]) + GAP + len(part) > terminal_width():
+            lines.append("")
+        lines[-1] += " " * GAP + part
+    return "\n".join(lines)
 
 
 def print_columns(columns, markdown):

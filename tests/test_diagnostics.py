@@ -1,0 +1,145 @@
+"""What a rollout is told by: KL by three estimators, lengths of right and wrong answers, lines in 80 columns."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import ppo
+import train
+from data.results import layout, ppo_metrics
+from test_train import world  # noqa: F401
+from tiny import PAIRS, write
+
+LOGP = [[-1.0, -0.5, -2.0], [-0.1, -3.0], [-0.7], [-0.2, -0.2, -0.2, -0.2]]
+REF = [[-1.5, -0.25, -2.0], [-1.1, -2.0], [-0.7], [-1.2, -0.1, -0.3, -0.2]]
+ANSWERS = [[5, 6, 7], [5, 7], [7], [5, 5, 5, 5]]
+
+
+def described(scores, ended=(True, True, True, True), k=1):
+    batch = ppo.collate_rollout([[1, 2]] * 4, ANSWERS)
+    padded = torch.full(batch.mask.shape, math.nan, dtype=torch.float64)
+    logp = padded.clone()
+    ref_logp = padded.clone()
+    for i, (one, other) in enumerate(zip(LOGP, REF)):
+        logp[i, :len(one)] = torch.tensor(one, dtype=torch.float64)
+        ref_logp[i, :len(other)] = torch.tensor(other, dtype=torch.float64)
+    batch = batch._replace(logp=logp, ref_logp=ref_logp, entropy=torch.ones_like(logp))
+    return ppo_metrics.describe(batch, ANSWERS, torch.tensor(scores), torch.tensor(ended), k)
+
+
+def test_three_estimates_of_the_kl_by_a_naive_loop():
+    k1 = k2 = k3 = 0.0
+    for one, other in zip(LOGP, REF):
+        for new, old in zip(one, other):
+            k1 += new - old
+            k2 += (new - old) ** 2 / 2
+            k3 += math.exp(old - new) - 1 - (old - new)
+    m = described([0.0, 1.0, 2.0, 3.0])
+    assert m["kl"] == pytest.approx(k1 / 4, abs=1e-12)
+    assert m["kl_k2"] == pytest.approx(k2 / 4, abs=1e-12) and m["kl_k3"] == pytest.approx(k3 / 4, abs=1e-12)
+    assert len({round(m[name], 6) for name in ("kl", "kl_k2", "kl_k3")}) == 3
+
+
+def test_the_three_estimates_agree_near_the_reference(monkeypatch):
+    """k2 and k3 differ from k1 by the third order: at a tenth of the distance by a thousandth."""
+    for size, least in ((0.1, 1e-4), (0.01, 1e-7)):
+        p = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+        q = (p.log() + size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)).softmax(0)
+        k1 = p.log() - q.log()
+        exact = (p * k1).sum()
+        assert abs((p * k1 ** 2 / 2).sum() - exact) < least * 10
+        assert abs((p * ((-k1).exp() - 1 + k1)).sum() - exact) < 1e-12         # unbiased: exact in expectation
+
+
+@pytest.mark.parametrize("scores, ended, k, right, wrong", [
+    ([1.0, 0.0, 1.0, 0.0], (1, 1, 1, 1), 1, 2.0, 3.0),              # verdicts
+    ([1.0, 0.0, -1.0, 0.0], (1, 1, 0, 1), 2, 3.0, 7 / 3),           # -1 for an answer without an end: wrong
+    ([1.0, 0.0, 1.0, 0.0], (1, 0, 0, 1), 2, 2.0, 3.0),
+    ([0.0, 0.0, 0.0, 0.0], (1, 1, 1, 1), 2, None, 2.5),             # all verdicts are no
+    ([1.0, 1.0, 1.0, 1.0], (1, 1, 1, 1), 2, 2.5, None),
+    ([0.5, 0.25, 9.0, 9.5], (1, 1, 1, 1), 2, 3.5, 1.5),             # above and below the group's mean
+    ([0.5, 0.5, 9.0, 9.5], (1, 1, 1, 1), 2, 4.0, 1.0),              # equal scores: neither
+    ([0.5, 0.25, 9.0, 9.5], (1, 1, 1, 1), 1, 2.5, 2.5),             # one answer a prompt: the rollout's mean
+    ([1000.1, 1000.1, 1000.1, 1000.1], (1, 1, 1, 1), 4, None, None),
+    ([-1.0, -1.0, -1.0, -1.0], (0, 0, 0, 0), 1, None, None)])       # none ended: no verdict
+def test_length_of_right_and_of_wrong_answers(scores, ended, k, right, wrong):
+    m = described(scores, tuple(map(bool, ended)), k)
+    assert m.get("length_right") == (right if right is None else pytest.approx(right))
+    assert m.get("length_wrong") == (wrong if wrong is None else pytest.approx(wrong))
+
+
+def test_groups_without_variance():
+    assert described([1.0, 1.0, 0.0, 1.0], k=2)["frac_reward_zero_std"] == 0.5
+    assert described([2.0, 2.0, 2.0, 2.0], k=4)["frac_reward_zero_std"] == 1
+    assert "frac_reward_zero_std" not in described([2.0, 2.0, 2.0, 2.0])
+
+
+# ------------------------------------------------------------------------------------------------- the lines
+
+FULL = dict(score=-0.1234, gold=12.3, kl=5.678, kl_k2=4.5, kl_k3=5.5, beta=0.05, eos_rate=0.975, length=123.4,
+            length_right=100.2, length_wrong=150.7, entropy=1.234, frac_reward_zero_std=0.125, clipfrac_low=0.01,
+            clipfrac_high=0.02, clipfrac=0.03)
+
+
+def test_the_line_of_an_iteration_has_every_diagnostic_once():
+    parts = ppo_metrics.health_line(FULL)
+    assert [part.split()[0] for part in parts] == [
+        "score", "gold", "kl", "length", "kl_k2", "kl_k3", "beta", "eos_rate", "length_right", "length_wrong", "entropy",
+        "frac_reward_zero_std", "clipfrac_low", "clipfrac_high"]
+    assert parts[0] == "score -0.123" and parts[-1] == "clipfrac_high 0.02"
+    old = {name: value for name, value in FULL.items() if name not in ("clipfrac_low", "clipfrac_high", "gold")}
+    assert ppo_metrics.health_line(old)[-1] == "clipfrac 0.03" and "gold 12.3" not in ppo_metrics.health_line(old)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_lines_fit_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    parts = ppo_metrics.health_line(FULL)
+    lines = layout.join_parts("iteration 60/60", parts).split("\n")
+    assert max(map(len, lines)) <= width and len(lines) > 200 // width
+    assert " ".join(" ".join(lines).split()) == " ".join(["iteration 60/60", *parts])
+    assert all(line.startswith("  ") and line[2] != " " for line in lines[1:])
+    assert layout.wrapped("word " * 30, "  ").startswith("  word") and \
+        max(map(len, layout.wrapped("word " * 30, "  ").split("\n"))) <= width
+
+
+def test_a_warning_is_new_once_whatever_its_numbers():
+    first = ["score follows length (correlation 0.61)", "KL is -1.20, negative beyond chance"]
+    again = ["score follows length (correlation -0.58)", "KL is 30 nats: far"]
+    assert ppo_metrics.new_warnings(first, []) == first
+    assert ppo_metrics.new_warnings(again, first) == ["KL is 30 nats: far"]
+    assert ppo_metrics.new_warnings(first, again) == [first[1]] and ppo_metrics.new_warnings([], first) == []
+
+
+def test_clip_shares_low_and_high_together_are_too_many():
+    assert any("clipped" in text for text in ppo_metrics.health(dict(clipfrac_low=0.3, clipfrac_high=0.3)))
+    assert not any("clipped" in text for text in ppo_metrics.health(dict(clipfrac_low=0.2, clipfrac_high=0.2)))
+
+
+def test_the_command_logs_and_shows_them(world, tmp_path, monkeypatch, capsys):       # noqa: F811
+    monkeypatch.setenv("COLUMNS", "80")
+    write(tmp_path, {"asked": [{"prompt": ab} for ab in PAIRS]})
+    (tmp_path / "long_words.py").write_text("def score(prompt, answer):\n    return float(len(answer) > 2)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    drawn = ppo.sample_answers
+
+    def that_end(policy, prompts, eos, *more, **named):
+        return [y[:1 + i % 4] + [min(eos)] for i, y in enumerate(drawn(policy, prompts, eos, *more, **named))]
+    monkeypatch.setattr(ppo, "sample_answers", that_end)
+    words = ["--task", "ppo", "--algo", "grpo", "--init", world / "base", "--data", tmp_path / "asked", "--steps", "20",
+             "--batch", "8", "--minibatches", "1", "--max_new_tokens", "5", "--forgetting_data", "none", "--reward",
+             "long_words:score", "--eval_items", "4", "--save_every", "100", "--out", tmp_path / "r"]
+    assert train.main(list(map(str, words))) == 0
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    log = [event for event in log if event["event"] == "train"]
+    assert all({"kl", "kl_k2", "kl_k3", "frac_reward_zero_std", "entropy"} <= event.keys() for event in log)
+    assert any("length_right" in event for event in log) and any("length_wrong" in event for event in log)
+    err = capsys.readouterr().err
+    lines = err[err.index("iteration "):].splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("iteration ")]
+    assert set(range(2, 21, 2)) <= set(shown)                       # one in ten of the iterations, at least
+    assert all(f"{name} " in err for name in ("kl_k2", "kl_k3", "entropy", "frac_reward_zero_std"))
+    sys.modules.pop("long_words", None)
