@@ -8,7 +8,9 @@ import torch
 
 import ppo
 import train
-from data.results import layout, ppo_metrics
+from data.results import layout, log_plots, ppo_metrics
+from data.results.report import report
+from test_table import make, refused, shown
 from test_train import world  # noqa: F401
 from tiny import PAIRS, write
 
@@ -143,3 +145,106 @@ def test_the_command_logs_and_shows_them(world, tmp_path, monkeypatch, capsys): 
     assert set(range(2, 21, 2)) <= set(shown)                       # one in ten of the iterations, at least
     assert all(f"{name} " in err for name in ("kl_k2", "kl_k3", "entropy", "frac_reward_zero_std"))
     sys.modules.pop("long_words", None)
+
+
+# ------------------------------------------------------------------------------------- the end of a run, printed
+
+PPO_END = dict(task="ppo", method="lora", seed=1, params_trainable=47104, adapter_bytes=192456, steps=6, seconds=60.8,
+               tokens_per_second=228, baseline_metrics={"kl": 0.0, "score_best_of_4": 0.9909, "gold_best_of_4": 1.2},
+               out="out/x", next_command=None, metrics={
+                   "kl": 0.7471, "eos_rate": 0.9667, "length": 18.83, "unique": 0.9767, "repeat4": 0.0038,
+                   "score": 0.2886, "score_std": 1.1768, "gold": 0.4947, "gold_std": 1.6, "gold_gain": 0.28,
+                   "forgetting": -0.0045}, samples=[{"prompt": "p " * 60, "before": "b " * 60, "after": "a " * 60}])
+
+
+def test_the_end_of_a_ppo_run_fits_80_columns_and_names_its_units(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    report(PPO_END, "out/x")
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    table = lines[1:1 + len({**PPO_END["metrics"], **PPO_END["baseline_metrics"]})]
+    assert all(len(line) > 42 and line[42:].strip() for line in table), table       # every number has its unit
+    assert "best of 4 answers by score" in out and "rise of gold / gold_std before" in out
+    pairs = " ".join(lines[-6:])
+    assert "task=ppo method=lora seed=1" in pairs and pairs.endswith("out=out/x")
+
+
+def test_a_pipe_gets_the_summary_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    report(PPO_END, "out/x")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("task=ppo ")
+
+
+# ----------------------------------------------------------------------------------------- any field over any
+
+def logged(**fields):
+    """The log of a run: fields {name: values of the steps 1, 2, ...}."""
+    steps = range(1, 1 + max(map(len, fields.values())))
+    return [{"event": "train", "step": s, **{name: values[s - 1] for name, values in fields.items()
+                                             if s <= len(values) and values[s - 1] is not None}} for s in steps]
+
+
+def drawn(logs, x, ys, fields=("method",)):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    log_plots.draw_logged(figure, logs, list(fields), x, ys)
+    lines = [[(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] for axis in figure.axes]
+    return lines, figure
+
+
+def test_a_field_against_another_is_the_mean_of_runs_at_their_common_steps():
+    logs = {("lora",): [logged(tokens=[10, 20, 30], kl=[0.0, 1.0, 2.0]), logged(tokens=[12, 24], kl=[2.0, 3.0])]}
+    (lines,), figure = drawn(logs, "tokens", ["kl"])
+    assert lines == [([10, 20, 30], [0, 1, 2]), ([12, 24], [2, 3]), ([11, 22], [1, 2])]
+    assert figure.axes[0].get_title(loc="left") == "smoothed; mean of 2 runs, thin: each"
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("tokens", "kl")
+    assert not figure.legends                                       # one line needs none
+
+
+def test_only_what_is_no_clock_is_smoothed():
+    values = [float(i % 2) for i in range(20)]
+    (lines,), _ = drawn({("lora",): [logged(seconds=list(range(20)), kl=values)]}, "seconds", ["kl"])
+    assert lines[0][0] == list(range(20)) and lines[0][1][:2] == [0, 0.5] and set(lines[0][1][2:]) <= {1 / 3, 2 / 3}
+    (lines,), _ = drawn({("lora",): [logged(kl=values, score=list(range(20)))]}, "kl", ["score"])
+    assert lines[0][0][1] == 0.5 and lines[0][1][1] == 0.5 and lines[0][1][-1] == 18
+
+
+def test_several_fields_of_one_group_share_a_plot_and_of_more_groups_have_one_each():
+    log = logged(kl=[1.0, 2.0], kl_k3=[1.5, 2.5])
+    lines, figure = drawn({("lora",): [log]}, "step", ["kl", "kl_k3"])
+    assert lines == [[([1, 2], [1, 2]), ([1, 2], [1.5, 2.5])]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kl", "kl k3"]
+    lines, figure = drawn({("lora",): [log], ("full",): [logged(kl=[3.0, 4.0])]}, "step", ["kl", "kl_k3"])
+    assert lines == [[([1, 2], [1, 2]), ([1, 2], [3, 4])], [([1, 2], [1.5, 2.5])]]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["kl", "kl k3"]
+    assert figure.axes[0].lines[1].get_linestyle() != figure.axes[0].lines[0].get_linestyle()
+
+
+def test_a_number_that_is_missing_or_not_finite_is_a_gap():
+    (lines,), _ = drawn({("lora",): [logged(length_right=[3.0, None, "nan", 5.0], kl=[0.0, 1, math.nan, 3])]}, "kl",
+                        ["length_right"])
+    assert lines == [([0, 3], [3, 5])]
+
+
+def test_fields_of_valid_are_drawn_where_training_has_none():
+    log = [dict(event="train", step=1, loss=2.0), dict(event="valid", step=2, accuracy=0.5, tokens=7)]
+    (lines,), _ = drawn({("lora",): [log]}, "tokens", ["accuracy"])
+    assert lines == [([7], [0.5])]
+    assert log_plots.logged_fields([log]) == ["step", "loss", "accuracy", "tokens"]
+
+
+def test_the_command_draws_any_logged_field(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in (1, 2):
+        log = logged(tokens=[s * 100 for s in range(9)], kl=[s / 9 for s in range(9)], score=[s / 4 for s in range(9)])
+        make(tmp_path / str(seed), {"gold": 1.0}, log=log, flags=["--seed", seed])
+    for number, words in enumerate((["--x", "tokens", "--y", "kl"], ["--y", "kl,score"], ["--x", "kl"])):
+        file = tmp_path / f"{number}.svg"
+        shown(tmp_path, capsys, "--plot", str(file), *words)
+        assert file.stat().st_size > 5000
+    file = str(tmp_path / "p.svg")
+    assert "--x step --y no: no run logged both together; logged are step tokens kl score" in refused(
+        tmp_path, "--plot", file, "--y", "no")
+    assert "did you mean tokens?" in refused(tmp_path, "--plot", file, "--x", "tokns")
+    assert "--y kl is for a plot" in refused(tmp_path, "--y", "kl")

@@ -10,7 +10,7 @@ import torch
 
 import train
 from data.batches import few_shot
-from data.results import evaluate, generations, pass_at_k, runs
+from data.results import evaluate, generations, pass_at_k, plots, runs
 from data.results.metrics import wilson
 from data.runtime.files import UserError, read_json
 from test_table import make, refused, shown
@@ -305,3 +305,21 @@ def test_uniforms_of_an_answer_are_its_own():
     assert not any(torch.equal(one, generations.answer_uniforms(*key, 5)) for key in ((1, 2, 3), (2, 3, 2), (1, 3, 1)))
     with pytest.raises(UserError):
         generations.require_answers(None, "text", "--num_generations")
+
+
+def test_pass_at_k_against_k_is_drawn_with_bands(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for seed in (1, 2):
+        evaluated(tmp_path / f"a{seed}", [0, 1, 4, seed], seed, **{"--init": "one"})
+    evaluated(tmp_path / "b", [1, 1, 3, 4], 1, **{"--init": "two"})
+    figures = []
+    monkeypatch.setattr(plots, "add_legend", lambda figure, *_: figures.append(figure))
+    shown(tmp_path, capsys, "--by", "init", "--plot", str(tmp_path / "p.svg"), "--x", "k")
+    axis, = figures[0].axes
+    one, two = axis.lines
+    means = [statistics.fmean(pass_at_k.pass_at_k(4, c, k) for c in (0, 1, 4, 1, 0, 1, 4, 2)) for k in range(1, 5)]
+    assert list(one.get_xdata()) == [1, 2, 3, 4] and list(one.get_ydata()) == pytest.approx(means)
+    assert list(two.get_ydata())[-1] == 1 and len(axis.collections) == 2
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
+    make(tmp_path / "c" / "x", {"loss": 1.0})
+    assert "no run has pass@k" in refused(tmp_path / "c", "--plot", str(tmp_path / "p.svg"), "--x", "k")

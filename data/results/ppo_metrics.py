@@ -71,7 +71,8 @@ def describe(batch, answers, scores, ended, num_generations=1):
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if num_generations > 1:
         metrics["frac_reward_zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
-    for name, chosen in zip(("length_right", "length_wrong"), right_and_wrong(scores, ended.bool(), num_generations)):
+    right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
+    for name, chosen in (("length_right", right), ("length_wrong", wrong)):
         if chosen.any():
             metrics[name] = n[chosen].mean()
     if batch.values is not None:                            # return - value: the advantage before whitening
@@ -152,8 +153,8 @@ def health(metrics, tolerance=1e-4):
 
 
 SHOWN = ("score", "gold", "kl", "length")               # beside the progress bar, and first on the line
-HEALTH = ("kl_k2", "kl_k3", "beta", "eos_rate", "length_right", "length_wrong", "entropy", "frac_reward_zero_std",
-          "clipfrac_low", "clipfrac_high")
+HEALTH = ("kl_k2", "kl_k3", "beta", "eos_rate", "length_right", "length_wrong", "entropy",
+          "frac_reward_zero_std", "clipfrac_low", "clipfrac_high")
 
 
 def brief(metrics, names=SHOWN):

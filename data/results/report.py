@@ -12,6 +12,7 @@ Public: describe, report, asked, describe_virtual_tokens,
 print_virtual_tokens
 """
 import shlex
+import sys
 import textwrap
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
+from data.results.layout import terminal_width, wrapped
 from data.results.metrics import unit, wilson
 from data.results.pass_at_k import interval_of, is_shown
 from data.results.runs import PROPORTIONS
@@ -163,7 +165,8 @@ def report(result, folder):
     brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
-    print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
+    line = " ".join(f"{name}={value}" for name, value in brief.items())
+    print_result(wrapped(line) if sys.stdout.isatty() else line)        # a file or a pipe gets one line
     return 0
 
 
@@ -241,5 +244,5 @@ def print_sample(sample, trained):
             continue
         lines = []
         for line in sample[key].strip().splitlines() or [""]:
-            lines += textwrap.wrap(line, 94) or [""]
+            lines += textwrap.wrap(line, min(94, max(28, terminal_width() - 12))) or [""]
         print_result(f"  {label:10}" + ("\n" + " " * 12).join(lines))
