@@ -1619,7 +1619,7 @@ def gold_reward_of(cfg):
 
 @torch.no_grad()
 def evaluate_policy(setup, roles, prompt_ids, n=1):
-    """n answers of the policy to each prompt: ({metric: value}, answers, {"score" or "gold": (prompts, n)})."""
+    """n answers of the policy to each prompt: ({metric: value}, answers, {"score", "gold": (prompts, n)})."""
     repeated = [p for p in prompt_ids for _ in range(n)]
     end = setup.ctx.text.end_token
     generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
@@ -1818,7 +1818,7 @@ def count_right(setup, answers, scored):
     for name in ("gold", "score"):
         if name in scored and is_right_or_wrong(scored[name].tolist()):
             return generations_of(texts, scored[name].tolist())
-    log_progress("no pass@k: neither --reward nor --gold_reward gives only 0 and 1, so nothing is right or wrong")
+    log_progress("no pass@k: neither --reward nor --gold_reward gives only 0 and 1, right and wrong")
     return generations_of(texts, scored["score"].tolist())
 
 

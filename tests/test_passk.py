@@ -117,8 +117,8 @@ def town(world):                                                        # noqa: 
     if str(world) not in sys.path:
         sys.path.insert(0, str(world))
     if not (world / "tuned" / "result.json").exists():
-        words = ["--data", world / "chat", "--steps", "40", "--lr", "3e-2", "--forgetting_data", "none", "--eval_every", "40",
-                 "--max_new_tokens", "4"]
+        words = ["--data", world / "chat", "--steps", "40", "--lr", "3e-2", "--forgetting_data", "none",
+                 "--eval_every", "40", "--max_new_tokens", "4"]
         run(world, world / "tuned", *words, "--init", world / "base")
     return world
 
@@ -220,7 +220,11 @@ def test_a_head_is_refused(town, tmp_path, capsys):
 def test_examples_in_front_of_the_prompt_are_sampled_behind(town, tmp_path, monkeypatch):
     seen = []
     fit = few_shot.fit_shots
-    monkeypatch.setattr(generations, "fit_shots", lambda ctx, row, shots: (seen.append(len(shots)), fit(ctx, row, shots))[1])
+
+    def counted(ctx, row, shots):
+        seen.append(len(shots))
+        return fit(ctx, row, shots)
+    monkeypatch.setattr(generations, "fit_shots", counted)
     r = run(town, tmp_path / "r", *eval_words(town, 2), "--shots", "2", "--eval_items", "3")
     assert seen == [2] * 3 and "pass@2" in r["metrics"]
 

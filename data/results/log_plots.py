@@ -49,10 +49,14 @@ def add_legend(figure, handles, labels):
 # ------------------------------------------------------------------------------------------------ step curves
 
 def smooth(values, width):
-    """The mean of the last `width` values, of fewer at the start."""
+    """Each value as the mean of those around it, about `width` of them, of fewer near both ends.
+
+    As many lie before it as behind: a straight line stays one, and nothing is shifted.
+    """
     out = []
     for i in range(len(values)):
-        window = values[max(0, i + 1 - width):i + 1]
+        reach = min(width // 2, i, len(values) - 1 - i)
+        window = values[i - reach:i + reach + 1]
         out.append(sum(window) / len(window))
     return out
 
@@ -121,7 +125,7 @@ def draw_band(axis, curve, style):
 # ---------------------------------------------------------------------------------------- any field over any
 
 CLOCKS = ("step", "tokens", "seconds")                  # they only rise, so they are not smoothed
-KINDS = ("train", "valid")                              # of these events the first that has both fields is drawn
+KINDS = ("train", "valid")                              # events: the first kind that has both fields is drawn
 
 
 def logged_fields(logs):
@@ -152,7 +156,7 @@ def smoothed_path(points, x):
 
 
 def draw_logged(figure, logs, fields, x, ys):
-    """The fields `ys` against the field x: of one group in one plot, of several groups in a plot for each y."""
+    """The fields `ys` against the field x: of one group in one plot, of several in a plot for each y."""
     lines = {(key, y): [path_of(log, x, y) for log in some] for key, some in logs.items() for y in ys}
     lines = {line: [path for path in paths if path] for line, paths in lines.items()}
     for y in ys:
@@ -170,7 +174,8 @@ def draw_logged(figure, logs, fields, x, ys):
             label = spoken(y) if overlaid else group_label(key, fields)
             handles[label] = draw_paths(axis, paths, x, {**style_of(number, count), "marker": ""})
     for axis, y in zip(axes, ys):
-        axis.set_ylabel(", ".join(map(spoken, ys)) if overlaid and len(ys) == 1 else "" if overlaid else spoken(y))
+        if not overlaid or len(ys) == 1:                # else the legend names them
+            axis.set_ylabel(spoken(y))
     most = max(map(len, lines.values()))
     axes[0].set_title(f"smoothed; mean of {most} runs, thin: each" if most > 1 else "smoothed", loc="left")
     axes[-1].set_xlabel("optimiser step" if x == "step" else spoken(x))

@@ -40,8 +40,8 @@ def pass_curve(n, c):
 def pass_at_k(n, c, k):
     """1 - C(n - c, k) / C(n, k), for 0 <= c <= n and 1 <= k <= n. Raises ValueError for other numbers."""
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} of {n} answers, {c} of them right: k goes from 1 to {n}, the number of right "
-                         f"ones from 0 to {n}")
+        raise ValueError(f"pass@{k} of {n} answers, {c} of them right: k goes from 1 to {n}, the number of "
+                         f"right ones from 0 to {n}")
     return pass_curve(n, c)[k - 1]
 
 

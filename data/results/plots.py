@@ -91,7 +91,7 @@ def draw_logs(figure, groups, fields, metric, x, y):
 
 
 def default_y(known, metric):
-    """What is drawn against a logged field without --y: the metric, if it is logged, the score or the loss."""
+    """What is drawn against a logged field without --y: the metric, if logged, else the score or the loss."""
     return next((name for name in (metric, "score", "loss") if name in known), metric)
 
 

@@ -5,9 +5,9 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     kl         mean over answers of the sum of k1 = log pi - log ref: unbiased, may be negative on an answer
     kl_k2      the same of k2 = k1^2 / 2, biased: half the second moment of k1; near kl while both are small
     kl_k3      the same of k3 = exp(-k1) - 1 + k1, never negative; far from kl when a few answers dominate it
-    length_*   mean length of the right and of the wrong answers. Where all scores of finished answers are 0 or
-               1, right is 1. Else right is above the mean score of the group of answers to that prompt, wrong
-               below it; of a prompt with one answer: of the rollout. Equal to it: neither
+    length_*   mean length of the right and of the wrong answers. Where all scores of finished answers are 0
+               or 1, right is 1. Else right is above the mean score of the group of answers to that prompt,
+               wrong below it; of a prompt with one answer: of the rollout. Equal to it: neither
     frac_reward_zero_std    share of groups in which all scores are equal
     objective  score - beta kl: what PPO maximises, so it rises, up to noise
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
@@ -62,7 +62,8 @@ def describe(batch, answers, scores, ended, num_generations=1):
     grams = [[tuple(answer[i:i + 4]) for i in range(len(answer) - 3)] for answer in answers]
     repeats = sum(len(some) - len(set(some)) for some in grams)
     metrics = {"score": scores.mean(), "score_std": scores.std(unbiased=False),
-               "kl": kl.mean(), "kl_k2": k2.mean(), "kl_k3": k3.mean(), "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
+               "kl": kl.mean(), "kl_k2": k2.mean(), "kl_k3": k3.mean(),
+               "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
                "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
                "entropy": batch.entropy[mask].mean(), "entropy_answer": -batch.logp[mask].sum() / len(mask),
                "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),

@@ -383,7 +383,7 @@ def item_values(run, metric):
 
 
 def item_interval(run, metric):
-    """The 95 % interval over the test items of one run, (low, high); None where it keeps no values of them."""
+    """The 95 % interval over the test items of one run, (low, high); None where it keeps no values."""
     if metric in PROPORTIONS:
         outcomes = item_values(run, metric)
         return wilson(sum(outcomes), len(outcomes)) if outcomes else None

@@ -22,9 +22,9 @@ from data.results.compare import compare
 from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
 from data.results.log_plots import logged_fields
 from data.results.metrics import summary
-from data.results.runs import (MISSING, by_test_set, display_value, estimate, events, field_value, gather, group,
-                               group_fields, known_fields, lower_is_better, main_metric, measured_differently,
-                               metric_names, metric_values, settings_of, sort_key)
+from data.results.runs import (MISSING, by_test_set, display_value, estimate, events, field_value, gather,
+                               group, group_fields, known_fields, lower_is_better, main_metric,
+                               measured_differently, metric_names, metric_values, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result

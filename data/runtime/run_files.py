@@ -60,7 +60,7 @@ def is_hash(x):
 
 
 def is_generations(x):
-    """As data/results/pass_at_k.py writes them: n answers to each prompt, a number for each prompt in a list."""
+    """As data/results/pass_at_k.py writes them: n answers to each prompt, lists of a number for each prompt."""
     if not isinstance(x, dict) or not is_count(x.get("n")):
         return False
     lists = [x.get(name, []) for name in ("mean", "right", "majority")]
