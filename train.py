@@ -63,11 +63,14 @@ from data.results import (conversation, cost_model, evaluate, forecast, inspect_
                           shot_ladder, tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
+from data.results.generations import GenerationsFlags, evaluate_generations, require_answers
 from data.results.inspect_data import CheckFlags
 from data.results.metrics import main_metric
 from data.results.next_token import GenerationFlags
+from data.results.layout import join_parts, wrapped
+from data.results.pass_at_k import generations_of, is_right_or_wrong, metrics_of
 from data.results.ppo_metrics import describe as rollout_report
-from data.results.ppo_metrics import health, reward_report
+from data.results.ppo_metrics import brief, health, health_line, new_warnings, reward_report
 from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
 from data.results.trunk import open_trunk
 from data.runtime import command, distributed
@@ -953,7 +956,8 @@ def train_and_measure(cfg, run, rows, row_type):
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
     if "baseline" not in state:
         state = measure_baseline(ctx, cfg, run, rows, shots[0])
-    outcome = Outcome(dict(state["baseline"]), state["before"], state["item_correct"])
+    outcome = Outcome(dict(state["baseline"]), state["before"], state["item_correct"],
+                      state.get("generations", {}))
     loop = None
     trainable = {}
     if find_method(cfg.method).trains:
@@ -981,6 +985,7 @@ class Outcome:
     metrics: dict
     answers: list
     item_correct: str = ""
+    generations: dict = field(default_factory=dict)     # of sampled answers, data/results/pass_at_k.py
 
 
 def clock_of(loop):
@@ -1000,6 +1005,8 @@ def check_rows(ctx, cfg, rows, row_type):
                             f"reads {' or '.join(made_by.reads)} rows{remedy}")
     if row_type == "text" and ctx.text.labels and not find_method(cfg.method).trains:
         log_progress(f"{cfg.data} has no labels: the loss of its text is measured; --task predict labels it")
+    if cfg.get("num_generations", 1) > 1:
+        require_answers(ctx, row_type, "--num_generations")
     if row_type not in ("label", "tags"):
         return
     labels = formats.label_names(sum(rows.values(), []))
@@ -1036,6 +1043,9 @@ def measure_baseline(ctx, cfg, run, rows, shots):
         answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in test[:3]])
     state = {"baseline": metrics, "before": answers[:3],
              "item_correct": evaluate.item_correct(ctx, test, answers)}
+    if cfg.get("num_generations", 1) > 1:
+        sampled, state["generations"] = evaluate_generations(ctx, cfg, test, rows["train"][:shots])
+        metrics.update(sampled)
     if task.begin:
         with Progress("before training"):
             state.update(task.begin(ctx, cfg, rows))
@@ -1122,11 +1132,12 @@ def finish(run, ctx, cfg, outcome, baseline, samples, counts, clock):
     run.log(event="test", step=clock["steps"], tokens=clock["tokens"], seconds=clock["seconds"],
             **outcome.metrics)
     named = {name: cfg.get(name) for name in ("task", "method", "init", "data", "seed")}
+    generations = dict(generations=outcome.generations) if outcome.generations else {}
     result = dict(status="done", **named, out=str(run.folder),
                   metrics=outcome.metrics, main_metric=main_metric(outcome.metrics, task.metric),
                   baseline_metrics=baseline, **counts, **clock,
                   tokens_per_second=round(clock["tokens"] / max(clock["seconds"], 1e-9)), samples=samples,
-                  item_correct=outcome.item_correct, peak_memory_mb=peak_memory_mb(ctx.device),
+                  item_correct=outcome.item_correct, **generations, peak_memory_mb=peak_memory_mb(ctx.device),
                   next_command=task.next_command(ctx, cfg, run.folder))
     if task.describe and ctx.prompt is not None:
         result["virtual_tokens"] = task.describe(ctx, cfg)
@@ -1653,7 +1664,7 @@ def gold_reward_of(cfg):
 
 @torch.no_grad()
 def evaluate_policy(setup, roles, prompt_ids, n=1):
-    """n answers of the policy to each prompt: ({metric: value}, answers, scores (prompts, n))."""
+    """n answers of the policy to each prompt: ({metric: value}, answers, {"score", "gold": (prompts, n)})."""
     repeated = [p for p in prompt_ids for _ in range(n)]
     end = setup.ctx.text.end_token
     generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
@@ -1671,7 +1682,7 @@ def evaluate_policy(setup, roles, prompt_ids, n=1):
         metrics[name + "_std"] = x.std(unbiased=False).item()
         if n > 1:
             metrics[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
-    return metrics, answers, scored["score"].view(-1, n)
+    return metrics, answers, {name: x.view(-1, n) for name, x in scored.items()}
 
 
 def make_roles(cfg, ctx, base, setup):
@@ -1787,6 +1798,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     config = setup.config
     began = time.monotonic()
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
+    warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward)
     with Progress("iteration", config.steps, trained.step, "iterations") as progress:
@@ -1801,15 +1813,15 @@ def iterate(cfg, run, setup, roles, trained, state):
                 if is_last or trained.step % cfg.save_every == 0 or run.save_is_due():
                     run.save({**state, "trained": trained.state_dict()}, step=trained.step,
                              tokens=state["tokens"], seconds=state["seconds"])
-            shown = [f"{name} {metrics[name]:.3g}" for name in PPO_SHOWN if name in metrics]
-            progress.update(note="  ".join(shown))
+            progress.update(note="  ".join(brief(metrics)))
+            before = warnings
             warnings = health(metrics, tolerance)
-            if warnings or is_last:
-                log_progress("\n  ".join([f"iteration {trained.step}/{config.steps}  {'  '.join(shown)}",
-                                          *warnings]))
-
-
-PPO_SHOWN = ("score", "gold", "kl", "beta", "eos_rate", "length", "entropy")
+            is_shown = is_last or trained.step % max(1, config.steps // 10) == 0
+            said = warnings if is_shown else new_warnings(warnings, before)
+            if is_shown or said:
+                lines = [join_parts(f"iteration {trained.step}/{config.steps}", health_line(metrics))]
+                lines += [wrapped(text, "  ") for text in said]
+                log_progress("\n".join(lines))
 
 
 def sample_answers(cfg):
@@ -1833,17 +1845,34 @@ def write_samples(cfg, run, rows):
     run.start(facts)
     for split, prompt_ids in setup.prompts.items():
         with Progress(split):
-            metrics, answers, scores = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
+            metrics, answers, scored = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
                                                        cfg.num_generations)
-        kept = best_rows(setup, prompt_ids, answers, scores, cfg)
+        kept = best_rows(setup, prompt_ids, answers, scored["score"], cfg)
         without = len(prompt_ids) - len({row["prompt"] for row in kept})
         if without:
             log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
         write_rows(run.folder / f"{split}.jsonl", kept)
     del metrics["kl"]                                   # policy and reference are one here
+    generations = {}
+    if cfg.num_generations > 1:
+        generations = count_right(setup, answers, scored)
+        metrics.update(metrics_of(generations))
     counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
-    return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
+    return finish(run, ctx, cfg, Outcome(metrics, [], generations=generations), {}, [], counts, clock)
+
+
+def count_right(setup, answers, scored):
+    """The "generations" of result.json. Right is what the gold reward gives 1, if it gives only 0 and 1, or
+    else the reward; without such a reward nothing is right or wrong."""
+    n = scored["score"].size(1)
+    texts = [setup.ctx.text.decode_answer(y) for y in answers]
+    texts = [texts[i:i + n] for i in range(0, len(texts), n)]
+    for name in ("gold", "score"):
+        if name in scored and is_right_or_wrong(scored[name].tolist()):
+            return generations_of(texts, scored[name].tolist())
+    log_progress("no pass@k: neither --reward nor --gold_reward gives only 0 and 1, right and wrong")
+    return generations_of(texts, scored["score"].tolist())
 
 
 def write_rows(path, rows):
@@ -2166,8 +2195,9 @@ TASKS = (
     Task("eval", "measure a trained model", run_supervised, trains=False,
          reads=("chat", "label", "tags", "text", "pairs", "ranked"),
          flags=(MeasuredDataFlags, RunFolderFlags, MicroBatchFlags, TextFlags, BlockFlags, TooLongFlags,
-                EvalFlags, AnswerFlags, ShotFlags),
-         evaluate=evaluate_reward, measures=True, reads_own_data=True, describe=describe_prompt, next_command=no_command),
+                EvalFlags, AnswerFlags, ShotFlags, GenerationsFlags),
+         evaluate=evaluate_reward, measures=True, reads_own_data=True, describe=describe_prompt,
+         next_command=no_command),
     Task("predict", "labels or answers for rows without them", run_predict, trains=False,
          reads=("text", "label", "tags", "chat", "prompt"),
          flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),

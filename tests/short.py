@@ -19,7 +19,9 @@ def key(cfg):
 
 def short_parse(argv):
     cfg = parse(argv)
-    short = cfg.replace(**{name: value for name, value in SHORT.items() if name in cfg})
+    greedy = cfg.get("num_generations") == 1            # --task eval samples only where a command asks for it
+    short = cfg.replace(**{name: value for name, value in SHORT.items()
+                           if name in cfg and not (greedy and name == "num_generations")})
     if cfg.task == "sample":                            # only answers that end are written as rows
         short = short.replace(max_new_tokens=cfg.max_new_tokens, eval_items=40)
     if "out" in cfg and "seed" in cfg:

@@ -34,7 +34,8 @@ PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new_token
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
          "prefix": f"--method prefix_tuning --num_virtual_tokens 4 --micro_batch_tokens 9 {SFT}",
          "shard": f"--method full --shard --keep_best loss {SFT}",
-         "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO}
+         "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO,
+         "generations": "--task eval --data chat --num_generations 3 --temperature 2 --max_new_tokens 4"}
 RESUMED = f"{SFT} --save_every 2"
 SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "prompt": f"--method prompt_tuning --num_virtual_tokens 4 {SFT}",
@@ -109,6 +110,7 @@ def equal_runs(a, b):
     assert not far or max(far.values()) < 1e-6, (b.name, max(far.items(), key=lambda pair: pair[1]))
     one, two = (read_json(path / "result.json") for path in (a, b))
     assert all(one[key] == two[key] for key in ("samples", "tokens", "steps", "item_correct", "skipped")), b.name
+    assert one.get("generations", {}).get("right") == two.get("generations", {}).get("right"), b.name
     for kind in ("metrics", "baseline_metrics"):
         assert two[kind] == pytest.approx(one[kind], rel=2e-6, abs=2e-6), b.name
     logs = [[json.loads(line) for line in (path / "log.jsonl").open()] for path in (a, b)]

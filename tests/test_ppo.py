@@ -1252,12 +1252,13 @@ def test_dpo_step():
 
 WELL = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0.97, length=20.0, unique=1.0,
             score_length_corr=0.1, approx_kl=0.01, clipfrac=0.1, clipfrac_value=0.1, explained_variance=0.5,
-            repeat4=0.01, ratio_first=1e-6, skipped=0, zero_std=0.1, ptx_ratio=0.5)
+            repeat4=0.01, ratio_first=1e-6, skipped=0, frac_reward_zero_std=0.1, ptx_ratio=0.5)
 
 
 @pytest.mark.parametrize("sick, word", [
     (dict(ratio_first=0.1), "dropout"), (dict(step=1, kl=0.1), "begin"), (dict(kl=-1.0), "negative"),
-    (dict(kl=60.0), "60 nats"), (dict(score_std=0.0), "nothing to learn"), (dict(zero_std=0.9), "90%"),
+    (dict(kl=60.0), "60 nats"), (dict(score_std=0.0), "nothing to learn"),
+    (dict(frac_reward_zero_std=0.9), "90%"),
     (dict(eos_rate=0.2), "--max_new_tokens"), (dict(length=1.2), "1.2 tokens"),
     (dict(score_length_corr=-0.8), "length"), (dict(approx_kl=0.3), "--lr"), (dict(clipfrac=0.7), "clipped"),
     (dict(unique=0.01), "collapses"), (dict(clipfrac_value=0.7), "--cliprange_value"),

@@ -3,9 +3,9 @@
 pairs       runs with the same seed and the same value of every field of --by that neither A nor B fixes. On
             paired runs the noise that both sides share (data order, test items) cancels
 by seed     mean over the pairs, with a 95 % interval: Student's t over pairs
-by item     for a proportion of test items, from result.json's "item_correct": the difference of each item,
-            averaged over the pairs; its mean, Student's t over items, and the two-sided sign test over the
-            items that differ
+by item     for a proportion of test items, from result.json's "item_correct", and for pass@k, mean@n and
+            majority@n, from its "generations": the difference of each item, averaged over the pairs; its
+            mean, Student's t over items, and the two-sided sign test over the items that differ
 code        a field: `code=ab12` selects it. Unless A or B fixes it, runs of different code are never paired.
             Pairs of more than one code are an error, and sides of different code are reported in a line
 
@@ -14,7 +14,7 @@ Public: compare, select, sign_test
 import math
 
 from data.results.metrics import summary
-from data.results.runs import (PROPORTIONS, VERSION_FIELDS, display_value, field_value, group, known_fields,
+from data.results.runs import (VERSION_FIELDS, display_value, field_value, group, item_values, known_fields,
                                lower_is_better, measured_differently, metric_values)
 from data.runtime.files import UserError
 
@@ -117,11 +117,11 @@ def by_seed(pairs, metric):
 
 def by_item(pairs, metric):
     """One line: the mean difference over test items, its interval and the sign test."""
-    outcomes = [(x["result"].get("item_correct", ""), y["result"].get("item_correct", "")) for x, y in pairs]
-    if metric not in PROPORTIONS or not all(x and len(x) == len(y) for x, y in outcomes):
+    outcomes = [(item_values(x, metric), item_values(y, metric)) for x, y in pairs]
+    if not all(x and y and len(x) == len(y) for x, y in outcomes):
         return f"  by item  unknown: the runs keep no outcome per item for {metric}"
     items = range(len(outcomes[0][0]))
-    differences = [sum(int(x[i]) - int(y[i]) for x, y in outcomes) / len(pairs) for i in items]
+    differences = [sum(x[i] - y[i] for x, y in outcomes) / len(pairs) for i in items]
     mean, _, half = summary(differences)
     better = sum(d > 0 for d in differences)
     worse = sum(d < 0 for d in differences)

@@ -11,7 +11,8 @@ no number depends on how they were batched, because attention does not reach the
 processes share the rows, and all of them get all results.
 
 B batch  T tokens  C width  V vocabulary  N target positions
-Public: ModelContext, summed_loss, mean_loss, sample, answer, evaluate_rows, item_correct
+Public: ModelContext, summed_loss, mean_loss, continuations, by_row, sample, answer, evaluate_rows,
+item_correct
 """
 import contextlib
 import math
@@ -202,18 +203,23 @@ def mean_loss(ctx, examples):
     return sum(gather(total)) / max(count, 1), count
 
 
+def continuations(ctx, prompts, past, **sampling):
+    """generate with what the context knows of the model: ids to ids."""
+    return generate(ctx.model, prompts, ctx.max_new_tokens, eos=ctx.text.end_token, past=past,
+                    embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
+                    infill_suffix=bool(ctx.text.infill_suffix), **sampling)
+
+
 @torch.no_grad()
 def sample(ctx, prompts, **sampling):
     """The model's answer to each prompt, ids to ids; greedy unless `sampling` says otherwise."""
     ctx.require_causal()
     sampling = {"temperature": 0, **sampling}
 
-    def continuations(some, past):
-        return generate(ctx.model, some, ctx.max_new_tokens, eos=ctx.text.end_token, past=past,
-                        embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
-                        infill_suffix=bool(ctx.text.infill_suffix), **sampling)
+    def answers(some, past):
+        return continuations(ctx, some, past, **sampling)
     # a cache is small, so more rows fit
-    return by_row(ctx, prompts, list(map(len, prompts)), continuations, "answers", ctx.max_new_tokens, times=8)
+    return by_row(ctx, prompts, list(map(len, prompts)), answers, "answers", ctx.max_new_tokens, times=8)
 
 
 def answer(ctx, prompts, **sampling):

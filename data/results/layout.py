@@ -3,7 +3,7 @@
 In a narrow terminal the columns of the highest rank are left out; what still has no room continues on an
 indented line below its row. Folders, always the last column, go there first. Markdown has all columns.
 
-Public: Column, print_columns, print_wrapped, left_out_columns, terminal_width
+Public: Column, print_columns, wrapped, print_wrapped, join_parts, left_out_columns, terminal_width
 """
 import sys
 from typing import NamedTuple
@@ -27,9 +27,23 @@ def terminal_width():
     return run_folder.terminal_width(sys.stdout) or 200
 
 
-def print_wrapped(text, indent=""):
+def wrapped(text, indent=""):
     """Sentences, the later lines of each indented by one step more; no word is cut."""
-    print_result(fit(indent + text, sys.stdout, indent + "  ", terminal_width()))
+    return fit(indent + text, sys.stdout, indent + "  ", terminal_width())
+
+
+def print_wrapped(text, indent=""):
+    print_result(wrapped(text, indent))
+
+
+def join_parts(head, parts):
+    """Parts such as "kl 5.1" behind a head, in as many lines as the terminal needs; no part is broken."""
+    lines = [head]
+    for part in parts:
+        if len(lines[-1]) + GAP + len(part) > terminal_width():
+            lines.append("")
+        lines[-1] += " " * GAP + part
+    return "\n".join(lines)
 
 
 def print_columns(columns, markdown):

@@ -3,7 +3,8 @@
 Each function draws into a matplotlib Figure. logs: {key of the group: [events of one run, ...]}; fields: the
 names of the key's values. The styles and labels of all plots are here, too.
 
-Public: draw_steps, draw_ranks, draw_overoptimisation, rlhf_events, group_label, style_of, add_legend
+Public: draw_steps, draw_logged, logged_fields, draw_ranks, draw_overoptimisation, rlhf_events, group_label,
+style_of, add_legend
 """
 import math
 import re
@@ -48,10 +49,14 @@ def add_legend(figure, handles, labels):
 # ------------------------------------------------------------------------------------------------ step curves
 
 def smooth(values, width):
-    """The mean of the last `width` values, of fewer at the start."""
+    """Each value as the mean of those around it, about `width` of them, of fewer near both ends.
+
+    As many lie before it as behind: a straight line stays one, and nothing is shifted.
+    """
     out = []
     for i in range(len(values)):
-        window = values[max(0, i + 1 - width):i + 1]
+        reach = min(width // 2, i, len(values) - 1 - i)
+        window = values[i - reach:i + reach + 1]
         out.append(sum(window) / len(window))
     return out
 
@@ -115,6 +120,81 @@ def draw_band(axis, curve, style):
     steps, means, lows, highs = curve
     axis.fill_between(steps, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
     return axis.plot(steps, means, **style)[0]
+
+
+# ---------------------------------------------------------------------------------------- any field over any
+
+CLOCKS = ("step", "tokens", "seconds")                  # they only rise, so they are not smoothed
+KINDS = ("train", "valid")                              # events: the first kind that has both fields is drawn
+
+
+def logged_fields(logs):
+    """The names of the numbers in the events that `draw_logged` draws, in order. logs: lists of events."""
+    events = [event for log in logs for event in log if event["event"] in KINDS]
+    return list(dict.fromkeys(name for event in events for name, value in event.items() if is_plotted(value)))
+
+
+def is_plotted(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def path_of(log, x, y):
+    """{step: (x, y)} of the events of a run that have both, of one kind."""
+    for kind in KINDS:
+        found = {event["step"]: (event[x], event[y]) for event in log
+                 if event["event"] == kind and is_plotted(event.get(x)) and is_plotted(event.get(y))}
+        if found:
+            return found
+    return {}
+
+
+def smoothed_path(points, x):
+    """[(x, y), ...] -> two lists, smoothed; a clock is not."""
+    xs, ys = map(list, zip(*points))
+    width = 1 + len(points) // 10
+    return xs if x in CLOCKS else smooth(xs, width), smooth(ys, width)
+
+
+def draw_logged(figure, logs, fields, x, ys):
+    """The fields `ys` against the field x: of one group in one plot, of several in a plot for each y."""
+    lines = {(key, y): [path_of(log, x, y) for log in some] for key, some in logs.items() for y in ys}
+    lines = {line: [path for path in paths if path] for line, paths in lines.items()}
+    for y in ys:
+        if not any(lines[key, y] for key in logs):
+            known = logged_fields([log for some in logs.values() for log in some])
+            raise UserError(f"--x {x} --y {y}: no run logged both together; logged are {' '.join(known)}")
+    overlaid = len(logs) == 1
+    figure.set_size_inches(WIDTH, 2.8 if overlaid else 0.6 + 1.9 * len(ys))
+    axes = figure.subplots(1 if overlaid else len(ys), 1, sharex=True, squeeze=False)[:, 0]
+    handles = {}
+    for (key, y), paths in lines.items():
+        if paths:
+            axis = axes[0] if overlaid else axes[ys.index(y)]
+            number, count = (ys.index(y), len(ys)) if overlaid else (list(logs).index(key), len(logs))
+            label = spoken(y) if overlaid else group_label(key, fields)
+            handles[label] = draw_paths(axis, paths, x, {**style_of(number, count), "marker": ""})
+    for axis, y in zip(axes, ys):
+        if not overlaid or len(ys) == 1:                # else the legend names them
+            axis.set_ylabel(spoken(y))
+    most = max(map(len, lines.values()))
+    axes[0].set_title(f"smoothed; mean of {most} runs, thin: each" if most > 1 else "smoothed", loc="left")
+    axes[-1].set_xlabel("optimiser step" if x == "step" else spoken(x))
+    add_legend(figure, list(handles.values()), list(handles))
+
+
+def draw_paths(axis, paths, x, style):
+    """Runs as thin lines, and their mean at the steps that all of them have. Returns the line of the mean."""
+    if len(paths) > 1:
+        for path in paths:
+            axis.plot(*smoothed_path(list(path.values()), x), **{**style, "linewidth": 0.5, "alpha": 0.6})
+    steps = sorted(set.intersection(*map(set, paths)))
+    means = [tuple(sum(path[step][i] for path in paths) / len(paths) for i in (0, 1)) for step in steps]
+    xs, ys = smoothed_path(means, x) if means else ([], [])
+    return axis.plot(xs, ys, **style)[0]
+
+
+def spoken(name):
+    return name.replace("_", " ")
 
 
 # -------------------------------------------------------------------------------------------- AdaLoRA's ranks

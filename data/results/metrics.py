@@ -24,8 +24,8 @@ of `references` is one text or a list of texts. Scores are fractions, not percen
 LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all others improve upwards. COUNTS
 stand among the metrics of a run and are no scores; of these, a report leaves out HIDDEN.
 
-Public: exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu, rouge_l, perplexity,
-wilson, summary, unit, main_metric, LOWER_IS_BETTER, COUNTS, HIDDEN, METRIC_ORDER
+Public: normalise_space, exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu,
+rouge_l, perplexity, wilson, summary, unit, main_metric, LOWER_IS_BETTER, COUNTS, HIDDEN, METRIC_ORDER
 """
 import collections
 import math
@@ -72,9 +72,14 @@ def _paired(a, b):
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
+def normalise_space(text):
+    """Every run of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
 def exact_match(prediction, references):
     """True if one text equals any reference, white space normalised."""
-    return " ".join(prediction.split()) in {" ".join(r.split()) for r in _texts(references)}
+    return normalise_space(prediction) in set(map(normalise_space, _texts(references)))
 
 
 def accuracy(predictions, gold):
@@ -249,13 +254,18 @@ def summary(values):
 UNITS = {"exact_match": "0 to 1", "accuracy": "0 to 1",
          "macro_f1": "0 to 1", "precision": "0 to 1", "recall": "0 to 1", "f1": "0 to 1",
          "rouge_l": "0 to 1", "bleu": "0 to 1", "perplexity": "exp(loss)",
-         "forgetting": "nats per token, rise of the loss on other text",
+         "forgetting": "rise of loss on other text, nats/token",
          "labels_used": "different labels among the answers", "shots": "examples asked for",
          "shots_used": "examples in front of a question, mean", "shots_used_max": "the same, largest",
          "pairs": "comparisons", "score_length_corr": "-1 to 1", "margin": "above 0: ranked right",
          "kl": "nats per answer, from the reference", "eos_rate": "share of answers that end",
          "length": "tokens per answer", "unique": "share of answers that differ",
-         "repeat4": "share of 4-grams that repeat"}
+         "repeat4": "share of 4-grams that repeat",
+         "score": "mean of --reward", "score_std": "its standard deviation",
+         "gold": "mean of the gold reward", "gold_std": "its standard deviation",
+         "gold_gain": "rise of gold / gold_std before",
+         "score_best_of_": "best of {} answers by score", "gold_best_of_": "gold of the best of {} by score",
+         "pass@": "one of {} right", "majority@": "most frequent of {} right", "mean@": "mean score of {}"}
 # What a loss is a mean over, by the metric that stands beside it.
 LOSS_UNITS = {"targets": "nats per token", "macro_f1": "nats per label", "f1": "nats per word",
               "pairs": "nats per prompt", "margin": "per pair"}
@@ -265,4 +275,8 @@ def unit(name, metrics):
     """The unit of a metric among `metrics`, {name: value}; "" where its name says it or it has none."""
     if name == "loss":
         return next((text for other, text in LOSS_UNITS.items() if other in metrics), "nats")
+    for mark in ("@", "_best_of_"):                             # pass@8, score_best_of_4
+        kind, found, number = name.partition(mark)
+        if found:
+            return UNITS.get(kind + mark, "").format(number)
     return UNITS.get(name, "")

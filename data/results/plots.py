@@ -9,6 +9,9 @@ a number    the metric against a flag that was swept, with the 95 % intervals of
             axis is logarithmic where the values grow by factors. A group without the flag is a level line
 a word      the metric of each group as a dot with its interval
 ranks       AdaLoRA: the rank that each module kept, layers across
+k           pass@k against k, with 95 % bands: runs of --task eval or sample with --num_generations
+a logged field, as tokens, seconds or kl, and every axis with --y
+            the fields of --y, as kl,kl_k2, as log.jsonl has them in training
 sqrt_kl     PPO: gold reward and reward model's score against the root of the KL divergence from the reference
             (Gao et al. 2022, arXiv 2210.10760, figure 1). Overoptimisation is where the gold reward falls
             while the score rises
@@ -24,19 +27,22 @@ import math
 import pathlib
 import warnings
 
-from data.results.log_plots import (WIDTH, add_legend, draw_overoptimisation, draw_ranks, draw_steps,
-                                    group_label, rlhf_events, style_of)
-from data.results.runs import PROPORTIONS, display_value, estimate, events, field_value, group, test_set
+from data.results.log_plots import (WIDTH, add_legend, draw_logged, draw_overoptimisation, draw_ranks,
+                                    draw_steps, group_label, logged_fields, rlhf_events, style_of)
+from data.results.runs import display_value, estimate, events, field_value, group, is_proportion, test_set
 from data.runtime.files import UserError
 
-SPECIAL_AXES = ("step", "ranks", "sqrt_kl")             # what --x takes besides a field
+SPECIAL_AXES = ("step", "ranks", "sqrt_kl", "k")        # what --x takes besides a field
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
          "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False, "axes.titlesize": 8,
          "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True}
 
 
-def draw(path, groups, fields, metric, x=None):
-    """Write one plot of {values of `fields`: runs} to a .svg, .png or .pdf file. Raises UserError."""
+def draw(path, groups, fields, metric, x=None, y=None):
+    """Write one plot of {values of `fields`: runs} to a .svg, .png or .pdf file. Raises UserError.
+
+    x, y: of --x and --y; y is a string of logged fields, "kl,length".
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -44,10 +50,10 @@ def draw(path, groups, fields, metric, x=None):
         raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
     if pathlib.Path(path).suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"--plot {path}: the name must end in .svg, .png or .pdf")
-    x = x or choose_axis(groups, fields)
+    x = x or ("step" if y else choose_axis(groups, fields))
     with matplotlib.rc_context(STYLE):
         figure = Figure(layout="constrained", dpi=200)
-        draw_axis(figure, groups, fields, metric, x)
+        draw_axis(figure, groups, fields, metric, x, y)
         try:
             with warnings.catch_warnings():             # too many labels for the layout: they overlap
                 warnings.simplefilter("ignore", UserWarning)
@@ -56,24 +62,39 @@ def draw(path, groups, fields, metric, x=None):
             raise UserError(f"--plot {path} cannot be written ({e.strerror})") from e
 
 
-def draw_axis(figure, groups, fields, metric, x):
+def draw_axis(figure, groups, fields, metric, x, y=None):
     """Call the function that draws the axis x."""
-    if x in SPECIAL_AXES:
-        logs = {key: [events(run["folder"]) for run in runs] for key, runs in groups.items()}
-        if x == "step":
-            draw_steps(figure, logs, fields, metric, items_of(groups))
-        elif x == "ranks":
-            draw_ranks(figure, logs, fields)
+    if x == "k" and not y:
+        draw_pass_at_k(figure, groups, fields)
+    elif x in fields and not y:
+        values = [key[fields.index(x)] for key in groups]
+        if all(value is None or is_number(value) for value in values):
+            draw_sweep(figure, groups, fields, metric, x)
         else:
-            draw_overoptimisation(figure, logs, fields)
-        return
-    if x not in fields:
-        raise UserError(f"--x {x}: the runs are grouped by {', '.join(fields)}; name it in --by, too")
-    values = [key[fields.index(x)] for key in groups]
-    if all(value is None or is_number(value) for value in values):
-        draw_sweep(figure, groups, fields, metric, x)
+            draw_dots(figure, groups, fields, metric)
     else:
-        draw_dots(figure, groups, fields, metric)
+        draw_logs(figure, groups, fields, metric, x, y)
+
+
+def draw_logs(figure, groups, fields, metric, x, y):
+    """The same for what runs logged."""
+    logs = {key: [events(run["folder"]) for run in runs] for key, runs in groups.items()}
+    known = logged_fields([log for some in logs.values() for log in some])
+    if y or x in known and x not in SPECIAL_AXES:
+        draw_logged(figure, logs, fields, x, y.split(",") if y else [default_y(known, metric)])
+    elif x == "step":
+        draw_steps(figure, logs, fields, metric, items_of(groups))
+    elif x == "ranks":
+        draw_ranks(figure, logs, fields)
+    elif x == "sqrt_kl":
+        draw_overoptimisation(figure, logs, fields)
+    else:
+        raise UserError(f"--x {x}: the runs are grouped by {', '.join(fields)}; name it in --by, too")
+
+
+def default_y(known, metric):
+    """What is drawn against a logged field without --y: the metric, if logged, else the score or the loss."""
+    return next((name for name in (metric, "score", "loss") if name in known), metric)
 
 
 def choose_axis(groups, fields):
@@ -148,7 +169,7 @@ def error_bar(numbers):
 
 def limits(low, high, metric):
     """The limits of an axis: those of the data, but a proportion stays within 0 and 1."""
-    return (max(0, low), min(1, high)) if metric in PROPORTIONS else (low, high)
+    return (max(0, low), min(1, high)) if is_proportion(metric) else (low, high)
 
 
 def draw_sweep(figure, groups, fields, metric, x):
@@ -203,6 +224,39 @@ def draw_line(axis, points, values, shift, style):
                       **{**style, "linestyle": ""})
         positions.append(position)
     return axis.plot(positions, [numbers[0] for numbers in points.values()], **style)[0]
+
+
+def draw_pass_at_k(figure, groups, fields):
+    """pass@k against k: the mean over the runs of a group, and its 95 % interval as a band."""
+    figure.set_size_inches(WIDTH, 2.8)
+    axis = figure.subplots()
+    curves = {key: pass_curve_of(runs) for key, runs in groups.items()}
+    curves = {key: curve for key, curve in curves.items() if curve}
+    if not curves:
+        raise UserError("--x k: no run has pass@k; it comes with --task eval or sample and --num_generations")
+    handles = []
+    for i, curve in enumerate(curves.values()):
+        style = {**style_of(i, len(curves)), "marker": ""}
+        ks = list(curve)
+        means, _, lows, highs = zip(*curve.values())
+        axis.fill_between(ks, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+        handles.append(axis.plot(ks, means, **style)[0])
+    most = max(map(max, curves.values()))
+    axis.set_xscale("log", base=2)
+    ticks = [2 ** i for i in range(most.bit_length()) if 2 ** i <= most]
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("k")
+    axis.set_ylabel("pass@k (95 % bands)")
+    axis.set_title(title_of({key: groups[key] for key in curves}), loc="left")
+    add_legend(figure, handles, [group_label(key, fields) for key in curves])
+
+
+def pass_curve_of(runs):
+    """{k: estimate of pass@k}, for the k that all runs of a group have."""
+    names = [{name for name in run["result"].get("metrics", {}) if name.startswith("pass@")} for run in runs]
+    ks = sorted(int(name.removeprefix("pass@")) for name in set.intersection(*names))
+    return {k: estimate(runs, f"pass@{k}") for k in ks}
 
 
 def draw_dots(figure, groups, fields, metric):

@@ -3,14 +3,20 @@
 Every mean is over answers or over real tokens. `x[mask]` selects the real ones, so the rest may even be NaN.
 
     kl         mean over answers of the sum of k1 = log pi - log ref: unbiased, may be negative on an answer
+    kl_k2      the same of k2 = k1^2 / 2, biased: half the second moment of k1; near kl while both are small
     kl_k3      the same of k3 = exp(-k1) - 1 + k1, never negative; far from kl when a few answers dominate it
+    length_*   mean length of the right and of the wrong answers. Where all scores of finished answers are 0
+               or 1, right is 1. Else right is above the mean score of the group of answers to that prompt,
+               wrong below it; of a prompt with one answer: of the rollout. Equal to it: neither
+    frac_reward_zero_std    share of groups in which all scores are equal
     objective  score - beta kl: what PPO maximises, so it rises, up to noise
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
-Public: correlation, explained_variance, describe, merge_parts, average_minibatches, health, ranked_pairs,
-reward_report, show
+Public: correlation, explained_variance, right_and_wrong, describe, merge_parts, average_minibatches, health,
+health_line, brief, new_warnings, ranked_pairs, reward_report, show
 """
+import re
 from collections import defaultdict
 
 import torch
@@ -31,6 +37,16 @@ def explained_variance(values, returns, mask):
     return 1 - unexplained / (returns - returns.mean()).square().mean().clamp(min=1e-12)
 
 
+def right_and_wrong(scores, ended, num_generations=1):
+    """(right, wrong), both (B,) bool, by the rule of the header; scores (B,), ended (B,) bool."""
+    if ended.any() and ((scores == 0) | (scores == 1))[ended].all():
+        right = scores == 1
+        return right, ~right
+    groups = scores.double().view(-1, num_generations if num_generations > 1 else len(scores))
+    above = (groups - groups.mean(1, keepdim=True)).flatten()
+    return above > 0, above < 0
+
+
 def describe(batch, answers, scores, ended, num_generations=1):
     """Metrics of a rollout, {name: float}.
 
@@ -41,11 +57,13 @@ def describe(batch, answers, scores, ended, num_generations=1):
     n = mask.sum(1).float()                                                     # (B,)
     k1 = (batch.logp - batch.ref_logp).masked_fill(~mask, 0)                    # (B, R)
     kl = k1.sum(1)                                                              # (B,)
+    k2 = (k1 ** 2 / 2).sum(1)                                                   # (B,)
     k3 = ((-k1).exp() - 1 + k1).sum(1)                                          # (B,)
     grams = [[tuple(answer[i:i + 4]) for i in range(len(answer) - 3)] for answer in answers]
     repeats = sum(len(some) - len(set(some)) for some in grams)
     metrics = {"score": scores.mean(), "score_std": scores.std(unbiased=False),
-               "kl": kl.mean(), "kl_k3": k3.mean(), "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
+               "kl": kl.mean(), "kl_k2": k2.mean(), "kl_k3": k3.mean(),
+               "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
                "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
                "entropy": batch.entropy[mask].mean(), "entropy_answer": -batch.logp[mask].sum() / len(mask),
                "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),
@@ -53,7 +71,11 @@ def describe(batch, answers, scores, ended, num_generations=1):
                "unique": len(set(map(tuple, answers))) / len(answers),
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if num_generations > 1:
-        metrics["zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
+        metrics["frac_reward_zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
+    right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
+    for name, chosen in (("length_right", right), ("length_wrong", wrong)):
+        if chosen.any():
+            metrics[name] = n[chosen].mean()
     if batch.values is not None:                            # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
         metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
@@ -100,6 +122,7 @@ def health(metrics, tolerance=1e-4):
     `tolerance` is the rounding of a log-probability: 1e-4 in fp32, 0.5 in bf16. A metric that is missing
     counts as 0."""
     m = defaultdict(float, metrics)
+    m.setdefault("clipfrac", m["clipfrac_low"] + m["clipfrac_high"])
     checks = (
         (m["ratio_first"] > tolerance,
          "the first ratio is off by {ratio_first:.1e}: rollout and update disagree; is dropout on?"),
@@ -111,7 +134,8 @@ def health(metrics, tolerance=1e-4):
          "KL is {kl:.0f} nats: the policy is far from the reference; raise --kl_coef, or lower "
          "--adaptive_kl_target"),
         (m["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
-        (m["zero_std"] > 0.5, "{zero_std:.0%} of the prompts have answers of one score and give no gradient"),
+        (m["frac_reward_zero_std"] > 0.5,
+         "{frac_reward_zero_std:.0%} of the prompts have answers of one score and give no gradient"),
         (m["eos_rate"] < 0.5,
          "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
         (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),
@@ -127,6 +151,32 @@ def health(metrics, tolerance=1e-4):
         (m["ptx_ratio"] > 10, "the pre-training gradient is {ptx_ratio:.0f} times PPO's: lower --ptx_coef"),
         (m["skipped"] > 0, "{skipped} steps were skipped: the gradient was not finite"))
     return [text.format_map(m) for wrong, text in checks if wrong]
+
+
+SHOWN = ("score", "gold", "kl", "length")               # beside the progress bar, and first on the line
+HEALTH = ("kl_k2", "kl_k3", "beta", "eos_rate", "length_right", "length_wrong", "entropy",
+          "frac_reward_zero_std", "clipfrac_low", "clipfrac_high")
+
+
+def brief(metrics, names=SHOWN):
+    """["score 0.5", ...] of those metrics that there are."""
+    return [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
+
+
+def health_line(metrics):
+    """The parts of the line about an iteration, under the names that log.jsonl has."""
+    clipped = () if "clipfrac_low" in metrics else ("clipfrac",)
+    return brief(metrics, (*SHOWN, *HEALTH, *clipped))
+
+
+def new_warnings(warnings, before):
+    """Those of the warnings that, numbers aside, are not among the ones before."""
+    known = set(map(wording, before))
+    return [text for text in warnings if wording(text) not in known]
+
+
+def wording(text):
+    return re.sub(r"-?\d\S*", "", text)
 
 
 def ranked_pairs(rank, mask):

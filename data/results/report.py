@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from data.batches.examples import display
 from data.results import cost_model
-from data.results.layout import print_wrapped, terminal_width
+from data.results.layout import print_wrapped, terminal_width, wrapped
 from data.results.metrics import HIDDEN, unit, wilson
+from data.results.pass_at_k import interval_of, is_shown
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import fit, log_progress, print_result
 
@@ -169,7 +170,8 @@ def report(result, folder):
     brief = {name: result[name] for name in BRIEF if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
-    print_result(" ".join(f"{name}={value}" for name, value in brief.items()))
+    line = " ".join(f"{name}={value}" for name, value in brief.items())
+    print_result(wrapped(line) if sys.stdout.isatty() else line)        # a file or a pipe gets one line
     return 0
 
 
@@ -198,11 +200,12 @@ def asked(text, row):
 
 
 def without_hidden(metrics):
-    return {name: value for name, value in metrics.items() if name not in HIDDEN}
+    """The metrics that a reader sees; of pass@1 to pass@n a few."""
+    return {name: value for name, value in metrics.items() if name not in HIDDEN and is_shown(name, metrics)}
 
 
 def metric_notes(result):
-    """{metric: its unit, and the 95 % interval (Wilson) of a proportion of test items}."""
+    """{metric: its unit, and the 95 % interval of a proportion of test items or of a mean over prompts}."""
     item_correct = result.get("item_correct", "")
     notes = {}
     for name in {**result.get("baseline_metrics", {}), **result["metrics"]}:
@@ -210,6 +213,9 @@ def metric_notes(result):
         if name in PROPORTIONS and name in result["metrics"] and item_correct:
             low, high = wilson(item_correct.count("1"), len(item_correct))
             parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
+        of_prompts = interval_of(result.get("generations"), name)
+        if of_prompts:
+            parts.append("95 %: [{:.3f}, {:.3f}]".format(*of_prompts))
         notes[name] = ", ".join(filter(None, parts))
     return notes
 

@@ -24,12 +24,13 @@ data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
 estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
                     There is none when a seed occurs twice: then other settings differ inside the group
-    one run         Wilson's interval, if the metric is a proportion of test items. It covers other items, not
-                    other seeds. Any other number has no interval
+    one run         Wilson's interval, if the metric is a proportion of test items; of pass@k, mean@n and
+                    majority@n that over prompts. It covers other items, not other seeds. Any other number has
+                    no interval
 
 Public: gather, events, by_test_set, test_set, group_fields, distinguishing_fields, group, field_value,
 display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
-measured_differently, estimate, lower_is_better, PROPORTIONS, VERSION_FIELDS
+measured_differently, estimate, item_values, is_proportion, lower_is_better, PROPORTIONS, VERSION_FIELDS
 """
 import glob
 import json
@@ -39,6 +40,7 @@ import time
 
 from data.results import metrics
 from data.results.metrics import LOWER_IS_BETTER, summary, wilson    # noqa: F401
+from data.results.pass_at_k import interval_of, prompt_values
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
 from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
@@ -50,7 +52,8 @@ DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", 
                        "label_smoothing"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
               "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
-              "gold": ("gold_reward",)}
+              "gold": ("gold_reward",),
+              **dict.fromkeys(("pass", "majority", "mean"), ("task", "reward", "gold_reward"))}    # pass@8
 BEFORE = "before."                                      # before.loss: the loss before training
 INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",
                 "gold_reward_hash": "gold_reward", "inputs_hash": "inputs"}  # field: its key in config.json
@@ -344,7 +347,7 @@ def lower_is_better(metric):
 def definition(run, metric):
     """{name: value} of what a metric depends on in this run, besides its test items."""
     found = {}
-    for name in DEFINED_BY.get(metric.removeprefix(BEFORE), ()):
+    for name in DEFINED_BY.get(metric.removeprefix(BEFORE).partition("@")[0], ()):
         value = number_of(run, name)                    # "targets" is a flag of LoRA, too
         if value is None:
             value = run.get(name, run["config"].get(name))
@@ -369,6 +372,28 @@ def main_metric(run):
     return metrics.main_metric(result.get("metrics", {}), result.get("main_metric"))
 
 
+def item_values(run, metric):
+    """The numbers, one for each test item, whose mean is the metric; None where the run keeps none."""
+    result = run["result"]
+    item_correct = result.get("item_correct")
+    if metric in PROPORTIONS and item_correct:
+        return [int(outcome) for outcome in item_correct]
+    return prompt_values(result.get("generations"), metric)
+
+
+def item_interval(run, metric):
+    """The 95 % interval over the test items of one run, (low, high); None where it keeps no values."""
+    if metric in PROPORTIONS:
+        outcomes = item_values(run, metric)
+        return wilson(sum(outcomes), len(outcomes)) if outcomes else None
+    return interval_of(run["result"].get("generations"), metric)
+
+
+def is_proportion(metric):
+    """Whether a metric lies within 0 and 1."""
+    return metric in PROPORTIONS or metric.startswith(("pass@", "majority@"))
+
+
 def estimate(runs, metric):
     """(mean, sd, low, high) of a metric over the runs of a group; low and high bound the 95 % interval.
 
@@ -379,10 +404,10 @@ def estimate(runs, metric):
     if not all(map(math.isfinite, values)) or measured_differently(runs, metric):
         return math.nan, math.nan, math.nan, math.nan
     mean, sd, half = summary(values)
-    item_correct = runs[0]["result"].get("item_correct")
-    if len(values) == 1 and metric in PROPORTIONS and item_correct:
-        low, high = wilson(item_correct.count("1"), len(item_correct))
-        return mean, sd, low, high
+    if len(values) == 1:
+        low_high = item_interval(runs[0], metric)
+        if low_high is not None:
+            return mean, sd, *low_high
     seeds = {field_value(run, "seed") for run in runs}
     if len(seeds) < len(runs):
         half = math.nan

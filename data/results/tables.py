@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from data.results import plots
 from data.results.compare import compare
 from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
+from data.results.log_plots import logged_fields
 from data.results.metrics import summary
-from data.results.runs import (MISSING, by_test_set, display_value, estimate, field_value, gather, group,
-                               group_fields, known_fields, lower_is_better, main_metric, measured_differently,
-                               metric_names, metric_values, settings_of, sort_key)
+from data.results.runs import (MISSING, by_test_set, display_value, estimate, events, field_value, gather,
+                               group, group_fields, known_fields, lower_is_better, main_metric,
+                               measured_differently, metric_names, metric_values, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result
@@ -45,7 +46,14 @@ class TableFlags:
                          "method=lora,rank=1 full", type=str, nargs=2)
     markdown: bool = flag(False, "the table in Markdown")
     plot: str = flag(None, "draw a plot into this .svg, .png or .pdf file", type=str)
-    x: str = flag(None, "the plot's axis: step, ranks, sqrt_kl or a field; default: what fits", type=str)
+    x: str = flag(None, "the plot's axis: step, ranks, sqrt_kl, k, a field, or what runs logged, as tokens; "
+                  "default: what fits", type=str)
+    y: str = flag(None, "what runs logged, to be drawn against --x, as kl,length", type=str)
+
+    @staticmethod
+    def check(cfg):
+        if cfg.y and not cfg.plot:
+            raise UserError(f"--y {cfg.y} is for a plot; name its file by --plot")
 
 
 def show(cfg):
@@ -73,9 +81,9 @@ def show(cfg):
     if left_out:
         print_left_out(left_out)
     if cfg.plot:
-        x = cfg.x or plots.choose_axis(group(runs, fields), fields)
+        x = cfg.x or ("step" if cfg.y else plots.choose_axis(group(runs, fields), fields))
         fields = plots.separating_fields(runs, fields, x)
-        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], x)
+        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], x, cfg.y)
         print_result(f"\n{cfg.plot}")
     return 0
 
@@ -86,14 +94,16 @@ def requested_fields(runs, cfg):
     if cfg.across and cfg.across not in fields:
         fields = group_fields(runs, [*fields, cfg.across])
     if runs:
-        check_fields(runs, fields if cfg.x in (None, *plots.SPECIAL_AXES) else [*fields, cfg.x])
+        check_fields(runs, fields)
+        if cfg.x not in (None, *plots.SPECIAL_AXES):
+            check_fields(runs, [cfg.x], logged_fields([events(run["folder"]) for run in runs]))
         check_sort(runs, cfg.sort)
     return fields
 
 
-def check_fields(runs, fields):
-    """Raises UserError for a field that no run has."""
-    known = known_fields(runs)
+def check_fields(runs, fields, also=()):
+    """Raises UserError for a field that no run has, and that is not among `also`."""
+    known = [*known_fields(runs), *also]
     for name in fields:
         if name not in known:
             raise UserError(f"{name} is no field of these runs{did_you_mean(name, known)}")

@@ -59,10 +59,23 @@ def is_hash(x):
     return is_text(x) or is_object_of(lambda y: is_text(y) or is_list_of(is_text)(y))(x)
 
 
+def is_generations(x):
+    """As data/results/pass_at_k.py writes them: n answers to each prompt, lists of a number for each prompt."""
+    if not isinstance(x, dict) or not is_count(x.get("n")):
+        return False
+    lists = [x.get(name, []) for name in ("mean", "right", "majority")]
+    if not all(is_list_of(lambda y: is_number(y) and not is_text(y))(some) for some in lists):
+        return False
+    means, right, majority = lists
+    complete = len(means) > 0 and len(right) == len(majority) and len(right) in (0, len(means))
+    return complete and all(is_count(c) and c <= x["n"] for c in right)
+
+
 KINDS = {                                           # what an error calls it: its check
     "a string": is_text,
     "a string of 0 and 1": lambda x: is_text(x) and set(x) <= set("01"),
     "a string or null": lambda x: x is None or is_text(x),
+    "n, and lists of a number for each prompt": is_generations,
     "a number": is_number,
     "an integer": lambda x: is_number(x) and isinstance(x, int),
     "a finite number": is_finite,
@@ -95,7 +108,8 @@ RESULT = {
     "model_bytes": "an integer", "out": "a string", "steps": "an integer", "tokens": "an integer",
     "seconds": "a finite number", "skipped": "an integer", "tokens_per_second": "a finite number",
     "peak_memory_mb": "a finite number or null", "samples": "a list of objects of strings",
-    "item_correct": "a string of 0 and 1", "next_command": "a string or null",
+    "item_correct": "a string of 0 and 1", "generations": "n, and lists of a number for each prompt",
+    "next_command": "a string or null",
     "virtual_tokens": "a list of strings", "main_metric": "a string or null", "code": "a string", "kept": "a list of strings"}
 EVENT = {"event": "a string", "step": "a number"}
 FAILURE = {"reason": "a string"}

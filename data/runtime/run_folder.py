@@ -73,7 +73,7 @@ class RunFolderFlags:
     keep: bool = flag(False, "accept the old result although the code has changed", identity=False)
 
 
-NOT_IN_RESULTS = ("samples", "item_correct", "virtual_tokens")        # long, in result.json alone
+NOT_IN_RESULTS = ("samples", "item_correct", "generations", "virtual_tokens")     # long, in result.json alone
 WEIGHTS = ("adapter", "model")                      # folders; a run writes one of them
 STATES = ("state.new.pt", "state.pt", "state.prev.pt")          # newest first
 WRITTEN = ("result.json", "log.jsonl", *STATES, "failed.json", "config.json")
