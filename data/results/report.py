@@ -22,6 +22,7 @@ from data.results import cost_model
 from data.results.metrics import unit, wilson
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import print_result
+from data.text.messages import as_text
 
 READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
@@ -178,9 +179,7 @@ def asked(text, row):
     turns = text.turns(row)[:-1]
     if text.system and not any(turn["role"] == "system" for turn in turns):
         turns = [{"role": "system", "content": text.system}, *turns]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return as_text(turns)
 
 
 def without_counts(metrics):
