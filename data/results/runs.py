@@ -51,7 +51,7 @@ PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's
 DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta",
                        "label_smoothing"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
-              "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
+              "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward", "reward_weights"),
               "gold": ("gold_reward",)}
 BEFORE = "before."                                      # before.loss: the loss before training
 INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",

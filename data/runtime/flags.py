@@ -265,7 +265,7 @@ def default_out(cfg):
         if value == cfg.standard.get(name) or name in ("task", "method", "seed"):
             continue
         text = str(value)
-        if name in ("init", "data", "reward"):
+        if name in ("init", "data", "reward") and ":" not in text:     # a path, no module:function(TEXT)
             text = text.rstrip("/").split("/")[-1] or text
         plain = len(text) <= 24 and all(c.isalnum() or c in "._,+-=" for c in text)
         parts.append(name + (text if plain else short_name(text)))
