@@ -834,7 +834,8 @@ class Environment(NamedTuple):
     """What the policy is trained in.
 
     prompts      non-empty lists of token ids
-    reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,), or Scores
+    reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,), or
+                 Scores
     eos          an id, or ids, that end an answer
     banned       ids never sampled and given no probability (pads)
     gold_reward  None, or another reward, which is only logged

@@ -194,9 +194,10 @@ class NewModelFlags:
 class RewardFlags:
     """reward"""
     reward: str = flag(None, "what scores an answer: a run of --task reward, or module:function, a function "
-                       "of the texts of prompt and answer, and of the row if it takes three; or several: a:f,b:g",
-                       type=str)
-    reward_weights: str = flag(None, "a factor for each --reward of which the score is the sum: 1,0.5", type=str)
+                       "of the texts of prompt and answer, and of the row if it takes three; or several: "
+                       "a:f,b:g", type=str)
+    reward_weights: str = flag(None, "a factor for each --reward, of which the score is the sum: 1,0.5",
+                               type=str)
     gold_reward: str = flag(None, "module:function that is only measured; default: the toy world's own",
                             type=str)
 
@@ -204,8 +205,8 @@ class RewardFlags:
     def check(cfg):
         parse_weights(cfg.reward_weights, reward_words(cfg))
         if cfg.gold_reward and len(split_words("gold_reward", cfg.gold_reward)) > 1:
-            raise UserError(f"--gold_reward {cfg.gold_reward} names several functions; it takes one, which is "
-                            "only measured")
+            raise UserError(f"--gold_reward {cfg.gold_reward} names several functions; it takes one, which "
+                            "is only measured")
 
 
 @dataclass(frozen=True)
@@ -1284,9 +1285,9 @@ def identity_of(cfg, rows):
     """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
     identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
                 "base": "new" if cfg.init == "new" else hash_folder(cfg.init)}
-    default_words = {"reward": reward_of, "gold_reward": gold_reward_of}        # some data sets have their own
+    words = {"reward": reward_of(cfg), "gold_reward": gold_reward_of(cfg)}     # some data sets have their own
     for name in find_task(cfg.task).input_flags:
-        word = default_words.get(name, lambda cfg: cfg.get(name))(cfg)
+        word = words.get(name, cfg.get(name))
         if word:
             identity.update(input_hashes(name, split_words(name, word)))
     return identity
@@ -1354,7 +1355,8 @@ def other_texts(cfg):
 
 def facts_of(ctx, rows):
     """What config.json keeps beside flags and identity; tables compare runs of equal test items only."""
-    test = [{key: value for key, value in row.items() if key not in ("line", "record")} for row in rows["test"]]
+    left_out = ("line", "record")                       # a task that reads no record has the same test items
+    test = [{key: value for key, value in row.items() if key not in left_out} for row in rows["test"]]
     return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
                 test_items=len(test), test_sha256=hash_json(test))
 
@@ -1569,7 +1571,8 @@ def parse_weights(text, words):
     except ValueError:
         weights = []
     if not weights or not all(map(math.isfinite, weights)):
-        raise UserError(f"--reward_weights {text} cannot be read; give a finite number for each --reward: 1,0.5")
+        raise UserError(f"--reward_weights {text} cannot be read; give a finite number for each --reward: "
+                        "1,0.5")
     if len(weights) != len(words):
         named = ",".join(words) or "(none)"
         raise UserError(f"--reward_weights {text} has {len(weights)} numbers, and --reward {named} names "
@@ -1580,7 +1583,7 @@ def parse_weights(text, words):
 
 
 def reward_names(words):
-    """The name under which each reward is logged: that of its function or folder; of two equal ones f, f_2."""
+    """The names under which rewards are logged: of their functions or folders; two equal ones are f, f_2."""
     names = []
     for word in words:
         last = target(word).rpartition(":")[2] if is_function(word) else os.path.basename(word.rstrip("/"))
@@ -1605,8 +1608,11 @@ def reward_function(flag_name, word, ctx):
 
 
 def open_rewards(cfg, ctx, base, rows):
-    """(what scores answers, the head of a reward model, its adapter's folder), the last two None unless a reward
-    model that is an adapter of `base` is all of it: a critic can begin with that. Raises UserError."""
+    """(what scores answers, the head of a reward model, its adapter's folder). Raises UserError.
+
+    The last two are None unless a reward model is all of it, the folder also where that is no adapter of
+    `base`: a critic can begin with it.
+    """
     words = reward_words(cfg)
     if not words:
         raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
@@ -1669,7 +1675,7 @@ class RolloutSetup:
     prompts: dict                                       # {split: lists of ids}
     rows: dict                                          # {split: the row of each prompt, with its record}
     reward: Callable
-    head: nn.Module                                     # of a reward model that is all of the reward, else None
+    head: nn.Module                                     # of a reward model alone, else None
     reward_folder: object                               # of one that is an adapter of the base, else None
     gold_reward: Callable
     banned: list

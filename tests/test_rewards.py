@@ -10,6 +10,7 @@ import torch
 import ppo
 import train
 from data.batches.examples import Text
+from data.checkpoints.safetensors import read_tensors
 from data.results import reward_models, rewards
 from data.runtime.files import UserError, read_json
 from data.runtime.identity import compare_identity
@@ -412,6 +413,40 @@ def test_a_function_beside_two_reward_models(land, judge, tmp_path):
             f"{judge},own_rewards:size,{judge}", "--reward_weights", "1,1,-1", "--missing_eos_score", "none")
     assert r["metrics"]["reward_rm"] == r["metrics"]["reward_rm_2"] != 0
     assert r["metrics"]["score"] == pytest.approx(r["metrics"]["reward_size"], abs=1e-5)
+    words = ["--template", "plain", "--system", "Judge."]
+    for reward, begins in ((judge, True), (f"{judge},own_rewards:size", False)):
+        setup, _ = opened(land, reward, words)
+        assert (setup.head is not None) == (setup.reward_folder is not None) == begins
+    setup, _ = opened(land, judge, [*words, "--reward_weights", "2"])
+    assert setup.head is None
+
+
+def test_the_system_message_of_a_run_is_not_part_of_a_prompt(land, tmp_path, functions):
+    functions.seen.clear()
+    run(land, tmp_path / "s", *SAMPLE, "--system", "Add.", "--data", land / "verifiable", "--reward", "own_rewards:spy")
+    assert {prompt for prompt, _ in functions.seen} == {row["prompt"] for _, row in functions.seen}
+
+
+def test_a_run_with_several_rewards_is_resumed_exactly(land, tmp_path, monkeypatch):
+    words = [*PPO, "--steps", "3", "--data", land / "verifiable", "--missing_eos_score", "none", "--reward",
+             "own_rewards:size,data.results.rewards:last_number", "--reward_weights", "0.5,1"]
+    run(land, tmp_path / "whole", *words)
+    original, calls = ppo.checked_scores, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 8:                     # three a rollout, of the parts and the sum; the first is the baseline
+            raise tiny.Stop
+        return original(*args)
+    with monkeypatch.context() as patch, pytest.raises(tiny.Stop):
+        patch.setattr(ppo, "checked_scores", cut)
+        run(land, tmp_path / "cut", *words)
+    assert len(events(tmp_path / "cut")) == 1 and not (tmp_path / "cut" / "result.json").exists()
+    run(land, tmp_path / "cut", *words)
+    for key in ("score", "reward_size", "reward_last_number", "kl"):
+        assert [e[key] for e in events(tmp_path / "whole")] == [e[key] for e in events(tmp_path / "cut")]
+    one, two = (read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------------------ what identifies a run

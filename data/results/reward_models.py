@@ -64,8 +64,8 @@ def checked(reward, word, text):
             row = rows[i] if rows else None
             prompt = as_text(text.turns(row)[:-1]) if row else text.tokenizer.decode(prompts[i])
             answer = text.decode_answer(answers[i])
-            raise UserError(f"--reward {word} gave {scores[i].item()} for the prompt {prompt[:40]!r} and the answer "
-                            f"{answer[:40]!r}; a score must be finite: the reward model is damaged, or --dtype is "
-                            "too narrow for it")
+            raise UserError(f"--reward {word} gave {scores[i].item()} for the prompt {prompt[:40]!r} and the "
+                            f"answer {answer[:40]!r}; a score must be finite: the reward model is damaged, "
+                            "or --dtype is too narrow for it")
         return scores
     return finite

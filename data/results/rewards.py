@@ -1,19 +1,19 @@
 r"""data/results/rewards.py: rewards that a program checks, for --reward data.results.rewards:NAME.
 
     exact_match    1 if the answer equals the row's, or one of its "references" (metrics.exact_match)
-    last_number    1 if the answer's number equals the row's. Of both texts it is the first number behind "####"
-                   (GSM8K's convention, Cobbe et al. 2021, arXiv 2110.14168), else the last number
-    matches(RE)    1 if all of the answer fits a regular expression, in which . is any character, a line end, too
+    last_number    1 if the answer's number equals the row's. Of both texts it is the first number behind
+                   "####" (GSM8K's convention, Cobbe et al. 2021, arXiv 2110.14168), else the last number
+    matches(RE)    1 if all of the answer fits a regular expression, with . for any character, line ends too
 
-Numbers are compared exactly: 1,234.50 = $1234.5 = 2469/2 = 1234 1/2 = \frac{2469}{2} = 1.2345e3 = 1234.5 %. A
-percent or currency sign is a unit, and adds nothing. A - behind a letter, a digit or a parenthesis is no sign:
-5-3 ends with 3. Digits are ASCII; a number of more than 100 digits is none.
+Numbers are compared exactly: 1,234.50 = $1234.5 = 2469/2 = 1234 1/2 = \frac{2469}{2} = 1.2345e3 = 1234.5 %.
+A percent or currency sign is a unit, and adds nothing. A - behind a letter, a digit or a parenthesis is no
+sign: 5-3 ends with 3. Digits are ASCII; a number of more than 100 digits is none.
 
 The pattern stands with its function, --reward 'data.results.rewards:matches(<a>.*</a>)', and not in a flag of
 its own: two patterns can then be two rewards, and no flag is without effect.
 
-All are functions of texts and of the row, a dict whose "answer" is the right one; a row without it, or without
-a number in it, is a ValueError, because every answer would score 0.
+All are functions of texts and of the row, a dict whose "answer" is the right one; a row without it, or
+without a number in it, is a ValueError, because every answer would score 0.
 
 Public: exact_match, last_number, matches, number
 """
@@ -22,8 +22,9 @@ from fractions import Fraction
 
 from data.results import metrics
 
-LATEX_FRACTION = re.compile(r"(?P<whole>\d)?\s*\\[dt]?frac\s*\{\s*(?P<top>\d+)\s*\}\s*\{\s*(?P<divisor>\d+)\s*\}",
-                            re.ASCII)
+LATEX_FRACTION = re.compile(r"""
+    (?P<whole>\d)? \s* \\[dt]?frac \s* \{\s*(?P<top>\d+)\s*\} \s* \{\s*(?P<divisor>\d+)\s*\}
+    """, re.ASCII | re.VERBOSE)
 NUMBER = re.compile(r"""
     (?:(?<![\w)]) (?P<sign>[-+\u2212]))? [$\u20ac\u00a3]?           # -5, -$5; a currency
     (?:(?<=[$\u20ac\u00a3]) (?P<sign_behind>[-+\u2212]))?           # $-5

@@ -1,4 +1,4 @@
-r"""data/runtime/user_functions.py: --reward module:function, a function of the user's own that scores answers.
+r"""data/runtime/user_functions.py: --reward module:function, a function of the user's that scores answers.
 
     score = load_reward("reward", "my:score")
     score(["a prompt"], ["an answer"], [{"answer": "4"}])  ->  [0.5]
@@ -10,7 +10,7 @@ r"""data/runtime/user_functions.py: --reward module:function, a function of the 
 
 Lists go to a function whose first parameter is called `prompts`, and to no other. The row goes to one whose
 third positional parameter is called `row` or has no default; rows to one whose third is called `rows`. A
-number is what float() takes and is no text: bool, Fraction, a numpy scalar, an array or tensor of one element.
+number is what float() takes and is no text: bool, Fraction, numpy scalar, array or tensor of one element.
 
 A WORD names such a function as module:function; or as module:make(TEXT), where make("TEXT") returns it. TEXT
 is everything up to the last parenthesis, unquoted. Several stand in one flag, separated by commas; the name
@@ -32,10 +32,10 @@ from typing import Callable, NamedTuple
 
 from data.runtime.files import UserError, printable
 
-EXPECTED = ("it must be a function of the texts of a prompt and an answer, and of their row if it has a third "
-            "parameter, that returns a finite number")
-EXPECTED_LIST = ("its first parameter is called prompts, so it gets lists of prompts and answers, and of their rows "
-                 "if its third is called rows, and must return a list of as many finite numbers")
+EXPECTED = ("it must be a function of the texts of a prompt and an answer, and of their row if it has a "
+            "third parameter, that returns a finite number")
+EXPECTED_LIST = ("its first parameter is called prompts, so it gets lists of prompts and answers, and of "
+                 "their rows if its third is called rows, and must return a list of as many finite numbers")
 LARGEST = 3.4e38                                        # scores are fp32
 ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.S)     # \x, [...], or one character
 
@@ -44,8 +44,9 @@ ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.S)     # \x, [...], or
 def split_words(flag_name, text):
     r"""The words of a list such as "my:score,other:make(a{1,2}),out/run": at commas outside of parentheses.
 
-    A parenthesis behind a backslash or in [...] does not count, as in a regular expression. Parts that together
-    name an existing file or folder are one word. Raises UserError for an empty word and an open parenthesis.
+    A parenthesis behind a backslash or in [...] does not count, as in a regular expression. Parts that
+    together name an existing file or folder are one word. Raises UserError for an empty word and for an open
+    parenthesis.
     """
     parts = []
     start = 0
@@ -60,12 +61,12 @@ def split_words(flag_name, text):
             start = atom.end()
     parts.append(text[start:])
     if depth and is_function(parts[-1]):
-        raise UserError(f"--{flag_name} {parts[-1]} has a parenthesis that is not closed; in a regular expression write a "
-                        r"literal one as \( or [(]")
+        raise UserError(f"--{flag_name} {parts[-1]} has a parenthesis that is not closed; in a regular "
+                        r"expression write a literal one as \( or [(]")
     words = [word.strip() for word in _join_paths(parts)]
     if "" in words:
-        raise UserError(f"--{flag_name} {text} has nothing before or behind a comma; give functions or folders "
-                        "as a:f,b:g")
+        raise UserError(f"--{flag_name} {text} has nothing before or behind a comma; give functions or "
+                        "folders as a:f,b:g")
     return words
 
 
@@ -101,7 +102,7 @@ class Reward(NamedTuple):
 
     def __call__(self, prompts, answers, rows):
         """Lists of texts and of dicts -> a list of floats. Raises UserError, see load_reward."""
-        if self.takes_rows:                             # a function may change its row, but not the next one's
+        if self.takes_rows:                             # a function may change its row, for itself alone
             rows = [copy.deepcopy(row) for row in rows]
         if self.takes_lists:
             return self._call_with_lists(prompts, answers, rows)
@@ -111,7 +112,8 @@ class Reward(NamedTuple):
         try:
             value = self.function(prompt, answer, row) if self.takes_rows else self.function(prompt, answer)
         except Exception as e:
-            raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)}); {EXPECTED}") from e
+            raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)}); "
+                            f"{EXPECTED}") from e
         return self._number(value, prompt, answer, EXPECTED)
 
     def _call_with_lists(self, prompts, answers, rows):
@@ -127,15 +129,16 @@ class Reward(NamedTuple):
         found = _as_list(values)
         if found is None or len(found) != len(prompts):
             count = "" if found is None else f", a list of {len(found)},"
-            raise UserError(f"{self.name} returned {shown(values)}{count} for {len(prompts)} answers, the first "
-                            f"with {first}; {EXPECTED_LIST}")
+            raise UserError(f"{self.name} returned {shown(values)}{count} for {len(prompts)} answers, the "
+                            f"first with {first}; {EXPECTED_LIST}")
         return [self._number(*each, EXPECTED_LIST) for each in zip(found, prompts, answers)]
 
     def _number(self, value, prompt, answer, expected):
         number = as_number(value)
         if number is None:
-            hint = "; a function of lists calls its first parameter prompts" if isinstance(value, list) else ""
-            raise UserError(f"{self.name} returned {shown(value)} for {_begin(prompt, answer)}; {expected}{hint}")
+            if isinstance(value, list):
+                expected += "; a function of lists calls its first parameter prompts"
+            raise UserError(f"{self.name} returned {shown(value)} for {_begin(prompt, answer)}; {expected}")
         return number
 
 
@@ -223,4 +226,5 @@ def import_function(name, word):
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as e:                              # whatever the module does while it is imported
-        raise UserError(f"{name} cannot be imported ({one_line(e)}); write module:function; {EXPECTED}") from e
+        raise UserError(f"{name} cannot be imported ({one_line(e)}); write module:function; "
+                        f"{EXPECTED}") from e
