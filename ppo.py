@@ -51,8 +51,8 @@ Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, Pref
 masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
 log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, entropy, best_of_n,
 feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution, logprobs, values, scores, ScalarHead,
-calibrate, model_reward, reward_step, pair_logprobs, dpo_step, Roles, Environment, PPOState, rollout,
-compute_advantages, update, train_ppo
+calibrate, model_reward, combine_rewards, checked_scores, part_means, reward_step, pair_logprobs, dpo_step,
+Roles, Scores, Environment, PPOState, rollout, compute_advantages, update, train_ppo
 """
 import math
 import numbers
@@ -740,6 +740,16 @@ def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
     return reward
 
 
+def combine_rewards(parts):
+    """The sum of weight x reward as one reward, which returns Scores. parts: {name: (weight, reward)}."""
+    def reward(prompts, answers, rows=None):
+        found = {name: checked_scores(part(prompts, answers, rows), len(answers), "cpu")
+                 for name, (_, part) in parts.items()}
+        total = sum(weight * found[name].double() for name, (weight, _) in parts.items())
+        return Scores(total, found)
+    return reward
+
+
 # -------------------------------------------------------------------- supervised steps: reward models, pairs
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 # examples: [(prompt, [answer, ...], [rank, ...], ...), ...], ids; smaller rank = better. A comparison has the
@@ -838,11 +848,18 @@ class Roles(NamedTuple):
     shared_blocks: int = 0
 
 
+class Scores(NamedTuple):
+    """What a reward made of several returns in place of its (B,) scores."""
+    total: torch.Tensor                         # (B,)      the scores
+    parts: dict                                 # {name: (B,)} what they are made of, logged as reward_NAME
+
+
 class Environment(NamedTuple):
     """What the policy is trained in.
 
     prompts      non-empty lists of token ids
-    reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,)
+    reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,), or
+                 Scores
     eos          an id, or ids, that end an answer
     banned       ids never sampled and given no probability (pads)
     gold_reward  None, or another reward, which is only logged
@@ -1074,6 +1091,8 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
 
 def checked_scores(values, count, device):
     """What a reward returned, as (count,) fp32. Raises UserError unless it is a finite number per answer."""
+    if isinstance(values, Scores):
+        values = values.total
     try:
         s = torch.as_tensor(values, dtype=torch.float32, device=device)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -1083,6 +1102,12 @@ def checked_scores(values, count, device):
         raise UserError(f"the reward must be a finite number for each of {count} answers; it gave "
                         f"{list(s.shape)}, {int((~s.isfinite()).sum())} of them not finite")
     return s
+
+
+def part_means(values):
+    """{"reward_NAME": mean} of the parts of what a reward returned; {} where it has none."""
+    parts = values.parts if isinstance(values, Scores) else {}
+    return {f"reward_{name}": part.mean().item() for name, part in parts.items()}
 
 
 def collect(cfg, roles, environment, step, device):
@@ -1098,11 +1123,12 @@ def collect(cfg, roles, environment, step, device):
     batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
     rolled_out = time.perf_counter()
 
-    s = checked_scores(environment.reward(prompts, answers, rows), len(answers), device)
+    values = environment.reward(prompts, answers, rows)
+    s = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
     if cfg.missing_eos_score is not None:                   # replaced, not reduced: no score can outweigh it
         s = s.where(ended, cfg.missing_eos_score)
-    metrics = {}
+    metrics = part_means(values)
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
         metrics["gold"] = gold.mean().item()

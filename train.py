@@ -37,6 +37,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -60,7 +61,7 @@ from data.checkpoints.model_folders import (base_of, find, folders, hash_folder,
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import write_tensors
 from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
-                          shot_ladder, tables, untrained)
+                          reward_models, shot_ladder, tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.generations import GenerationsFlags, evaluate_generations, require_answers
@@ -84,8 +85,9 @@ from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
-from data.runtime.user_functions import load_reward
+from data.runtime.user_functions import is_function, load_reward, split_words, target
 from data.text import chat, formats
+from data.text.messages import as_text
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -204,9 +206,19 @@ class NewModelFlags:
 class RewardFlags:
     """reward"""
     reward: str = flag(None, "what scores an answer: a run of --task reward, or module:function, a function "
-                       "of the texts of prompt and answer", type=str)
+                       "of the texts of prompt and answer, and of the row if it takes three; or several: "
+                       "a:f,b:g", type=str)
+    reward_weights: str = flag(None, "a factor for each --reward, of which the score is the sum: 1,0.5",
+                               type=str)
     gold_reward: str = flag(None, "module:function that is only measured; default: the toy world's own",
                             type=str)
+
+    @staticmethod
+    def check(cfg):
+        parse_weights(cfg.reward_weights, reward_words(cfg))
+        if cfg.gold_reward and len(split_words("gold_reward", cfg.gold_reward)) > 1:
+            raise UserError(f"--gold_reward {cfg.gold_reward} names several functions; it takes one, which "
+                            "is only measured")
 
 
 @dataclass(frozen=True)
@@ -1244,7 +1256,7 @@ def open_data(cfg):
     Raises DataError for rows the task does not read.
     """
     with Progress(f"reading {cfg.data}"):
-        data = formats.load_splits(cfg.data)
+        data = formats.load_splits(cfg.data, keep=find_task(cfg.task).scores_samples)
     rows = {split: d.rows for split, d in data.items()}
     train = data["train"]
     what = " rows" if train.row_type == "text" else ""       # it is measured in windows
@@ -1325,11 +1337,26 @@ def identity_of(cfg, rows):
     """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
     identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
                 "base": "new" if cfg.init == "new" else hash_folder(cfg.init)}
+    words = {"reward": reward_of(cfg), "gold_reward": gold_reward_of(cfg)}     # some data sets have their own
     for name in find_task(cfg.task).input_flags:
-        word = cfg.get(name)
+        word = words.get(name, cfg.get(name))
         if word:
-            identity[name] = function_hashes(word) if ":" in word else hash_folder(word)
+            identity.update(input_hashes(name, split_words(name, word)))
     return identity
+
+
+def input_hashes(name, words):
+    """{part of the identity: hashes} of the functions and folders that a flag names.
+
+    The code of functions has a hash for each definition, a folder one that no --keep accepts.
+    """
+    functions = {}
+    for word in filter(is_function, words):
+        functions.update(function_hashes(target(word)))
+    found = {f"{name} {word}": hash_folder(word) for word in words if not is_function(word)}
+    if functions:
+        return {name: functions, **found}
+    return {name: next(iter(found.values())) if len(found) == 1 else hash_json(found)}
 
 
 def methods_used(cfg):
@@ -1337,8 +1364,8 @@ def methods_used(cfg):
     used = [find_method(cfg.method)]
     if find_task(cfg.task).config:                  # PPO's critic is a LoRA
         used.append(lora.METHODS[0])
-    for name in (cfg.init, cfg.get("reward")):
-        if name not in (None, "new") and ":" not in name:
+    for name in (cfg.init, *reward_words(cfg)):
+        if name != "new" and not is_function(name):
             *adapters, _ = folders(name)
             used += map(method_of, adapters)
     return used
@@ -1383,7 +1410,8 @@ def facts_of(ctx, rows, windows=None):
 
     windows: of raw text, which is measured in them and not in rows.
     """
-    test = [{key: value for key, value in row.items() if key != "line"} for row in rows["test"]]
+    left_out = ("line", "record")                       # a task that reads no record has the same test items
+    test = [{key: value for key, value in row.items() if key not in left_out} for row in rows["test"]]
     count = dict(test_items=len(test)) if windows is None else dict(test_items=windows, test_unit="windows")
     return dict(device=str(ctx.device), dtype=str(ctx.dtype)[6:], template=ctx.text.template,
                 **count, test_sha256=hash_json(test))
@@ -1577,37 +1605,121 @@ def tuned_role(ctx, model, prompt):
     return enter_model(ctx, model, "default" if lora.adapters(model) else None, prompt)
 
 
-def reward_function(flag_name, word, ctx, texts):
-    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
-    score_one = load_reward(flag_name, word)
+def reward_of(cfg):
+    """The words of --reward as one text; None without."""
+    if "reward" not in cfg:
+        return None
+    return cfg.reward or None
 
-    def score(prompt_ids, answers, rows=None):
+
+def reward_words(cfg):
+    """The words of --reward, module:function or a folder each. Raises UserError."""
+    words = reward_of(cfg)
+    return split_words("reward", words) if words else []
+
+
+def parse_weights(text, words):
+    """--reward_weights "1,0.5" -> [1.0, 0.5], a weight for each word of --reward. Raises UserError."""
+    if text is None:
+        return [1.0] * len(words)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(map(math.isfinite, weights)):
+        raise UserError(f"--reward_weights {text} cannot be read; give a finite number for each --reward: "
+                        "1,0.5")
+    if len(weights) != len(words):
+        named = ",".join(words) or "(none)"
+        raise UserError(f"--reward_weights {text} has {len(weights)} numbers, and --reward {named} names "
+                        f"{len(words)} rewards; give one for each")
+    if not any(weights):
+        raise UserError(f"--reward_weights {text} gives every answer the score 0; give one that is not 0")
+    return weights
+
+
+def reward_names(words):
+    """The names under which rewards are logged: of their functions or folders; two equal ones are f, f_2."""
+    names = []
+    for word in words:
+        last = target(word).rpartition(":")[2] if is_function(word) else os.path.basename(word.rstrip("/"))
+        name = re.sub(r"\W", "_", last)
+        while name in names:
+            name += "_2"
+        names.append(name)
+    return names
+
+
+def reward_function(flag_name, word, ctx):
+    """module:function -> a reward for ppo.py, of ids and of rows as open_data returns them."""
+    score_texts = load_reward(flag_name, word)
+
+    def score(prompt_ids, answers, rows):
         def call():                                     # it may draw random numbers, or ask another program
-            return torch.tensor([score_one(texts[tuple(p)], ctx.text.decode_answer(y))
-                                 for p, y in zip(prompt_ids, answers)])
+            asked_texts = [as_text(ctx.text.turns(row)[:-1]) for row in rows]
+            answer_texts = [ctx.text.decode_answer(y) for y in answers]
+            return torch.tensor(score_texts(asked_texts, answer_texts, [row["record"] for row in rows]))
         return distributed.broadcast(call)
     return score
 
 
-def open_reward_model(cfg, ctx, base):
+def open_rewards(cfg, ctx, base, rows):
+    """(what scores answers, the head of a reward model, its adapter's folder). Raises UserError.
+
+    The last two are None unless a reward model is all of it, the folder also where that is no adapter of
+    `base`: a critic can begin with it.
+    """
+    words = reward_words(cfg)
+    if not words:
+        raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
+    parts = {}
+    for name, weight, word in zip(reward_names(words), parse_weights(cfg.reward_weights, words), words):
+        head = None
+        folder = None
+        if is_function(word):
+            reward = reward_function("reward", word, ctx)
+        else:
+            reward, head, folder = open_reward_model(cfg, ctx, base, word, rows)
+        parts[name] = (weight, reward)
+    if len(parts) == 1 and cfg.reward_weights is None:
+        return reward, head, folder
+    return ppo.combine_rewards(parts), None, None
+
+
+def open_reward_model(cfg, ctx, base, word, rows):
     """(what scores answers, its head, its adapter's folder or None). Raises DataError.
 
     A reward model that was trained on the model of --init is one more adapter of `base`, and a critic can
-    begin with it.
+    begin with it, unless it was trained on other tokens: then rows are rendered for it as in its training.
     """
-    folder = weights_folder(cfg.reward)
-    head = load_reward_head(cfg.reward).to(ctx.device)
+    folder = weights_folder(word)
+    head = load_reward_head(word).to(ctx.device)
     below = base_of(folder)
     same_base = below is not None and below.resolve() == weights_folder(cfg.init).resolve()
     if same_base and method_of(folder).mergeable and settings(folder).get("quant", "none") in (
             "none", cfg.get("quant", "none")):
-        lora.load_adapter(base, folder, "reward", trainable=False)
-        return ppo.model_reward(enter_model(ctx, base, "reward"), head, cfg.micro_batch_tokens), head, folder
-    model, prompt, tokenizer = load(cfg.reward, ctx.model.wte.weight.dtype)
-    if tokenizer.encode("A reward, of 10!") != ctx.text.tokenizer.encode("A reward, of 10!"):
-        raise DataError(f"--reward {cfg.reward} and --init {cfg.init} do not share a tokenizer")
-    model = model.to(ctx.device).requires_grad_(False).eval()
-    return ppo.model_reward(tuned_role(ctx, model, prompt), head, cfg.micro_batch_tokens), head, None
+        name = next(name for name in ("reward", *(f"reward_{i}" for i in range(2, 1000)))
+                    if not lora.adapters(base, name))
+        lora.load_adapter(base, folder, name, trainable=False)
+        adapter = enter_model(ctx, base, name)
+        room = base.config.block_size
+        tokenizer = ctx.text.tokenizer
+    else:
+        model, prompt, tokenizer = load(word, ctx.model.wte.weight.dtype)
+        adapter = tuned_role(ctx, model.to(ctx.device).requires_grad_(False).eval(), prompt)
+        room = model.config.block_size - (prompt.prefix_len if prompt is not None else 0)
+        folder = None
+    stored = settings(word)
+    judge = Text(tokenizer, stored.get("template") or chat.guess_template(tokenizer), stored.get("system"))
+    score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens)
+    if reward_models.same_tokens(ctx.text, judge, rows):
+        score = reward_models.within(score, room)
+    else:
+        log_progress(f"--reward {word} was trained on other tokens than --init {cfg.init} writes (template "
+                     f"{judge.template}); it is given each row in its own")
+        score = reward_models.in_own_tokens(score, ctx.text, judge, room)
+        folder = None
+    return reward_models.checked(score, word, ctx.text), head, folder
 
 
 @dataclass
@@ -1617,9 +1729,9 @@ class RolloutSetup:
     seed: int
     config: object                                      # ppo.PPOConfig, or ppo.SamplingConfig to sample only
     prompts: dict                                       # {split: lists of ids}
-    texts: dict                                         # {prompt ids: text}
+    rows: dict                                          # {split: the row of each prompt, with its record}
     reward: Callable
-    head: nn.Module                                     # of a reward model, else None
+    head: nn.Module                                     # of a reward model alone, else None
     reward_folder: object                               # of one that is an adapter of the base, else None
     gold_reward: Callable
     banned: list
@@ -1632,7 +1744,6 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
         raise UserError(f"--max_new_tokens {config.max_new_tokens} leaves {room} tokens of the context for "
                         "prompts; lower it")
     prompt_ids = {}
-    texts = {}
     for split, some in rows.items():
         with Progress(f"encoding {split}"):
             whole = [ctx.text.prompt_ids(row) for row in some]
@@ -1641,38 +1752,35 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
         if cut:
             log_progress(f"{split}: {cut} prompts lost their beginning, because they are longer than {room} "
                          "tokens")
-        last = [ctx.text.turns(row)[-2]["content"] for row in some]
-        texts.update(zip(map(tuple, prompt_ids[split]), last))
-    if not cfg.reward:
-        raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
-    head = None
-    folder = None
-    if ":" in cfg.reward:
-        reward = reward_function("reward", cfg.reward, ctx, texts)
-    else:
-        reward, head, folder = open_reward_model(cfg, ctx, base)
+    reward, head, folder = open_rewards(cfg, ctx, base, rows)
     gold = gold_reward_of(cfg)
     unnamed = range(ctx.text.tokenizer.vocab_size, ctx.model.config.vocab_size)
     banned = sorted({*ctx.text.tokenizer.special.values(), *unnamed} - {ctx.text.end_token})
-    return RolloutSetup(ctx, cfg.seed, config, prompt_ids, texts, reward, head, folder,
-                        gold and reward_function("gold_reward", gold, ctx, texts), banned)
+    return RolloutSetup(ctx, cfg.seed, config, prompt_ids, rows, reward, head, folder,
+                        gold and reward_function("gold_reward", gold, ctx), banned)
 
 
 def gold_reward_of(cfg):
+    """The word of --gold_reward; None without."""
+    if "gold_reward" not in cfg:
+        return None
     return cfg.gold_reward or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
 
 
 @torch.no_grad()
-def evaluate_policy(setup, roles, prompt_ids, n=1):
-    """n answers of the policy to each prompt: ({metric: value}, answers, {"score", "gold": (prompts, n)})."""
-    repeated = [p for p in prompt_ids for _ in range(n)]
+def evaluate_policy(setup, roles, split, n=1):
+    """n answers of the policy to each prompt of a split: ({metric: value}, answers, {"score", "gold": (prompts,
+    n)})."""
+    repeated = [p for p in setup.prompts[split] for _ in range(n)]
+    rows = [row for row in setup.rows[split] for _ in range(n)]
     end = setup.ctx.text.end_token
     generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
     batch, answers = ppo.rollout(roles._replace(critic=None), repeated, {end}, setup.config, setup.banned,
                                  generator)
-    scored = {"score": torch.as_tensor(setup.reward(repeated, answers)).float().cpu()}
+    values = setup.reward(repeated, answers, rows)
+    scored = {"score": ppo.checked_scores(values, len(answers), "cpu")}
     if setup.gold_reward:
-        scored["gold"] = setup.gold_reward(repeated, answers)
+        scored["gold"] = ppo.checked_scores(setup.gold_reward(repeated, answers, rows), len(answers), "cpu")
     ended = torch.tensor([y[-1] == end for y in answers])
     metrics = rollout_report(batch, answers, scored["score"], ended, n)
     metrics = {name: metrics[name] for name in ("kl", "eos_rate", "length", "unique", "repeat4")}
@@ -1682,6 +1790,7 @@ def evaluate_policy(setup, roles, prompt_ids, n=1):
         metrics[name + "_std"] = x.std(unbiased=False).item()
         if n > 1:
             metrics[f"{name}_best_of_{n}"] = x.view(-1, n).gather(1, best).mean().item()
+    metrics.update(ppo.part_means(values))
     return metrics, answers, {name: x.view(-1, n) for name, x in scored.items()}
 
 
@@ -1717,7 +1826,7 @@ def shared_blocks(ctx, cfg, base):
 def run_ppo(cfg):
     """--task ppo. Policy, critic and reward model are adapters of one frozen base, which is the reference;
     with --method full the policy changes it, so a copy stays behind."""
-    if (cfg.init, cfg.reward) == ("data/base", None):
+    if (cfg.init, reward_of(cfg)) == ("data/base", None):
         return run_three_stages(cfg)
     rows, _, run, identity = open_run(cfg)
     return report_once(run, identity, lambda: train_policy(cfg, run, rows))
@@ -1750,7 +1859,7 @@ def train_policy(cfg, run, rows):
         for name, p in trainable.items():
             p.data.copy_(trained.ema.shadow[name])
     with Progress("test after training"):
-        metrics, answers, _ = evaluate_policy(setup, roles, setup.prompts["test"])
+        metrics, answers, _ = evaluate_policy(setup, roles, "test")
     if setup.gold_reward and state["baseline"]["gold_std"]:
         metrics["gold_gain"] = (metrics["gold"] - state["baseline"]["gold"]) / state["baseline"]["gold_std"]
     with roles.policy():
@@ -1770,7 +1879,7 @@ def measure_reference(run, setup, roles, forgetting):
     """What the reference does, before the first iteration: the first state of a run."""
     reference = roles._replace(policy=roles.reference)
     with Progress("test before training, 4 answers to each prompt"):
-        metrics, answers, _ = evaluate_policy(setup, reference, setup.prompts["test"], 4)
+        metrics, answers, _ = evaluate_policy(setup, reference, "test", 4)
     before = [setup.ctx.text.decode_answer(y) for y in answers[:12:4]]
     with roles.reference():
         loss = forgetting_loss(setup.ctx, forgetting)
@@ -1800,7 +1909,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
     warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
-                                  setup.banned, setup.gold_reward)
+                                  setup.banned, setup.gold_reward, setup.rows["train"])
     with Progress("iteration", config.steps, trained.step, "iterations") as progress:
         for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:
@@ -1845,10 +1954,10 @@ def write_samples(cfg, run, rows):
     run.start(facts)
     for split, prompt_ids in setup.prompts.items():
         with Progress(split):
-            metrics, answers, scored = evaluate_policy(setup, ppo.Roles(policy, policy), prompt_ids,
+            metrics, answers, scored = evaluate_policy(setup, ppo.Roles(policy, policy), split,
                                                        cfg.num_generations)
-        kept = best_rows(setup, prompt_ids, answers, scored["score"], cfg)
-        without = len(prompt_ids) - len({row["prompt"] for row in kept})
+        kept, answered = best_rows(setup, split, answers, scored["score"], cfg)
+        without = len(prompt_ids) - answered
         if without:
             log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
         write_rows(run.folder / f"{split}.jsonl", kept)
@@ -1881,14 +1990,19 @@ def write_rows(path, rows):
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def best_rows(setup, prompt_ids, answers, scores, cfg):
-    """The best answers that ended, as rows to train on."""
+def best_rows(setup, split, answers, scores, cfg):
+    """(the best answers that ended, as rows to train on, the number of prompts that have one)."""
     n = cfg.num_generations
     text = setup.ctx.text
     cut = torch.tensor([y[-1] != text.end_token for y in answers]).view(-1, n)
     best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.best_n, torch.finfo().min)
-    return [dict(prompt=setup.texts[tuple(prompt_ids[b])], completion=text.decode_answer(answers[b * n + i]),
-                 score=scores[b, i].item()) for b, i in best]
+    rows = []
+    for b, i in best:
+        turns = text.turns(setup.rows[split][b])[:-1]
+        prompt = turns[0]["content"] if [turn["role"] for turn in turns] == ["user"] else turns
+        rows.append(dict(prompt=prompt, completion=text.decode_answer(answers[b * n + i]),
+                         score=scores[b, i].item()))
+    return rows, len({b for b, _ in best})
 
 
 def run_three_stages(cfg):
@@ -2054,6 +2168,8 @@ def run_check(argv):
     data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write)
     reading = [task for task in TASKS if row_type in task.reads]
     task = next((task for task in reading if task.reads[0] == row_type), reading[0])
+    if task.scores_samples:
+        data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write, keep=True)
     cfg = parse(["--task", task.name, "--data", own.data, *others])
     of_a_run = sorted(cfg.given & cfg.transient)
     if of_a_run:
@@ -2098,6 +2214,7 @@ class Task:
     measures: bool = False                          # it measures --init as it was trained, head included
     all_valid: bool = False                         # it reads all of valid, not 100 rows
     reads_own_data: bool = False                    # without --data, that of the run of --init
+    scores_samples: bool = False                    # it has a reward, which may read any key of a row
     one_process: bool = False
     input_flags: tuple = ("reward", "gold_reward")  # folders or module:function, whose content is hashed
     parses_itself: bool = False                     # run takes the words of the command line
@@ -2184,13 +2301,14 @@ TASKS = (
          flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags, RawTextFlags),
          config=ppo.PPOConfig,
          defaults=dict(data="toy/prompts", save_every=1), lr_scale=0.4, generates=True, reads_templates=False,
-         needs_causal=True,
+         needs_causal=True, scores_samples=True,
          metric="gold", scales_loss=False),
     Task("sample", "answers to prompts, scored, the best as rows", sample_answers, reads=PROMPTS,
          trains=False,
          flags=(*RUN, TextFlags, EvalFlags, RewardFlags, ppo.SamplingConfig, BestAnswersFlags),
          defaults=dict(data="toy/prompts"), renamed_flags=dict(keep_best="best_n"),
-         generates=True, reads_templates=False, needs_causal=True, all_valid=True, metric="score",
+         generates=True, reads_templates=False, needs_causal=True, all_valid=True, scores_samples=True,
+         metric="score",
          next_command=then_sft),
     Task("eval", "measure a trained model", run_supervised, trains=False,
          reads=("chat", "label", "tags", "text", "pairs", "ranked"),

@@ -19,6 +19,35 @@ def three(prompt, answer, reference):
     return 1.0
 
 
+def four(prompt, answer, row, other):
+    return 1.0
+
+
+def changes(prompt, answer, row):
+    row.clear()
+    return 1.0
+
+
+def lists(prompts, answers):
+    return [len(answer) for answer in answers]
+
+
+def too_few(prompts, answers, rows):
+    return [1.0]
+
+
+def no_list(prompts, answers):
+    return {answer: 1.0 for answer in answers}
+
+
+def holes(prompts, answers):
+    return [None for _ in answers]
+
+
+def columns(prompts, answers, answer):
+    return [1.0 for _ in answers]
+
+
 def text(prompt, answer):
     return "good"
 

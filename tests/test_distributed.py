@@ -51,6 +51,8 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "rloo": f"{PPO} --algo rloo --num_generations 2 --batch 8",
         "ptx": f"{PPO} --method full --ptx_coef 0.1 --ptx_data text",
         "soft": f"{PPO} --method p_tuning_v2 --num_virtual_tokens 4",
+        "functions": PPO.replace("--reward rm", "--reward data.results.rewards:matches(.*a.*),data.toy:gold "
+                                                "--reward_weights 1,0.5"),
         "eval": "--task eval --init rm --data pairs",
         "shots": "--method none --data chat --shots 2 --max_new_tokens 3",
         "sample": "--task sample --data prompts --reward rm --num_generations 4 --max_new_tokens 4 --eval_items 5"}

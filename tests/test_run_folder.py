@@ -20,7 +20,6 @@ from data.runtime import distributed, run_folder
 from data.runtime.code_hash import short_hash
 from data.runtime.files import DataError, UserError, WriteError, read_json, write_json
 from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
-from data.runtime.user_functions import load_reward
 from data.runtime.run_folder import Interrupted, Run, RunError, defer_signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -771,43 +770,6 @@ def test_the_log_forgets_what_will_happen_again(folder):
     run.rewind(2)
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == [
         {"event": "train", "step": 1}, {"event": "train", "step": 2}]
-
-
-# --------------------------------------------------------------------------------- functions of the user's own
-
-FUNCTIONS = """
-import numpy, torch
-def none(p, a): return None
-def text(p, a): return "0.5"
-def nan(p, a): return float("nan")
-def many(p, a): return torch.zeros(2)
-def boom(p, a): raise KeyError("x")
-def one(p): return 1.0
-def tensor(p, a): return torch.tensor(0.5)
-def array(p, a): return numpy.float32(0.5)
-def star(*texts): return len(texts) / 4
-thing = 3
-"""
-FAULTS = {"none": "returned None (NoneType) for the answer 'an answer'", "text": "returned '0.5' (str)",
-          "nan": "returned nan (float)", "many": "returned tensor([0., 0.]) (Tensor)",
-          "boom": "failed on the answer 'an answer' (KeyError: 'x')", "one": "cannot be called with two texts (too many",
-          "thing": "is no function but a value of type int", "missing": "cannot be imported (AttributeError: "}
-
-
-def test_a_reward_function_that_gives_no_number_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
-    (tmp_path / "broken_rewards.py").write_text("1 / 0")
-    for name in ("tensor", "array", "star"):
-        assert load_reward("reward", f"own_rewards:{name}")("a prompt", "an answer") == 0.5
-    faults = {f"own_rewards:{name}": says for name, says in FAULTS.items()}
-    faults["broken_rewards:x"] = "cannot be imported (ZeroDivisionError: division by zero)"
-    for word, says in faults.items():
-        with pytest.raises(UserError) as e:
-            load_reward("gold_reward", word)("a prompt", "an answer")
-        assert str(e.value).startswith(f"--gold_reward {word} {says}")
-        assert str(e.value).endswith("a function of the texts of a prompt and an answer that returns a finite number")
 
 
 # ------------------------------------------------------------------------------------------------ damaged files

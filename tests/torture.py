@@ -332,7 +332,9 @@ def ring_trials(world, rng):
 
 FUNCTIONS = [f"odd_rewards:{name}" for name in vars(odd_rewards) if not name.startswith("__")]
 FUNCTIONS += ["odd_rewards:missing", "odd_rewards:", ":", "a:b:c", "nothing:f", "broken:f", "builtins:len", "é:f",
-              "..x:f", "odd_rewards:letters.x", "\0:f", "odd_rewards.py:letters", "x" * 5000 + ":f"]
+              "..x:f", "odd_rewards:letters.x", "\0:f", "odd_rewards.py:letters", "x" * 5000 + ":f",
+              "odd_rewards:length,odd_rewards:none", "odd_rewards:length,,", "odd_rewards:lists(a,b)", "odd_rewards:number(",
+              "data.results.rewards:matches(*)", "data.results.rewards:matches(.*)", "data.results.rewards:last_number", "a:b(c,"]
 
 
 def reward_trials(world, rng):

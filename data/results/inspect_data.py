@@ -48,8 +48,8 @@ COLUMNS = ("rows", "repeated", "in train", "tokens", "shortest", "median", "90 %
 
 # --------------------------------------------------------------------------------------------- the clean copy
 
-def load_for_check(path, write=False):
-    """(data, row_type, clean_copy) of --data.
+def load_for_check(path, write=False, keep=False):
+    """(data, row_type, clean_copy) of --data; keep: rows have their record, as formats.load_splits says.
 
     data         {"train", "valid", "test": data/text/formats.Data}
     row_type     of all three, a name in row_types.ROW_TYPES
@@ -57,7 +57,7 @@ def load_for_check(path, write=False):
 
     Raises DataError for data that cannot be read; UserError where --write cannot make a copy.
     """
-    data = formats.load_splits(path)
+    data = formats.load_splits(path, keep)
     clean_copy = plan_copy(path, data) if write else None
     return data, data["train"].row_type, clean_copy
 
@@ -94,7 +94,7 @@ def write_copy(folder, splits):
     folder.mkdir()
     for split, rows in splits.items():
         with atomic(folder / f"{split}.jsonl") as f:
-            f.writelines(formats.row_json(row).encode() + b"\n" for row in rows)
+            f.writelines(formats.row_json(row.get("record", row)).encode() + b"\n" for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------- the counts

@@ -26,6 +26,7 @@ from data.results.metrics import HIDDEN, unit, wilson
 from data.results.pass_at_k import interval_of, is_shown
 from data.results.runs import PROPORTIONS
 from data.runtime.run_folder import fit, log_progress, print_result
+from data.text.messages import as_text
 
 READING = "How to read the cosines:"
 BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_bytes", "steps", "seconds",
@@ -194,9 +195,7 @@ def asked(text, row):
     turns = text.turns(row)[:-1]
     if text.system and not any(turn["role"] == "system" for turn in turns):
         turns = [{"role": "system", "content": text.system}, *turns]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return as_text(turns)
 
 
 def without_hidden(metrics):

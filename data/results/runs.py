@@ -51,9 +51,9 @@ PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's
 DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta",
                        "label_smoothing"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
-              "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
+              "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward", "reward_weights"),
               "gold": ("gold_reward",),
-              **dict.fromkeys(("pass", "majority", "mean"), ("task", "reward", "gold_reward"))}    # pass@8
+              **dict.fromkeys(("pass", "majority", "mean"), ("task", "reward", "reward_weights", "gold_reward"))}    # pass@8
 BEFORE = "before."                                      # before.loss: the loss before training
 INPUT_HASHES = {"data_hash": "data_sha256", "base_hash": "base_sha256", "reward_hash": "reward",
                 "gold_reward_hash": "gold_reward", "inputs_hash": "inputs"}  # field: its key in config.json

@@ -265,7 +265,7 @@ def default_out(cfg):
         if value == cfg.standard.get(name) or name in ("task", "method", "seed"):
             continue
         text = str(value)
-        if name in ("init", "data", "reward"):
+        if name in ("init", "data", "reward") and ":" not in text:     # a path, no module:function(TEXT)
             text = text.rstrip("/").split("/")[-1] or text
         if name == "data":
             text = name_of_data(str(value)) or text

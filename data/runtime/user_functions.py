@@ -1,65 +1,230 @@
-"""data/runtime/user_functions.py: --reward module:function, a function of the user's own that scores an answer.
+r"""data/runtime/user_functions.py: --reward module:function, a function of the user's that scores answers.
 
-    score = load_reward("reward", "my:score")           score("the prompt", "an answer") -> float
+    score = load_reward("reward", "my:score")
+    score(["a prompt"], ["an answer"], [{"answer": "4"}])  ->  [0.5]
 
-Every error names the flag, the function, and what it did.
+    def score(prompt, answer)           texts of a prompt and of the model's answer -> a finite number
+    def score(prompt, answer, row)      also the row that the prompt is from, a dict of its own
+    def score(prompts, answers)         lists of these -> a list, array or tensor of as many numbers
+    def score(prompts, answers, rows)
 
-Public: load_reward
+Lists go to a function whose first parameter is called `prompts`, and to no other. The row goes to one whose
+third positional parameter is called `row` or has no default; rows to one whose third is called `rows`. A
+number is what float() takes and is no text: bool, Fraction, numpy scalar, array or tensor of one element.
+
+A WORD names such a function as module:function; or as module:make(TEXT), where make("TEXT") returns it. TEXT
+is everything up to the last parenthesis, unquoted. Several stand in one flag, separated by commas; the name
+of an existing folder may hold commas itself.
+
+Every error names the flag, the function, the prompt's and the answer's beginning, and what the function did.
+
+Public: load_reward, split_words, is_function, target, Reward
 """
-import contextlib
+import copy
 import importlib
 import inspect
 import math
 import os
+import re
 import reprlib
 import sys
+from typing import Callable, NamedTuple
 
-from data.runtime.files import UserError
+from data.runtime.files import UserError, printable
 
-EXPECTED = "it must be a function of the texts of a prompt and an answer that returns a finite number"
+EXPECTED = ("it must be a function of the texts of a prompt and an answer, and of their row if it has a "
+            "third parameter, that returns a finite number")
+EXPECTED_LIST = ("its first parameter is called prompts, so it gets lists of prompts and answers, and of "
+                 "their rows if its third is called rows, and must return a list of as many finite numbers")
+LARGEST = 3.4e38                                        # scores are fp32
+ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.S)     # \x, [...], or one character
 
 
-def load_reward(flag_name, word):
-    """module:function -> a function of two texts that returns a float.
+# ---- words -------------------------------------------------------------------------------------------------
+def split_words(flag_name, text):
+    r"""The words of a list such as "my:score,other:make(a{1,2}),out/run": at commas outside of parentheses.
 
-    Raises UserError if it cannot be imported or called with two texts; the function that is returned raises it
-    for an answer on which the user's function fails or gives no finite number.
+    A parenthesis behind a backslash or in [...] does not count, as in a regular expression. Parts that
+    together name an existing file or folder are one word. Raises UserError for an empty word and for an open
+    parenthesis.
     """
-    name = f"--{flag_name} {word}"
-    function = import_function(name, word)
+    parts = []
+    start = 0
+    depth = 0
+    for atom in ATOM.finditer(text):
+        if atom[0] == "(":
+            depth += 1
+        elif atom[0] == ")":
+            depth = max(depth - 1, 0)
+        elif atom[0] == "," and depth == 0:
+            parts.append(text[start:atom.start()])
+            start = atom.end()
+    parts.append(text[start:])
+    if depth and is_function(parts[-1]):
+        raise UserError(f"--{flag_name} {parts[-1]} has a parenthesis that is not closed; in a regular "
+                        r"expression write a literal one as \( or [(]")
+    words = [word.strip() for word in _join_paths(parts)]
+    if "" in words:
+        raise UserError(f"--{flag_name} {text} has nothing before or behind a comma; give functions or "
+                        "folders as a:f,b:g")
+    return words
 
-    def score(prompt, answer):
+
+def _join_paths(parts):
+    """Neighbouring parts that together name a file or folder, joined; the longest such name counts."""
+    words = []
+    i = 0
+    while i < len(parts):
+        ends = [end for end in range(len(parts), i + 1, -1) if os.path.exists(",".join(parts[i:end]))]
+        end = ends[0] if ends else i + 1
+        words.append(",".join(parts[i:end]))
+        i = end
+    return words
+
+
+def is_function(word):
+    """Whether a word names a function: module:function, or module:make(TEXT). Other words name folders."""
+    return ":" in word.partition("(")[0]
+
+
+def target(word):
+    """module:function of a word, without the text in parentheses."""
+    return word.partition("(")[0] if is_function(word) else word
+
+
+# ---- functions ---------------------------------------------------------------------------------------------
+class Reward(NamedTuple):
+    """A function of the user's own and how it is called: Reward(...)(prompts, answers, rows) -> floats."""
+    name: str                                           # the flag and its word, for errors
+    function: Callable
+    takes_lists: bool
+    takes_rows: bool
+
+    def __call__(self, prompts, answers, rows):
+        """Lists of texts and of dicts -> a list of floats. Raises UserError, see load_reward."""
+        if self.takes_rows:                             # a function may change its row, for itself alone
+            rows = [copy.deepcopy(row) for row in rows]
+        if self.takes_lists:
+            return self._call_with_lists(prompts, answers, rows)
+        return [self._call(*each) for each in zip(prompts, answers, rows)]
+
+    def _call(self, prompt, answer, row):
         try:
-            value = function(prompt, answer)
+            value = self.function(prompt, answer, row) if self.takes_rows else self.function(prompt, answer)
         except Exception as e:
-            raise UserError(f"{name} failed on the answer {answer[:40]!r} ({one_line(e)}); {EXPECTED}") from e
-        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            if not isinstance(value, (str, bytes)) and math.isfinite(value):
-                return float(value)
-        raise UserError(f"{name} returned {reprlib.repr(value)} ({type(value).__name__}) for the answer "
-                        f"{answer[:40]!r}; {EXPECTED}")
-    return score
+            raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)}); "
+                            f"{EXPECTED}") from e
+        return self._number(value, prompt, answer, EXPECTED)
+
+    def _call_with_lists(self, prompts, answers, rows):
+        if not prompts:
+            return []
+        arguments = (list(prompts), list(answers), rows)[:3 if self.takes_rows else 2]
+        first = _begin(prompts[0], answers[0])
+        try:
+            values = self.function(*arguments)
+        except Exception as e:
+            raise UserError(f"{self.name} failed for {len(prompts)} answers, the first with {first} "
+                            f"({one_line(e)}); {EXPECTED_LIST}") from e
+        found = _as_list(values)
+        if found is None or len(found) != len(prompts):
+            count = "" if found is None else f", a list of {len(found)},"
+            raise UserError(f"{self.name} returned {shown(values)}{count} for {len(prompts)} answers, the "
+                            f"first with {first}; {EXPECTED_LIST}")
+        return [self._number(*each, EXPECTED_LIST) for each in zip(found, prompts, answers)]
+
+    def _number(self, value, prompt, answer, expected):
+        number = as_number(value)
+        if number is None:
+            if isinstance(value, list):
+                expected += "; a function of lists calls its first parameter prompts"
+            raise UserError(f"{self.name} returned {shown(value)} for {_begin(prompt, answer)}; {expected}")
+        return number
+
+
+def _begin(prompt, answer):
+    return f"the prompt {prompt[:40]!r} and the answer {answer[:40]!r}"
+
+
+def shown(value):
+    """A value and its type, shortened, on one line."""
+    return f"{printable(' '.join(reprlib.repr(value).split()))} ({type(value).__name__})"
 
 
 def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
+
+
+def as_number(value):
+    """A value as a float; None if it is no number, not finite, or beyond fp32."""
+    if value is None or isinstance(value, (str, bytes)):
+        return None
+    try:
+        number = float(value.item() if hasattr(value, "item") else value)
+    except Exception:                                   # an object of the user's own may raise anything
+        return None
+    return number if math.isfinite(number) and abs(number) <= LARGEST else None
+
+
+def _as_list(values):
+    """The elements of a list, tuple, array or tensor; None for anything else."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return list(values) if isinstance(values, (list, tuple)) else None
+
+
+def load_reward(flag_name, word):
+    """module:function or module:make(TEXT) -> a Reward.
+
+    Raises UserError if it cannot be imported, made, or called with two texts, or two and a row; the Reward
+    raises it for an answer on which the function fails or gives no finite number, and for a list of another
+    length than its arguments.
+    """
+    name = f"--{flag_name} {word}"
+    function = import_function(name, target(word))
+    if target(word) != word:
+        function = _made(name, function, word)
+    if not callable(function):
+        raise UserError(f"{name} is no function but a value of type {type(function).__name__}; {EXPECTED}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:                                  # a function of a C module says nothing of itself
+        return Reward(name, function, False, False)
+    positional = [p for p in signature.parameters.values()
+                  if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    third = positional[2] if len(positional) > 2 else None
+    takes_lists = bool(positional) and positional[0].name == "prompts"
+    takes_rows = third is not None and (third.default is third.empty or third.name in ("row", "rows"))
+    if takes_lists and takes_rows and third.name != "rows":
+        raise UserError(f"{name} gets lists, because its first parameter is called prompts, and its third is "
+                        f"called {third.name}; the third is the rows: call it rows")
+    try:
+        signature.bind(*("prompt", "answer", "row")[:3 if takes_rows else 2])
+    except TypeError as e:
+        raise UserError(f"{name} cannot be called with two texts, nor with two texts and a row ({e}); "
+                        f"{EXPECTED}") from None
+    return Reward(name, function, takes_lists, takes_rows)
+
+
+def _made(name, make, word):
+    """What make(TEXT) returns."""
+    text = word.partition("(")[2]
+    if not text.endswith(")"):
+        raise UserError(f"{name} does not end with its closing parenthesis; write module:function(TEXT)")
+    try:
+        return make(text[:-1])
+    except Exception as e:
+        raise UserError(f"{name} cannot be made ({one_line(e)}); a function that is written with parentheses "
+                        "takes the text in them and returns the function that scores") from e
 
 
 def import_function(name, word):
-    """The function that module:function names. Raises UserError if it is none, or none of two arguments."""
+    """What module:function names. Raises UserError if it cannot be imported."""
     module, _, attribute = word.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as e:                              # whatever the module does while it is imported
-        raise UserError(f"{name} cannot be imported ({one_line(e)}); write module:function; {EXPECTED}") from e
-    if not callable(function):
-        raise UserError(f"{name} is no function but a value of type {type(function).__name__}; {EXPECTED}")
-    try:
-        inspect.signature(function).bind("prompt", "answer")
-    except TypeError as e:
-        raise UserError(f"{name} cannot be called with two texts ({e}); {EXPECTED}") from None
-    except ValueError:                                  # a function of a C module says nothing of itself
-        pass
-    return function
+        raise UserError(f"{name} cannot be imported ({one_line(e)}); write module:function; "
+                        f"{EXPECTED}") from e

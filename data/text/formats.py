@@ -7,6 +7,9 @@ that are not read are named with the format. For evaluation, "references" (or "o
 answer of a conversation. Records that train nothing are dropped and counted; none left is an error. Every
 row gets a key "line" with its location, such as "data.jsonl:17".
 
+With keep, for tasks whose reward may read any key, every row also has its "record": all keys and values as in
+the file, and the "answer" and "references" of a conversation where the file gives none of its own.
+
 Splits. A folder holds train, valid and test files. A single file is split 80/10/10 by content (splits.py). A
 folder without a valid file gives 10 % of train to it; a folder without a test file is tested on valid. A data
 set with too few rows to split is used whole in every split. Data.source says which of these happened.
@@ -45,16 +48,26 @@ class Data(typing.NamedTuple):
 
 
 # ---- records -> rows ---------------------------------------------------------------------------------------
-def _echo(name, unread):
-    """The name of a format, and the keys that are not read."""
+def _echo(name, unread, keep):
+    """The name of a format, and the keys that are not read, or only by a reward."""
     if not unread:
         return name
     names = ", ".join(printable(key, 40) for key in sorted(unread)[:8])
     more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-    return f"{name} (not read: {names}{more})"
+    return f"{name} ({'kept for the reward' if keep else 'not read'}: {names}{more})"
 
 
-def _convert(records, source):
+def _record(record, row):
+    """What a reward gets of a row: the record of the file, and the right answer of a conversation."""
+    kept = dict(record)
+    if "messages" in row and kept.get("answer") is None:
+        kept["answer"] = row["messages"][-1]["content"]
+    if "references" in row:
+        kept["references"] = row["references"]
+    return kept
+
+
+def _convert(records, source, keep=False):
     """(location, record) pairs -> Data. The first record fixes the format."""
     converted = []
     first = None
@@ -75,12 +88,14 @@ def _convert(records, source):
             continue
         unread |= not_read
         row["line"] = location
+        if keep:
+            row["record"] = _record(record, row)
         converted.append(row)
     if not converted:
         reasons = ", ".join(f"{len(places)} {reason} ({places[0]} is the first)"
                             for reason, places in dropped.items())
         raise DataError(f"0 usable examples in {source}: {reasons or 'it holds no rows'}")
-    return Data(converted, FORMATS[first[0]].row_type, source, _echo(first[0], unread), dict(dropped))
+    return Data(converted, FORMATS[first[0]].row_type, source, _echo(first[0], unread, keep), dict(dropped))
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -91,44 +106,45 @@ def _part(data, split, held_out):
     return data._replace(rows=rows_of_split, source=f"{data.source} ({part})")
 
 
-def load(path_or_name, split=None):
+def load(path_or_name, split=None, keep=False):
     """Data of a file, a folder, or a data set of the toy world: one split of it, or (None) all of it.
 
+    keep: every row has its "record", see above.
     Raises DataError for what cannot be read or interpreted, UserError for an unknown split.
     """
     if split not in (None, *SPLITS):
         raise UserError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
-    return _load(path_or_name, [split])[0]
+    return _load(path_or_name, [split], keep)[0]
 
 
-def _load(path_or_name, splits):
+def _load(path_or_name, splits, keep):
     """[Data of each of `splits`]; a file that holds all of them is read once."""
     path = pathlib.Path(path_or_name)
     check_path(path_or_name)
     name = str(path_or_name)
     shown = printable(name, 400)
     if name.split("/")[0] == "toy":                     # a folder of that name is ./toy
-        return [_load_toy(name, split) for split in splits]
+        return [_load_toy(name, split, keep) for split in splits]
     try:
         if not path.exists():
             path = cache.find_data(name) or path
         if path.is_dir():
-            return [_load_folder(path, split) for split in splits]
+            return [_load_folder(path, split, keep) for split in splits]
         if not path.exists() and name in cache.DATASETS:
             raise DataError(f"{name} is not fetched yet; run python data/fetch.py {name}")
         if not path.is_file():
             fault = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise DataError(f"{shown} {fault}; data is a file ({' '.join(SUFFIXES)}), a folder with "
                             "train.jsonl, a fetched data set, or a name such as toy/sentiment")
-        data = _convert(read_records(path), name)
+        data = _convert(read_records(path), name, keep)
     except OSError as e:
         raise DataError(f"{shown} cannot be read ({e.strerror or e})") from e
     return [data if split is None else _part(data, split, {8: "valid", 9: "test"}) for split in splits]
 
 
-def load_splits(path_or_name):
-    """{"train", "valid", "test": Data}. Raises DataError when their row types differ."""
-    data = dict(zip(SPLITS, _load(path_or_name, SPLITS)))
+def load_splits(path_or_name, keep=False):
+    """{"train", "valid", "test": Data}; keep as in load. Raises DataError when their row types differ."""
+    data = dict(zip(SPLITS, _load(path_or_name, SPLITS, keep)))
     train = data["train"]
     for part in data.values():
         if part.row_type != train.row_type:
@@ -160,7 +176,7 @@ def load_text(path_or_name, split, row_types=("text",)):
     return data.rows
 
 
-def _load_toy(name, split):
+def _load_toy(name, split, keep):
     from data import toy                                # here: reading files needs no toy world
     if name not in toy.NAMES:
         raise DataError(f"{printable(name)} is no data set of the toy world; there are "
@@ -169,7 +185,7 @@ def _load_toy(name, split):
     for part in [split] if split else SPLITS:
         for number, row in enumerate(toy.rows(name, part), 1):
             records.append((f"{name} {part}:{number}", row))
-    return _convert(records, f"{name} {split or ''}".strip())
+    return _convert(records, f"{name} {split or ''}".strip(), keep)
 
 
 def _files_of(folder):
@@ -188,19 +204,19 @@ def _files_of(folder):
     return found
 
 
-def _load_folder(path, split):
+def _load_folder(path, split, keep):
     files = _files_of(path)
     if split is None:
-        return _concatenate(path, [load(file) for file in files.values()])
+        return _concatenate(path, [load(file, keep=keep) for file in files.values()])
     if split == "test" and "test" not in files:
-        data = _load_folder(path, "valid")
+        data = _load_folder(path, "valid", keep)
         return data._replace(source=f"{data.source}, because there is no test file")
     if split in files and ("valid" in files or split == "test"):
-        return load(files[split])
+        return load(files[split], keep=keep)
     if "train" not in files:
         names = ", ".join(file.name for file in files.values())
         raise DataError(f"{path} has no {split} file; it has {names}")
-    return _part(load(files["train"]), split, {8: "valid"})
+    return _part(load(files["train"], keep=keep), split, {8: "valid"})
 
 
 def _concatenate(path, parts):

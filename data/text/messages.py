@@ -13,7 +13,7 @@ value of the wrong type, an unknown role, a tool call, an image. Keys of a messa
 by unread_keys.
 
 Public: string, optional_string, strings, number, is_blank, either, decode_json, user, assistant, messages,
-system, prompt, answer, check_supported, unread_keys
+system, prompt, answer, as_text, check_supported, unread_keys
 """
 import math
 import re
@@ -217,6 +217,13 @@ def answer(record, key, location):
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise DataError(f'{location}: "{key}" must be a string, or one assistant message')
     return turns[0]
+
+
+def as_text(turns):
+    """Messages as one text: the content of a single message, else "role: content" on a line for each."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 # ---- what is not read --------------------------------------------------------------------------------------

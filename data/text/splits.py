@@ -21,6 +21,11 @@ def row_json(row):
     return json.dumps({key: value for key, value in row.items() if key != "line"}, sort_keys=True)
 
 
+def _content_json(row):
+    """row_json of what every task reads of a row: a file has the same splits for all tasks."""
+    return row_json({key: value for key, value in row.items() if key != "record"})
+
+
 def prompt_key(row):
     """What must not be in two splits: the row without its last answer; all of it if the prompt is empty."""
     if "text" in row:
@@ -30,7 +35,7 @@ def prompt_key(row):
     messages = row["prompt"] if "prompt" in row else row["messages"][:-1]
     if any(message["content"].strip() for message in messages):
         return json.dumps(messages)
-    return row_json(row)
+    return _content_json(row)
 
 
 def label_names(rows):
@@ -59,7 +64,7 @@ def split_rows(rows, held_out):
         if all(part[0]["text"].strip() for part in parts.values()):
             return parts
         return dict.fromkeys(parts, rows)
-    for key in (prompt_key, row_json):
+    for key in (prompt_key, _content_json):
         parts = {"train": []}
         for split in held_out.values():
             parts[split] = []

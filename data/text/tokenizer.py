@@ -90,6 +90,10 @@ class Tokenizer:
             raise DataError(f'its config names "{token}" as its {role}, and it has no such token')
         return self.special.get(token)
 
+    def same_vocabulary(self, other):
+        """Whether another tokenizer gives every id the same meaning."""
+        return self._bytes == other._bytes and self.special == other.special
+
     # ---- encoding ------------------------------------------------------------------------------------------
     def encode(self, text, special=False):
         """The ids of a text. special=True reads special tokens that it names; otherwise they are text.
