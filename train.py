@@ -1910,7 +1910,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward, setup.rows["train"])
-    with Progress("iteration", config.steps, trained.step, "iterations") as progress:
+    with Progress("iteration", config.steps, trained.step, "it") as progress:
         for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:
                 now = time.monotonic()

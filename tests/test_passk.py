@@ -153,7 +153,7 @@ def test_eval_samples_n_answers_and_keeps_the_greedy_metrics(town, tmp_path, cap
     lines = [line for line in out.splitlines() if line.startswith(("pass@", "mean@", "majority@"))]
     assert [line.split()[0] for line in lines] == ["pass@1", "pass@2", "pass@4", "pass@6", "majority@6", "mean@6"]
     low, high = pass_at_k.interval(pass_at_k.prompt_values(r["generations"], "pass@2"))
-    assert lines[1].endswith(f"one of 2 right, 95 %: [{low:.3f}, {high:.3f}]")
+    assert lines[1].endswith(f"any of 2 right, 95 %: [{low:.3f}, {high:.3f}]")
     assert "pass@5" not in out and max(map(len, lines)) <= 80
 
 

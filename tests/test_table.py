@@ -570,7 +570,7 @@ def test_a_picture_says_on_how_many_runs_and_items_a_point_stands(tmp_path):
 def test_a_plot_never_averages_or_joins_other_data(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "draw", lambda path, groups, fields, metric, x: drawn.append((groups, fields, x)))
+    monkeypatch.setattr(plots, "draw", lambda path, groups, fields, metric, x, y: drawn.append((groups, fields, x)))
     items = {"test_items": 4, "test_sha256": "t"}
     for rank in (1, 2):
         for data in ("d1", "d2"):

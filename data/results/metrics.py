@@ -265,7 +265,7 @@ UNITS = {"exact_match": "0 to 1", "accuracy": "0 to 1",
          "gold": "mean of the gold reward", "gold_std": "its standard deviation",
          "gold_gain": "rise of gold / gold_std before",
          "score_best_of_": "best of {} answers by score", "gold_best_of_": "gold of the best of {} by score",
-         "pass@": "one of {} right", "majority@": "most frequent of {} right", "mean@": "mean score of {}"}
+         "pass@": "any of {} right", "majority@": "most frequent of {} right", "mean@": "mean score of {}"}
 # What a loss is a mean over, by the metric that stands beside it.
 LOSS_UNITS = {"targets": "nats per token", "macro_f1": "nats per label", "f1": "nats per word",
               "pairs": "nats per prompt", "margin": "per pair"}

@@ -75,7 +75,7 @@ def describe(batch, answers, scores, ended, num_generations=1):
     right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
     for name, chosen in (("length_right", right), ("length_wrong", wrong)):
         if chosen.any():
-            metrics[name] = n[chosen].mean()
+            metrics[name] = n[chosen.to(n.device)].mean()
     if batch.values is not None:                            # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
         metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),

@@ -317,8 +317,8 @@ def print_tables(runs, cfg):
         print_result()
     if dropped:
         print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: {', '.join(dropped)}.")
-    legend = ("mean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run, Wilson over "
-              "test items (proportions only)")
+    legend = ("mean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run over test items "
+              "(proportions: Wilson, pass@k: Student's t)")
     if starred:
         legend += "; * the best of its table: its interval overlaps no other"
     print_wrapped(f"{legend}." if len(tests) > 1 else f"{name}; {legend}.")
