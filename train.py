@@ -1698,8 +1698,9 @@ def open_reward_model(cfg, ctx, base, word, rows):
     same_base = below is not None and below.resolve() == weights_folder(cfg.init).resolve()
     if same_base and method_of(folder).mergeable and settings(folder).get("quant", "none") in (
             "none", cfg.get("quant", "none")):
-        name = next(name for name in ("reward", *(f"reward_{i}" for i in range(2, 1000)))
-                    if not lora.adapters(base, name))
+        name = "reward"
+        while lora.adapters(base, name):
+            name += "_2"
         lora.load_adapter(base, folder, name, trainable=False)
         adapter = enter_model(ctx, base, name)
         room = base.config.block_size
@@ -1710,14 +1711,14 @@ def open_reward_model(cfg, ctx, base, word, rows):
         room = model.config.block_size - (prompt.prefix_len if prompt is not None else 0)
         folder = None
     stored = settings(word)
-    judge = Text(tokenizer, stored.get("template") or chat.guess_template(tokenizer), stored.get("system"))
+    own = Text(tokenizer, stored.get("template") or chat.guess_template(tokenizer), stored.get("system"))
     score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens)
-    if reward_models.same_tokens(ctx.text, judge, rows):
+    if reward_models.same_tokens(ctx.text, own, rows):
         score = reward_models.within(score, room)
     else:
         log_progress(f"--reward {word} was trained on other tokens than --init {cfg.init} writes (template "
-                     f"{judge.template}); it is given each row in its own")
-        score = reward_models.in_own_tokens(score, ctx.text, judge, room)
+                     f"{own.template}); it is given each row in its own")
+        score = reward_models.in_own_tokens(score, ctx.text, own, room)
         folder = None
     return reward_models.checked(score, word, ctx.text), head, folder
 

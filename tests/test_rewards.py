@@ -392,6 +392,24 @@ def test_a_reward_model_of_another_template_reads_its_own_tokens(land, judge, ca
     assert (foreign - expected).abs().min() > 1e-4
 
 
+def test_a_reward_model_of_another_tokenizer_reads_the_same_text(land):
+    mine = Text(Tokenizer.from_pretrained(land / "base"), "chatml")
+    other = Tokenizer.train(["What is 2+2? It is 4. " * 9], 300, tiny.SPECIAL)
+    own = Text(other, "chatml")
+    rows = {"test": [{"prompt": [tiny_turn("user", "What is 2+2?")]}]}
+    same = Text(Tokenizer.from_pretrained(land / "base"), "chatml")
+    assert reward_models.same_tokens(mine, same, rows) and not reward_models.same_tokens(mine, own, rows)
+    for settings in (("plain", None), ("chatml", "Be kind.")):
+        assert not reward_models.same_tokens(mine, Text(mine.tokenizer, *settings), rows)
+    read = []
+    answer = chat.answer("It is 4.", "chatml", mine.tokenizer)
+    score = reward_models.in_own_tokens(lambda prompts, answers, rows: read.append((prompts, answers)), mine, own, 100)
+    score([mine.prompt_ids(rows["test"][0])] * 2, [answer, answer[:-1]], rows["test"] * 2)
+    (prompts, answers), = read
+    assert len(prompts[0]) < len(mine.prompt_ids(rows["test"][0])) and prompts == [own.prompt_ids(rows["test"][0])] * 2
+    assert [other.decode(y, special=True) for y in answers] == ["It is 4.<|im_end|>", "It is 4."]
+
+
 def test_a_long_prompt_is_cut_to_the_context_of_the_reward_model():
     read = []
     score = reward_models.within(lambda prompts, answers, rows: read.extend(zip(prompts, answers)), 8)

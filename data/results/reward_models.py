@@ -16,32 +16,32 @@ from data.text.messages import as_text
 PROBES = 50                                             # rows of each split whose tokens are compared
 
 
-def same_tokens(text, judge, rows):
+def same_tokens(text, own, rows):
     """Whether two Texts (data/batches/examples.py) give one meaning to the ids of prompts and answers.
 
     rows: {split: rows}, of which some are rendered by both. Equal settings alone are not enough, because a
     model's own chat template decides part of its style.
     """
-    if (text.template, text.system, text.end_token) != (judge.template, judge.system, judge.end_token):
+    if (text.template, text.system, text.end_token) != (own.template, own.system, own.end_token):
         return False
-    if text.tokenizer is not judge.tokenizer and not text.tokenizer.same_vocabulary(judge.tokenizer):
+    if text.tokenizer is not own.tokenizer and not text.tokenizer.same_vocabulary(own.tokenizer):
         return False
     some = [row for part in rows.values() for row in part[:PROBES]]
-    return all(text.prompt_ids(row) == judge.prompt_ids(row) for row in some)
+    return all(text.prompt_ids(row) == own.prompt_ids(row) for row in some)
 
 
-def in_own_tokens(reward, text, judge, room):
-    """A reward of the policy's ids, of a reward model that reads those of `judge`, `room` at most."""
+def in_own_tokens(reward, text, own, room):
+    """A reward of the policy's ids, for a reward model that reads those of `own`, `room` at most."""
     def rendered(prompts, answers, rows):
-        mine = [judge.prompt_ids(row) for row in rows]
-        theirs = [_answer(text, judge, answer) for answer in answers]
+        mine = [own.prompt_ids(row) for row in rows]
+        theirs = [_answer(text, own, answer) for answer in answers]
         return within(reward, room)(mine, theirs, rows)
     return rendered
 
 
-def _answer(text, judge, answer):
-    """The ids of the judge for an answer of the policy; without an end token where the policy has none."""
-    ids = chat.answer(text.decode_answer(answer), judge.template, judge.tokenizer)
+def _answer(text, own, answer):
+    """An answer of the policy in the tokens of the reward model, without an end token where it has none."""
+    ids = chat.answer(text.decode_answer(answer), own.template, own.tokenizer)
     return ids if answer[-1] == text.end_token else ids[:-1] or ids
 
 
