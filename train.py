@@ -1835,7 +1835,7 @@ def write_samples(cfg, run, rows):
             log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
         write_rows(run.folder / f"{split}.jsonl", kept)
     del metrics["kl"]                                   # policy and reference are one here
-    counts = dict(params_total=count_numbers(ctx.model.parameters()), params_trainable=0)
+    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, []), {}, [], counts, clock)
 
