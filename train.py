@@ -1143,7 +1143,7 @@ def use_it(ctx, cfg, folder):
         return command_of_chat
     what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
     look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
-    return f"{command_of_chat}\n{look}  # the {what} its virtual tokens"
+    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
