@@ -24,8 +24,8 @@ workspace and fragmentation.
 
 C width   Q = nh hs   K = nkv hs   I width of the MLP   V vocabulary   L blocks   S columns a query attends to
 
-Public: COSTS, KINDS, Shape, Plan, planned, linears, count_numbers, count_weights, count_lora, activation_bytes,
-memory, flops, cache_bytes
+Public: COSTS, KINDS, Shape, Plan, planned, linears, count_numbers, count_weights, count_lora,
+activation_bytes, memory, flops, cache_bytes
 """
 from typing import NamedTuple
 
