@@ -63,6 +63,7 @@ from data.checkpoints.safetensors import write_tensors
 from data.results import (conversation, cost_model, evaluate, forecast, inspect_data, next_token, predict,
                           reward_models, shot_ladder, tables, untrained)
 from data.results.best import Best, KeepBestFlags, check_metric
+from data.results.cost_model import count_numbers
 from data.results.evaluate import AnswerFlags, EvalFlags, MicroBatchFlags
 from data.results.generations import GenerationsFlags, evaluate_generations, require_answers
 from data.results.inspect_data import CheckFlags
@@ -72,7 +73,8 @@ from data.results.layout import join_parts, wrapped
 from data.results.pass_at_k import generations_of, is_right_or_wrong, metrics_of
 from data.results.ppo_metrics import describe as rollout_report
 from data.results.ppo_metrics import brief, health, health_line, new_warnings, reward_report
-from data.results.report import asked, describe, describe_virtual_tokens, print_virtual_tokens, report
+from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
+                                 report)
 from data.results.trunk import open_trunk
 from data.runtime import command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
@@ -960,7 +962,7 @@ def train_and_measure(cfg, run, rows, row_type):
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
     task = find_task(cfg.task)
-    params_total = sum(p.numel() for p in ctx.model.parameters())
+    params_total = count_numbers(ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
         require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
@@ -978,10 +980,10 @@ def train_and_measure(cfg, run, rows, row_type):
         outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
         stored = save_weights(ctx, cfg, run.folder, rows["train"]) if trainable else {}
-        samples = [dict(prompt=asked(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
+        samples = [dict(prompt=prompt_text(ctx.text, row), reference=ctx.text.references(row)[0], before=before,
                         after=after)
                    for row, before, after in zip(rows["test"], state["before"], outcome.answers)]
-        counts = dict(params_total=params_total, params_trainable=sum(p.numel() for p in trainable.values()),
+        counts = dict(params_total=params_total, params_trainable=count_numbers(trainable.values()),
                       **stored)
         return finish(run, ctx, cfg, outcome, state["baseline"], samples, counts, clock_of(loop))
 
@@ -1071,7 +1073,7 @@ def train(ctx, cfg, run, rows, row_type, state):
     forgetting = forgetting_examples(cfg, ctx)
     if "forgetting_before" not in state:
         state["forgetting_before"] = forgetting_loss(ctx, forgetting)
-    total_params = sum(p.numel() for p in ctx.model.parameters())
+    total_params = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
@@ -1079,7 +1081,7 @@ def train(ctx, cfg, run, rows, row_type, state):
     if task.prepare:
         with Progress("before training"):
             prepare_examples(ctx, cfg, feed, total, examples)
-    count = sum(p.numel() for p in trainable.values())
+    count = count_numbers(trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
     if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
@@ -1167,7 +1169,7 @@ def use_it(ctx, cfg, folder):
         return command_of_chat
     what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
     look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
-    return f"{command_of_chat}\n{look}  # the {what} its virtual tokens"
+    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
@@ -1193,32 +1195,32 @@ def dry_run(cfg, rows, row_type):
     """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
-    found = foretell(ctx, cfg, rows, row_type, shown=2)
-    advice = forecast.advice_on_steps(cfg, found.steps) if found else ""
+    expected = preview(ctx, cfg, rows, row_type, shown=2)
+    advice = forecast.advice_on_steps(cfg, expected.steps) if expected else ""
     if advice:
         print_result(advice)
     return 0
 
 
-def foretell(ctx, cfg, rows, row_type, shown=0):
+def preview(ctx, cfg, rows, row_type, shown=0):
     """Print what a run takes, and so many of its examples. The model is changed. Returns the Forecast, None
     with several processes."""
     method = find_method(cfg.method)
-    params_total = sum(p.numel() for p in ctx.model.parameters())
+    params_total = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg) if method.trains else {}
     examples = encode_rows(ctx, cfg, rows)
     print_result(forecast.describe_model(cfg.init, ctx.model.config))
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
-        describe(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
+        describe_plan(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
     if dist_state.size > 1:                             # a measurement ends by each process's own clock
         print_result("\nthe time is measured by one process only: leave torchrun out")
         return None
-    found = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
+    expected = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
     print_result()
-    forecast.print_forecast(found, cfg.get("batch"), ctx.device)
-    return found
+    forecast.print_forecast(expected, cfg.get("batch"), ctx.device)
+    return expected
 
 
 def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.BUDGET):
@@ -1263,12 +1265,7 @@ def open_data(cfg):
     counts = [f"{len(r)} {split}{what}" for split, r in rows.items()]
     counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
-    task = find_task(cfg.task)
-    if train.row_type not in task.reads:
-        others = [other.name for other in TASKS if other.trains and train.row_type in other.reads]
-        raise DataError(f"{cfg.data} holds {train.row_type} rows; --task {cfg.task} reads "
-                        f"{' or '.join(task.reads)} rows; {train.row_type} rows are for --task "
-                        f"{' or '.join(others)}")
+    require_row_type(cfg, train.row_type)
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
@@ -1276,6 +1273,15 @@ def open_data(cfg):
     if train.row_type != "text":                    # text is measured in windows, see measure_baseline
         say_if_few({split: len(rows[split]) for split in ("valid", "test")})
     return rows, train.row_type
+
+
+def require_row_type(cfg, row_type):
+    """Raises DataError, which names the tasks that train on such rows, unless the task reads them."""
+    reads = find_task(cfg.task).reads
+    if row_type not in reads:
+        others = [task.name for task in TASKS if task.trains and row_type in task.reads]
+        raise DataError(f"{cfg.data} holds {row_type} rows; --task {cfg.task} reads {' or '.join(reads)} rows; "
+                        f"{row_type} rows are for --task {' or '.join(others)}")
 
 
 FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
@@ -1300,9 +1306,7 @@ def open_questions(cfg):
     """({"test": rows}, row type) of --data: all its rows, and each line of a .txt. Raises DataError."""
     data = formats.load_lines(cfg.data)
     log_progress(f"{data.source}, {data.format}: {len(data.rows)} rows")
-    if data.row_type not in find_task(cfg.task).reads:
-        raise DataError(f"{cfg.data} holds {data.row_type} rows; --task {cfg.task} reads "
-                        f"{' or '.join(find_task(cfg.task).reads)} rows")
+    require_row_type(cfg, data.row_type)
     return {"test": data.rows[:cfg.eval_items or None]}, data.row_type
 
 
@@ -1839,12 +1843,12 @@ def train_policy(cfg, run, rows):
     config = ppo.PPOConfig.from_flags(cfg)
     trains_base = find_method(cfg.method).trains_base
     base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
-    params_total = sum(p.numel() for p in base.parameters())
+    params_total = count_numbers(base.parameters())
     trainable = apply_method(ctx, cfg)
     setup = set_up_rollouts(cfg, ctx, rows, base, config)
     roles, critic = make_roles(cfg, ctx, base, setup)
     state = run.start(facts_of(ctx, rows)) or {}
-    count = sum(p.numel() for p in trainable.values())
+    count = count_numbers(trainable.values())
     log_progress(f"{count:,} of {params_total:,} parameters are trainable")
     run.add_facts(params_trainable=count, params_total=params_total)
     trained = ppo.PPOState(config, trainable, critic)
@@ -1868,7 +1872,7 @@ def train_policy(cfg, run, rows):
             metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
         with defer_signals:
             stored = save_weights(ctx, cfg, run.folder, rows["train"])
-            samples = [dict(prompt=asked(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
+            samples = [dict(prompt=prompt_text(ctx.text, row), before=before, after=ctx.text.decode_answer(y))
                        for row, before, y in zip(rows["test"], state["before"], answers)]
             counts = dict(params_total=params_total, params_trainable=count, **stored)
             clock = dict(steps=trained.step, tokens=state["tokens"], seconds=round(state["seconds"], 3),
@@ -2027,8 +2031,11 @@ def run_three_stages(cfg):
 
 
 def forecast_stage(cfg):
-    """The forecast.Forecast of a supervised run, from less than ten seconds of it."""
-    ctx = open_context(cfg)
+    """The forecast.Forecast of a supervised run, from less than ten seconds of it.
+
+    It trains a model of its own, for a moment: the run then opens another one, and describes it.
+    """
+    ctx = open_context(cfg, log=lambda line: None)
     data = formats.load_splits(cfg.data)
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
     trainable = apply_method(ctx, cfg)
@@ -2064,10 +2071,10 @@ def write_predictions(cfg, run, rows):
             prediction["reference"] = reference
     write_rows(run.folder / "predictions.jsonl", predictions)
     log_progress(f"{run.folder}/predictions.jsonl holds {len(predictions)} rows")
-    samples = [dict(prompt=asked(ctx.text, row), after=predict.describe(prediction))
+    samples = [dict(prompt=prompt_text(ctx.text, row), after=predict.prediction_text(prediction))
                for row, prediction in zip(questions[:3], predictions)]
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
-    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
+    counts = dict(params_total=count_numbers(ctx.model.parameters()), params_trainable=0)
     return finish(run, ctx, cfg, Outcome(predict.metrics_of(predictions), []), {}, samples, counts, clock)
 
 
@@ -2180,7 +2187,7 @@ def run_check(argv):
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
     return inspect_data.examine(ctx, cfg, data, shlex.join(words),
-                                (lambda: foretell(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
+                                (lambda: preview(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
                                 takes_shots=task.baseline and ShotFlags in task.baseline_flags)
 
 

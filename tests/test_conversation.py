@@ -292,7 +292,7 @@ def test_lines_of_a_text_file_get_labels(name, world, tmp_path, capsys):
     for row in rows:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
-        assert predict.describe(row) in printed
+        assert predict.prediction_text(row) in printed
     assert read_json(tmp_path / "p" / "result.json")["metrics"]["rows"] == 3
     again = train.formats.load(tmp_path / "p" / "predictions.jsonl")
     assert again.row_type == "label" and [row["label"] for row in again.rows] == [row["label"] for row in rows]

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+import tiny
 import train
 from data.runtime.device import pick_device, pick_threads
 from data.runtime.distributed import dist_state
@@ -47,12 +48,13 @@ def test_how_many_threads(asked, environment, width, expected, monkeypatch):
     assert torch.get_num_threads() == expected[0]
 
 
-@pytest.mark.parametrize("flags, count, why", [([], 1, "width 128 is below 512"), (["--threads", "2"], 2, "requested")])
+@pytest.mark.parametrize("flags, count, why", [([], 1, "width 32 is below 512"), (["--threads", "2"], 2, "requested")])
 def test_a_run_says_and_records_its_threads(flags, count, why, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
-    assert train.main(["--steps", "1", "--eval_items", "2", "--max_new_tokens", "2", "--forgetting_data", "none",
-                       "--out", str(tmp_path / "r"), *flags]) == 0
+    world = tiny.world(tmp_path)
+    assert train.main(["--init", str(world / "base"), "--data", str(world / "chat"), "--steps", "1", "--max_new_tokens", "2",
+                       "--forgetting_data", "none", "--out", str(tmp_path / "r"), *flags]) == 0
     assert f"{count} thread{'s' * (count > 1)} ({why})" in capsys.readouterr().err
     assert json.loads((tmp_path / "r" / "config.json").read_text())["machine"]["threads"] == count
     assert "threads" not in json.loads((tmp_path / "r" / "config.json").read_text())["config"]     # not what is computed

@@ -6,7 +6,7 @@ import torch
 
 from data.batches.examples import Ranking, Text, display
 from data.results.metrics import unit
-from data.results.report import (asked, format_number, mark_targets, print_virtual_tokens, relocated,
+from data.results.report import (format_number, mark_targets, print_virtual_tokens, prompt_text, relocated,
                                  report, usual_cosines)
 
 RESULT = dict(task="sft", method="lora", seed=1, params_trainable=10, adapter_bytes=40, steps=5, seconds=1.5,
@@ -79,13 +79,13 @@ def test_a_sample_shows_the_whole_conversation_that_was_asked_about():
         return {"role": role, "content": content}
     text = Text(SimpleNamespace(special={}, vocab_size=0, eos=None), "plain")
     answer = turn("assistant", "x")
-    assert asked(text, {"messages": [turn("user", "a\nb"), answer]}) == "a\nb"
+    assert prompt_text(text, {"messages": [turn("user", "a\nb"), answer]}) == "a\nb"
     several = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), answer]
-    assert asked(text, {"messages": several}) == "user: a\nassistant: b\nuser: c"
+    assert prompt_text(text, {"messages": several}) == "user: a\nassistant: b\nuser: c"
     text.system = "Be brief."
-    assert asked(text, {"messages": several[2:]}) == "system: Be brief.\nuser: c"
+    assert prompt_text(text, {"messages": several[2:]}) == "system: Be brief.\nuser: c"
     own = [turn("system", "S"), *several[2:]]
-    assert asked(text, {"messages": own}) == "system: S\nuser: c"
+    assert prompt_text(text, {"messages": own}) == "system: S\nuser: c"
 
 
 @pytest.mark.parametrize("x, text", [(None, ""), (12345, "12,345"), (0.5, "0.5000"), (1.5e7, "1.5e+07"),

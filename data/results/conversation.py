@@ -31,9 +31,9 @@ def chat(ctx, cfg, stored):
 
     stored: the settings of --init (run.json), {} for a model of another tool. Raises UserError.
     """
-    talk = Conversation(ctx, cfg, predict.row_type_of_model(ctx, stored), stored.get("turns") == 1)
+    conversation = Conversation(ctx, cfg, predict.row_type_of_model(ctx, stored), stored.get("turns") == 1)
     if cfg.prompt is not None:
-        talk.answer(cfg.prompt)
+        conversation.answer(cfg.prompt)
         return 0
     with contextlib.suppress(AttributeError):       # input that has been replaced
         sys.stdin.reconfigure(errors="replace")
@@ -41,14 +41,14 @@ def chat(ctx, cfg, stored):
         with contextlib.suppress(ImportError):      # absent on Windows
             import readline                         # noqa: F401    line editing, and a paste as one question
         log_progress(f"{COMMANDS}.")
-    for line in describe(ctx, cfg, talk, stored):
+    for line in opening_lines(ctx, cfg, conversation, stored):
         log_progress(line)
     while True:
         question = read_question()
         if question is None or question.strip() == "/quit":
             return 0
         if question.strip() == "/clear":
-            talk.turns = []
+            conversation.turns = []
             log_progress("the conversation is forgotten")
         elif question.strip() == "/help":
             log_progress(f"{COMMANDS}.")
@@ -56,21 +56,21 @@ def chat(ctx, cfg, stored):
             log_progress(f"{question.strip()} is no command: {COMMANDS}.")
         elif question.strip():
             try:
-                talk.answer(question)
+                conversation.answer(question)
             except Interrupted:
                 forgive_ctrl_c()
                 log_progress("\nstopped; this question is not part of the conversation")
 
 
-def describe(ctx, cfg, talk, stored):
+def opening_lines(ctx, cfg, conversation, stored):
     """What a user should know before the first question, as lines."""
-    if talk.row_type == "label":
+    if conversation.row_type == "label":
         by = "a classifier head" if ctx.head is not None else "label words"
-        asked = ctx.text.turns(predict.question_row(ctx, "label", "TEXT"))[0]["content"]
-        return [f"It labels texts, by {by}. A text is asked as: {' '.join(asked.split())}"]
-    if talk.row_type == "tags":
+        question = ctx.text.turns(predict.question_row(ctx, "label", "TEXT"))[0]["content"]
+        return [f"It labels texts, by {by}. A text is asked as: {' '.join(question.split())}"]
+    if conversation.row_type == "tags":
         return ["It names the entities of a text."]
-    greedy = talk.sampling["temperature"] == 0
+    greedy = conversation.sampling["temperature"] == 0
     way = "Answers are greedy (--temperature 0.7 samples)" if greedy else "Answers are sampled"
     lines = [f"{way} and have at most {cfg.max_new_tokens} tokens (--max_new_tokens)."]
     if ctx.text.system:
@@ -78,7 +78,7 @@ def describe(ctx, cfg, talk, stored):
     elif ctx.text.system is None and stored.get("systems", 0) > 1:
         lines.append(f"Its training rows had {stored['systems']} different system messages; --system gives "
                      "one.")
-    if talk.single:
+    if conversation.single:
         lines.append("It was trained on single questions: each is asked alone, without those before it.")
     return lines
 
@@ -165,7 +165,7 @@ class Conversation:
         """Print the answer to a question."""
         if self.row_type != "chat":
             row = predict.question_row(self.ctx, self.row_type, question)
-            print_result(predict.describe(predict.predict_rows(self.ctx, self.row_type, [row])[0]))
+            print_result(predict.prediction_text(predict.predict_rows(self.ctx, self.row_type, [row])[0]))
             return
         turns = [] if self.single else self.turns
         turns = self.fit([*turns, {"role": "user", "content": question}])

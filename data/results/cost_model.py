@@ -24,8 +24,8 @@ workspace and fragmentation.
 
 C width   Q = nh hs   K = nkv hs   I width of the MLP   V vocabulary   L blocks   S columns a query attends to
 
-Public: COSTS, KINDS, Shape, Plan, planned, linears, count_weights, count_lora, activation_bytes, memory,
-flops, cache_bytes
+Public: COSTS, KINDS, Shape, Plan, planned, linears, count_numbers, count_weights, count_lora,
+activation_bytes, memory, flops, cache_bytes
 """
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ def planned(ctx, cfg, trainable, examples, block_size, costs, logits_on_answers=
     if ctx.text.classifier == "head":
         supervised_share = 0.0                          # a head's logits are few
     rows = max(1, min(cfg.batch, ctx.micro_batch_tokens // row))
-    return Plan(kind=costs["kind"], trainable=sum(p.numel() for p in trainable.values()), tokens=rows * row,
+    return Plan(kind=costs["kind"], trainable=count_numbers(trainable.values()), tokens=rows * row,
                 row=row // answers, supervised=round(rows * row * supervised_share),
                 bytes_each=ctx.dtype.itemsize, targets=tuple(costs["targets"]), rank=costs["rank"],
                 keeps_output=costs["keeps_output"], quant=costs["quant"],
@@ -120,6 +120,11 @@ def example_sizes(examples, block_size, logits_on_answers):
 
 
 # ------------------------------------------------------------------------------------------------------ sizes
+
+def count_numbers(parameters):
+    """How many numbers these tensors hold together."""
+    return sum(p.numel() for p in parameters)
+
 
 def linears(c):
     """{word: (in, out)} of a block's Linears."""

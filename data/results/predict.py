@@ -9,7 +9,7 @@ The probabilities are p(label) = softmax over the labels of log p(label word | q
 head. Predictions are rows in the format of training, so that a file of them can be --data again; what a row
 had as its answer becomes "reference".
 
-Public: question_row, predict_rows, describe, metrics_of, row_type_of_model, open_row, input_rows, KINDS
+Public: question_row, predict_rows, prediction_text, metrics_of, row_type_of_model, open_row, input_rows, KINDS
 """
 import re
 
@@ -110,7 +110,7 @@ def predict_tags(ctx, rows):
     return [{"tokens": row["tokens"], "tags": some} for row, some in zip(rows, tags)]
 
 
-def describe(prediction):
+def prediction_text(prediction):
     """A prediction as one text."""
     if "label" in prediction:
         shown = [f"{label} {p:.3f}" for label, p in list(prediction["probabilities"].items())[:SHOWN]]

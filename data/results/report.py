@@ -8,8 +8,7 @@ moved it. Two cosines of the same embedding say how near is near: of a random di
 word, and of a word with the other word that is nearest to it. Keys and values have no nearest tokens: for them
 there are norms and distances, by layer.
 
-Public: describe, report, asked, describe_virtual_tokens,
-print_virtual_tokens
+Public: describe_plan, report, prompt_text, describe_virtual_tokens, print_virtual_tokens
 """
 import math
 import shlex
@@ -35,7 +34,7 @@ BRIEF = ("task", "method", "seed", "params_trainable", "adapter_bytes", "model_b
 
 # ------------------------------------------------------------------------------------------- before a run
 
-def describe(ctx, plan, base, examples):
+def describe_plan(ctx, plan, base, examples):
     """Print a plan's trainable parameters, memory and arithmetic, and examples with the loss mask. Returns 0.
 
     plan      a cost_model.Plan            base   number of parameters of the base model
@@ -190,7 +189,7 @@ def relocated(command, old, new):
     return "\n".join(f"{line} ".replace(old, new).strip() for line in command.split("\n"))
 
 
-def asked(text, row):
+def prompt_text(text, row):
     """What a row asks of a model, as text. text: a Text of data/batches/examples.py."""
     turns = text.turns(row)[:-1]
     if text.system and not any(turn["role"] == "system" for turn in turns):
