@@ -18,7 +18,7 @@ from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import log_progress
 
-NOT_A_SCORE = ("targets", "pairs")           # counts among the metrics
+NOT_A_SCORE = ("targets", "pairs", "prompts")           # counts among the metrics
 
 
 @dataclass(frozen=True)
