@@ -54,9 +54,9 @@ Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
-the loss at 0.3). KTO pairs a prompt with the answers of the next example that has another prompt, in the order
-of the data and not of the batch: their reference log-probabilities never change, either, and one pass before
-training finds them. ORPO's likelihood loss is a mean over the answer's tokens alone, and p = 1 counts as
+the loss at 0.3). KTO pairs a prompt with the answers of the example half the data further on, not with
+those of the next one in the batch: then their reference log-probabilities never change, and one pass before
+training finds them, also where all weights are trained. ORPO's likelihood loss is a mean over the answer's tokens alone, and p = 1 counts as
 1 - 1e-6, whose odds are finite.
 
 An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen

@@ -208,7 +208,7 @@ def transformer(seed):
     return Task(ref, torch.tensor(scores), prompts, R=3, banned=range(V, 8)), copy.deepcopy(ref)
 
 
-WORLDS = {"table": (tabular, dict(steps=250, lr=0.3)), "transformer": (transformer, dict(steps=200, lr=3e-3))}
+WORLDS = {"table": (tabular, dict(steps=400, lr=1.0)), "transformer": (transformer, dict(steps=120, lr=3e-3))}
 
 
 def run(name, world="table", seed=0, **changes):

@@ -326,12 +326,14 @@ def test_rankings_as_thumbs():
     assert as_thumbs(thumbs) is thumbs
 
 
-def test_the_next_answer_to_another_prompt():
-    def thumbs(*prompts):
-        return [Thumbs([p], [[i]], [True]) for i, p in enumerate(prompts)]
-    assert mismatched(thumbs(1, 2, 3)) == [([1],), ([2],), ([0],)]
-    assert mismatched(thumbs(1, 1, 2, 2, 1)) == [([2],), ([2],), ([4],), ([4],), ([2],)]
-    assert mismatched(thumbs(7, 7)) == [(), ()] and mismatched(thumbs(7)) == [()] and mismatched([]) == []
+def test_the_answers_to_other_prompts():
+    """Half the data further on: each once, good ones with bad ones; never behind their own prompt."""
+    def partners(*prompts):
+        return [[y[0] for y in some] for some in mismatched([Thumbs([p], [[i]], [True]) for i, p in enumerate(prompts)])]
+    assert partners(1, 2, 3) == [[1], [2], [0]] and partners(1, 1, 2, 2) == [[2], [3], [0], [1]]
+    assert partners(1, 2, 1, 3) == [[3], [3], [1], [1]]             # of equal prompts the next one further on
+    assert partners(1, 1, 2, 2, 1) == [[2], [3], [4], [0], [2]]
+    assert partners(7, 7) == [[], []] and partners(7) == [[]] and partners() == []
     got = mismatched([Thumbs([1], [[5], [6]], [True, False]), Thumbs([2], [[7]], [True])])
     assert got == [([7],), ([5], [6])]
 
@@ -477,8 +479,8 @@ def test_micro_batches_change_no_gradient(name, data, town, thumbs, tmp_path):  
 
 
 def test_z0_of_a_step_by_a_loop(town, thumbs):                      # noqa: F811
-    """After the policy has moved: beta times the mean log-ratio over all pairs of a prompt and the next row's
-    answer, whatever the micro-batches; and the loss reads it."""
+    """After the policy has moved: beta times the mean log-ratio of each prompt with the answer half the data
+    further on, whatever the micro-batches; and the loss reads it."""
     cfg = train.parse(["--task", "dpo", "--preference_loss", "kto", "--method", "full", "--init",
                        str(town / "base"), "--data", str(thumbs), "--beta", "0.7"])
     ctx = train.open_context(cfg)
@@ -490,7 +492,7 @@ def test_z0_of_a_step_by_a_loop(town, thumbs):                      # noqa: F811
         p.data.add_(0.3 * torch.randn_like(p))
     with torch.no_grad():
         ratios = [(total(ctx.model, a.prompt, b.answers[0]) - total(reference, a.prompt, b.answers[0])).item()
-                  for a, b in zip(examples, examples[1:] + examples[:1])]
+                  for a, b in zip(examples, examples[3:] + examples[:3])]
     mean = sum(ratios) / len(ratios)
     want = max(0.0, 0.7 * mean)
     found = []

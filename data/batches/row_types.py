@@ -61,14 +61,21 @@ def as_thumbs(example):
 
 
 def mismatched(examples):
-    """For each example the answers of the next one that has another prompt; the first one follows the last."""
+    """For each example the answers of the one that stands half the data further on, so that each is used once;
+    if that has the same prompt, of the next one that has not. () where all prompts are equal."""
     n = len(examples)
-    partner = [None] * n
-    for i in reversed(range(2 * n)):                    # twice around: the last ones look past the end
+    following = [None] * n                              # the next example with another prompt
+    for i in reversed(range(2 * n)):                    # twice around: the first one follows the last
         after = (i + 1) % n
         differs = examples[i % n].prompt != examples[after].prompt
-        partner[i % n] = after if differs else partner[after]
-    return [() if other is None else tuple(examples[other].answers) for other in partner]
+        following[i % n] = after if differs else following[after]
+    found = []
+    for i, example in enumerate(examples):
+        other = (i + n // 2) % n
+        if examples[other].prompt == example.prompt:
+            other = following[other]
+        found.append(() if other is None else tuple(examples[other].answers))
+    return found
 
 
 def _conversation(prompt, answer):
