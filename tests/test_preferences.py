@@ -4,7 +4,9 @@ import contextlib
 import copy
 import json
 import math
+import pathlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from test_train import same, weights, world                         # noqa: F401
 from tiny import Stop, write
 
 F64 = torch.float64
+TRL = pathlib.Path(__file__).parent / "fixtures" / "preferences" / "trl.npz"
 LOSSES = [record.name for record in ppo.PREFERENCE_LOSSES]
 END = 0
 
@@ -565,3 +568,32 @@ def test_the_aims_agree_with_closed_forms():
     pairs.loss(cfg, theta.log_softmax(1)).backward()
     assert theta.grad.abs().max() < 1e-6
     assert (pairs.aim(cfg)[0].exp() < 1e-9).equal(pairs.good[0] <= pairs.bad[0])
+
+
+# ------------------------------------------------------------------------------------------- TRL's numbers
+
+def test_the_losses_are_trls():
+    """On log-probabilities in fp64 (make_preference_fixtures.py). TRL's ipo may average over tokens, its orpo also
+    trains on the prompt, its simpo takes gamma / beta off the difference: the same numbers on the same inputs."""
+    x = {name: torch.from_numpy(value) for name, value in np.load(TRL).items()}
+    pair = [x[name] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
+    mean = x["chosen"] / x["chosen_length"], x["rejected"] / x["rejected_length"]
+    z0 = ppo.kto_z0((x["kl"] - x["ref_kl"]).sum().item(), 16, 0.3)
+    assert abs(z0 - 0.3 * x["kl_mean"].item()) < 1e-12 and z0 > 0
+    kto = [ppo.kto_loss(pair[i] - pair[i + 2], torch.full((16,), i == 0), z0, 0.3, 1.25, 0.75)[0] for i in (0, 1)]
+    ours = {"dpo": ppo.dpo_loss(*pair, beta=0.3)[0], "cdpo": ppo.dpo_loss(*pair, beta=0.3, label_smoothing=0.2)[0],
+            "ipo": ppo.ipo_loss(*pair, beta=0.3)[0], "simpo": ppo.simpo_loss(*mean, beta=2.0, gamma=0.7)[0],
+            "odds": -mean[0] - ppo.orpo_loss(*mean, weight=0.25)[0], "kto_good": kto[0], "kto_bad": kto[1]}
+    for name, loss in ours.items():
+        assert (loss - x[name]).abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("method", ["full", "ia3", "p_tuning_v2", "prompt_tuning"])
+def test_kto_with_other_methods(method, town, thumbs, tmp_path):    # noqa: F811
+    """The reference and z0 also where all weights, or a soft prompt, are trained: both begin at 0."""
+    soft = ["--num_virtual_tokens", "2"] if "tuning" in method else []
+    rate = "1e-3" if method == "full" else "3e-2"
+    r = go(town, tmp_path / "r", "--task", "dpo", "--preference_loss", "kto", "--data", thumbs, "--method", method,
+           "--steps", "6", "--batch", "8", "--forgetting_data", "none", "--lr", rate, *soft)
+    assert abs(events(tmp_path / "r")[0]["loss"] - 0.5) < 1e-5
+    assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"] and r["skipped"] == 0
