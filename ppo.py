@@ -21,18 +21,18 @@ The other algorithms change the advantage, the policy loss, the place of the KL 
 Each is one record in ALGORITHMS.
 
 Without RL: losses on answers that people ranked, each one record in PREFERENCE_LOSSES. l = sum of log pi over
-the answer's tokens, h = l - l_ref, m = l / tokens; w is preferred to v:
+the answer's tokens, h = l - l_ref, m = l / tokens, o = log(p / (1 - p)) of p = exp(m); w is preferred to v:
 
     dpo    -log sigmoid(beta (h_w - h_v))                          ipo   (h_w - h_v - 1 / (2 beta))^2
     simpo  -log sigmoid(beta (m_w - m_v) - gamma)                  no reference
-    orpo   -m_w - lambda log sigmoid(o_w - o_v)                    o = log(p / (1 - p)), p = exp(m); no reference
+    orpo   -m_w - lambda log sigmoid(o_w - o_v)                    no reference
     kto    lambda_D sigmoid(z0 - beta h) of a good answer, lambda_U sigmoid(beta h - z0) of a bad one
            z0 = max(0, mean of beta h over answers to *other* prompts), of the whole step, without a gradient
 
 All pairs of unequal ranks among a prompt's K answers count, averaged per prompt, as in the reward model
-(InstructGPT, eq. 1): none of these papers ranks more than two, a 9-way ranking weighs as much as a pair, and
-no pair that people compared is thrown away. kto reads them as thumbs: good is an answer that wins more of its
-comparisons than it loses, bad one that loses more.
+(InstructGPT, eq. 1): a 9-way ranking weighs as much as a pair, and no comparison is thrown away. DPO's other
+proposal for K answers, Plackett-Luce (its appendix A.3), is the same for two and has no place for ties. kto
+reads rankings as thumbs: good is an answer that wins more comparisons than it loses, bad one that loses more.
 
 The index convention, everywhere. Rows are right-padded; column t of a response tensor is the *action* "emit
 response token t", taken knowing all before it: position start - 1 + t. Here start = 3 and n = 4:
@@ -48,16 +48,16 @@ response token t", taken knowing all before it: position start - 1 + t. Here sta
 
 Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
 2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; sequence-level ratio (GSPO) 2507.18071; DPO 2305.18290; IPO
-2310.12036; SimPO 2405.14734; ORPO 2403.07691; KTO 2402.01306; all roles on one base 2309.00754; KL estimators k1, k2, k3: Schulman 2020
-(joschu.net/blog/kl-approx.html).
+2310.12036; SimPO 2405.14734; ORPO 2403.07691; KTO 2402.01306; all roles on one base 2309.00754; KL estimators
+k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
 the loss at 0.3). KTO pairs a prompt with the answers of the example half the data further on, not with
 those of the next one in the batch: then their reference log-probabilities never change, and one pass before
-training finds them, also where all weights are trained. ORPO's likelihood loss is a mean over the answer's tokens alone, and p = 1 counts as
-1 - 1e-6, whose odds are finite.
+training finds them, also where all weights are trained. ORPO's likelihood loss is a mean over the answer's
+tokens alone, and p = 1 counts as 1 - 1e-6, whose odds are finite.
 
 An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen
 base, copies or soft prompts can be policy, reference, critic and reward model; this file imports none of
@@ -66,8 +66,8 @@ them. Dropout is off in every role: model.eval(), gradients on.
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k answers per prompt
 Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, PreferenceLoss, PREFERENCE_LOSSES,
 masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
-log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, simpo_loss, orpo_loss,
-kto_loss, kto_z0, entropy, best_of_n, feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution,
+log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, simpo_loss,
+orpo_loss, kto_loss, kto_z0, entropy, best_of_n, feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution,
 logprobs, values, scores, ScalarHead, calibrate, model_reward, reward_step, answer_logprobs,
 mismatched_log_ratios, preference_step, dpo_step, kto_step, Roles, Environment, PPOState, rollout,
 compute_advantages, update, train_ppo
@@ -281,10 +281,9 @@ class PreferenceConfig(RecordConfig):
     """
     preference_loss: str = flag("dpo", "the loss on preferred answers",
                                 choices=lambda: tuple(one.name for one in PREFERENCE_LOSSES))
-    beta: float = flag(0.1, "how strongly the policy is held to the reference; scale of SimPO's margin", low=0)
+    beta: float = flag(0.1, "how strongly the policy is held to the reference; of SimPO, its scale", low=0)
     label_smoothing: float = flag(0.0, "the probability that a label is wrong (cDPO)", low=0, high=1)
-    simpo_gamma: float = flag(1.0, "SimPO's gamma: the margin that it asks for, in units of beta x log p per token",
-                              low=0)
+    simpo_gamma: float = flag(1.0, "SimPO's gamma: the margin that it asks for", low=0)
     orpo_lambda: float = flag(0.1, "ORPO's lambda: weight of the odds ratio beside the likelihood", low=0)
     desirable_weight: float = flag(1.0, "KTO's lambda_D: weight of good answers", low=0)
     undesirable_weight: float = flag(1.0, "KTO's lambda_U: weight of bad answers", low=0)
@@ -299,8 +298,8 @@ class PreferenceConfig(RecordConfig):
             raise UserError(f"--beta {cfg.beta} with --label_smoothing {cfg.label_smoothing} "
                             "teaches nothing; beta is above 0, smoothing below 0.5")
         if cfg.desirable_weight == cfg.undesirable_weight == 0:
-            raise UserError("--desirable_weight 0 with --undesirable_weight 0 teaches nothing; one of them is "
-                            "above 0")
+            raise UserError("--desirable_weight 0 with --undesirable_weight 0 teaches nothing; one of them "
+                            "is above 0")
 
 
 # -------------------------------------------------------------------------------------------------- equations

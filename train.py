@@ -1009,8 +1009,8 @@ def drop_equal_answers(ctx, cfg, rows):
         changed = [row["line"] for row, new in zip(some, after) if new is not row]
         if changed:
             dropped = len(some) - len(kept[split])
-            log_progress(f"{split}: {dropped} rows are dropped, {len(changed) - dropped} lose an answer, because "
-                         f"two of their answers are equal as tokens ({changed[0]} is the first)")
+            log_progress(f"{split}: {dropped} rows are dropped, {len(changed) - dropped} lose an answer, because two "
+                         f"of their answers are equal as tokens ({changed[0]} is the first)")
         if some and not kept[split]:
             raise DataError(f"0 usable examples in {split}: the answers of all {len(some)} rows are equal as "
                             f"tokens ({changed[0]} is the first); use a larger --block_size if they were cut")
@@ -1205,7 +1205,7 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
     optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
     training = forecast.measure_training(
         ctx, feed, steps, list(trainable.values()), optimizer,
-        lambda micro_batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [micro_batch], [], past)[0], past),
+        lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
         lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
     return forecast.Forecast(steps, feed.tokens(steps), training, seconds)
 
@@ -1479,12 +1479,13 @@ def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
             yield [examples[i] for i in part]
     total = 0.0
     parts = []
+    config = preference_config(cfg)
     unpaired = preference_record(cfg).unpaired
     past = ctx.past()
     z0 = find_z0(ctx, cfg, batches("answers to other prompts"), past) if unpaired else 0.0
     with ctx.autocast():
         for batch in batches("preferences"):
-            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, preference_config(cfg), z0)
+            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0)
             total += loss.item()
             parts.append({name: x.cpu() for name, x in values.items()})
     total = sum(distributed.gather(total))
@@ -1541,7 +1542,8 @@ def add_reference_logprobs(ctx, cfg, examples):
     past = ctx.past()
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, lengths, "reference log-probabilities"):
-            logp = ppo.answer_logprobs(adapter_context(ctx, past), [(examples[i].prompt, answers[i]) for i in part])
+            some = [(examples[i].prompt, answers[i]) for i in part]
+            logp = ppo.answer_logprobs(adapter_context(ctx, past), some)
             for i, values in zip(part, logp.split([len(answers[i]) for i in part])):
                 found[i] = values.tolist()
     done = []
@@ -2069,7 +2071,8 @@ def run_check(argv):
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
-    rows = drop_equal_answers(ctx, cfg, measured_rows(cfg, {split: part.rows for split, part in data.items()}))
+    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    rows = drop_equal_answers(ctx, cfg, rows)
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *needed, *others]
     return inspect_data.examine(ctx, cfg, data, shlex.join(words),
@@ -2117,7 +2120,7 @@ class Task:
     metric: str = "loss"                            # what it is about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
-    prepare_step: Callable = None   # (ctx, cfg, micro-batches, idle ones, past) -> micro-batches, of a whole step
+    prepare_step: Callable = None                   # of a step: as the function prepare_step
     check_data: Callable = None                     # (cfg, row type): DataError for rows its flags do not read
     flags_for_rows: Callable = None                 # (row type) -> words that such rows need, for --task check
     begin: Callable = None                          # (ctx, cfg, rows) -> more state, before training

@@ -11,8 +11,8 @@ W[i, j] is the probability that i is chosen and j rejected; n the length. What t
 distributions, found without ppo.py and without training:
 
     dpo    pi*: h_i - h_j = (score_i - score_j) / beta is the minimum for each pair (2305.18290, eq. 4 and 7)
-    ipo    ref exp(P(y beats ref) / beta) / Z (2310.12036, eq. 7, Psi = identity): probabilities are bounded, so no
-           score is followed far
+    ipo    ref exp(P(y beats ref) / beta) / Z (2310.12036, Psi = identity): probabilities are bounded, so no score
+           is followed far
     simpo  exp(n (u + c)), u the minimum of the convex sum W log(1 + exp(gamma - beta (u_i - u_j))), c so that it sums
            to 1; with gamma = 0, u = score / beta: a score per token, and no reference
     orpo   the minimum of its expected loss, by LBFGS on the probabilities; with lambda = 0, pi = P(chosen) / n / Z
@@ -36,12 +36,13 @@ from test_ppo_optimum import BETA, EOS, Task, V, outcomes, tabular, trainable
 
 SEEDS = range(3)
 WHY = {
-    "dpo": ("pi*", "the Bradley-Terry likelihood of log-ratios has its maximum at the rater's own scores"),
-    "ipo": ("ref exp(P(beats ref) / beta)", "it regresses on probabilities, which are bounded, not on scores"),
-    "simpo": ("exp(n (u + c))", "a score per token and a margin gamma; no reference holds it, so KL is what it comes to"),
-    "orpo": ("P(chosen) per token, sharpened", "mostly SFT on chosen answers: it stays near what is often chosen"),
-    "kto": ("mass on what is good more often than bad", "a sigmoid value saturates: enough is enough for good answers, "
-            "and bad ones vanish"),
+    "dpo": ("pi*", "the likelihood of the rater's choices is largest where log-ratios are the scores / beta"),
+    "ipo": ("ref exp(P(beats ref) / beta)", "its target is a probability, which is bounded, and not a score"),
+    "simpo": ("exp(n (u + c))", "its scores count per token and nothing holds it to the reference; of rare answers it "
+              "learns slowly"),
+    "orpo": ("the minimum of its loss", "it is mostly SFT on chosen answers, so it stays near what is often chosen"),
+    "kto": ("answers more often good than bad", "a sigmoid gives good answers a ceiling, and bad ones lose all "
+            "probability"),
 }
 
 

@@ -45,8 +45,8 @@ class Thumbs(typing.NamedTuple):
 
 
 def as_thumbs(example):
-    """The Thumbs of a Ranking: an answer that wins more comparisons than it loses is good, one that loses more
-    is bad, any other is left out. A Thumbs stays as it is."""
+    """The Thumbs of a Ranking: an answer that wins more comparisons than it loses is good, one that loses
+    more is bad, any other is left out. A Thumbs stays as it is."""
     if isinstance(example, Thumbs):
         return example
     answers = []
@@ -61,8 +61,8 @@ def as_thumbs(example):
 
 
 def mismatched(examples):
-    """For each example the answers of the one that stands half the data further on, so that each is used once;
-    if that has the same prompt, of the next one that has not. () where all prompts are equal."""
+    """For each example the answers of the one that stands half the data further on, so that each is used
+    once; if that has the same prompt, of the next one that has not. () where all prompts are equal."""
     n = len(examples)
     following = [None] * n                              # the next example with another prompt
     for i in reversed(range(2 * n)):                    # twice around: the first one follows the last

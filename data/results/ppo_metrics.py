@@ -155,8 +155,8 @@ def reward_report(parts):
 
 
 def preference_report(parts):
-    """[{name: (n,)}, ...], as ppo.preference_step returns them -> the mean of each metric that has values, and
-    `prompts`, how many the accuracy is a mean over."""
+    """[{name: (n,)}, ...], as ppo.preference_step returns them -> the mean of each metric that has values,
+    and `prompts`, how many the accuracy is a mean over."""
     values = defaultdict(list)
     for part in parts:
         for name, x in part.items():

@@ -198,7 +198,7 @@ def metric_notes(result):
             low, high = wilson(item_correct.count("1"), len(item_correct))
             parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
         elif name in PROPORTIONS and {name, "prompts"} <= result["metrics"].keys():
-            n = result["metrics"]["prompts"]            # each prompt's own share varies no more than 0 and 1 do
+            n = result["metrics"]["prompts"]            # a prompt's own share varies no more than 0 and 1 do
             low, high = wilson(n * result["metrics"][name], n)
             parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
         notes[name] = ", ".join(filter(None, parts))

@@ -49,7 +49,8 @@ METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
 # {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
 DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "beta",
-                       "label_smoothing", "simpo_gamma", "orpo_lambda", "desirable_weight", "undesirable_weight"),
+                       "label_smoothing", "simpo_gamma", "orpo_lambda", "desirable_weight",
+                       "undesirable_weight"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
               "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward",),
               "gold": ("gold_reward",)}
