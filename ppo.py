@@ -18,7 +18,21 @@ One iteration of PPO:
  6. beta moves towards the KL target; the average of the weights (EMA) is updated
 
 The other algorithms change the advantage, the policy loss, the place of the KL term and the mean over tokens.
-Each is one record in ALGORITHMS; each loss on pairs of answers is one record in PREFERENCE_LOSSES.
+Each is one record in ALGORITHMS.
+
+Without RL: losses on answers that people ranked, each one record in PREFERENCE_LOSSES. l = sum of log pi over
+the answer's tokens, h = l - l_ref, m = l / tokens, o = log(p / (1 - p)) of p = exp(m); w is preferred to v:
+
+    dpo    -log sigmoid(beta (h_w - h_v))                          ipo   (h_w - h_v - 1 / (2 beta))^2
+    simpo  -log sigmoid(beta (m_w - m_v) - gamma)                  no reference
+    orpo   -m_w - lambda log sigmoid(o_w - o_v)                    no reference
+    kto    lambda_D sigmoid(z0 - beta h) of a good answer, lambda_U sigmoid(beta h - z0) of a bad one
+           z0 = max(0, mean of beta h over answers to *other* prompts), of the whole step, without a gradient
+
+All pairs of unequal ranks among a prompt's K answers count, averaged per prompt, as in the reward model
+(InstructGPT, eq. 1): a 9-way ranking weighs as much as a pair, and no comparison is thrown away. DPO's other
+proposal for K answers, Plackett-Luce (its appendix A.3), is the same for two and has no place for ties. kto
+reads rankings as thumbs: good is an answer that wins more comparisons than it loses, bad one that loses more.
 
 The index convention, everywhere. Rows are right-padded; column t of a response tensor is the *action* "emit
 response token t", taken knowing all before it: position start - 1 + t. Here start = 3 and n = 4:
@@ -34,13 +48,16 @@ response token t", taken knowing all before it: position start - 1 + t. Here sta
 
 Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
 2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; sequence-level ratio (GSPO) 2507.18071; DPO 2305.18290; IPO
-2310.12036; all roles on one base 2309.00754; KL estimators k1, k2, k3: Schulman 2020
-(joschu.net/blog/kl-approx.html).
+2310.12036; SimPO 2405.14734; ORPO 2403.07691; KTO 2402.01306; all roles on one base 2309.00754; KL estimators
+k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
-the loss at 0.3).
+the loss at 0.3). KTO pairs a prompt with the answers of the example half the data further on, not with
+those of the next one in the batch: then their reference log-probabilities never change, and one pass before
+training finds them, also where all weights are trained. ORPO's likelihood loss is a mean over the answer's
+tokens alone, and p = 1 counts as 1 - 1e-6, whose odds are finite.
 
 An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen
 base, copies or soft prompts can be policy, reference, critic and reward model; this file imports none of
@@ -49,10 +66,11 @@ them. Dropout is off in every role: model.eval(), gradients on.
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k answers per prompt
 Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, PreferenceLoss, PREFERENCE_LOSSES,
 masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
-log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, entropy, best_of_n,
-feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution, logprobs, values, scores, ScalarHead,
-calibrate, model_reward, combine_rewards, checked_scores, part_means, reward_step, pair_logprobs, dpo_step,
-Roles, Scores, Environment, PPOState, rollout, compute_advantages, update, train_ppo
+log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, simpo_loss,
+orpo_loss, kto_loss, kto_z0, entropy, best_of_n, feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution,
+logprobs, values, scores, ScalarHead, calibrate, model_reward, combine_rewards, checked_scores, part_means, reward_step, answer_logprobs,
+mismatched_log_ratios, preference_step, dpo_step, kto_step, Roles, Scores, Environment, PPOState, rollout,
+compute_advantages, update, train_ppo
 """
 import math
 import numbers
@@ -126,12 +144,21 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss on pairs of answers. loss: (cfg, PairLogprobs) -> loss (B,), margin (B,), above 0 where the pair
-    is ranked right. The other fields: see data/runtime/records.py."""
+    """A loss on preferred answers. A new one is one more entry in PREFERENCE_LOSSES.
+
+    loss       (cfg, PairLogprobs) -> loss (P,), margin (P,): above 0 where the pair is ranked right. Where
+               `unpaired`: (cfg, ThumbLogprobs) -> the same of single answers, (N,)
+    unpaired   it takes answers that are good or bad, each alone; pairs are read as such
+    needs_reference   it takes log-probabilities of the reference, found once before training
+    reads      types of the rows that it can be computed from
+    defaults, own_flags, unused: see data/runtime/records.py
+    """
     name: str
     help: str
     loss: Callable
     needs_reference: bool = True
+    unpaired: bool = False
+    reads: tuple = ("pairs", "ranked")
     defaults: dict = field(default_factory=dict)
     own_flags: tuple = ()
     unused: tuple = ()
@@ -139,13 +166,21 @@ class PreferenceLoss:
 
 
 class PairLogprobs(NamedTuple):
-    """A better and a worse answer to each prompt, all (B,); log-probabilities are summed over the answer."""
+    """Pairs of a better and a worse answer, all (P,); log-probabilities are summed over the answer."""
     chosen: torch.Tensor
     rejected: torch.Tensor
     ref_chosen: torch.Tensor                    # of the reference; None if the loss has none
     ref_rejected: torch.Tensor
     chosen_length: torch.Tensor                 # tokens of the answer, its end token included
     rejected_length: torch.Tensor
+
+
+class ThumbLogprobs(NamedTuple):
+    """Answers that are good or bad, all (N,) but z0; log-probabilities are summed over the answer."""
+    logp: torch.Tensor
+    ref_logp: torch.Tensor
+    good: torch.Tensor                          # bool
+    z0: float                                   # of the whole step, see kto_z0
 
 
 def score_or_none(word):
@@ -244,10 +279,14 @@ class PreferenceConfig(RecordConfig):
 
     See RecordConfig for defaults and errors.
     """
-    preference_loss: str = flag("dpo", "the loss on pairs of answers",
+    preference_loss: str = flag("dpo", "the loss on preferred answers",
                                 choices=lambda: tuple(one.name for one in PREFERENCE_LOSSES))
-    dpo_beta: float = flag(0.1, "beta: how strongly the policy is held to the reference", low=0)
+    beta: float = flag(0.1, "how strongly the policy is held to the reference; of SimPO, its scale", low=0)
     label_smoothing: float = flag(0.0, "the probability that a label is wrong (cDPO)", low=0, high=1)
+    simpo_gamma: float = flag(1.0, "SimPO's gamma: the margin that it asks for", low=0)
+    orpo_lambda: float = flag(0.1, "ORPO's lambda: weight of the odds ratio beside the likelihood", low=0)
+    desirable_weight: float = flag(1.0, "KTO's lambda_D: weight of good answers", low=0)
+    undesirable_weight: float = flag(1.0, "KTO's lambda_U: weight of bad answers", low=0)
 
     @staticmethod
     def records():
@@ -255,9 +294,12 @@ class PreferenceConfig(RecordConfig):
 
     @staticmethod
     def check_values(cfg, loss):
-        if cfg.dpo_beta == 0 or cfg.label_smoothing >= 0.5:
-            raise UserError(f"--dpo_beta {cfg.dpo_beta} with --label_smoothing {cfg.label_smoothing} "
+        if cfg.beta == 0 or cfg.label_smoothing >= 0.5:
+            raise UserError(f"--beta {cfg.beta} with --label_smoothing {cfg.label_smoothing} "
                             "teaches nothing; beta is above 0, smoothing below 0.5")
+        if cfg.desirable_weight == cfg.undesirable_weight == 0:
+            raise UserError("--desirable_weight 0 with --undesirable_weight 0 teaches nothing; one of them "
+                            "is above 0")
 
 
 # -------------------------------------------------------------------------------------------------- equations
@@ -420,6 +462,41 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
     return (h - 1 / (2 * beta)) ** 2, beta * h
 
 
+def simpo_loss(chosen, rejected, beta=2.0, gamma=1.0):
+    """*Mean* log-probabilities over the answer's tokens (B,) -> loss (B,), margin (B,): beta times their
+    difference, which the loss asks to exceed gamma (SimPO, eq. 6). No reference holds the policy."""
+    margin = beta * (chosen - rejected)
+    return pairwise_loss(margin, gamma), margin
+
+
+def log_odds(logp):
+    """log(p / (1 - p)) of p = exp(logp), which is at most 1 - 1e-6: above, no gradient."""
+    logp = logp.clamp(max=-1e-6)
+    return logp - (-logp.expm1()).log()
+
+
+def orpo_loss(chosen, rejected, weight=0.1):
+    """*Mean* log-probabilities (B,) -> loss (B,), margin (B,): the log of the odds ratio. The loss is that of
+    SFT on the chosen answer, per token, plus weight x -log sigmoid(margin) (ORPO, eq. 6 and 7)."""
+    margin = log_odds(chosen) - log_odds(rejected)
+    return -chosen - weight * F.logsigmoid(margin), margin
+
+
+def kto_loss(log_ratio, good, z0=0.0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
+    """log(pi / ref) summed over the answer (N,), good (N,) bool -> loss (N,), margin (N,): how far beta times
+    the log-ratio lies on the right side of z0 (KTO, eq. 8)."""
+    distance = beta * log_ratio - z0
+    margin = distance.where(good, -distance)
+    loss = (-margin).sigmoid()                                                  # 1 - sigmoid(margin)
+    return torch.where(good, desirable_weight * loss, undesirable_weight * loss), margin
+
+
+def kto_z0(total, count, beta=0.1):
+    """KTO's reference point: the KL of policy and reference, estimated by `count` answers to other prompts
+    whose log-ratios add up to `total`, times beta; never below 0, and 0 without such answers."""
+    return max(0.0, beta * total / max(count, 1))
+
+
 def entropy(logits):
     """(..., V) -> (...), exact. entr(0) is 0, where p log p would make NaN of a banned token."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
@@ -534,18 +611,39 @@ ALGORITHMS = (
 
 
 def dpo_pair_loss(cfg, pair):
-    return dpo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.dpo_beta,
+    return dpo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.beta,
                     cfg.label_smoothing)
 
 
 def ipo_pair_loss(cfg, pair):
-    return ipo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.dpo_beta)
+    return ipo_loss(pair.chosen, pair.rejected, pair.ref_chosen, pair.ref_rejected, cfg.beta)
+
+
+def simpo_pair_loss(cfg, pair):
+    return simpo_loss(pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length, cfg.beta,
+                      cfg.simpo_gamma)
+
+
+def orpo_pair_loss(cfg, pair):
+    return orpo_loss(pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length, cfg.orpo_lambda)
+
+
+def kto_thumb_loss(cfg, thumbs):
+    return kto_loss(thumbs.logp - thumbs.ref_logp, thumbs.good, thumbs.z0, cfg.beta, cfg.desirable_weight,
+                    cfg.undesirable_weight)
 
 
 PREFERENCE_LOSSES = (
     PreferenceLoss("dpo", "log-sigmoid of the margin (2305.18290)", dpo_pair_loss,
                    own_flags=("label_smoothing",)),
     PreferenceLoss("ipo", "squared error of the margin (2310.12036)", ipo_pair_loss),
+    PreferenceLoss("simpo", "margin of mean log-probabilities, no reference (2405.14734)", simpo_pair_loss,
+                   needs_reference=False, defaults={"beta": 2.0}, own_flags=("simpo_gamma",)),
+    PreferenceLoss("orpo", "SFT and the odds ratio in one, no reference (2403.07691)", orpo_pair_loss,
+                   needs_reference=False, own_flags=("orpo_lambda",), unused=("beta",)),
+    PreferenceLoss("kto", "answers that are good or bad, each alone (2402.01306)", kto_thumb_loss,
+                   unpaired=True, reads=("thumbs", "pairs", "ranked"),
+                   own_flags=("desirable_weight", "undesirable_weight")),
 )
 
 
@@ -750,10 +848,37 @@ def combine_rewards(parts):
     return reward
 
 
-# -------------------------------------------------------------------- supervised steps: reward models, pairs
+# -------------------------------------------------------------- supervised steps: reward models, preferences
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 # examples: [(prompt, [answer, ...], [rank, ...], ...), ...], ids; smaller rank = better. A comparison has the
 # ranks 0 and 1, or 0 and the margin of votes.
+
+class Ranked(NamedTuple):
+    """The answers of B examples."""
+    flat: Batch                                 # a row for each answer
+    rank: torch.Tensor                          # (B, K)
+    mask: torch.Tensor                          # (B, K)    which answers exist
+    length: torch.Tensor                        # (B, K)    tokens, end token included
+
+
+def collate_ranked(examples, device):
+    """Examples -> Ranked. Raises UserError for an example without as many ranks as answers."""
+    prompts = []
+    answers = []
+    ranks = []
+    for i, (prompt, some, their_ranks, *_) in enumerate(examples):
+        if not len(some) or len(some) != len(their_ranks):
+            raise UserError(f"example {i} has {len(some)} answers and {len(their_ranks)} ranks; it needs one "
+                            "answer or more, and a rank for each")
+        prompts += [prompt] * len(some)
+        answers += some
+        ranks += their_ranks
+    flat = collate_rollout(prompts, answers, device)
+    n = torch.tensor([len(example[1]) for example in examples], device=device)
+    mask = torch.arange(int(n.max()), device=device) < n[:, None]               # (B, K)
+    rank = torch.tensor(ranks, dtype=torch.get_default_dtype(), device=device)
+    return Ranked(flat, scatter_to_mask(rank, mask), mask, scatter_to_mask(flat.mask.sum(1), mask))
+
 
 def reward_step(adapter_context, head, examples):
     """One forward scores all answers; the pairs of a prompt stay together: spread over batches they overfit
@@ -761,77 +886,119 @@ def reward_step(adapter_context, head, examples):
     pair, and (scores, rank, mask, answer length), each (B, K), for ppo_metrics.reward_report. Raises
     UserError for an example without as many ranks as answers.
     """
-    prompts = []
-    answers = []
-    ranks = []
-    for i, (prompt, some, their_ranks, *_) in enumerate(examples):
-        check_ranks(i, some, their_ranks)
-        prompts += [prompt] * len(some)
-        answers += some
-        ranks += their_ranks
     with adapter_context() as (model, past):
-        flat = collate_rollout(prompts, answers, model.wte.weight.device)
-        s = scores(model, head, flat, past)                                     # (all answers,)
-    n = torch.tensor([len(example[1]) for example in examples], device=s.device)
-    mask = torch.arange(int(n.max()), device=s.device) < n[:, None]             # (B, K)
-    rank = torch.tensor(ranks, dtype=s.dtype, device=s.device)
-    s, rank, length = (scatter_to_mask(x, mask) for x in (s, rank, flat.mask.sum(1)))       # (B, K)
-    loss, pairs = rank_loss(s, rank, mask)
-    return loss.sum(), (pairs > 0).sum(), (s.detach(), rank, mask, length)
+        ranked = collate_ranked(examples, model.wte.weight.device)
+        s = scatter_to_mask(scores(model, head, ranked.flat, past), ranked.mask)                # (B, K)
+    loss, pairs = rank_loss(s, ranked.rank, ranked.mask)
+    return loss.sum(), (pairs > 0).sum(), (s.detach(), ranked.rank, ranked.mask, ranked.length)
 
 
-def check_ranks(i, answers, ranks):
-    """Raises UserError unless example i has a rank for each answer."""
-    if not len(answers) or len(answers) != len(ranks):
-        raise UserError(f"example {i} has {len(answers)} answers and {len(ranks)} ranks; it needs one "
-                        "answer or more, and a rank for each")
-
-
-def best_and_worst(i, example):
-    """The answers of the smallest and the largest rank of example i; of equal ranks the first one in its
-    list. Raises UserError if all ranks are equal: that is no pair."""
-    _, answers, ranks, *_ = example
-    check_ranks(i, answers, ranks)
-    if min(ranks) == max(ranks):
-        raise UserError(f"example {i} ranks all its answers {ranks[0]}; a pair is a better and a worse one")
-    return answers[ranks.index(min(ranks))], answers[ranks.index(max(ranks))]
-
-
-def pair_logprobs(adapter_context, examples):
-    """Log-probabilities, summed over the answer, of the best and the worst answer to each prompt, by rank:
-    two (B,). Raises UserError for an example whose ranks are all equal."""
-    pairs = [best_and_worst(i, example) for i, example in enumerate(examples)]
-    answers = [best for best, _ in pairs] + [worst for _, worst in pairs]
+def answer_logprobs(adapter_context, examples):
+    """Log-probabilities of all answers, one example behind the other, summed over their tokens: (N,).
+    examples: [(prompt, [answer, ...], ...), ...]."""
+    prompts = [example[0] for example in examples for _ in example[1]]
+    answers = [answer for example in examples for answer in example[1]]
     with adapter_context() as (model, past):
-        batch = collate_rollout([example[0] for example in examples] * 2, answers, model.wte.weight.device)
-        return logprobs(PolicyDistribution(model), batch, past).sum(1).chunk(2)
+        batch = collate_rollout(prompts, answers, model.wte.weight.device)
+        return logprobs(PolicyDistribution(model), batch, past).sum(1)
+
+
+def reference_logprobs(record, examples, like):
+    """What the reference gives all answers, (N,), from the fourth entries of examples; None if the loss needs
+    none. Raises UserError for an example without a log-probability for each answer."""
+    if not record.needs_reference:
+        return None
+    if any(len(example) < 4 or len(example[3]) != len(example[1]) for example in examples):
+        raise UserError(f"--preference_loss {record.name} needs a reference: each example must have the "
+                        "log-probabilities of its answers as a fourth entry")
+    return torch.tensor([x for example in examples for x in example[3]], device=like.device, dtype=like.dtype)
+
+
+def preference_step(adapter_context, examples, cfg, z0=0.0):
+    """The preference loss that cfg, a PreferenceConfig, names: dpo_step, or for answers without a partner
+    kto_step, which reads z0."""
+    if find_record(PREFERENCE_LOSSES, cfg.preference_loss).unpaired:
+        return kto_step(adapter_context, examples, cfg, z0)
+    return dpo_step(adapter_context, examples, cfg)
 
 
 def dpo_step(adapter_context, examples, cfg):
-    """The preference loss that cfg names, on the best and the worst answer of each example.
+    """A loss on pairs: all pairs of unequal ranks among a prompt's answers, averaged per prompt.
 
-    examples  [(prompt, answers, ranks, (log-probability of the best, of the worst) under the reference),
-              ...]. The last never changes, so `pair_logprobs` finds it once, before training; a loss without
-              a reference ignores it
+    examples  [(prompt, answers, ranks, log-probabilities of the answers under the reference), ...]. The last
+              never change, so `answer_logprobs` finds them once, before training; a loss without a reference
+              ignores them
     cfg       a PreferenceConfig
-    Returns the loss summed over pairs, their number, and sums to log. That both answers become less likely is
-    normal: only their margin is trained. Raises UserError as pair_logprobs, and for a missing reference.
+    Returns the loss summed over examples, their number, and metrics {name: (B,)}. That both answers become
+    less likely is normal: only their margin is trained. Raises UserError as collate_ranked, for an example
+    whose ranks are all equal, and for a missing reference.
     """
     record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
-    chosen, rejected = pair_logprobs(adapter_context, examples)
-    ref_chosen = ref_rejected = None
-    if record.needs_reference:
-        if any(len(example) < 4 or len(example[3]) != 2 for example in examples):
-            raise UserError(f"--preference_loss {record.name} needs a reference: each example must have the "
-                            "log-probabilities of its best and worst answer as a fourth entry")
-        reference = torch.tensor([example[3] for example in examples], device=chosen.device)
-        ref_chosen, ref_rejected = reference.unbind(1)
-    lengths = [[len(answer) for answer in best_and_worst(i, example)] for i, example in enumerate(examples)]
-    lengths = torch.tensor(lengths, device=chosen.device)                       # (B, 2)
-    pair = PairLogprobs(chosen, rejected, ref_chosen, ref_rejected, *lengths.unbind(1))
-    loss, margin = record.loss(cfg, pair)
-    metrics = dict(accuracy=(margin > 0).float(), margin=margin, chosen_logp=chosen, rejected_logp=rejected)
-    return loss.sum(), len(examples), {name: x.detach().sum().item() for name, x in metrics.items()}
+    with adapter_context() as (model, past):
+        ranked = collate_ranked(examples, model.wte.weight.device)
+        logp = logprobs(PolicyDistribution(model), ranked.flat, past).sum(1)                    # (N,)
+    pair = ranked_pairs(ranked.rank, ranked.mask)                                               # (B, K, K)
+    count = pair.sum((1, 2))                                                                    # (B,)
+    for i, example in enumerate(examples):
+        if not count[i]:
+            raise UserError(f"example {i} ranks all its answers {example[2][0]}; a pair is a better and a "
+                            "worse one")
+    b, better, worse = pair.nonzero(as_tuple=True)                                              # (P,)
+    ref = reference_logprobs(record, examples, logp)
+    sides = []
+    for x in (logp, ref):
+        table = None if x is None else scatter_to_mask(x, ranked.mask)                          # (B, K)
+        sides += [None, None] if x is None else [table[b, better], table[b, worse]]
+    pairs = PairLogprobs(*sides, ranked.length[b, better], ranked.length[b, worse])
+    loss, margin = record.loss(cfg, pairs)
+
+    def per_prompt(x):
+        return x.new_zeros(len(examples)).index_add(0, b, x / count[b])
+    metrics = {"accuracy": ranked_right(margin), "margin": margin, "chosen_logp": pairs.chosen,
+               "rejected_logp": pairs.rejected}
+    return (per_prompt(loss).sum(), len(examples),
+            {name: per_prompt(x.detach()) for name, x in metrics.items()})
+
+
+def ranked_right(margin):
+    """1 where a margin is above 0, 1/2 where it is 0, else 0."""
+    return margin.sign() / 2 + 0.5
+
+
+def kto_step(adapter_context, examples, cfg, z0=0.0):
+    """A loss on answers that are good or bad, averaged per prompt.
+
+    examples  [(prompt, answers, [good?, ...], log-probabilities of the answers under the reference), ...]
+    cfg, result and errors as in dpo_step; z0: of the whole step, see mismatched_log_ratios. The metrics
+    good_logp and bad_logp have an entry for each such answer.
+    """
+    record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
+    logp = answer_logprobs(adapter_context, examples)                                           # (N,)
+    good = torch.tensor([label for example in examples for label in example[2]], device=logp.device)
+    thumbs = ThumbLogprobs(logp, reference_logprobs(record, examples, logp), good, z0)
+    loss, margin = record.loss(cfg, thumbs)
+    answers = [len(example[1]) for example in examples]
+
+    def per_prompt(x):
+        return torch.stack([some.mean() for some in x.split(answers)])
+    logp = logp.detach()
+    return (per_prompt(loss).sum(), len(examples),
+            {"accuracy": per_prompt(ranked_right(margin.detach())), "margin": per_prompt(margin.detach()),
+             "good_logp": logp[good], "bad_logp": logp[~good]})
+
+
+@torch.no_grad()
+def mismatched_log_ratios(adapter_context, examples):
+    """(sum of log(pi / ref) of answers to other prompts, how many): what kto_z0 takes, of all parts of a step.
+
+    examples: [(prompt, answers to other prompts, their log-probabilities under the reference), ...].
+    """
+    examples = [example for example in examples if len(example[1])]
+    if not examples:
+        return 0.0, 0
+    logp = answer_logprobs(adapter_context, examples)
+    ref = [x for example in examples for x in example[2]]
+    return logp.sum(dtype=torch.float64).item() - math.fsum(ref), len(ref)
 
 
 # ----------------------------------------------------------------------------------- PPO: what the loop takes

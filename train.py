@@ -51,10 +51,11 @@ import lora
 import ppo
 import prompts
 from data.batches import batching, few_shot, objectives
-from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, TooLongFlags,
-                                   size, targets, training_facts)
+from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, Thumbs,
+                                   TooLongFlags, size, targets, training_facts)
 from data.batches.few_shot import ShotFlags
 from data.batches.objectives import AttentionFlags, ObjectiveFlags, RawTextFlags
+from data.batches.row_types import as_thumbs, distinct, mismatched
 from data.checkpoints.hf import FAMILIES, read_config, save_generation
 from data.checkpoints.model_folders import (base_of, find, folders, hash_folder, portable, read_head,
                                             root_model, settings, weights_folder)
@@ -72,7 +73,8 @@ from data.results.next_token import GenerationFlags
 from data.results.layout import join_parts, wrapped
 from data.results.pass_at_k import generations_of, is_right_or_wrong, metrics_of
 from data.results.ppo_metrics import describe as rollout_report
-from data.results.ppo_metrics import brief, health, health_line, new_warnings, reward_report
+from data.results.ppo_metrics import (brief, health, health_line, new_warnings, preference_report,
+                                     reward_report)
 from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
                                  report)
 from data.results.trunk import open_trunk
@@ -738,6 +740,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
             micro_batches, idle_batches = local_micro_batches(feed, batch, cfg)
             count = max(sum(map(targets, batch)), 1)                        # of the whole step, all processes
             past, finish_prompt = prompt_past(ctx, cfg, micro_batches)      # None without a soft prompt
+            micro_batches = prepare_step(ctx, cfg, micro_batches, idle_batches, past)
             seed_rank(cfg.seed, step)
             loss = 0.0
             for micro_batch in micro_batches:
@@ -878,6 +881,13 @@ def prompt_past(ctx, cfg, micro_batches):
     return find_method(cfg.method).detach_past(past)
 
 
+def prepare_step(ctx, cfg, micro_batches, idle_batches, past):
+    """This process's micro-batches, with what a task finds out about the whole step before its first
+    gradient."""
+    prepare = find_task(cfg.task).prepare_step
+    return prepare(ctx, cfg, micro_batches, idle_batches, past) if prepare else micro_batches
+
+
 def add_penalty(loop):
     """AdaLoRA's orthogonality term: its gradient, and what the log says of it. The loss stays comparable."""
     if not loop.allocator:
@@ -961,10 +971,13 @@ def train_and_measure(cfg, run, rows, row_type):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
+    rows = drop_equal_answers(ctx, cfg, rows)
     task = find_task(cfg.task)
     params_total = count_numbers(ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
-        require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
+        few = rows["valid"][:2]
+        examples = encode_rows(ctx, cfg, {"valid": few})["valid"]
+        require_metric(ctx, cfg, few, task.prepare(ctx, cfg, examples) if task.prepare else examples)
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
@@ -1042,6 +1055,25 @@ def check_rows(ctx, cfg, rows, row_type):
                         "room for a text; give a shorter --question")
 
 
+def drop_equal_answers(ctx, cfg, rows):
+    """{split: rows} without answers that are, as tokens, a better one again: they are no comparison. Raises
+    DataError where that leaves no row."""
+    block = ctx.block_size(cfg.block_size) if "block_size" in cfg else 0
+    kept = {}
+    for split, some in rows.items():
+        after = [distinct(ctx.text, row, block) for row in some]
+        kept[split] = [row for row in after if row is not None]
+        changed = [row["line"] for row, new in zip(some, after) if new is not row]
+        if changed:
+            dropped = len(some) - len(kept[split])
+            log_progress(f"{split}: {dropped} rows are dropped, {len(changed) - dropped} lose an answer, because two "
+                         f"of their answers are equal as tokens ({changed[0]} is the first)")
+        if some and not kept[split]:
+            raise DataError(f"0 usable examples in {split}: the answers of all {len(some)} rows are equal as "
+                            f"tokens ({changed[0]} is the first); use a larger --block_size if they were cut")
+    return kept
+
+
 def measure_baseline(ctx, cfg, run, rows, shots):
     """What the model does before training, as the first state of a run."""
     task = find_task(cfg.task)
@@ -1050,6 +1082,8 @@ def measure_baseline(ctx, cfg, run, rows, shots):
         examples = encode_rows(ctx, cfg, {"test": test})
         if "text" in test[0] and "label" not in test[0]:
             say_if_few({"test": len(examples["test"])}, "window")
+        if task.prepare:
+            examples["test"] = task.prepare(ctx, cfg, examples["test"])
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
             metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
@@ -1195,6 +1229,7 @@ def dry_run(cfg, rows, row_type):
     """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
+    rows = drop_equal_answers(ctx, cfg, rows)
     expected = preview(ctx, cfg, rows, row_type, shown=2)
     advice = forecast.advice_on_steps(cfg, expected.steps) if expected else ""
     if advice:
@@ -1238,7 +1273,7 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
     optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
     training = forecast.measure_training(
         ctx, feed, steps, list(trainable.values()), optimizer,
-        lambda micro_batch, past: task.loss(ctx, cfg, micro_batch, past),
+        lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
         lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
     return forecast.Forecast(steps, feed.tokens(steps), training, seconds)
 
@@ -1266,9 +1301,16 @@ def open_data(cfg):
     counts += train.count_dropped()
     log_progress(f"{train.source}, {train.format or train.row_type}: {', '.join(counts)}")
     require_row_type(cfg, train.row_type)
+    check_data = find_task(cfg.task).check_data
+    if check_data:
+        check_data(cfg, train.row_type)
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
+    against = formats.outvoted(rows["train"])
+    if against:
+        log_progress(f"{len(against)} pairs have more votes against chosen than for it ({against[0]['line']} is "
+                     "the first); chosen is taken as the better answer all the same")
     rows = measured_rows(cfg, rows)
     if train.row_type != "text":                    # text is measured in windows, see measure_baseline
         say_if_few({split: len(rows[split]) for split in ("valid", "test")})
@@ -1457,12 +1499,33 @@ def reward_loss(ctx, cfg, batch, past):
 
 
 def preference_loss(ctx, cfg, batch, past):
-    """--preference_loss, summed over pairs."""
-    return ppo.dpo_step(adapter_context(ctx, past), batch, preference_config(cfg))[0]
+    """--preference_loss, summed over prompts."""
+    z0 = batch[0].z0 if preference_record(cfg).unpaired else 0.0
+    return ppo.preference_step(adapter_context(ctx, past), batch, preference_config(cfg), z0)[0]
 
 
 def preference_config(cfg):
     return ppo.PreferenceConfig.from_flags(cfg)
+
+
+def preference_record(cfg):
+    return find_record(ppo.PREFERENCE_LOSSES, cfg.preference_loss)
+
+
+def check_preferences(cfg, row_type):
+    """Raises DataError for rows that --preference_loss cannot compare."""
+    record = preference_record(cfg)
+    if row_type not in record.reads:
+        able = [other.name for other in ppo.PREFERENCE_LOSSES if row_type in other.reads]
+        raise DataError(f"{cfg.data} holds {row_type} rows, answers without a partner; --preference_loss "
+                        f"{record.name} reads {' or '.join(record.reads)} rows; --preference_loss "
+                        f"{' or '.join(able)} reads {row_type} rows")
+
+
+def preference_words(row_type):
+    """The flags without which --task dpo does not read rows of a type, as --task check gives them."""
+    able = [record.name for record in ppo.PREFERENCE_LOSSES if row_type in record.reads]
+    return [] if ppo.PreferenceConfig().preference_loss in able else ["--preference_loss", able[0]]
 
 
 def adapter_context(ctx, past):
@@ -1501,37 +1564,86 @@ def evaluate_reward(ctx, cfg, rows, examples, shots=()):
 
 @torch.no_grad()
 def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
-    """(loss, accuracy and margin of the implicit reward, answers to three prompts)."""
+    """(loss, accuracy and margin of the implicit reward, answers to three prompts). KTO's z0 is that of all
+    these examples."""
+    def batches(what):
+        for part in evaluate.length_batches(ctx, list(map(size, examples)), what):
+            yield [examples[i] for i in part]
     total = 0.0
-    steps = []
+    parts = []
+    config = preference_config(cfg)
+    unpaired = preference_record(cfg).unpaired
     past = ctx.past()
+    z0 = find_z0(ctx, cfg, batches("answers to other prompts"), past) if unpaired else 0.0
     with ctx.autocast():
-        for part in evaluate.length_batches(ctx, list(map(size, examples)), "preferences"):
-            loss, _, sums = ppo.dpo_step(adapter_context(ctx, past), [examples[i] for i in part],
-                                         preference_config(cfg))
+        for batch in batches("preferences"):
+            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0)
             total += loss.item()
-            steps.append(sums)
+            parts.append({name: x.cpu() for name, x in values.items()})
     total = sum(distributed.gather(total))
-    steps = sum(distributed.gather(steps), [])
-    means = {name: sum(sums[name] for sums in steps) / len(rows) for name in steps[0]}
+    metrics = preference_report(sum(distributed.gather(parts), []))
     answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows[:3]])
-    return {"loss": total / len(rows), **means}, answers
+    return {"loss": total / len(examples), **metrics, **({"z0": z0} if unpaired else {})}, answers
+
+
+def find_z0(ctx, cfg, batches, past, idle_batches=()):
+    """KTO's z0 of the Thumbs in these batches and those of all other processes, without dropout."""
+    sums = []
+    context = adapter_context(ctx, past)
+    with ctx.autocast():
+        for batch in batches:
+            sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch)))
+        for batch in idle_batches:                      # sharded: equal numbers of forwards
+            ppo.mismatched_log_ratios(context, mismatched_pairs(batch))
+    total, count = map(sum, zip((0.0, 0), *sum(distributed.gather(sums), [])))
+    return ppo.kto_z0(total, count, cfg.beta)
+
+
+def mismatched_pairs(examples):
+    return [(e.prompt, e.mismatched, e.mismatched_reference) for e in examples]
+
+
+def add_z0(ctx, cfg, micro_batches, idle_batches, past):
+    """The step's examples with KTO's z0, which is that of the whole step; other losses have none."""
+    if not preference_record(cfg).unpaired:
+        return micro_batches
+    ctx.train(False)
+    z0 = find_z0(ctx, cfg, micro_batches, past, idle_batches)
+    ctx.train()
+    return [[example._replace(z0=z0) for example in batch] for batch in micro_batches]
+
+
+def prepare_preferences(ctx, cfg, examples):
+    """Examples as --preference_loss takes them: for KTO good and bad answers, and answers to other prompts."""
+    if preference_record(cfg).unpaired:
+        examples = [as_thumbs(example) for example in examples]
+        partners = mismatched(examples)
+        examples = [example._replace(mismatched=answers) for example, answers in zip(examples, partners)]
+    return add_reference_logprobs(ctx, cfg, examples)
 
 
 @torch.no_grad()
 def add_reference_logprobs(ctx, cfg, examples):
-    """DPO's examples with their log-probabilities as they are now: the policy begins as its reference."""
-    record = find_record(ppo.PREFERENCE_LOSSES, cfg.preference_loss)
-    if not record.needs_reference:
+    """Examples with the log-probabilities of their answers as they are now: the policy begins as its
+    reference."""
+    if not preference_record(cfg).needs_reference:
         return examples
+    answers = [[*e.answers, *(e.mismatched if isinstance(e, Thumbs) else ())] for e in examples]
+    lengths = [sum(len(e.prompt) + len(ids) for ids in some) for e, some in zip(examples, answers)]
     found = {}
     past = ctx.past()
     with ctx.autocast():
-        for part in evaluate.length_batches(ctx, list(map(size, examples)), "reference log-probabilities"):
-            both = ppo.pair_logprobs(adapter_context(ctx, past), [examples[i] for i in part])
-            for i, pair in zip(part, torch.stack(both, 1).tolist()):
-                found[i] = pair
-    return [e._replace(reference=tuple(pair)) for e, pair in zip(examples, distributed.gather_rows(found))]
+        for part in evaluate.length_batches(ctx, lengths, "reference log-probabilities"):
+            some = [(examples[i].prompt, answers[i]) for i in part]
+            logp = ppo.answer_logprobs(adapter_context(ctx, past), some)
+            for i, values in zip(part, logp.split([len(answers[i]) for i in part])):
+                found[i] = values.tolist()
+    done = []
+    for example, values in zip(examples, distributed.gather_rows(found)):
+        n = len(example.answers)
+        example = example._replace(reference=tuple(values[:n]))
+        done.append(example if n == len(values) else example._replace(mismatched_reference=tuple(values[n:])))
+    return done
 
 
 def label_head(ctx, cfg):
@@ -2178,14 +2290,16 @@ def run_check(argv):
     task = next((task for task in reading if task.reads[0] == row_type), reading[0])
     if task.scores_samples:
         data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write, keep=True)
-    cfg = parse(["--task", task.name, "--data", own.data, *others])
+    needed = task.flags_for_rows(row_type) if task.flags_for_rows else []
+    cfg = parse(["--task", task.name, "--data", own.data, *needed, *others])
     of_a_run = sorted(cfg.given & cfg.transient)
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    rows = drop_equal_answers(ctx, cfg, rows)
     has_forecast = task.loss is not None                # the supervised loop; RL has none
-    words = ["python", "train.py", "--task", task.name, "--data", own.data, *others]
+    words = ["python", "train.py", "--task", task.name, "--data", own.data, *needed, *others]
     return inspect_data.examine(ctx, cfg, data, shlex.join(words),
                                 (lambda: preview(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
                                 takes_shots=task.baseline and ShotFlags in task.baseline_flags)
@@ -2234,6 +2348,9 @@ class Task:
     metric: str = None                              # what it is about; None: what its rows are about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
+    prepare_step: Callable = None                   # of a step: as the function prepare_step
+    check_data: Callable = None                     # (cfg, row type): DataError for rows its flags do not read
+    flags_for_rows: Callable = None                 # (row type) -> words that such rows need, for --task check
     begin: Callable = None                          # (ctx, cfg, rows) -> more state, before training
     end: Callable = None                            # (ctx, cfg, rows, state), after training
     logits_on_answers: bool = True                  # of a Ranking: its loss needs the answers' logits
@@ -2261,7 +2378,7 @@ def no_command(ctx, cfg, folder):
 RUN = (DataFlags, RunFolderFlags)
 LOOP = (TrainingFlags, KeepBestFlags, SaveFlags, DryRunFlags)
 PREFERENCES = ("pairs", "ranked")
-PROMPTS = ("prompt", "chat", "pairs", "ranked")
+PROMPTS = ("prompt", "chat", "pairs", "ranked", "thumbs")
 
 TASKS = (
     Task("sft", "next token on the answers only", run_supervised, reads=("chat", "label", "tags"),
@@ -2298,13 +2415,13 @@ TASKS = (
          loss=reward_loss, evaluate=evaluate_reward, metric="accuracy",
          baseline_metrics=False, begin=sample_for_calibration, end=calibrate_reward, judges=True,
          make_head=reward_head, load_head=load_reward_head, next_command=then_ppo),
-    Task("dpo", "preferences without RL", run_supervised, reads=PREFERENCES,
+    Task("dpo", "preferences without RL (--preference_loss)", run_supervised, reads=(*PREFERENCES, "thumbs"),
          flags=(*RUN, MicroBatchFlags, TextFlags, BlockFlags, EvalFlags, ppo.PreferenceConfig),
          training_flags=LOOP,
          defaults=dict(data="toy/preferences", epochs=0.25), lr_scale=0.1, generates=True,
          reads_templates=False, needs_causal=True,
-         loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", baseline_metrics=False,
-         prepare=add_reference_logprobs),
+         loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", prepare=prepare_preferences,
+         prepare_step=add_z0, check_data=check_preferences, flags_for_rows=preference_words),
     Task("ppo", "RL: PPO with a KL penalty to the reference, and relatives (--algo)", run_ppo, reads=PROMPTS,
          flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags, RawTextFlags),
          config=ppo.PPOConfig,

@@ -172,7 +172,7 @@ def test_check_foretells_the_command_that_follows(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task, extra", [("sft", "evaluation"), ("reward", "6 of valid before training"),
-                                         ("dpo", "22 examples prepared")])
+                                         ("dpo", "30 examples prepared")])
 def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
     pairs = [{"prompt": f"{i}", "chosen": "ab", "rejected": "b"} for i in range(40)]
     chats = [{"prompt": f"{i}", "completion": "ab"} for i in range(40)]
@@ -182,9 +182,9 @@ def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
             "--out", tmp_path / "r", "--dry_run"]
     assert train.main([*map(str, argv)]) == 0
     out = capsys.readouterr().out
-    before = "" if task in ("reward", "dpo") else "before and "
+    before = "" if task == "reward" else "before and "
     assert f"  8 test items {before}after training, 6 of valid 2 times: " in out
-    assert extra == "evaluation" or f"\n  {extra}: " in out          # dpo: 8 for two steps, 6 and 8 to measure
+    assert extra == "evaluation" or f"\n  {extra}: " in out          # dpo: 8 for two steps, 6 and 2 x 8 to measure
     assert not (tmp_path / "r").exists()
 
 

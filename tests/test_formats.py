@@ -728,12 +728,6 @@ def test_31_the_keys_of_two_formats(tmp_path, row):
     assert "data.jsonl:1: the keys of two formats, " in message and message.endswith("; keep those of one")
 
 
-def test_31_unpaired_feedback_is_refused(tmp_path):
-    for row in (dict(QA, label=False), dict(conversations=[], kto_tag=True),
-                dict(prompt="a", response="b", label=False), dict(prompt="a", response="b", label="True")):
-        assert "unpaired thumbs up or down (KTO) are not supported" in fault(tmp_path, [row])
-
-
 def test_31_alpaca_rows_may_leave_out_what_is_empty(tmp_path):
     data = read(tmp_path, [dict(instruction="a", output="b"), dict(instruction="a", input="c", output="b"),
                            dict(input="c", output="b")])

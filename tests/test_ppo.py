@@ -970,8 +970,9 @@ def test_the_defaults_and_where_the_ranges_begin():
     values = dataclasses.asdict(ppo.PPOConfig())
     del values["micro_batch_tokens"]
     assert values == DEFAULTS
-    assert dataclasses.asdict(ppo.PreferenceConfig()) == dict(preference_loss="dpo", dpo_beta=0.1,
-                                                              label_smoothing=0.0)
+    assert dataclasses.asdict(ppo.PreferenceConfig()) == dict(
+        preference_loss="dpo", beta=0.1, label_smoothing=0.0, simpo_gamma=1.0, orpo_lambda=0.1,
+        desirable_weight=1.0, undesirable_weight=1.0)
     ones = ("max_new_tokens", "micro_batch_tokens", "batch", "kl_horizon", "ppo_epochs", "minibatches")
     for name in set(DEFAULTS) - {"algo", "missing_eos_score", "temperature"} | set(ones):
         low = 1 if name in ones else 0
@@ -993,7 +994,7 @@ def test_default_clip_ranges():
 
 @pytest.mark.parametrize("call, says", [
     (lambda: ppo.PPOConfig(algo="foo"), "--algo foo is none of ppo rloo reinforce grpo drgrpo"),
-    (lambda: ppo.PreferenceConfig(preference_loss="foo"), "--preference_loss foo is none of dpo ipo"),
+    (lambda: ppo.PreferenceConfig(preference_loss="foo"), "--preference_loss foo is none of dpo ipo simpo orpo kto"),
     (lambda: ppo.PPOConfig(micro=3), "PPOConfig has no field micro; it has max_new_tokens"),
     (lambda: ppo.PPOConfig(lam=1.5), "--lam 1.5 is out of range"),
     (lambda: ppo.PPOConfig(missing_eos_score=math.nan), "--missing_eos_score"),
@@ -1050,54 +1051,58 @@ def test_a_flag_that_is_not_read_is_refused():
     assert dataclasses.replace(cfg, steps=9) == ppo.PPOConfig(algo="rloo", steps=9)
 
 
-def simpo(cfg, pair):
-    """A margin of mean log-probabilities, without a reference (2405.14734)."""
-    margin = cfg.dpo_beta * (pair.chosen / pair.chosen_length - pair.rejected / pair.rejected_length)
+def hinge(cfg, pair):
+    """A hinge on mean log-probabilities, without a reference (SLiC-HF, 2305.10425)."""
+    margin = cfg.beta * (pair.chosen / pair.chosen_length - pair.rejected / pair.rejected_length)
     assert pair.ref_chosen is None and pair.ref_rejected is None
-    return ppo.pairwise_loss(margin, torch.full_like(margin, 1.0)), margin
+    return (1 - margin).relu(), margin
 
 
 def test_a_new_preference_loss_is_one_record(monkeypatch):
-    record = ppo.PreferenceLoss("simpo", "no reference", simpo, needs_reference=False,
-                                defaults={"dpo_beta": 2.0})
+    record = ppo.PreferenceLoss("hinge", "no reference", hinge, needs_reference=False, defaults={"beta": 2.0})
     monkeypatch.setattr(ppo, "PREFERENCE_LOSSES", (*ppo.PREFERENCE_LOSSES, record))
-    cfg, model = ppo.PreferenceConfig(preference_loss="simpo"), gpt(6)
+    cfg, model = ppo.PreferenceConfig(preference_loss="hinge"), gpt(6)
     examples = [([1, 2], [[3, END], [4, 5, END]], [0, 1]), ([6], [[8, END], [7, 7, 7, END]], [2, 1])]
-    assert cfg.dpo_beta == 2.0
+    assert cfg.beta == 2.0
     optim, losses = torch.optim.Adam(model.parameters(), 1e-2), []
     for _ in range(20):
-        loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
+        loss, n, seen = ppo.preference_step(role(model), examples, cfg)
         optim.zero_grad()
         loss.backward()
         optim.step()
         losses.append(loss.item())
-    best, worst = ppo.pair_logprobs(role(model), examples)
-    margin = 2.0 * (best / torch.tensor([2, 4]) - worst / torch.tensor([3, 2]))
-    loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
-    assert abs(loss.item() - F.softplus(1 - margin).sum().item()) < 1e-5 and n == 2
-    assert losses[-1] < losses[0] / 2 and sums["accuracy"] == 2
+    a, b, c, d = ppo.answer_logprobs(role(model), examples)
+    margin = 2.0 * (torch.stack((a, d)) / torch.tensor([2, 4]) - torch.stack((b, c)) / torch.tensor([3, 2]))
+    loss, n, seen = ppo.preference_step(role(model), examples, cfg)
+    assert abs(loss.item() - (1 - margin).relu().sum().item()) < 1e-5 and n == 2
+    assert losses[-1] < losses[0] / 2 and seen["accuracy"].tolist() == [1, 1]
     with pytest.raises(UserError, match="--preference_loss dpo needs a reference"):
         ppo.dpo_step(role(model), examples, ppo.PreferenceConfig())
 
 
 def test_pairs_follow_the_ranks_and_not_the_order():
-    model, answers = gpt(6), [[3, END], [4, 5, END], [6, 7, 8, END]]
-    sorted_ = ([1, 2], [answers[1], answers[0], answers[2]], [1, 2, 3])
-    mixed = ([1, 2], answers, [2, 1, 3])
-    for a, b in zip(ppo.pair_logprobs(role(model), [sorted_]), ppo.pair_logprobs(role(model), [mixed])):
-        assert torch.equal(a, b)
-    # of equal ranks the first
-    for ranks, (best, worst) in [([1, 0, 0], (1, 0)), ([3, 3, 1], (2, 0)), ([0.5, -1, 0], (1, 0))]:
-        assert ppo.best_and_worst(0, ([1], answers, ranks)) == (answers[best], answers[worst])
-    reference = ppo.pair_logprobs(role(gpt(7)), [mixed])
-    examples = [([1, 2], answers, [2, 1, 3], tuple(x.item() for x in reference))]
-    loss, _, sums = ppo.dpo_step(role(model), examples, ppo.PreferenceConfig())
-    best, worst = ppo.pair_logprobs(role(model), [mixed])
-    want, _ = ppo.dpo_loss(best, worst, *reference)
-    torch.testing.assert_close(loss, want.sum(), atol=1e-5, rtol=1e-5)
-    assert sums["chosen_logp"] == best.item()
+    """All pairs of unequal ranks, each once, averaged per prompt, wherever an answer stands in its list."""
+    model, reference, answers = gpt(6), gpt(7), [[3, END], [4, 5, END], [6, 7, 8, END]]
+    want, pairs = 0, 0
+    p = ppo.answer_logprobs(role(model), [([1, 2], answers)])
+    r = ppo.answer_logprobs(role(reference), [([1, 2], answers)]).tolist()
+    for ranks in ([2, 1, 3], [3, 3, 1], [0.5, -1, 0]):
+        losses = [ppo.dpo_loss(p[i], p[j], r[i], r[j])[0] for i in range(3) for j in range(3)
+                  if ranks[i] < ranks[j]]
+        assert len(losses) == (2 if ranks == [3, 3, 1] else 3)
+        want += sum(losses) / len(losses)
+        for order in ([0, 1, 2], [2, 0, 1]):
+            example = ([1, 2], [answers[i] for i in order], [ranks[i] for i in order], [r[i] for i in order])
+            loss, n, seen = ppo.dpo_step(role(model), [example], ppo.PreferenceConfig())
+            torch.testing.assert_close(loss, sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
+        pairs += 1
+    examples = [([1, 2], answers, ranks, r) for ranks in ([2, 1, 3], [3, 3, 1], [0.5, -1, 0])]
+    loss, n, seen = ppo.dpo_step(role(model), examples, ppo.PreferenceConfig())
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    assert n == pairs and seen["chosen_logp"][1].item() == p[2].item()
+    torch.testing.assert_close(seen["rejected_logp"][0], (p[0] + 2 * p[2]) / 3)
     with pytest.raises(UserError, match="example 1 ranks all its answers 2"):
-        ppo.pair_logprobs(role(model), [mixed, ([1], answers, [2, 2, 2])])
+        ppo.dpo_step(role(model), [examples[0], ([1], answers, [2, 2, 2], r)], ppo.PreferenceConfig())
     with pytest.raises(UserError, match="example 0 has 3 answers and 2 ranks"):
         ppo.reward_step(role(model), ppo.ScalarHead(16), [([1], answers, [1, 2])])
 
@@ -1222,22 +1227,22 @@ def test_a_reward_model_learns_and_does_not_see_slots(dialect):
 
 def test_dpo_step():
     """Starts at log 2, is the equation on summed log-probabilities, learns the pairs."""
-    model, cfg = gpt(6), ppo.PreferenceConfig(dpo_beta=0.5)
+    model, cfg = gpt(6), ppo.PreferenceConfig(beta=0.5)
     ref = copy.deepcopy(model)
     examples = [([1, 2], ([3, END], [4, 5, END]), (0, 1)), ([6], ([7, 7, 7, END], [8, END]), (0, 1))]
     with torch.no_grad():
-        before = torch.stack(ppo.pair_logprobs(role(ref), examples), 1).tolist()
+        before = ppo.answer_logprobs(role(ref), examples).view(2, 2).tolist()
     examples = [(*e, pair) for e, pair in zip(examples, before)]
-    loss, n, sums = ppo.dpo_step(role(model), examples, cfg)
+    loss, n, seen = ppo.dpo_step(role(model), examples, cfg)
     assert n == 2 and abs(loss.item() / n - math.log(2)) < 1e-5
-    assert sums["margin"] == 0 and sums["accuracy"] == 0        # a margin of 0 is not ranked right
+    assert seen["margin"].tolist() == [0, 0] and seen["accuracy"].tolist() == [0.5, 0.5]    # a tie counts half
     optim = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(20):
         loss, n, seen = ppo.dpo_step(role(model), examples, cfg)
         optim.zero_grad()
         loss.backward()
         optim.step()
-    assert loss.item() / n < 0.2 and seen["accuracy"] == 2
+    assert loss.item() / n < 0.2 and seen["accuracy"].tolist() == [1, 1]
     by_hand = 0
     for p, (c, r), *_ in examples:
         def total(m, y):

@@ -91,7 +91,7 @@ def test_a_prompt_longer_than_the_context_leaves_room_for_an_answer(task, town, 
 def test_every_method_learns_preferences(task, data, method, town, tmp_path):
     rate = {"full": "1e-3", "lora": "1e-2", "adalora": "3e-2"}.get(method, "3e-2")
     soft = ["--num_virtual_tokens", "4"] if method in SOFT else []
-    r = go(town, tmp_path / "r", "--task", task, "--data", town / data, "--method", method, "--steps", "15",
+    r = go(town, tmp_path / "r", "--task", task, "--data", town / data, "--method", method, "--steps", "25",
            "--batch", "8", "--lr", rate, "--forgetting_data", "none", *soft)
     assert r["metrics"]["accuracy"] > 0.9 and r["metrics"]["loss"] < 0.6 and r["skipped"] == 0
     if task == "reward":
@@ -115,13 +115,13 @@ def test_a_saved_reward_model_scores_as_the_trained_one_did(town, tmp_path):
 def test_dpo_starts_at_log_2_and_its_reference_is_the_start(town, tmp_path):
     for method in ("lora", "full", "p_tuning_v2", "prompt_tuning"):
         go(town, tmp_path / method, "--task", "dpo", "--data", town / "pairs", "--method", method, "--steps",
-           "1", "--batch", "8", "--forgetting_data", "none", "--dpo_beta", "0.3")
+           "1", "--batch", "8", "--forgetting_data", "none", "--beta", "0.3")
         assert abs(events(tmp_path / method)[0]["loss"] - math.log(2)) < 1e-5, method
 
 
 def test_reference_logprobs_are_computed_for_the_rows_that_are_used(town, tmp_path, monkeypatch):
     seen = []
-    original = train.add_reference_logprobs
+    original = train.prepare_preferences
     task = train.find_task("dpo")
 
     def spy(ctx, cfg, examples):
@@ -132,9 +132,9 @@ def test_reference_logprobs_are_computed_for_the_rows_that_are_used(town, tmp_pa
     valid = len(formats.load(str(town / "pairs"), "valid").rows)
     flags = ["--task", "dpo", "--data", town / "pairs", "--batch", "4", "--forgetting_data", "none"]
     whole = go(town, tmp_path / "two", *flags, "--steps", "2", "--eval_every", "1")
-    assert seen == [8, valid, test] and whole["metrics"]["loss"] > 0
+    assert seen == [test, 8, valid, test] and whole["metrics"]["loss"] > 0      # before training: test
     go(town, tmp_path / "one", *flags, "--steps", "1")
-    assert seen[3:] == [4, valid, test]
+    assert seen[4:] == [test, 4, valid, test]
 
 
 def test_a_stage_before_ppo_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
@@ -260,7 +260,7 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
     (["--reward", "judges:letters", "--algo", "rloo", "--lam", "0.9"], "--lam means nothing"),
     (["--reward", "judges:letters", "--algo", "grpo", "--value_warmup", "2"], "--value_warmup means"),
     (["--reward", "judges:letters", "--algo", "drgrpo", "--gamma", "0.9"], "--gamma means nothing"),
-    (["--task", "dpo", "--dpo_beta", "0"], "teaches nothing"),
+    (["--task", "dpo", "--beta", "0"], "teaches nothing"),
     (["--task", "dpo", "--label_smoothing", "0.5"], "teaches nothing"),
     (["--task", "dpo", "--preference_loss", "ipo", "--label_smoothing", "0.1"], "leave one of them out"),
 ])

@@ -3,6 +3,7 @@
     (ids, mask)   mask[i] is true where token i is a target: answers and their end tokens
     Example       where that is not enough (objectives.py): other targets, bidirectional attention, a head
     Ranking       a prompt with better and worse answers (row_types.py)
+    Thumbs        a prompt with good or bad answers
 
     rows --Text.encode--> examples --Feed(step)--> micro-batches --objectives.collate--> tensors
 
@@ -10,7 +11,7 @@ Text renders a row in one place for training, scoring and generation, so that a 
 exactly the tokens that it was trained on. Feed is a pure function of (seed, step): no data state is saved
 or restored.
 
-Public: Text, Feed, Ranking, training_facts, targets, size, display
+Public: Text, Feed, Ranking, Thumbs, training_facts, targets, size, display
 """
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from data.batches import batching, objectives
 from data.batches.objectives import Example
-from data.batches.row_types import ROW_TYPES, Ranking, row_type_of
+from data.batches.row_types import ROW_TYPES, Ranking, Thumbs, row_type_of
 from data.text import chat
 from data.runtime.files import DataError
 from data.runtime.flags import flag
@@ -241,8 +242,8 @@ def training_facts(text, rows):
 
 # ---- examples ----------------------------------------------------------------------------------------------
 def targets(example):
-    """How many predictions an example is scored on; the comparisons of a Ranking count as one."""
-    if isinstance(example, Ranking):
+    """How many predictions an example is scored on; the answers of a preference count as one."""
+    if isinstance(example, (Ranking, Thumbs)):
         return 1
     if isinstance(example, Example):
         return sum(target >= 0 for target in example.y)
@@ -251,14 +252,14 @@ def targets(example):
 
 
 def size(example):
-    """The number of tokens of an example; of a Ranking, of all its sequences."""
-    if isinstance(example, Ranking):
+    """The number of tokens of an example; of a preference, of all its sequences."""
+    if isinstance(example, (Ranking, Thumbs)):
         return sum(len(example.prompt) + len(ids) for ids in example.answers)
     return len(example[0])
 
 
 def display(example):
-    """An example as [(title, ids, mask)] for printing: one entry, of a Ranking one for each of its answers.
+    """An example as [(title, ids, mask)] for printing: one entry, of a preference one for each answer.
 
     With a classifier head the mask marks the tokens at which a class is read.
     """
@@ -266,6 +267,10 @@ def display(example):
         return [(f" answer {n} of {len(example.answers)}, best first", example.prompt + ids,
                  [False] * len(example.prompt) + [True] * len(ids))
                 for n, ids in enumerate(example.answers, 1)]
+    if isinstance(example, Thumbs):
+        return [(" a good answer" if good else " a bad answer", example.prompt + ids,
+                 [False] * len(example.prompt) + [True] * len(ids))
+                for ids, good in zip(example.answers, example.good)]
     if not isinstance(example, Example):
         return [("", *example)]
     has_target = [target >= 0 for target in example.y]

@@ -7,15 +7,17 @@
     chat       its messages                           its references    answer tokens
     pairs      prompt -> chosen                       chosen            Ranking of two answers
     ranked     prompt -> the best response            the best one      Ranking of K answers
+    thumbs     prompt -> its completion               it, "not: ..."    Thumbs of one answer
     prompt     prompt -> ""                           ""                Ranking of two empty answers
 
 Every function takes a Text (examples.py), which knows the tokenizer, the template and the labels, and a row
 of data/text/converters.py. With Text.classifier "lm" a label is an answer like any other; with "head" it is
 a class number: labels are read at the last token of the prompt, tags at the first token of each word.
 
-Public: RowType, ROW_TYPES, row_type_of, Ranking
+Public: RowType, ROW_TYPES, row_type_of, Ranking, Thumbs, as_thumbs, mismatched, distinct
 """
 import typing
+import unicodedata
 
 from data.batches import objectives
 from data.batches.objectives import Example
@@ -28,7 +30,52 @@ class Ranking(typing.NamedTuple):
     prompt: list                    # ids
     answers: list                   # lists of ids, each with its end token, best first
     ranks: list                     # one per answer, smaller is better; of a pair: 0 and the vote margin
-    reference: tuple = ()           # DPO: log-probabilities of the two answers before training
+    reference: tuple = ()           # log-probabilities of the answers before training
+
+
+class Thumbs(typing.NamedTuple):
+    """A prompt and answers of which each is good or bad, thumbs up or down."""
+    prompt: list                    # ids
+    answers: list                   # lists of ids, each with its end token
+    good: list                      # a bool for each answer
+    reference: tuple = ()           # log-probabilities of the answers before training
+    mismatched: tuple = ()          # answers to another prompt
+    mismatched_reference: tuple = ()        # their log-probabilities behind this prompt before training
+    z0: float = 0.0                 # of the step that the example is in: ppo.kto_z0
+
+
+def as_thumbs(example):
+    """The Thumbs of a Ranking: an answer that wins more comparisons than it loses is good, one that loses
+    more is bad, any other is left out. A Thumbs stays as it is."""
+    if isinstance(example, Thumbs):
+        return example
+    answers = []
+    good = []
+    for answer, rank in zip(example.answers, example.ranks):
+        won = sum(other > rank for other in example.ranks)
+        lost = sum(other < rank for other in example.ranks)
+        if won != lost:
+            answers.append(answer)
+            good.append(won > lost)
+    return Thumbs(example.prompt, answers, good)
+
+
+def mismatched(examples):
+    """For each example the answers of the one that stands half the data further on, so that each is used
+    once; if that has the same prompt, of the next one that has not. () where all prompts are equal."""
+    n = len(examples)
+    following = [None] * n                              # the next example with another prompt
+    for i in reversed(range(2 * n)):                    # twice around: the first one follows the last
+        after = (i + 1) % n
+        differs = examples[i % n].prompt != examples[after].prompt
+        following[i % n] = after if differs else following[after]
+    found = []
+    for i, example in enumerate(examples):
+        other = (i + n // 2) % n
+        if examples[other].prompt == example.prompt:
+            other = following[other]
+        found.append(() if other is None else tuple(examples[other].answers))
+    return found
 
 
 def _conversation(prompt, answer):
@@ -147,6 +194,18 @@ def _ranked_ranks(row):
     return sorted(row["rank"])
 
 
+def _select_pair(row, kept):
+    return row if len(kept) == 2 else None
+
+
+def _select_ranked(row, kept):
+    ranked = sorted(zip(row["rank"], row["responses"]), key=lambda pair: pair[0])
+    rank, responses = zip(*(ranked[i] for i in kept))
+    if len(set(rank)) == 1:
+        return None
+    return {**row, "responses": list(responses), "rank": list(rank)}
+
+
 def _preference_turns(text, row):
     return [*row["prompt"], {"role": "assistant", "content": _preference_references(text, row)[0]}]
 
@@ -155,8 +214,27 @@ def _preference_references(text, row):
     return row_type_of(row).answers(row)[:1]
 
 
-def _encode_ranking(text, row, max_len, too_long=None):
-    """A Ranking of at most max_len tokens per answer: answers are cut right, then the prompt left."""
+def _thumb_answers(row):
+    return [row["completion"]]
+
+
+def _thumb_references(text, row):
+    return [row["completion"] if row["label"] else f"not: {row['completion']}"]
+
+
+def _thumb_turns(text, row):
+    return [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
+
+
+def _encode_thumbs(text, row, max_len, too_long=None):
+    """A Thumbs of at most max_len tokens, cut as a Ranking is."""
+    prompt, answers, truncated = _cut_answers(text, row, max_len)
+    return Thumbs(prompt, answers, [row["label"]]), truncated
+
+
+def _cut_answers(text, row, max_len):
+    """(prompt, answers, whether anything was cut) as ids, at most max_len for a prompt with any answer:
+    answers are cut right, then the prompt left."""
     row_type = row_type_of(row)
     prompt = text.prompt_ids(row)
     answers = [chat.answer(answer, text.template, text.tokenizer) for answer in row_type.answers(row)]
@@ -164,7 +242,30 @@ def _encode_ranking(text, row, max_len, too_long=None):
     kept = [ids[:answer_len] for ids in answers]
     prompt_len = max_len - max(len(ids) for ids in kept)
     truncated = kept != answers or len(prompt) > prompt_len
-    return Ranking(chat.truncate_left(prompt, prompt_len), kept, row_type.ranks(row)), truncated
+    return chat.truncate_left(prompt, prompt_len), kept, truncated
+
+
+def distinct(text, row, max_len):
+    """A preference without the answers that are, as tokens, a better one again: " X" and "X", or two that are
+    cut before they differ. None if that leaves no comparison. Other rows stay as they are."""
+    row_type = row_type_of(row)
+    if row_type.select is None:
+        return row
+    # tokens hold a byte or more, so answers that differ here differ in the half of max_len that they are left
+    starts = [unicodedata.normalize("NFKC", answer).strip().encode()[:max_len // 4]
+              for answer in row_type.answers(row)]
+    if len(set(starts)) == len(starts):
+        return row
+    _, answers, _ = _cut_answers(text, row, max_len)
+    ranks = row_type.ranks(row)
+    kept = [i for i in range(len(answers))
+            if not any(answers[j] == answers[i] and ranks[j] < ranks[i] for j in range(i))]
+    return row if len(kept) == len(answers) else row_type.select(row, kept)
+
+
+def _encode_ranking(text, row, max_len, too_long=None):
+    prompt, answers, truncated = _cut_answers(text, row, max_len)
+    return Ranking(prompt, answers, row_type_of(row).ranks(row)), truncated
 
 
 # ---- the records -------------------------------------------------------------------------------------------
@@ -177,6 +278,7 @@ class RowType(typing.NamedTuple):
     encode: typing.Callable = None              # (text, row, max_len, too_long) -> example or None, truncated
     answers: typing.Callable = None             # preferences: row -> answers, best first
     ranks: typing.Callable = None               # preferences: row -> their ranks, smaller is better
+    select: typing.Callable = None              # (row, places of answers) -> the row with those only, or None
 
 
 def _label_references(text, row):
@@ -189,9 +291,11 @@ ROW_TYPES = {row_type.name: row_type for row_type in (
     RowType("tags", frozenset({"tokens", "tags"}), _tags_turns, _tags_references, _encode_tags),
     RowType("chat", frozenset({"messages"}), _chat_turns, _chat_references, _encode_answer),
     RowType("pairs", frozenset({"prompt", "chosen", "rejected"}), _preference_turns, _preference_references,
-            _encode_ranking, _pair_answers, _pair_ranks),
+            _encode_ranking, _pair_answers, _pair_ranks, _select_pair),
     RowType("ranked", frozenset({"prompt", "responses", "rank"}), _preference_turns, _preference_references,
-            _encode_ranking, _ranked_answers, _ranked_ranks),
+            _encode_ranking, _ranked_answers, _ranked_ranks, _select_ranked),
+    RowType("thumbs", frozenset({"prompt", "completion", "label"}), _thumb_turns, _thumb_references,
+            _encode_thumbs, _thumb_answers),
     RowType("prompt", frozenset({"prompt"}), _preference_turns, _preference_references, _encode_ranking,
             _no_answers, _pair_ranks),
 )}

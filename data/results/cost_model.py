@@ -29,7 +29,7 @@ activation_bytes, memory, flops, cache_bytes
 """
 from typing import NamedTuple
 
-from data.batches.examples import Ranking, size, targets
+from data.batches.examples import Ranking, Thumbs, size, targets
 from data.runtime.distributed import dist_state
 
 KINDS = ("full", "lora", "ia3", "prompt")
@@ -113,7 +113,7 @@ def example_sizes(examples, block_size, logits_on_answers):
         return block_size, 1, 1.0
     longest = max(map(size, examples))
     tokens = sum(map(size, examples))
-    if not isinstance(examples[0], Ranking):
+    if not isinstance(examples[0], (Ranking, Thumbs)):
         return longest, 1, sum(map(targets, examples)) / tokens
     supervised = sum(len(ids) for example in examples for ids in example.answers) if logits_on_answers else 0
     return longest, len(examples[0].answers), supervised / tokens

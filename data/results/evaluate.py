@@ -375,7 +375,7 @@ def item_correct(ctx, rows, answers):
 
     Empty where rows have no correct answer (raw text, preferences).
     """
-    if not {"messages", "label"} & rows[0].keys():
+    if not {"messages", "label"} & rows[0].keys() or "completion" in rows[0]:
         return ""
     correct = [metrics.exact_match(a, ctx.text.references(row)) for a, row in zip(answers, rows)]
     return "".join("1" if one else "0" for one in correct)

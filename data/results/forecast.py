@@ -122,7 +122,8 @@ def other_parts(ctx, cfg, task, rows, examples, feed, steps):
         parts.append(Part(f"{count} of valid before training", rows["valid"], count,
                           lambda some: task.begin(ctx, cfg, {"valid": some})))
     if task.prepare:
-        count = len(feed.used(steps)) + len(examples["valid"]) + len(examples["test"])
+        tests = 1 + task.baseline_metrics                       # before and after training
+        count = len(feed.used(steps)) + len(examples["valid"]) + tests * len(examples["test"])
         parts.append(Part(f"{count:,} examples prepared", examples["train"], count,
                           lambda some: task.prepare(ctx, cfg, some)))
     return parts

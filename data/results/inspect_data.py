@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.batches.examples import Ranking, size, targets
+from data.batches.examples import Ranking, Thumbs, size, targets
 from data.batches.few_shot import ROW_TYPES_WITH_SHOTS, fit_shots
 from data.results.forecast import advice_on_steps
 from data.results.layout import Column, print_columns, print_wrapped
@@ -104,10 +104,12 @@ def percent(part, whole):
 
 
 def count_names(rows):
-    """[(name, count)] of the rows' labels or of the types of their entities, the commonest first; else []."""
+    """[(name, count)] of the rows' labels, thumbs or types of entities, the commonest first; else []."""
     counts = collections.Counter()
     for row in rows:
-        if "label" in row:
+        if "completion" in row:
+            counts["good" if row["label"] else "bad"] += 1
+        elif "label" in row:
             counts[row["label"]] += 1
         elif "tags" in row:
             counts.update(name for name, *_ in spans(row["tags"]))
@@ -123,8 +125,8 @@ def ambiguous_prompts(rows):
 
 
 def length_of(example):
-    """The tokens of an example; of a Ranking with its longest answer."""
-    if isinstance(example, Ranking):
+    """The tokens of an example; of a preference with its longest answer."""
+    if isinstance(example, (Ranking, Thumbs)):
         return len(example.prompt) + max(map(len, example.answers))
     return size(example)
 
@@ -193,6 +195,10 @@ def advice_on_rows(train, row_type, repeated, leaked, shots):
         parts.append(f"{leaked:,} rows of valid and test have a prompt of train, so test scores are too high")
     if parts:
         yield "; ".join(parts) + ": --write makes a copy without them"
+    against = formats.outvoted(train)
+    if against:
+        yield (f"{len(against)} pairs have more votes against chosen than for it ({against[0]['line']} is the "
+               "first): swap them, or drop them")
     if row_type in ("chat", "label"):
         ambiguous = ambiguous_prompts(train)
         if ambiguous:
@@ -247,7 +253,7 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots
     for split, part in data.items():
         print_result(fit(f"{split:8}from {'; '.join([part.source, *part.count_dropped()])}", sys.stdout))
     names = count_names(train)
-    if names:
+    if row_type in ("label", "tags"):
         ctx.text.labels = formats.label_names([row for part in data.values() for row in part.rows])
     print_result()
     lengths, supervised, repeated, leaked = print_counts(ctx, data, row_type)

@@ -37,7 +37,7 @@ from data.text.entities import spans
 
 LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
 HIDDEN = ("targets",)
-COUNTS = (*HIDDEN, "pairs", "labels_used", "shots", "shots_used", "shots_used_max", "rows", "mean_probability")
+COUNTS = (*HIDDEN, "pairs", "prompts", "labels_used", "shots", "shots_used", "shots_used_max", "rows", "mean_probability")
 # What rows are about, where their task has no metric of its own: entities f1, answers exact match, labels and
 # comparisons accuracy, PPO the gold reward or else the reward model's score, raw text the loss.
 METRIC_ORDER = ("f1", "exact_match", "accuracy", "gold", "score", "loss")
@@ -258,6 +258,8 @@ UNITS = {"exact_match": "0 to 1", "accuracy": "0 to 1",
          "labels_used": "different labels among the answers", "shots": "examples asked for",
          "shots_used": "examples in front of a question, mean", "shots_used_max": "the same, largest",
          "pairs": "comparisons", "score_length_corr": "-1 to 1", "margin": "above 0: ranked right",
+         **dict.fromkeys(("chosen_logp", "rejected_logp", "good_logp", "bad_logp"), "nats per answer"),
+         "z0": "beta x nats per answer, from the reference", "prompts": "prompts with such answers",
          "kl": "nats per answer, from the reference", "eos_rate": "share of answers that end",
          "length": "tokens per answer", "unique": "share of answers that differ",
          "repeat4": "share of 4-grams that repeat",
@@ -268,7 +270,7 @@ UNITS = {"exact_match": "0 to 1", "accuracy": "0 to 1",
          "pass@": "any of {} right", "majority@": "most frequent of {} right", "mean@": "mean score of {}"}
 # What a loss is a mean over, by the metric that stands beside it.
 LOSS_UNITS = {"targets": "nats per token", "macro_f1": "nats per label", "f1": "nats per word",
-              "pairs": "nats per prompt", "margin": "per pair"}
+              "pairs": "nats per prompt", "good_logp": "per answer", "margin": "per pair"}
 
 
 def unit(name, metrics):

@@ -14,7 +14,7 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
 
 B answers  R response columns  K ranked answers
 Public: correlation, explained_variance, right_and_wrong, describe, merge_parts, average_minibatches, health,
-health_line, brief, new_warnings, ranked_pairs, reward_report, show
+health_line, brief, new_warnings, ranked_pairs, reward_report, preference_report, show
 """
 import re
 from collections import defaultdict
@@ -201,6 +201,17 @@ def reward_report(parts):
     return {"accuracy": sum(correct) / max(len(correct), 1), "pairs": len(correct),
             "score_length_corr": correlation(s, length),
             **{f"accuracy_margin_{m}": sum(xs) / len(xs) for m, xs in sorted(by_margin.items())}}
+
+
+def preference_report(parts):
+    """[{name: (n,)}, ...], as ppo.preference_step returns them -> the mean of each metric that has values,
+    and `prompts`, how many the accuracy is a mean over."""
+    values = defaultdict(list)
+    for part in parts:
+        for name, x in part.items():
+            values[name] += x.tolist()
+    means = {name: math.fsum(some) / len(some) for name, some in values.items() if some}
+    return {**means, "prompts": len(values["accuracy"])}
 
 
 def show(batch, row=0, decode=str):

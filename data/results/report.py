@@ -211,6 +211,10 @@ def metric_notes(result):
         if name in PROPORTIONS and name in result["metrics"] and item_correct:
             low, high = wilson(item_correct.count("1"), len(item_correct))
             parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
+        elif name in PROPORTIONS and {name, "prompts"} <= result["metrics"].keys():
+            n = result["metrics"]["prompts"]            # a prompt's own share varies no more than 0 and 1 do
+            low, high = wilson(n * result["metrics"][name], n)
+            parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
         of_prompts = interval_of(result.get("generations"), name)
         if of_prompts:
             parts.append("95 %: [{:.3f}, {:.3f}]".format(*of_prompts))

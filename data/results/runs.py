@@ -48,8 +48,9 @@ from data.runtime.run_files import failure_reason, read_events, read_result, rea
 MISSING = "-"
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
 # {metric: what else it depends on}: flags, hashes of config.json, or numbers of result.json
-DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "dpo_beta",
-                       "label_smoothing"),
+DEFINED_BY = {"loss": ("targets", "classifier", "objective", "preference_loss", "beta",
+                       "label_smoothing", "simpo_gamma", "orpo_lambda", "desirable_weight",
+                       "undesirable_weight"),
               "perplexity": ("targets", "objective"), "forgetting": ("forgetting_data",),
               "kl": ("base_sha256",), "sqrt_kl": ("base_sha256",), "score": ("reward", "reward_weights"),
               "gold": ("gold_reward",),

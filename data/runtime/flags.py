@@ -33,7 +33,7 @@ RENAMED = {
     "checkpoint": "gradient_checkpointing", "items": "eval_items", "max_new": "max_new_tokens",
     "forget": "forgetting_data", "by": "classifier", "ask": "question", "block": "block_size",
     "vocab": "vocab_size", "missing_eos": "missing_eos_score", "target_kl": "early_stop_kl",
-    "dpo_loss": "preference_loss"}
+    "dpo_loss": "preference_loss", "dpo_beta": "beta"}
 # What transformers, peft and TRL call a flag of the same meaning, and what an option of theirs is here.
 ELSEWHERE = {
     "learning_rate": "--lr", "lr_scheduler_type": "--schedule", "warmup_ratio": "--warmup", "optim": "--optimizer",

@@ -7,6 +7,7 @@ r"""data/text/converters.py: records in the formats of other tools -> canonical 
     chat       {"messages": [message], "references"?: [str]}          ends with an assistant message
     pairs      {"prompt": [message], "chosen": str, "rejected": str, "votes_for"?, "votes_against"?: number}
     ranked     {"prompt": [message], "responses": [str], "rank": [number]}       the smallest rank is best
+    thumbs     {"prompt": [message], "completion": str, "label": bool}           true: good, false: bad
     prompt     {"prompt": [message]}                                  does not end with an assistant message
     message    {"role", "content", "weight"?}: see messages.py
 
@@ -20,7 +21,7 @@ counts these.
 An empty prompt is accepted before an answer. Two assistant messages in a row stay two answers.
 
 Public: SkipRow, and one function (record, location) -> row per format: text, label, tags, completion,
-conversation, instruction, pair, whole_pair, openai_pair, ranking, prompt
+conversation, instruction, pair, whole_pair, openai_pair, ranking, thumbs, prompt
 """
 import json
 import os
@@ -211,6 +212,29 @@ def _hh_pair(record, location):
     if "\n\nHuman:" in chosen or "\n\nHuman:" in rejected:
         raise SkipRow("with conversations that differ before the last answer")
     return _pair(record, messages, read.assistant(chosen), read.assistant(rejected), location)
+
+
+TRUTH = {"true": True, "false": False, "1": True, "0": False}       # label of a thumb, as JSON or in a table
+
+
+def thumbs(record, location):
+    """An answer and whether it is good: {"prompt", "completion" or "response", "label"} (TRL's unpaired
+    preference), or a conversation or instruction with "kto_tag" (LLaMA-Factory)."""
+    key = "kto_tag" if "kto_tag" in record else "label"
+    label = TRUTH.get(str(record[key]).strip().lower()) if type(record[key]) in (bool, int, str) else None
+    if label is None:
+        raise DataError(f'{location}: "{key}" is {shown(record[key])}; beside a prompt and an answer it is true '
+                        "(thumbs up) or false (thumbs down); a text to classify has the keys text and label, and "
+                        'rows without thumbs have no "label"')
+    chat = {name: value for name, value in record.items() if name != key}
+    if "messages" in chat or "conversations" in chat:
+        row = conversation(chat, location)
+    elif "prompt" in chat:
+        row = completion(chat, location)
+    else:
+        row = instruction(chat, location)
+    *turns, last = row["messages"]
+    return {"prompt": turns, "completion": last["content"], "label": label}
 
 
 def ranking(record, location):

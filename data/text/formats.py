@@ -15,7 +15,7 @@ folder without a valid file gives 10 % of train to it; a folder without a test f
 set with too few rows to split is used whole in every split. Data.source says which of these happened.
 
 Public: load, load_splits, load_lines, load_text, Data, SPLITS, prompt_key, row_json, label_names,
-duplicates, leaks
+duplicates, leaks, outvoted
 """
 import collections
 import pathlib
@@ -27,7 +27,8 @@ from data.runtime.files import DataError, UserError, check_path, printable
 from data.text.converters import SkipRow
 from data.text.readers import SUFFIXES, read_records
 from data.text.recognise import FORMATS, other_format, recognise, to_row, unknown_format
-from data.text.splits import duplicates, label_names, leaks, prompt_key, row_json, split_rows    # noqa: F401
+from data.text.splits import (duplicates, label_names, leaks, outvoted, prompt_key, row_json,    # noqa: F401
+                              split_rows)
 
 # split: the names, without suffix, of its file in a folder
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}

@@ -67,6 +67,11 @@ FORMATS = {format.name: format for format in (
     Format("chosen/rejected", "pairs", converters.whole_pair, ("chosen rejected",), f"{BESIDE} {VOTES}"),
     Format("OpenAI preference", "pairs", converters.openai_pair,
            ("input preferred_output non_preferred_output",), f"{BESIDE} {VOTES}"),
+    Format("prompt/completion/label", "thumbs", converters.thumbs,
+           ("prompt completion label", "prompt response label"), BESIDE),
+    Format("kto_tag", "thumbs", converters.thumbs,
+           ("messages kto_tag", "conversations kto_tag", "instruction output kto_tag", "input output kto_tag",
+            "prompt completion kto_tag", "prompt response kto_tag"), f"{BESIDE} instruction input history"),
     Format("prompt/responses/rank", "ranked", converters.ranking, ("prompt responses rank",), BESIDE),
 )}
 KEYS = sorted({key for format in FORMATS.values() for key in " ".join(format.key_sets).split()})
@@ -146,13 +151,8 @@ def _repeats(record, keys, others):
 def recognise(record, location):
     """(format name, the keys that identify it) of a record; (None, []) if it is in no format.
 
-    Raises DataError for the keys of two formats, for a misspelt key, and for unpaired feedback (KTO).
+    Raises DataError for the keys of two formats, and for a misspelt key.
     """
-    is_truth = str(record.get("label")).lower() in ("true", "false")
-    if "kto_tag" in record or {"completion", "label"} <= record.keys() or (
-            {"prompt", "response"} <= record.keys() and is_truth):
-        raise DataError(f"{location}: unpaired thumbs up or down (KTO) are not supported; "
-                        "give prompt, chosen and rejected")
     near = _near_miss(frozenset(record))
     if near:
         key, meant = near

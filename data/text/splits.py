@@ -7,7 +7,7 @@ prompt, therefore stay in one split, and adding rows to a file moves no row to a
 a split empty (all prompts are equal), the key is the whole row; if a split is still empty (a handful of
 rows), every split is the whole file. A .txt file is one long row; it is cut in order, at line ends.
 
-Public: split_rows, prompt_key, row_json, label_names, duplicates, leaks
+Public: split_rows, prompt_key, row_json, label_names, duplicates, leaks, outvoted
 """
 import hashlib
 import json
@@ -55,6 +55,11 @@ def leaks(train, other):
     """How many rows of `other` have the prompt key of a row of `train`."""
     known = {prompt_key(row) for row in train}
     return sum(prompt_key(row) in known for row in other)
+
+
+def outvoted(rows):
+    """The rows of pairs with more votes against `chosen` than for it."""
+    return [row for row in rows if row.get("votes_against", 0) > row.get("votes_for", 1)]
 
 
 def split_rows(rows, held_out):
