@@ -16,6 +16,7 @@ B answers  R response columns  K ranked answers
 Public: correlation, explained_variance, right_and_wrong, describe, merge_parts, average_minibatches, health,
 health_line, brief, new_warnings, ranked_pairs, reward_report, preference_report, show
 """
+import math
 import re
 from collections import defaultdict
 
