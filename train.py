@@ -948,7 +948,8 @@ def train_and_measure(cfg, run, rows, row_type):
     task = find_task(cfg.task)
     params_total = count_numbers(ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
-        require_metric(ctx, cfg, rows["valid"][:2], encode_rows(ctx, cfg, {"valid": rows["valid"][:2]})["valid"])
+        some = {"valid": rows["valid"][:2]}
+        require_metric(ctx, cfg, some["valid"], encode_rows(ctx, cfg, some)["valid"])
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
