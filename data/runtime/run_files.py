@@ -96,8 +96,7 @@ RESULT = {
     "seconds": "a finite number", "skipped": "an integer", "tokens_per_second": "a finite number",
     "peak_memory_mb": "a finite number or null", "samples": "a list of objects of strings",
     "item_correct": "a string of 0 and 1", "next_command": "a string or null",
-    "virtual_tokens": "a list of strings", "main_metric": "a string or null", "code": "a string",
-    "kept": "a list of strings"}
+    "virtual_tokens": "a list of strings", "main_metric": "a string or null", "code": "a string", "kept": "a list of strings"}
 EVENT = {"event": "a string", "step": "a number"}
 FAILURE = {"reason": "a string"}
 
