@@ -263,7 +263,8 @@ def examine(ctx, cfg, data, command, estimate=None, clean_copy=None, takes_shots
         print_wrapped("balance:  " + "  ".join(shares))
     seconds = None
     steps = 0
-    shots = usable_shots(ctx, data, row_type) if takes_shots else 0         # before the estimate changes the model
+    # before the estimate changes the model
+    shots = usable_shots(ctx, data, row_type) if takes_shots else 0
     print_result("\n" + command)
     if estimate is not None:
         forecast = estimate()

@@ -155,8 +155,8 @@ def report(result, folder):
     trained = bool(before and result.get("steps"))      # otherwise nothing changed between before and after
     print_metrics(before if trained else None, after, metric_notes(result))
     if trained and is_far_worse(before.get("loss"), after.get("loss")):
-        log_progress(f"training has made the model worse: the loss on test was {before['loss']:.4g} before and is "
-                     f"{after['loss']:.4g} now; --lr is too high, or training too long")
+        log_progress("training has made the model worse: the loss on test was "
+                     f"{before['loss']:.4g} before and is {after['loss']:.4g} now; --lr is too high, or training too long")
     for sample in result.get("samples", ()):
         print_result()
         print_sample(sample, trained)
@@ -176,7 +176,7 @@ def report(result, folder):
 
 
 def is_far_worse(before, after):
-    """Whether a loss is far above that before training: by a quarter of it and half a nat, or no number at all."""
+    """Whether a loss is far above that before training: by a quarter of it and half a nat, or no number."""
     if before is None or after is None or not math.isfinite(before):
         return False
     return not after <= 1.25 * before + 0.5

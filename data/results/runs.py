@@ -82,7 +82,8 @@ def gather(patterns):
         except DataError as e:
             rest.append((path, str(e)))
     unmeasured = [run for run in runs if run["result"]["metrics"] and main_metric(run) is None]
-    rest += [(run["folder"], NOTHING_MEASURED.format(", ".join(run["result"]["metrics"]))) for run in unmeasured]
+    rest += [(run["folder"], NOTHING_MEASURED.format(", ".join(run["result"]["metrics"])))
+             for run in unmeasured]
     runs = [run for run in runs if run not in unmeasured]
     label_code(runs)
     label_inputs(runs)

@@ -1,4 +1,4 @@
-"""data/results/shot_ladder.py: the same evaluation for each number of --shots, up to the first that fits no question.
+"""data/results/shot_ladder.py: one evaluation for each number of --shots, up to the first that fits no question.
 
 While the metric shots_used equals the number requested, two lines of the table compare numbers of shots; where
 it is smaller, they compare what the context holds. The result of a ladder is its best rung, the one with the
@@ -44,9 +44,9 @@ def shot_ladder(numbers, evaluate, first):
 
 
 def best_rung(rungs, own=None):
-    """The Rung with the best main metric; of equal ones that with the fewest shots. own: as main_metric takes it.
+    """The Rung with the best main metric; of equal ones that with the fewest shots.
 
-    Its metrics are joined by "shots", and by "METRIC_n_shots" of every rung.
+    own: as main_metric takes it. Its metrics are joined by "shots", and by "METRIC_n_shots" of every rung.
     """
     main = main_metric(rungs[-1].metrics, own)
     sign = -1 if main in LOWER_IS_BETTER else 1

@@ -188,7 +188,7 @@ def terminal_width(stream):
 def fit(text, stream, indent="  ", widest=10 ** 6):
     """Text whose lines fit the terminal of a stream, at most `widest` characters; no word is cut.
 
-    Unchanged where there is no terminal. What a line leads to is indented; a command stays one line, to be copied.
+    Unchanged where there is no terminal. Later lines are indented; a command stays one line, to be copied.
     """
     width = min(terminal_width(stream) or widest, widest)
     lines = []
@@ -221,8 +221,8 @@ class Saved(dict):
         self.path = path
 
     def __missing__(self, key):
-        raise DataError(f"{self.path} was saved by an earlier version and has no {key!r}; use --fresh to start "
-                        "over")
+        raise DataError(f"{self.path} was saved by an earlier version and has no {key!r}; use --fresh to "
+                        "start over")
 
 
 class Run:
