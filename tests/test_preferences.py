@@ -463,7 +463,7 @@ def test_help_shows_the_defaults_of_the_loss(capsys):
         with pytest.raises(SystemExit):
             train.main(["--task", "dpo", "--preference_loss", name, "--help"])
         shown[name] = " ".join(capsys.readouterr().out.split())
-    assert "--beta BETA" in shown["simpo"] and "SimPO's margin (default 2.0)" in shown["simpo"]
+    assert "--beta BETA" in shown["simpo"] and "of SimPO, its scale (default 2.0)" in shown["simpo"]
     assert "--beta BETA" not in shown["orpo"] and "--orpo_lambda" in shown["orpo"]
     assert "--simpo_gamma" not in shown["kto"] and "--undesirable_weight" in shown["kto"]
 
