@@ -399,6 +399,7 @@ def test_a_reward_model_of_another_tokenizer_reads_the_same_text(land):
     rows = {"test": [{"prompt": [tiny_turn("user", "What is 2+2?")]}]}
     same = Text(Tokenizer.from_pretrained(land / "base"), "chatml")
     assert reward_models.same_tokens(mine, same, rows) and not reward_models.same_tokens(mine, own, rows)
+    assert reward_models.same_tokens(mine, same, {}) and not reward_models.same_tokens(mine, own, {})
     for settings in (("plain", None), ("chatml", "Be kind.")):
         assert not reward_models.same_tokens(mine, Text(mine.tokenizer, *settings), rows)
     read = []
