@@ -29,7 +29,7 @@ rows_seen = []
 def none(p, a): return None
 def text(p, a): return "0.5"
 def nan(p, a): return float("nan")
-def huge(p, a): return 1e39
+def huge(p, a): return 3.5e38
 def many(p, a): return torch.zeros(2)
 def listed(p, a): return [0.5]
 def boom(p, a): raise KeyError("x" + chr(27) + chr(10) + "y")
@@ -130,7 +130,7 @@ def test_a_function_may_change_its_row(functions):
 
 SINGLE = "a function of the texts of a prompt and an answer, and of their row"
 FAULTS = {"none": "returned None (NoneType) for the prompt 'a prompt' and the answer 'an answer'; it must be " + SINGLE,
-          "text": "returned '0.5' (str) for", "nan": "returned nan (float) for", "huge": "returned 1e+39 (float) for",
+          "text": "returned '0.5' (str) for", "nan": "returned nan (float) for", "huge": "returned 3.5e+38 (float) for",
           "many": "returned tensor([0., 0.]) (Tensor) for",
           "listed": "returned [0.5] (list) for",
           "boom": "failed for the prompt 'a prompt' and the answer 'an answer' (KeyError: 'x\\x1b\\ny')",
@@ -399,6 +399,7 @@ def test_a_reward_model_of_another_tokenizer_reads_the_same_text(land):
     rows = {"test": [{"prompt": [tiny_turn("user", "What is 2+2?")]}]}
     same = Text(Tokenizer.from_pretrained(land / "base"), "chatml")
     assert reward_models.same_tokens(mine, same, rows) and not reward_models.same_tokens(mine, own, rows)
+    assert reward_models.same_tokens(mine, same, {}) and not reward_models.same_tokens(mine, own, {})
     for settings in (("plain", None), ("chatml", "Be kind.")):
         assert not reward_models.same_tokens(mine, Text(mine.tokenizer, *settings), rows)
     read = []
