@@ -201,6 +201,10 @@ def test_a_kto_step_is_the_mean_over_the_answers_of_each_prompt():
     report = preference_report([metrics])
     assert report["prompts"] == 3 and abs(report["good_logp"] - sum(logp[True]) / 5) < 1e-10
     assert "bad_logp" not in preference_report([{**metrics, "bad_logp": torch.zeros(0)}])
+    with torch.no_grad():                                           # z0 is 0 unless it is given
+        zero = ppo.kto_step(role(model), examples, cfg, 0.0)[0].item()
+        for step in (ppo.preference_step, ppo.kto_step):
+            assert step(role(model), examples, cfg)[0].item() == zero != loss.item()
     with pytest.raises(UserError, match="--preference_loss kto needs a reference"):
         ppo.preference_step(role(model), [e[:3] for e in examples], cfg)
 
