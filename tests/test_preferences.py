@@ -15,6 +15,7 @@ import ppo
 import train
 from data.batches.row_types import Ranking, Thumbs, as_thumbs, distinct, mismatched
 from data.batches.examples import Text, display, size, targets
+from data.results.inspect_data import advice_on_rows
 from data.results.ppo_metrics import preference_report
 from data.runtime.files import DataError, UserError
 from data.text import formats
@@ -201,6 +202,10 @@ def test_a_kto_step_is_the_mean_over_the_answers_of_each_prompt():
     report = preference_report([metrics])
     assert report["prompts"] == 3 and abs(report["good_logp"] - sum(logp[True]) / 5) < 1e-10
     assert "bad_logp" not in preference_report([{**metrics, "bad_logp": torch.zeros(0)}])
+    with torch.no_grad():                                           # z0 is 0 unless it is given
+        zero = ppo.kto_step(role(model), examples, cfg, 0.0)[0].item()
+        for step in (ppo.preference_step, ppo.kto_step):
+            assert step(role(model), examples, cfg)[0].item() == zero != loss.item()
     with pytest.raises(UserError, match="--preference_loss kto needs a reference"):
         ppo.preference_step(role(model), [e[:3] for e in examples], cfg)
 
@@ -228,7 +233,9 @@ def test_a_step_does_not_depend_on_how_it_is_cut(name):
     grads, losses = [], []
     for parts in ([examples], [[e] for e in examples], [examples[:1], examples[1:]]):
         model.zero_grad()
-        sums = [ppo.preference_step(role(model), part, cfg, 0.1)[0] for part in parts]
+        done = [ppo.preference_step(role(model), part, cfg, 0.1) for part in parts]
+        sums = [loss for loss, _, _ in done]
+        assert not any(x.requires_grad for _, _, metrics in done for x in metrics.values())
         sum(sums).backward()
         losses.append(sum(sums).item())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -439,6 +446,21 @@ def test_thumbs_are_for_kto_alone(town, thumbs, tmp_path, capsys):              
     assert "thumbs rows are for --task dpo" in capsys.readouterr().err
 
 
+def test_thumbs_hold_prompts_for_rl(town, thumbs, tmp_path):         # noqa: F811
+    r = go(town, tmp_path / "s", "--task", "sample", "--data", thumbs, "--reward", "judges:letters",
+           "--num_generations", "2", "--max_new_tokens", "2", "--eval_items", "2")
+    assert r["status"] == "done" and "score" in r["metrics"]
+
+
+def test_votes_against_chosen_are_advice(town):                     # noqa: F811
+    rows = [pair_row("a", "b", votes_for=4, votes_against=1), pair_row("a", "b", votes_for=1, votes_against=4),
+            pair_row("a", "b", votes_for=2, votes_against=2), pair_row("a", "b")]
+    assert formats.outvoted(rows) == rows[1:2]
+    advice = list(advice_on_rows(rows, "pairs", 0, 0))
+    assert advice[0].startswith("1 pairs have more votes against chosen than for it (x:1 is the first)")
+    assert not any("votes" in line for line in advice_on_rows(rows[:1], "pairs", 0, 0))
+
+
 def test_check_and_dry_run_show_thumbs(town, thumbs, tmp_path, capsys):             # noqa: F811
     assert train.main(["--task", "check", "--data", str(thumbs), "--init", str(town / "base"), "--steps", "2",
                        "--forgetting_data", "none"]) == 0
@@ -510,7 +532,8 @@ def test_z0_of_a_step_by_a_loop(town, thumbs):                      # noqa: F811
     assert abs(loss - (1 - sigmoid(0.7 * h - moved.z0))) < 1e-4
 
 
-@pytest.mark.parametrize("name, data", [("simpo", "pairs"), ("orpo", "ranked"), ("ipo", "ranked"), ("kto", "thumbs")])
+@pytest.mark.parametrize("name, data", [("dpo", "ranked"), ("simpo", "pairs"), ("orpo", "ranked"), ("ipo", "pairs"),
+                                        ("kto", "thumbs")])
 def test_resume_is_bit_exact(name, data, town, thumbs, tmp_path, monkeypatch):      # noqa: F811
     """Cut in the forward of step 3 of 4."""
     words = [*DPO, "--preference_loss", name, "--data", town / data, "--steps", "4", "--dropout", "0.1", "--save_every", "1",
