@@ -1,18 +1,18 @@
-"""model.py: one decoder-only transformer: GPT-2, Llama (SmolLM2, Mistral, Qwen2, Qwen3), GLM-4, GPT-NeoX (Pythia).
+"""model.py: one decoder-only transformer: GPT-2, Llama (SmolLM2, Mistral, Qwen), GLM-4, GPT-NeoX (Pythia).
 
     h_0     = wte[x] (+ wpe[p])                                token embeddings; learned positions in GPT-2
-    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v: heads of ln_1(h); rotary in Llama
-    h       = h + down(gelu(up(z)))                            z = ln_2(h)   (GPT-2)
-    h       = h + down(silu(gate(z)) * up(z))                                (Llama; GLM-4 norms y and this, too)
+    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v: heads of ln_1(h); rotary elsewhere
+    h       = h + down(gelu(up(z)))                            z = ln_2(h)   (GPT-2, GPT-NeoX)
+    h       = h + down(silu(gate(z)) * up(z))                                (Llama, GLM-4)
     logits  = head(ln_f(h))
 
-GPT-NeoX: z = ln_2 of what ln_1 read. GPT-NeoX and GLM-4 rotate a part of each head. GLM-4 (glm4): a norm
-behind attention and MLP, too.
+In GPT-NeoX z is ln_2 of the h that ln_1 reads, too (parallel residual). GLM-4 (glm4, not glm) puts a norm
+behind o and down. In both only a part of each head is rotated.
 
 GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023 (arXiv 2302.13971), section 2.2. GPT-NeoX:
-Black et al. 2022 (2204.06745), section 2.1. GLM-4: GLM team 2024 (2406.12793), section 2. Rotary positions: Su
-et al. 2021 (2104.09864), section 3.2. Grouped-query attention: Ainslie et al. 2023 (2305.13245). A family is a
-record in data/checkpoints/hf.py; here it is a handful of GPTConfig fields.
+Black et al. 2022 (2204.06745), section 2.1. GLM-4: GLM team 2024 (2406.12793), section 2. Rotary positions:
+Su et al. 2021 (2104.09864), section 3.2. Grouped-query attention: Ainslie et al. 2023 (2305.13245). A family
+is a record in data/checkpoints/hf.py; here it is a handful of GPTConfig fields.
 
 `past`: a list with one entry per layer, each None or Past(k, v, gate); None for the list means no past.
     Past(k, v)        keys and values of P earlier positions, k and v (B or 1, nkv, P, hs), keys already
@@ -28,9 +28,10 @@ tokens: an encoder; those of a prompt: a prefix-LM). Rows are right-padded: unde
 attends to a pad behind it, so training and scoring need no padding mask. Decoding keeps a KVCache with one
 length per row, and writes each row's new keys and values behind that row's last.
 
-Deviations: q, k, v, gate and up are always Linears of their own, and rotary pairs are (j, j + hs/2) in every
-family (fused and interleaved weights are rearranged at load and at save); no dropout; `hidden_states` stops before the head, so that a caller computes logits only at the positions it
-needs. Every reader goes through `embed` and `logits`; nothing else calls wte or head.
+Deviations: q, k, v, gate, up are Linears of their own and rotary pairs are (j, j + hs/2), whatever a family
+stores (its rows are split and permuted at load, and back at save); no dropout; `hidden_states` stops before
+the head, so that a caller computes logits only at the positions it needs. Every reader goes through `embed`
+and `logits`; nothing else calls wte or head.
 
 B batch  T tokens  C width  V vocabulary  nh heads  nkv kv heads  hs head size  P virtual tokens  r rank
 S columns of a KV cache  N selected positions
@@ -109,8 +110,8 @@ class GPTConfig:
         if self.position == "learned" and self.n_embd != self.n_head * self.head_size:
             raise UserError(f"width {self.n_embd} is not {self.n_head} heads times {self.head_size}")
         if self.position == "rope" and (self.head_size % 2 or self.rotary_size % 2):
-            raise UserError(f"rotary positions need pairs, so head_size must be even; it is {self.head_size}, of "
-                            f"which {self.rotary_size} rotate")
+            raise UserError("rotary positions need pairs, so head_size must be even; it is "
+                            f"{self.head_size}, of which {self.rotary_size} turn")
 
     @property
     def rotary_size(self):
@@ -593,17 +594,15 @@ class GPT(nn.Module):
 
         UserError if no family of transformers has this mix of GPTConfig fields; nothing is written then.
         """
-        tensors = stored_tensors(self)
-        widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-        config = hf_config(self.config, widest)         # loaders cast to this dtype
-        reread = GPTConfig(**parse_config(config, folder))
+        reread = GPTConfig(**parse_config(hf_config(self.config, torch.float32), folder))
         odd = [f.name for f in fields(reread) if getattr(reread, f.name) != getattr(self.config, f.name)]
         if odd:
             raise UserError(f"{folder}: transformers knows no {self.config.family} with this "
                             f"{' '.join(odd)}, so this hybrid has no Hugging Face form")
-        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        tensors = {name: t.contiguous() for name, t in stored_tensors(self).items()}
+        widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
         write_tensors(os.path.join(folder, "model.safetensors"), tensors)
-        write_json(os.path.join(folder, "config.json"), config)
+        write_json(os.path.join(folder, "config.json"), hf_config(self.config, widest))     # loaders cast to it
 
 
 def check_targets(targets, tokens):

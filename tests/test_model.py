@@ -221,6 +221,17 @@ def test_config_dialects():
     assert rope(base | {"rope_scaling": stretched})["rope_scaling"][old] == base["max_position_embeddings"]
     assert rope(base | {"rope_scaling": stretched | {old: 9}})["rope_scaling"][old] == 9
     assert rope(base | {"rope_scaling": stretched | {old: 9}, old: 7})["rope_scaling"][old] == 7
+    mistral = json.loads((HERE / "mistral-tied.json").read_text())["config"]
+    mistral.pop("sliding_window")                       # absent is 4096, as in transformers; null is none
+    assert read(mistral)["block_size"] == 64
+    with pytest.raises(DataError, match="sliding_window is 4096, shorter than the context of 8192"):
+        read(mistral | {"max_position_embeddings": 8192})
+    assert read(mistral | {"max_position_embeddings": 8192, "sliding_window": None})["block_size"] == 8192
+    glm = json.loads((HERE / "glm-untied.json").read_text())["config"]
+    for key in ("rope_parameters", "rms_norm_eps", "attention_bias", "head_dim"):
+        glm.pop(key)
+    bare = GPTConfig(**read(glm))
+    assert (bare.rotary_fraction, bare.norm_eps, bare.qkv_bias, bare.head_size) == (0.5, 1.5625e-7, True, 128)
     absent = dict.fromkeys(("head_dim", "num_key_value_heads", "tie_word_embeddings"))
     bare = GPTConfig(**read(base | absent))
     assert (bare.n_kv_head, bare.head_size, bare.tied) == (4, 8, False)
@@ -244,6 +255,16 @@ def test_old_rotary_buffers_and_a_stored_copy_of_the_tied_head_are_no_fault(tmp_
     model = load_case("llama-llama3", tmp_path, edit=edit)
     assert model.head.weight is model.wte.weight
     assert np.abs(logits(model, IDS).numpy() - LOGITS["llama-llama3"]).max() < CLOSE
+
+
+def test_hub_pythia_with_mask_and_rotary_buffers(tmp_path):
+    def edit(t):
+        for i in range(2):
+            t[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
+            t[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
+            t[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    model = load_case("gpt_neox-untied", tmp_path, edit=edit)
+    assert np.abs(logits(model, IDS).numpy() - LOGITS["gpt_neox-untied"]).max() < CLOSE
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -389,6 +410,15 @@ CONFIG_FAULTS = [
     ("llama-llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
      "high_freq_factor is missing"),
     ("qwen2-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
+    ("mistral-untied", {"sliding_window": 63}, "sliding_window is 63, shorter than the context of 64"),
+    ("mistral-untied", {"sliding_window": "32"}, "sliding_window is '32'"),
+    ("glm-untied", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+    ("glm-untied", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5; a glm model"),
+    ("glm4-untied", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "it is 16, of which 3 turn"),
+    ("glm4-untied", {"attention_bias": "yes"}, "attention_bias is 'yes'"),
+    ("gpt_neox-untied", {"hidden_act": "relu"}, 'hidden_act is "relu"'),
+    ("gpt_neox-untied", {"use_parallel_residual": 1}, "use_parallel_residual is 1"),
+    ("gpt_neox-untied", {"num_attention_heads": 32}, "head_size must be even; it is 1"),
     ("qwen3-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
 ]
 
@@ -436,6 +466,7 @@ def test_config_that_is_no_object(text, words, tmp_path):
 
 
 C_ATTN, GATE = "transformer.h.1.attn.c_attn.weight", "model.layers.1.mlp.gate_proj.weight"
+GATE_UP, FUSED_QKV = "model.layers.0.mlp.gate_up_proj.weight", "gpt_neox.layers.1.attention.query_key_value.bias"
 TENSOR_FAULTS = [                                       # case, edit of the tensors, words of the error
     ("gpt2-tied", drop(C_ATTN), f"the weights lack {C_ATTN}, which a gpt2 model needs"),
     ("gpt2-tied", drop("transformer.ln_f.bias"), "lack transformer.ln_f.bias"),
@@ -456,6 +487,13 @@ TENSOR_FAULTS = [                                       # case, edit of the tens
     ("qwen3-tied", drop("model.layers.0.self_attn.k_norm.weight"), "lack model.layers.0.self_attn.k_norm"),
     ("llama-plain", put("model.layers.0.self_attn.q_norm.weight", torch.ones(8)), "q_norm.weight"),
     ("llama-plain", put("base_model.model.x.lora_A.weight", torch.ones(8)), "lora_A.weight"),
+    ("glm4-tied", drop(GATE_UP), f"the weights lack {GATE_UP}, which a glm4 model needs"),
+    ("glm4-tied", put(GATE_UP, torch.zeros(40, 32)), f"{GATE_UP} is torch.float32 [40, 32], but config.json asks "
+                                                     "for floats of [80, 32]"),
+    ("glm-untied", put("model.layers.0.post_mlp_layernorm.weight", torch.ones(32)), "hold model.layers.0.post_mlp"),
+    ("gpt_neox-untied", drop("embed_out.weight"), "lack embed_out.weight"),
+    ("gpt_neox-untied", put(FUSED_QKV, torch.zeros(95)), f"{FUSED_QKV} is torch.float32 [95], but config.json asks "
+                                                         "for floats of [96]"),
 ]
 
 
@@ -538,7 +576,12 @@ def test_a_hybrid_trains_but_has_no_hugging_face_form(tmp_path):
     for config, odd in ((SMALL.as_family("llama", mlp="gelu"), "mlp"),
                         (SMALL.as_family("llama", norm="layernorm"), "norm"),
                         (dataclasses.replace(SMALL, qkv_bias=False), "qkv_bias"),
-                        (SMALL.as_family("qwen3", mlp_bias=True), "mlp_bias")):
+                        (SMALL.as_family("qwen3", mlp_bias=True), "mlp_bias"),
+                        (SMALL.as_family("gpt_neox", n_kv_head=1), "n_kv_head"),
+                        (SMALL.as_family("gpt_neox", mlp="swiglu"), "mlp"),
+                        (SMALL.as_family("glm", post_norm=True), "post_norm"),
+                        (SMALL.as_family("glm", qk_norm=True), "qk_norm"),
+                        (SMALL.as_family("llama", parallel_residual=True), "parallel_residual")):
         model = GPT(config)
         assert model(torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 64)
         with pytest.raises(UserError, match=f"with this .*{odd}"):

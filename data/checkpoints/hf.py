@@ -5,7 +5,7 @@
     end tokens                    -> generation_config.json, config.json            save_generation
     model.safetensors, or shards  -> {stored name: tensor}                          read_weights
     our module path               -> stored module path, which others may share     hf_names, grouped
-    rows of our modules           -> rows of the stored module, and back            stored_rows, to_stored, from_stored
+    rows of our modules           -> rows of the stored module, and back            stored_rows, to_stored
     a model folder                -> its stored tensors, as many as config asks     read_stored
     stored tensors                -> the model's state dict, checked strictly       read_state
     a model                       -> the tensors to store                           stored_tensors
@@ -25,7 +25,7 @@ rows, exact for weights, biases and what an adapter has for each output; the sco
 Models are used through their attributes only (config, get_submodule, named_modules).
 
 Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, save_generation, read_weights,
-hf_names, grouped, stored_rows, to_stored, from_stored, key_order, read_stored, read_state, stored_tensors
+hf_names, live_names, grouped, stored_rows, to_stored, from_stored, key_order, read_stored, read_state, stored_tensors
 """
 import collections
 import json
@@ -51,7 +51,7 @@ class Family:
     names: dict                     # our module outside the blocks -> stored module
     block_path: str                 # stored path of block {i}
     block_names: dict               # our module inside a block -> stored module
-    rows: Callable = None           # (GPTConfig, our module) -> which rows of its stored module; None: as they are
+    rows: Callable = None           # (GPTConfig, our module) -> its rows of the stored one; None: all, in order
     key_order: Callable = None      # (GPTConfig) -> which numbers of a stored head make one of ours
     transposed: bool = False        # the matrices of the blocks are stored (in, out)
     optional_prefix: str = ""       # some files lack this in front of every name but the head's
@@ -60,6 +60,7 @@ class Family:
     fraction_key: str = "partial_rotary_factor"
     default_eps: float = 1e-6       # of RMSNorm, where config.json names none
     default_head_size: int = None   # where config.json names none; None: n_embd / n_head
+    renamed: dict = None            # stored module -> its name in memory (transformers 5), where they differ
     default_targets: tuple = ()     # modules that peft adapts where adapter_config.json names none
 
 
@@ -224,8 +225,8 @@ def read_mistral(reader, family):
         window = reader.take("sliding_window", int, window)
         if window < fields["block_size"]:
             raise DataError(f"{reader.path}: sliding_window is {window}, shorter than the context of "
-                            f"{fields['block_size']}, and attention over a window is not supported; a shorter "
-                            f"context does without it: set max_position_embeddings to {window} or less")
+                            f"{fields['block_size']}, and attention over a window is not supported; "
+                            f"max_position_embeddings {window} would do without one")
     return fields
 
 
@@ -256,7 +257,7 @@ def read_gpt_neox(reader, family):
 
 def write_gpt_neox(config):
     return dict(hidden_size=config.n_embd, intermediate_size=config.n_inner, num_hidden_layers=config.n_layer,
-                num_attention_heads=config.n_head, hidden_act=GELUS[config.mlp][0],
+                num_attention_heads=config.n_head, hidden_act=GELUS.get(config.mlp, ("gelu",))[0],
                 layer_norm_eps=config.norm_eps, max_position_embeddings=config.block_size,
                 attention_bias=config.o_bias, use_parallel_residual=config.parallel_residual,
                 rotary_emb_base=config.rope_theta, rotary_pct=config.rotary_fraction,
@@ -285,8 +286,8 @@ def read_rope(reader, family, block_size):
     outside = reader.take(family.fraction_key, float, whole)
     fraction = float(reader.take("partial_rotary_factor", float, outside, section=rope))
     if fraction > 1 or whole == 1 and fraction != 1:
-        raise DataError(f"{reader.path}: partial_rotary_factor is {fraction}; a {reader.model_type} model turns "
-                        + ("whole heads, which is 1" if whole == 1 else "at most the whole of a head, 1"))
+        most = "rotates whole heads, which is 1" if whole == 1 else "can rotate 1 at most"
+        raise DataError(f"{reader.path}: partial_rotary_factor is {fraction}; a {reader.model_type} model {most}")
     fields = dict(rope_theta=theta, rope_scaling=None, rotary_fraction=fraction)
     if rope_type == "default":
         return fields
@@ -342,17 +343,25 @@ def hf_names(model):
     return {ours: stored for ours, stored in names.items() if modules.get(ours) is not None}
 
 
-def grouped(model):
-    """{stored module path: [our module paths]}: one, or those of a fused module."""
+def live_names(model):
+    """{our module path: its path in the model that transformers builds}, which is what peft sees."""
+    renamed = find_family(model.config.family).renamed or {}
+    return {ours: renamed.get(theirs, theirs) for ours, theirs in hf_names(model).items()}
+
+
+def grouped(names):
+    """{their module path: [our module paths]}, one or those of a fused module, of hf_names or live_names."""
     out = {}
-    for ours, theirs in hf_names(model).items():
+    for ours, theirs in names.items():
         out.setdefault(theirs, []).append(ours)
     return out
 
 
 def stored_rows(config, paths):
-    """For each row of our modules at `paths`, one behind the other, its row in the module that they are stored
-    as, (rows,); None where that is the order already."""
+    """For each row of our modules at `paths`, one behind the other, its row in their stored module, (rows,).
+
+    None where that is the order already.
+    """
     family = find_family(config.family)
     names = [path.split(".", 2)[2] for path in paths if path.startswith("blocks.")]
     rows = [family.rows(config, name) for name in names if family.rows is not None]
@@ -370,8 +379,10 @@ def from_stored(t, rows):
 
 
 def key_order(config):
-    """Which numbers of a stored key make one of ours, (hs,), for keys that no Linear makes (a prefix); None: all,
-    in order."""
+    """Which numbers of a stored key make one of ours, (hs,), for keys that no Linear makes (a prefix).
+
+    None: all, in order.
+    """
     family = find_family(config.family)
     return family.key_order(config) if family.key_order is not None else None
 
@@ -439,7 +450,7 @@ def read_state(model, stored, folder, dtype):
             if name not in stored:
                 raise DataError(f"{folder}: the weights lack {name}, which a {config.family} model needs")
             t = swap_layout(stored[name], path, family)
-            shape = [heights[stored_path] or parameter.size(0), *parameter.shape[1:]]     # a norm has no rows
+            shape = [heights[stored_path] or parameter.size(0), *parameter.shape[1:]]   # a norm has no rows
             if list(t.shape) != shape or not t.is_floating_point():
                 raise DataError(f"{folder}: {name} is {t.dtype} {list(t.shape)}, but config.json asks for "
                                 f"floats of {shape} (out, in)")
@@ -463,7 +474,7 @@ def stored_tensors(model):
     """{stored name: tensor} of a model, as transformers stores it; adapter parameters stay out."""
     family = find_family(model.config.family)
     out = {}
-    for stored_path, paths in grouped(model).items():
+    for stored_path, paths in grouped(hf_names(model)).items():
         if paths == ["head"] and model.config.tied:
             continue
         rows = stored_rows(model.config, paths)
@@ -483,8 +494,8 @@ QKV = ("attn.q", "attn.k", "attn.v")
 def rotary_order(config, interleaved):
     """Which numbers of a stored head make one of ours, (hs,).
 
-    Of a head, the first `rotary_size` numbers are turned, in the pairs (j, j + rotary_size / 2) or, interleaved,
-    (2j, 2j + 1), and the rest are not. Ours has pairs (j, j + hs/2) of all numbers, those of the rest last.
+    Of a head, the first n = rotary_size numbers are turned, in the pairs (j, j + n/2) or, interleaved, (2j,
+    2j + 1), and the rest are not. Ours has pairs (j, j + hs/2) of all numbers, those of the rest last.
     """
     turned = torch.arange(config.rotary_size)
     rest = torch.arange(config.rotary_size, config.head_size)
@@ -586,8 +597,8 @@ def gpt_neox_rows(config, name):
 GPT_NEOX = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
-    dialect=dict(position="rope", norm="layernorm", mlp="gelu_exact", qkv_bias=True, o_bias=True, mlp_bias=True,
-                 qk_norm=False, rotary_fraction=0.25, parallel_residual=True, post_norm=False),
+    dialect=dict(position="rope", norm="layernorm", mlp="gelu_exact", qkv_bias=True, o_bias=True,
+                 mlp_bias=True, qk_norm=False, rotary_fraction=0.25, parallel_residual=True, post_norm=False),
     read=read_gpt_neox,
     write=write_gpt_neox,
     names={"wte": "gpt_neox.embed_in", "ln_f": "gpt_neox.final_layer_norm", "head": "embed_out"},
@@ -600,6 +611,7 @@ GPT_NEOX = Family(
     theta_key="rotary_emb_base",
     fraction_key="rotary_pct",
     bias_keys={"attention_bias": ("qkv_bias", "o_bias")},
+    renamed={"embed_out": "lm_head"},
     default_targets=("query_key_value",))
 
 FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GLM, GLM4, GPT_NEOX)

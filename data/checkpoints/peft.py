@@ -30,7 +30,7 @@ from statistics import mode
 
 import torch
 
-from data.checkpoints.hf import find_family, from_stored, grouped, hf_names, stored_rows, to_stored
+from data.checkpoints.hf import find_family, from_stored, grouped, live_names, stored_rows, to_stored
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
 from data.runtime.run_files import check_object, read_object
@@ -50,7 +50,7 @@ def key(peft_type, module, leaf):
 
 def fused(model):
     """{their module path: [our paths]}: one Linear each, or the parts of a fused one."""
-    return {theirs: paths for theirs, paths in grouped(model).items()
+    return {theirs: paths for theirs, paths in grouped(live_names(model)).items()
             if isinstance(model.get_submodule(paths[0]), torch.nn.Linear)}
 
 
@@ -355,7 +355,7 @@ def read_peft_format(model, folder, config, side, variant, tensors):
 def read_extra(model, folder, config, tensors):
     """What is left of the file: tensors of modules_to_save, and copies of base weights. Raises DataError."""
     extra = {}
-    ours_of = {theirs: ours for ours, theirs in hf_names(model).items()}
+    ours_of = {theirs: ours for ours, theirs in live_names(model).items()}
     for name, t in tensors.items():
         name = name.removeprefix("base_model.model.")
         owner, _, leaf = name.replace(".base_layer", "").rpartition(".")
