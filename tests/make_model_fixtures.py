@@ -5,7 +5,7 @@
 
 For each case in CASES: `<case>.json` holds config.json as transformers 5 wrote it, the same in the dialect of
 transformers 4, and the name and shape of every tensor in the model.safetensors that it wrote; `logits.npz`
-has the logits. The weights are not stored: maker and test draw them by `draw`, from the tensor's name.
+has the logits, and greedy continuations of the first 6 ids. The weights are not stored: maker and test draw them by `draw`, from the tensor's name.
 Two folders are stored whole, just as `save_pretrained` left them: `gpt2/`, and `sharded/` with its index.
 """
 import json
@@ -87,14 +87,30 @@ def dialect4(config):
     return old
 
 
-def logits(folder, ids):
-    import torch
+def loaded(folder):
     from transformers import AutoModelForCausalLM
     model, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True,
                                                         attn_implementation="eager")
     assert not any(notes.values()), notes                       # nothing missing, unexpected or mismatched
+    return model.eval()
+
+
+def logits(folder, ids):
+    import torch
     with torch.no_grad():
-        return model.eval()(torch.tensor(ids)).logits.float().numpy()
+        return loaded(folder)(torch.tensor(ids)).logits.float().numpy()
+
+
+def greedy(folder, ids):
+    """Up to 12 new tokens per row, -1 behind an end token."""
+    import torch
+    x = torch.tensor(ids)
+    new = loaded(folder).generate(x, max_new_tokens=12, do_sample=False, pad_token_id=63)[:, x.size(1):].tolist()
+    end = json.loads((pathlib.Path(folder) / "config.json").read_text())["eos_token_id"]
+    for row in new:
+        first = min((row.index(e) for e in np.atleast_1d(end) if e in row), default=len(row))
+        row[first + 1:] = [-1] * (12 - first - 1)
+    return np.array([row + [-1] * (12 - len(row)) for row in new])
 
 
 def build(family, config):
@@ -131,6 +147,7 @@ def main():
             build(family, config).save_pretrained(folder)
             redraw(folder / "model.safetensors")
             out[case] = logits(folder, IDS)
+            out[case + "-greedy"] = greedy(folder, IDS[:, :6])
             path = folder / "config.json"
             new = json.loads(path.read_text())
             old = dialect4(new)

@@ -197,6 +197,13 @@ def test_logits_of_transformers(case, dialect, tmp_path):
     assert (model.head.weight is model.wte.weight) == (head not in stored)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_of_transformers(case, tmp_path):
+    model = load_case(case, tmp_path)
+    found = generate(model, IDS[:, :6].tolist(), 12, temperature=0, eos=model.config.eos)
+    assert found == [[i for i in row if i >= 0] for row in LOGITS[case + "-greedy"].tolist()]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "sharded"])
 def test_folders_written_by_transformers(name):
     assert np.abs(logits(GPT.from_pretrained(HERE / name), IDS).numpy() - LOGITS[name]).max() < 1e-5
