@@ -9,6 +9,7 @@ import pytest
 from make_family_fixtures import FAMILIES, FIXTURE
 from make_tokenizer_fixtures import digest, mark, strings
 
+from data.batches.examples import Text
 from data.text import chat
 from data.text.tokenizer import Tokenizer
 
@@ -100,6 +101,23 @@ def test_models_of_this_template(source, asked, says):
     exported = chat.export("glm4", tokenizer)
     assert (exported.chat_template == source) == (not says)
     assert chat.prompt(turns("Hi"), "glm4", exported) == chat.prompt(turns("Hi"), "glm4", tokenizer)
+
+
+def test_a_cut_prompt_keeps_both_start_tokens():
+    text = Text(tokenizer_of("glm4"), "glm4")
+    row = {"messages": turns("one two three " * 9, "four")}
+    whole = text.prompt_ids(row)
+    first = text.tokenizer.encode("[gMASK]<sop>", special=True)
+    for limit in range(2, len(whole) + 1):
+        ids = text.prompt_ids(row, limit=limit)
+        assert len(ids) == limit and ids[:2] == first and ids[2:] == whole[len(whole) - limit + 2:]
+    ids, mask = chat.render(row["messages"], "glm4", text.tokenizer)
+    for limit in range(2, len(ids) + 1):
+        cut, kept = chat.fit_to_length(ids, mask, limit, start=text.start_length)
+        asked = kept.index(True)
+        assert len(cut) == limit and asked >= limit // 2 and cut[:min(2, asked)] == first[:min(2, asked)]
+        assert cut[asked] == ids[mask.index(True)]
+        assert asked < 2 or cut[2:asked] == ids[mask.index(True) - asked + 2:mask.index(True)]
 
 
 def test_an_export_starts_with_both_tokens():

@@ -34,7 +34,7 @@ message has weight 0.
   `prompt`, and tokenizer(text) begins with the same start token.
 
 Public: ChatTemplate, TEMPLATES, PREAMBLE, guess_template, fits, note, export, render, prompt, answer,
-end_token, truncate_left, fit_to_length
+end_token, start_length, truncate_left, fit_to_length
 """
 import functools
 import itertools
@@ -497,20 +497,27 @@ def _writes(source, record, style, tokenizer):
 
 
 # ---- length ------------------------------------------------------------------------------------------------
-def truncate_left(ids, limit):
-    """The last `limit` ids, except that the first id (the start token) is kept."""
+def start_length(template, tokenizer):
+    """How many ids at the start of a conversation are kept when its prompt is cut: the start tokens, at least 1."""
+    record = _fitting(template, tokenizer)
+    return max(1, len(_start_tokens(record, _style(record, tokenizer)[0])))
+
+
+def truncate_left(ids, limit, start=1):
+    """The last `limit` ids, except that the first `start` ids (the start tokens) are kept."""
     if len(ids) <= limit:
         return ids
-    return ids[:1] + ids[len(ids) - limit + 1:]
+    start = min(start, limit)
+    return ids[:start] + ids[len(ids) - limit + start:]
 
 
-def fit_to_length(ids, mask, limit, too_long="truncate", location="an example"):
+def fit_to_length(ids, mask, limit, too_long="truncate", location="an example", start=1):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 
     too_long   "truncate", "drop" (returns None) or "error" (raises DataError) Truncation cuts the prompt
     (everything before the first target) on the left and the rest on the right. Each is guaranteed half of
-    the limit and may use what the other does not need, so that both keep some tokens. The first token is
-    kept, because a model is trained with its start token. A cut answer has no end token. Raises UserError
+    the limit and may use what the other does not need, so that both keep some tokens. The first `start` tokens
+    are kept, because a model is trained with its start tokens. A cut answer has no end token. Raises UserError
     for a limit below 2.
     """
     if limit < 2:
@@ -525,6 +532,7 @@ def fit_to_length(ids, mask, limit, too_long="truncate", location="an example"):
         return None
     prompt_len = mask.index(True) if True in mask else len(ids)
     rest_len = min(len(ids) - prompt_len, max(limit // 2, limit - prompt_len))
-    cut = max(0, prompt_len + rest_len - limit)         # tokens to remove from the prompt, behind the first
-    kept = [0, *range(cut + 1, prompt_len + rest_len)]
+    cut = max(0, prompt_len + rest_len - limit)         # tokens to remove from the prompt, behind the start
+    start = min(start, prompt_len - cut)
+    kept = [*range(start), *range(cut + start, prompt_len + rest_len)]
     return [ids[i] for i in kept], [mask[i] for i in kept]
