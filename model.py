@@ -1,14 +1,18 @@
-"""model.py: one decoder-only transformer for the GPT-2 and Llama families (Llama, SmolLM2, Qwen2, Qwen3).
+"""model.py: one decoder-only transformer: GPT-2, Llama (SmolLM2, Mistral, Qwen), GLM-4, GPT-NeoX (Pythia).
 
     h_0     = wte[x] (+ wpe[p])                                token embeddings; learned positions in GPT-2
-    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v: heads of ln_1(h); rotary in Llama
-    h       = h + down(gelu(up(z)))                            z = ln_2(h)   (GPT-2)
-    h       = h + down(silu(gate(z)) * up(z))                                (Llama)
+    h       = h + o(softmax(mask + q k^T / sqrt(hs)) v)        q, k, v: heads of ln_1(h); rotary elsewhere
+    h       = h + down(gelu(up(z)))                            z = ln_2(h)   (GPT-2, GPT-NeoX)
+    h       = h + down(silu(gate(z)) * up(z))                                (Llama, GLM-4)
     logits  = head(ln_f(h))
 
-GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023 (arXiv 2302.13971), section 2.2. Rotary
-positions: Su et al. 2021 (2104.09864), section 3.2. Grouped-query attention: Ainslie et al. 2023
-(2305.13245). A family is a record in data/checkpoints/hf.py; here it is a handful of GPTConfig fields.
+In GPT-NeoX z is ln_2 of the h that ln_1 reads, too (parallel residual). GLM-4 (glm4, not glm) puts a norm
+behind o and down. In both only a part of each head is rotated.
+
+GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023 (arXiv 2302.13971), section 2.2. GPT-NeoX:
+Black et al. 2022 (2204.06745), section 2.1. GLM-4: GLM team 2024 (2406.12793), section 2. Rotary positions:
+Su et al. 2021 (2104.09864), section 3.2. Grouped-query attention: Ainslie et al. 2023 (2305.13245). A family
+is a record in data/checkpoints/hf.py; here it is a handful of GPTConfig fields.
 
 `past`: a list with one entry per layer, each None or Past(k, v, gate); None for the list means no past.
     Past(k, v)        keys and values of P earlier positions, k and v (B or 1, nkv, P, hs), keys already
@@ -24,9 +28,10 @@ tokens: an encoder; those of a prompt: a prefix-LM). Rows are right-padded: unde
 attends to a pad behind it, so training and scoring need no padding mask. Decoding keeps a KVCache with one
 length per row, and writes each row's new keys and values behind that row's last.
 
-Deviations: q, k and v are always three Linears (a fused GPT-2 `c_attn` is split at load and joined at save);
-no dropout; `hidden_states` stops before the head, so that a caller computes logits only at the positions it
-needs. Every reader goes through `embed` and `logits`; nothing else calls wte or head.
+Deviations: q, k, v, gate, up are Linears of their own and rotary pairs are (j, j + hs/2), whatever a family
+stores (its rows are split and permuted at load, and back at save); no dropout; `hidden_states` stops before
+the head, so that a caller computes logits only at the positions it needs. Every reader goes through `embed`
+and `logits`; nothing else calls wte or head.
 
 B batch  T tokens  C width  V vocabulary  nh heads  nkv kv heads  hs head size  P virtual tokens  r rank
 S columns of a KV cache  N selected positions
@@ -47,7 +52,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.batches.batching import split_by_token_budget
-from data.checkpoints.hf import find_family, hf_config, hf_names, parse_config, read_config, read_state
+from data.checkpoints.hf import find_family, hf_config, parse_config, read_config, read_state
 from data.checkpoints.hf import read_stored, stored_tensors
 from data.checkpoints.safetensors import write_tensors
 from data.runtime.files import DataError, UserError, write_json
@@ -69,14 +74,17 @@ class GPTConfig:
     n_kv_head: int = None               # fewer than n_head: grouped-query attention. None: n_head
     head_size: int = None               # None: n_embd / n_head
     n_inner: int = None                 # hidden width of the MLP. None: 4 n_embd
-    family: str = "gpt2"                # a model_type of data/checkpoints/hf.py: gpt2, llama, qwen2, qwen3
+    family: str = "gpt2"                # a model_type of data/checkpoints/hf.py
     position: str = None                # "learned" | "rope"
     norm: str = None                    # "layernorm" | "rmsnorm"
-    mlp: str = None                     # "gelu" (tanh form) | "swiglu"
+    mlp: str = None                     # "gelu" (tanh form) | "gelu_exact" | "swiglu"
     qkv_bias: bool = None
     o_bias: bool = None
     mlp_bias: bool = None
     qk_norm: bool = None                # RMSNorm on every query and key head (Qwen3)
+    rotary_fraction: float = None       # the share of a head's numbers that rotary positions turn
+    parallel_residual: bool = None      # attention and MLP read the same h (GPT-NeoX)
+    post_norm: bool = None              # a norm behind attention and MLP, too (glm4)
     norm_eps: float = 1e-5
     tied: bool = True                   # head.weight is wte.weight
     rope_theta: float = 10000.0
@@ -91,7 +99,8 @@ class GPTConfig:
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)         # the dataclass is frozen from here on
-        choices = dict(position=("learned", "rope"), norm=("layernorm", "rmsnorm"), mlp=("gelu", "swiglu"))
+        choices = dict(position=("learned", "rope"), norm=("layernorm", "rmsnorm"),
+                       mlp=("gelu", "gelu_exact", "swiglu"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
@@ -100,8 +109,13 @@ class GPTConfig:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
         if self.position == "learned" and self.n_embd != self.n_head * self.head_size:
             raise UserError(f"width {self.n_embd} is not {self.n_head} heads times {self.head_size}")
-        if self.position == "rope" and self.head_size % 2:
-            raise UserError(f"rotary positions need pairs, so head_size must be even; it is {self.head_size}")
+        if self.position == "rope" and (self.head_size % 2 or self.rotary_size % 2):
+            raise UserError("rotary positions need pairs, so head_size must be even; it is "
+                            f"{self.head_size}, of which {self.rotary_size} turn")
+
+    @property
+    def rotary_size(self):
+        return int(self.head_size * self.rotary_fraction)
 
     def require_counts(self, *names):
         """UserError unless these fields are whole numbers above 0."""
@@ -208,8 +222,8 @@ def make_norm(c):
 
 def rope_table(config, positions):
     """positions (...) -> cos and sin of position * frequency, each (..., hs), fp32: bf16 rounds above 256."""
-    half = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
-    freq = config.rope_theta ** (-half / config.head_size)              # (hs/2,)
+    even = torch.arange(0, config.rotary_size, 2, device=positions.device, dtype=torch.float32)
+    freq = config.rope_theta ** (-even / config.rotary_size)
     s = config.rope_scaling
     if s and s["rope_type"] == "linear":
         freq = freq / s["factor"]
@@ -217,6 +231,7 @@ def rope_table(config, positions):
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # within the old context
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         freq = torch.lerp(freq / s["factor"], freq, ramp.clamp(0, 1))
+    freq = F.pad(freq, (0, config.head_size // 2 - len(freq)))          # (hs/2,): the other pairs stand still
     angle = positions[..., None].float() * freq
     angle = torch.cat((-angle, angle), -1)          # pairs are (j, j + hs/2): (a cos - b sin, b cos + a sin)
     return angle.cos(), angle.sin()
@@ -313,11 +328,12 @@ class MLP(nn.Module):
         if c.mlp == "swiglu":
             self.gate = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
+        self.gelu_form = "tanh" if c.mlp == "gelu" else "none"
 
     def forward(self, x):
         if hasattr(self, "gate"):
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate=self.gelu_form))
 
 
 class Block(nn.Module):
@@ -327,11 +343,16 @@ class Block(nn.Module):
         self.attn = Attention(c)
         self.ln_2 = make_norm(c)
         self.mlp = MLP(c)
+        self.post_1 = make_norm(c) if c.post_norm else nn.Identity()
+        self.post_2 = make_norm(c) if c.post_norm else nn.Identity()
+        self.parallel_residual = c.parallel_residual
 
     def forward(self, h, rope, mask, past, cache, columns, select):
         y, kv = self.attn(self.ln_1(h), rope, mask, past, cache, columns, select)
-        h = (h if select is None else h[select]) + y
-        return h + self.mlp(self.ln_2(h)), kv
+        h = h if select is None else h[select]
+        y = h + self.post_1(y)
+        z = self.ln_2(h if self.parallel_residual else y)
+        return y + self.post_2(self.mlp(z)), kv
 
 
 @functools.cache
@@ -544,10 +565,6 @@ class GPT(nn.Module):
 
     # ---------------------------------------------------------------------------------- Hugging Face folders
 
-    def hf_names(self):
-        """{our module path: (stored module path, part)}; part: "q", "k" or "v" of a fused module, or None."""
-        return hf_names(self)
-
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
         """Read a Hugging Face folder (config.json; model.safetensors, or shards with an index), strictly.
@@ -577,17 +594,15 @@ class GPT(nn.Module):
 
         UserError if no family of transformers has this mix of GPTConfig fields; nothing is written then.
         """
-        tensors = stored_tensors(self)
-        widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-        config = hf_config(self.config, widest)         # loaders cast to this dtype
-        reread = GPTConfig(**parse_config(config, folder))
+        reread = GPTConfig(**parse_config(hf_config(self.config, torch.float32), folder))
         odd = [f.name for f in fields(reread) if getattr(reread, f.name) != getattr(self.config, f.name)]
         if odd:
             raise UserError(f"{folder}: transformers knows no {self.config.family} with this "
                             f"{' '.join(odd)}, so this hybrid has no Hugging Face form")
-        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        tensors = {name: t.contiguous() for name, t in stored_tensors(self).items()}
+        widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
         write_tensors(os.path.join(folder, "model.safetensors"), tensors)
-        write_json(os.path.join(folder, "config.json"), config)
+        write_json(os.path.join(folder, "config.json"), hf_config(self.config, widest))     # loaders cast to it
 
 
 def check_targets(targets, tokens):

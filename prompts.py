@@ -46,6 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.checkpoints.hf import from_stored, key_order, to_stored
 from data.checkpoints.peft import read_adapter_config
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, write_json
@@ -396,6 +397,14 @@ def kv_start(model, n, init, ids):
     return kv[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1).float(), gate
 
 
+def reorder_keys(table, c, order):
+    """A table of keys and values (P, 2 L nkv hs) with its keys as families store heads; order: to_stored or
+    from_stored."""
+    kv = table.detach().view(len(table), c.n_layer, 2, c.n_kv_head, c.head_size)
+    keys = order(kv[:, :, 0].movedim(-1, 0), key_order(c)).movedim(0, -1)
+    return torch.stack((keys, kv[:, :, 1]), 2).flatten(1)
+
+
 def kv_width(c):
     return 2 * c.n_layer * c.n_kv_head * c.head_size
 
@@ -458,6 +467,8 @@ def save_prompt(prompt, folder, base=""):
         tensors = {"prompt_embeddings": prompt.prompt_embeddings()}
         c = prompt.config
         soft = prompt.holds == "embeddings"
+        if not soft:
+            tensors["prompt_embeddings"] = reorder_keys(tensors["prompt_embeddings"], c, to_stored)
         config.update(num_transformer_submodules=1, num_layers=c.n_layer,
                       num_attention_heads=c.n_head if soft else c.n_kv_head,
                       token_dim=c.n_embd if soft else c.n_kv_head * c.head_size)
@@ -533,6 +544,8 @@ def load_peft_prompt(model, config, tensors, path, file):
     except UserError as e:
         raise DataError(f"{path}: {e}") from None
     tensors["embedding"] = tensors.pop("prompt_embeddings")
+    if not soft:
+        tensors["embedding"] = reorder_keys(tensors["embedding"], c, from_stored)
     prompt.load_state_dict(tensors)
     return prompt.eval()
 

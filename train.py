@@ -1864,7 +1864,7 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
     for split, some in rows.items():
         with Progress(f"encoding {split}"):
             whole = [ctx.text.prompt_ids(row) for row in some]
-        prompt_ids[split] = [chat.truncate_left(ids, room) for ids in whole]
+        prompt_ids[split] = [chat.truncate_left(ids, room, ctx.text.start_length) for ids in whole]
         cut = sum(len(ids) > room for ids in whole)
         if cut:
             log_progress(f"{split}: {cut} prompts lost their beginning, because they are longer than {room} "

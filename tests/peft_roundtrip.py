@@ -10,8 +10,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM, logging)
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, Glm4Config, Glm4ForCausalLM,
+                          GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
+                          LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, logging)
 
 import lora
 from model import GPT
@@ -27,7 +28,15 @@ small = dict(vocab_size=64, max_position_embeddings=32, num_hidden_layers=2, hid
 BASES = {"gpt2": GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32,
                                             bos_token_id=None, eos_token_id=None)),
          "llama": LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=False)),
-         "qwen2": Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=True))}
+         "qwen2": Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=True)),
+         "glm4": Glm4ForCausalLM(Glm4Config(**small, head_dim=16, pad_token_id=None)),
+         "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**{k: v for k, v in small.items() if k != "num_key_value_heads"}))}
+NO_DEFAULT = {"glm4": ["q_proj"]}                       # families for which peft knows no default
+# Modules of peft's side: attention, MLP without its gate, and the names of the output and the head.
+SPLIT = (["q_proj", "v_proj"], ["down_proj"], "o_proj", "lm_head")
+PARTS = {"gpt2": (["c_attn"], ["mlp.c_proj"], "c_proj", "lm_head"), "llama": SPLIT, "qwen2": SPLIT,
+         "glm4": (["q_proj", "v_proj", "gate_up_proj"], *SPLIT[1:]),
+         "gpt_neox": (["query_key_value"], ["dense_4h_to_h"], "attention.dense", "lm_head")}
 torch.manual_seed(0)
 logging.disable_progress_bar()
 
@@ -51,7 +60,7 @@ for family, base in BASES.items():
     base.save_pretrained(OUT / family)
     hf = lambda: AutoModelForCausalLM.from_pretrained(OUT / family)                 # noqa: E731
     base_logits = hf().eval()(input_ids=IDS).logits
-    words = ["q", "k", "v", "o", "up", "down", "head"] + ["gate"] * (family != "gpt2")
+    words = ["q", "k", "v", "o", "up", "down", "head"] + ["gate"] * (family not in ("gpt2", "gpt_neox"))
     for kind, kw in KINDS.items():
         for targets in (["q", "v"], words):
             if kind == "ia3":
@@ -71,18 +80,18 @@ for family, base in BASES.items():
             compare(f"{family} {kind} {len(targets)} targets -> peft", model, theirs)
     fused = family == "gpt2"
     both = dict(task_type="CAUSAL_LM", fan_in_fan_out=fused)
-    attention, mlp = (["c_attn"], ["mlp.c_proj"]) if fused else (["q_proj", "v_proj"], ["down_proj"])
+    attention, mlp, output, head = PARTS[family]
     for name, config in {
             "lora": LoraConfig(**both, target_modules=attention),
-            "lora default targets": LoraConfig(task_type="CAUSAL_LM"),
+            "lora default targets": LoraConfig(task_type="CAUSAL_LM", target_modules=NO_DEFAULT.get(family)),
             "lora all": LoraConfig(**both, target_modules="all-linear", r=3, lora_alpha=7, use_rslora=True),
-            "lora regex": LoraConfig(**both, target_modules=r".*\.1\..*(c_proj|o_proj)", r=2),
+            "lora regex": LoraConfig(**both, target_modules=rf".*\.1\..*{output}", r=2),
             "lora one layer": LoraConfig(**both, target_modules=attention, layers_to_transform=[1]),
             "lora patterns": LoraConfig(**both, target_modules=attention + mlp, rank_pattern={mlp[0]: 2},
                                         alpha_pattern={r".*\.0\..*": 5}),
             "lora orthogonal": LoraConfig(**both, target_modules=attention, init_lora_weights="orthogonal"),
             "lora mica": LoraConfig(**both, target_modules=attention, init_lora_weights="mica"),
-            "lora head": LoraConfig(**both, target_modules=attention + ["lm_head"]),
+            "lora head": LoraConfig(**both, target_modules=attention + [head]),
             "dora": LoraConfig(**both, target_modules=attention + mlp, use_dora=True),
             "ia3": IA3Config(**both, target_modules=attention + mlp, feedforward_modules=mlp),
             "adalora": AdaLoraConfig(**both, target_modules=attention + mlp, init_r=4, total_step=9)}.items():

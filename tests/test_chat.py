@@ -67,6 +67,7 @@ TEXTS = {
                "<|start_header_id|>assistant<|end_header_id|>\n\n2<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\n2+2<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"),
+    "glm4": ("[gMASK]<sop><|system|>\nSum.<|user|>\n1+1<|assistant|>\n2<|user|>\n2+2<|assistant|>\n4<|user|>"),
     "alpaca": ("<|endoftext|>Sum.\n\n### Instruction:\n1+1\n\n### Response:\n2<|endoftext|>"
                "\n\n### Instruction:\n2+2\n\n### Response:\n4<|endoftext|>"),
     "plain": "<|endoftext|>Sum.\n1+1 2<|endoftext|>2+2 4<|endoftext|>",
@@ -79,7 +80,8 @@ def test_templates_to_the_letter(template):
     ids, mask = render(TALK, template, TOK)
     end = shown([end_token(template, TOK)])
     assert shown(ids) == TEXTS[template]
-    assert targets_text(ids, mask) == (f" 2{end} 4{end}" if template in ("plain", "raw") else f"2{end}4{end}")
+    lead = {"plain": " ", "raw": " ", "glm4": "\n"}.get(template, "")
+    assert targets_text(ids, mask) == f"{lead}2{end}{lead}4{end}"
     assert len(ids) == len(mask) and all(type(m) is bool for m in mask)
 
 
@@ -113,8 +115,8 @@ def test_23_32_marks_in_a_text_are_text_and_there_is_one_start(template):
     plain, _ = render(turns("a", "a"), template, TOK)
     for mark in TOK.special.values():
         assert ids.count(mark) == plain.count(mark)
-    assert plain.count(plain[0]) == {"llama3": 1, "chatml": 2}.get(template, 2)      # eos is also the start
-    assert targets_text(ids, mask).lstrip(" ") == text + shown([end_token(template, TOK)])
+    assert plain.count(plain[0]) == {"llama3": 1, "chatml": 2, "glm4": 1}.get(template, 2)      # eos is also the start
+    assert targets_text(ids, mask).lstrip(" \n") == text + shown([end_token(template, TOK)])
 
 
 def test_raw_is_a_text_as_the_tokenizer_gives_it():
@@ -138,7 +140,7 @@ def test_20_answers_of_weight_0_are_context(template):
     messages[1]["weight"] = 0
     ids, mask = render(messages, template, TOK)
     assert ids == render(turns("1+1", "2", "2+2", "4"), template, TOK)[0]
-    assert targets_text(ids, mask).lstrip(" ") == "4" + shown([end_token(template, TOK)])
+    assert targets_text(ids, mask).lstrip(" \n") == "4" + shown([end_token(template, TOK)])
     messages[1]["weight"] = 1
     assert render(messages, template, TOK) == render(turns("1+1", "2", "2+2", "4"), template, TOK)
 
@@ -159,7 +161,7 @@ def test_answers_are_encoded_alone_whatever_their_weight(template, weight):
 def test_14_an_empty_prompt_leaves_something_to_predict_from(template):
     ids, mask = render(turns("", "four"), template, TOK)
     assert not mask[0] or template == "raw"
-    assert targets_text(ids, mask).lstrip(" ") == "four" + shown([end_token(template, TOK)])
+    assert targets_text(ids, mask).lstrip(" \n") == "four" + shown([end_token(template, TOK)])
     if template != "raw":                               # which takes an empty text as it is
         assert prompt([], template, TOK) and prompt(turns(""), template, TOK)
 
@@ -169,7 +171,8 @@ def test_19_two_answers_and_two_questions_in_a_row(template):
     messages = [*turns("a"), *turns("b"), *turns("", "c")[1:], *turns("", "d")[1:]]
     ids, mask = render(messages, template, TOK)
     end = shown([end_token(template, TOK)])
-    assert targets_text(ids, mask).replace(" ", "") == f"c{end}d{end}"
+    between = "" if template == "glm4" else end         # where its user follows, and nowhere else
+    assert targets_text(ids, mask).replace(" ", "").replace("\n", "") == f"c{between}d{end}"
     if template == "plain":
         assert shown(ids) == "<|endoftext|>a\nb c<|endoftext|> d<|endoftext|>"
 
@@ -342,6 +345,8 @@ def test_what_is_exported_renders_the_same(name, system):
             text = package_text(exported.chat_template, talk, open_answer, exported)
             ids = prompt(talk, template, tokenizer, system) if open_answer else \
                 render(talk, template, tokenizer, system)[0]
+            if template == "glm4" and not open_answer and talk and talk[-1]["role"] == "assistant":
+                text += "<|user|>"                      # of the next turn, which ends the answer
             assert text == shown(ids)
     if template not in ("alpaca", "plain", "raw") or system is None:   # whose system text a run keeps beside it
         assert guess_template(exported) == template and chat.note(template, exported) == ""
@@ -394,7 +399,7 @@ def test_templates_that_do_not_fit_the_tokenizer():
         render(turns("a", "b"), "chatml", base)
     with pytest.raises(UserError, match="plain ends answers with the end-of-text token, and this tokenizer"):
         render(turns("a", "b"), "plain", base)
-    with pytest.raises(UserError, match="--template gpt is none of chatml qwen3 llama3 alpaca plain"):
+    with pytest.raises(UserError, match="--template gpt is none of chatml qwen3 llama3 glm4 alpaca plain"):
         end_token("gpt", TOK)
 
 

@@ -31,7 +31,9 @@ SMALL = GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=4, n_embd=32)
 STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=32)
 KINDS = {"gpt2": SMALL, "llama": SMALL.as_family("llama", n_kv_head=2, head_size=16, rope_scaling=STRETCH),
-         "qwen3": SMALL.as_family("qwen3", n_kv_head=1, tied=False)}
+         "qwen3": SMALL.as_family("qwen3", n_kv_head=1, tied=False),
+         "glm4": SMALL.as_family("glm4", n_kv_head=2, head_size=16),
+         "gpt_neox": SMALL.as_family("gpt_neox", head_size=16, n_inner=64, tied=False)}
 ANY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -106,7 +108,8 @@ def naive(model, row, past=None, side=None):
 
     def turn(x, position):                  # (hs,): rotation of the plane (j, j + hs/2), as complex numbers
         half = c.head_size // 2
-        freq = c.rope_theta ** (-np.arange(half) / half)
+        turned = int(half * c.rotary_fraction)                          # the other planes stand still
+        freq = np.append(c.rope_theta ** (-np.arange(turned) / turned), np.zeros(half - turned))
         if (s := c.rope_scaling) is not None:
             for j, f in enumerate(freq):
                 wave, old = 2 * math.pi / f, s["original_max_position_embeddings"]
@@ -149,15 +152,19 @@ def naive(model, row, past=None, side=None):
                     k, v, gate = side[i]
                     memory = look(heads["q"][t, n], k[g].double().numpy(), v[g].double().numpy())
                     y[t, n] = (1 - gate[n]) * y[t, n] + gate[n] * memory
-        h = h + linear(f"{at}.o", y.reshape(T, -1))
-        z = norm(f"blocks.{i}.ln_2", h)
+        y = linear(f"{at}.o", y.reshape(T, -1))
+        y = h + (norm(f"blocks.{i}.post_1", y) if c.post_norm else y)
+        z = norm(f"blocks.{i}.ln_2", h if c.parallel_residual else y)
         a = linear(f"blocks.{i}.mlp.up", z)
         if c.mlp == "swiglu":
             b = linear(f"blocks.{i}.mlp.gate", z)
             a = a * b / (1 + np.exp(-b))
+        elif c.mlp == "gelu_exact":
+            a = a * np.vectorize(lambda x: (1 + math.erf(x / math.sqrt(2))) / 2)(a)
         else:
             a = 0.5 * a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)))
-        h = h + linear(f"blocks.{i}.mlp.down", a)
+        a = linear(f"blocks.{i}.mlp.down", a)
+        h = y + (norm(f"blocks.{i}.post_2", a) if c.post_norm else a)
     return norm("ln_f", h) @ w["head.weight"].T
 
 
@@ -186,7 +193,15 @@ def test_logits_of_transformers(case, dialect, tmp_path):
     model = load_case(case, tmp_path, dialect=dialect)
     assert np.abs(logits(model, IDS).numpy() - LOGITS[case]).max() < CLOSE
     stored = read_tensors(tmp_path / "model.safetensors")
-    assert (model.head.weight is model.wte.weight) == ("lm_head.weight" not in stored)
+    head = find_family(model.config.family).names["head"] + ".weight"
+    assert (model.head.weight is model.wte.weight) == (head not in stored)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_of_transformers(case, tmp_path):
+    model = load_case(case, tmp_path)
+    found = generate(model, IDS[:, :6].tolist(), 12, temperature=0, eos=model.config.eos)
+    assert found == [[i for i in row if i >= 0] for row in LOGITS[case + "-greedy"].tolist()]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "sharded"])
@@ -213,6 +228,17 @@ def test_config_dialects():
     assert rope(base | {"rope_scaling": stretched})["rope_scaling"][old] == base["max_position_embeddings"]
     assert rope(base | {"rope_scaling": stretched | {old: 9}})["rope_scaling"][old] == 9
     assert rope(base | {"rope_scaling": stretched | {old: 9}, old: 7})["rope_scaling"][old] == 7
+    mistral = json.loads((HERE / "mistral-tied.json").read_text())["config"]
+    mistral.pop("sliding_window")                       # absent is 4096, as in transformers; null is none
+    assert read(mistral)["block_size"] == 64
+    with pytest.raises(DataError, match="sliding_window is 4096, shorter than the context of 8192"):
+        read(mistral | {"max_position_embeddings": 8192})
+    assert read(mistral | {"max_position_embeddings": 8192, "sliding_window": None})["block_size"] == 8192
+    glm = json.loads((HERE / "glm-untied.json").read_text())["config"]
+    for key in ("rope_parameters", "rms_norm_eps", "attention_bias", "head_dim"):
+        glm.pop(key)
+    bare = GPTConfig(**read(glm))
+    assert (bare.rotary_fraction, bare.norm_eps, bare.qkv_bias, bare.head_size) == (0.5, 1.5625e-7, True, 128)
     absent = dict.fromkeys(("head_dim", "num_key_value_heads", "tie_word_embeddings"))
     bare = GPTConfig(**read(base | absent))
     assert (bare.n_kv_head, bare.head_size, bare.tied) == (4, 8, False)
@@ -238,6 +264,16 @@ def test_old_rotary_buffers_and_a_stored_copy_of_the_tied_head_are_no_fault(tmp_
     assert np.abs(logits(model, IDS).numpy() - LOGITS["llama-llama3"]).max() < CLOSE
 
 
+def test_hub_pythia_with_mask_and_rotary_buffers(tmp_path):
+    def edit(t):
+        for i in range(2):
+            t[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
+            t[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
+            t[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    model = load_case("gpt_neox-untied", tmp_path, edit=edit)
+    assert np.abs(logits(model, IDS).numpy() - LOGITS["gpt_neox-untied"]).max() < CLOSE
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_save_is_what_transformers_wrote(case, tmp_path):
     """Same names, shapes and bits as the file that transformers saved; a config that reads the same."""
@@ -261,31 +297,34 @@ def test_save_is_what_transformers_wrote(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_transformers_loads_what_we_save(case, tmp_path):
-    """PEERS is a python that has transformers; it loads our folder, and may miss nothing or find more."""
+def test_transformers_loads_what_we_save(tmp_path):
+    """PEERS is a python that has transformers; it loads our folders, and may miss nothing or find more."""
     if not os.environ.get("PEERS"):
         pytest.skip("PEERS: no python with transformers given")
-    model = load_case(case, tmp_path / "in")
-    with torch.no_grad():
-        for p in model.parameters():                    # not the fixture's numbers: trained ones
-            p.mul_(0.9)
-    model.save_pretrained(tmp_path / "out")
+    ours = {}
+    for case in CASES:
+        model = load_case(case, tmp_path / "in")
+        with torch.no_grad():
+            for p in model.parameters():                # not the fixture's numbers: trained ones
+                p.mul_(0.9)
+        model.save_pretrained(tmp_path / case)
+        ours[case] = logits(model, IDS).numpy()
     script = pathlib.Path(__file__).parent / "make_model_fixtures.py"
-    subprocess.run([os.environ["PEERS"], script, "--logits", tmp_path / "out", tmp_path / "theirs.npz"],
+    subprocess.run([os.environ["PEERS"], script, "--logits", tmp_path / "theirs.npz", *(tmp_path / c for c in CASES)],
                    check=True, capture_output=True)
-    theirs = np.load(tmp_path / "theirs.npz")["logits"]
-    assert np.abs(logits(model, IDS).numpy() - theirs).max() < CLOSE
-    assert np.abs(theirs - LOGITS[case]).max() > 0.01
+    theirs = np.load(tmp_path / "theirs.npz")
+    for case in CASES:
+        assert np.abs(ours[case] - theirs[case]).max() < CLOSE, case
+        assert np.abs(theirs[case] - LOGITS[case]).max() > 0.01, case
 
 
 def test_adapter_parameters_stay_out_of_the_saved_model(tmp_path):
     model = make("gpt2")
-    expected = set(load_case("gpt2-tied", tmp_path / "a").hf_names())
+    expected = set(hf.hf_names(load_case("gpt2-tied", tmp_path / "a")))
     model.blocks[0].attn.q.lora_A = torch.nn.Parameter(torch.ones(2, 32))
     model.save_pretrained(tmp_path / "b")
     saved = read_tensors(tmp_path / "b" / "model.safetensors")
-    assert set(model.hf_names()) == expected and not [name for name in saved if "lora" in name]
+    assert set(hf.hf_names(model)) == expected and not [name for name in saved if "lora" in name]
     fused = saved["transformer.h.0.attn.c_attn.weight"]
     assert torch.equal(fused[:, 32:64], model.blocks[0].attn.k.weight.t())
 
@@ -293,14 +332,14 @@ def test_adapter_parameters_stay_out_of_the_saved_model(tmp_path):
 def test_hf_names_cover_every_parameter_once():
     for kind, config in KINDS.items():
         model = make(kind)
-        names = {f"{ours}.{leaf}" for ours in model.hf_names()
+        names = {f"{ours}.{leaf}" for ours in hf.hf_names(model)
                  for leaf, _ in model.get_submodule(ours).named_parameters()}
         assert names == {name for name, _ in model.named_parameters(remove_duplicate=False)}
         assert config.family in (kind, "llama")
-    names = make("gpt2").hf_names()
-    assert names["blocks.1.attn.k"] == ("transformer.h.1.attn.c_attn", "k")
-    assert names["blocks.1.attn.o"] == ("transformer.h.1.attn.c_proj", None)
-    assert make("llama").hf_names()["blocks.0.mlp.gate"] == ("model.layers.0.mlp.gate_proj", None)
+    names = hf.hf_names(make("gpt2"))
+    assert names["blocks.1.attn.k"] == "transformer.h.1.attn.c_attn"
+    assert names["blocks.1.attn.o"] == "transformer.h.1.attn.c_proj"
+    assert hf.hf_names(make("llama"))["blocks.0.mlp.gate"] == "model.layers.0.mlp.gate_proj"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -378,6 +417,15 @@ CONFIG_FAULTS = [
     ("llama-llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
      "high_freq_factor is missing"),
     ("qwen2-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
+    ("mistral-untied", {"sliding_window": 63}, "sliding_window is 63, shorter than the context of 64"),
+    ("mistral-untied", {"sliding_window": "32"}, "sliding_window is '32'"),
+    ("glm-untied", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+    ("glm-untied", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5; a glm model"),
+    ("glm4-untied", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "it is 16, of which 3 turn"),
+    ("glm4-untied", {"attention_bias": "yes"}, "attention_bias is 'yes'"),
+    ("gpt_neox-untied", {"hidden_act": "relu"}, 'hidden_act is "relu"'),
+    ("gpt_neox-untied", {"use_parallel_residual": 1}, "use_parallel_residual is 1"),
+    ("gpt_neox-untied", {"num_attention_heads": 32}, "head_size must be even; it is 1"),
     ("qwen3-tied", {"use_sliding_window": True}, "use_sliding_window is true"),
 ]
 
@@ -425,6 +473,7 @@ def test_config_that_is_no_object(text, words, tmp_path):
 
 
 C_ATTN, GATE = "transformer.h.1.attn.c_attn.weight", "model.layers.1.mlp.gate_proj.weight"
+GATE_UP, FUSED_QKV = "model.layers.0.mlp.gate_up_proj.weight", "gpt_neox.layers.1.attention.query_key_value.bias"
 TENSOR_FAULTS = [                                       # case, edit of the tensors, words of the error
     ("gpt2-tied", drop(C_ATTN), f"the weights lack {C_ATTN}, which a gpt2 model needs"),
     ("gpt2-tied", drop("transformer.ln_f.bias"), "lack transformer.ln_f.bias"),
@@ -445,6 +494,13 @@ TENSOR_FAULTS = [                                       # case, edit of the tens
     ("qwen3-tied", drop("model.layers.0.self_attn.k_norm.weight"), "lack model.layers.0.self_attn.k_norm"),
     ("llama-plain", put("model.layers.0.self_attn.q_norm.weight", torch.ones(8)), "q_norm.weight"),
     ("llama-plain", put("base_model.model.x.lora_A.weight", torch.ones(8)), "lora_A.weight"),
+    ("glm4-tied", drop(GATE_UP), f"the weights lack {GATE_UP}, which a glm4 model needs"),
+    ("glm4-tied", put(GATE_UP, torch.zeros(40, 32)), f"{GATE_UP} is torch.float32 [40, 32], but config.json asks "
+                                                     "for floats of [80, 32]"),
+    ("glm-untied", put("model.layers.0.post_mlp_layernorm.weight", torch.ones(32)), "hold model.layers.0.post_mlp"),
+    ("gpt_neox-untied", drop("embed_out.weight"), "lack embed_out.weight"),
+    ("gpt_neox-untied", put(FUSED_QKV, torch.zeros(95)), f"{FUSED_QKV} is torch.float32 [95], but config.json asks "
+                                                         "for floats of [96]"),
 ]
 
 
@@ -509,7 +565,7 @@ def test_shard_faults(tmp_path):
 
 def test_impossible_configs():
     for change, words in (({"n_kv_head": 3}, "cannot share 3"), ({"head_size": 4}, "width 32"),
-                          ({"family": "bert"}, "'bert' is unknown; known: gpt2, llama, qwen2, qwen3"),
+                          ({"family": "bert"}, "'bert' is unknown; known: gpt2, llama, mistral, qwen2, qwen3"),
                           ({"position": "rotary"}, "position is 'rotary'; it can be learned or rope"),
                           ({"norm": "batchnorm"}, "norm is"), ({"mlp": "relu"}, "mlp is"),
                           ({"position": "rope", "head_size": 5}, "must be even"),
@@ -527,7 +583,12 @@ def test_a_hybrid_trains_but_has_no_hugging_face_form(tmp_path):
     for config, odd in ((SMALL.as_family("llama", mlp="gelu"), "mlp"),
                         (SMALL.as_family("llama", norm="layernorm"), "norm"),
                         (dataclasses.replace(SMALL, qkv_bias=False), "qkv_bias"),
-                        (SMALL.as_family("qwen3", mlp_bias=True), "mlp_bias")):
+                        (SMALL.as_family("qwen3", mlp_bias=True), "mlp_bias"),
+                        (SMALL.as_family("gpt_neox", n_kv_head=1), "n_kv_head"),
+                        (SMALL.as_family("gpt_neox", mlp="swiglu"), "mlp"),
+                        (SMALL.as_family("glm", post_norm=True), "post_norm"),
+                        (SMALL.as_family("glm", qk_norm=True), "qk_norm"),
+                        (SMALL.as_family("llama", parallel_residual=True), "parallel_residual")):
         model = GPT(config)
         assert model(torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 64)
         with pytest.raises(UserError, match=f"with this .*{odd}"):
@@ -548,7 +609,7 @@ def test_families_are_complete_records():
         assert {name: getattr(bare, name) for name in family.dialect} == family.dialect
     assert SMALL.as_family("llama", qk_norm=True, n_kv_head=2).qk_norm is True
     for call in (SMALL.as_family, find_family):
-        with pytest.raises(UserError, match="family 'bert' is unknown; known: gpt2, llama, qwen2, qwen3"):
+        with pytest.raises(UserError, match="family 'bert' is unknown; known: gpt2, llama, mistral, qwen2, qwen3"):
             call("bert")
 
 

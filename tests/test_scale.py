@@ -115,7 +115,10 @@ def folders(tmp_path_factory):
     """Four blocks of width 128 in each dialect."""
     folder = tmp_path_factory.mktemp("scale")
     gpt2 = GPTConfig(1000, 256, 4, 4, 128)
-    for name, shape in dict(gpt2=gpt2, llama=gpt2.as_family("llama", n_kv_head=2, n_inner=352)).items():
+    shapes = dict(gpt2=gpt2, llama=gpt2.as_family("llama", n_kv_head=2, n_inner=352),
+                  glm4=gpt2.as_family("glm4", n_kv_head=2, n_inner=352),
+                  gpt_neox=gpt2.as_family("gpt_neox", tied=False))
+    for name, shape in shapes.items():
         tokenizer = Tokenizer.train(["a b"], 256 + 3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
         GPT(shape).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -124,15 +127,18 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("family, flags", [("llama", f) for f in METHODS + VARIANTS if "int8" in f or
                                            "gate" in f or f in METHODS] +
-                         [("gpt2", f) for f in METHODS[:2] + VARIANTS if "gate" not in f])
+                         [("gpt2", f) for f in METHODS[:2] + VARIANTS if "gate" not in f] +
+                         [("glm4", f) for f in (*METHODS[:2], METHODS[-1], *VARIANTS[-2:])] +
+                         [("gpt_neox", f) for f in (*METHODS[:2], *VARIANTS[-2:])])
 def test_memory(family, flags, folders):
     measured, estimated = Case(folders / family, flags.split(), 8, 64).memory()
     assert abs(estimated / measured - 1) < 0.15, f"{estimated / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB"
 
 
-@pytest.mark.parametrize("flags", METHODS + VARIANTS[-4:-2])
-def test_flops(flags, folders):
-    counted, estimated = Case(folders / "llama", flags.split(), 8, 64).flops()
+@pytest.mark.parametrize("family, flags", [("llama", f) for f in METHODS + VARIANTS[-4:-2]] +
+                         [(name, f) for name in ("glm4", "gpt_neox") for f in METHODS[:2]])
+def test_flops(family, flags, folders):
+    counted, estimated = Case(folders / family, flags.split(), 8, 64).flops()
     assert abs(estimated / counted - 1) < 0.15, (estimated, counted)
 
 

@@ -92,6 +92,11 @@ class Text:
         """The id of the token that ends an answer."""
         return chat.end_token(self.template, self.tokenizer)
 
+    @property
+    def start_length(self):
+        """How many ids at the start of a prompt are kept when it is cut."""
+        return chat.start_length(self.template, self.tokenizer)
+
     def decode_answer(self, ids):
         """The text of generated ids, without end token and surrounding white space."""
         end = self.end_token
@@ -110,7 +115,7 @@ class Text:
         """ids of a row up to where its answer begins.
 
         shots   rows whose conversations precede it, as few-shot examples
-        limit   a longer prompt is cut on the left, behind its first token
+        limit   a longer prompt is cut on the left, behind its start tokens
         """
         messages = []
         for other in shots:
@@ -119,7 +124,7 @@ class Text:
         ids = chat.prompt(messages, self.template, self.tokenizer, self.system) or [self.end_token]
         before, after = self.around_prompt
         if limit:
-            ids = chat.truncate_left(ids, limit - len(before) - len(after))
+            ids = chat.truncate_left(ids, limit - len(before) - len(after), self.start_length)
         return before + ids + after
 
     def attention_args(self, ids):

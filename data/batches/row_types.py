@@ -94,7 +94,8 @@ def _encode_answer(text, row, max_len, too_long):
     """
     before, after = text.around_prompt
     ids, mask = chat.render(text.turns(row), text.template, text.tokenizer, text.system)
-    fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row))
+    fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row),
+                                text.start_length)
     if fitted is None:
         return None, False
     truncated = len(fitted[0]) < len(ids)
@@ -242,7 +243,7 @@ def _cut_answers(text, row, max_len):
     kept = [ids[:answer_len] for ids in answers]
     prompt_len = max_len - max(len(ids) for ids in kept)
     truncated = kept != answers or len(prompt) > prompt_len
-    return chat.truncate_left(prompt, prompt_len), kept, truncated
+    return chat.truncate_left(prompt, prompt_len, text.start_length), kept, truncated
 
 
 def distinct(text, row, max_len):

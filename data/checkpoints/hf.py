@@ -4,7 +4,8 @@
     a GPTConfig                   -> config.json                                    hf_config
     end tokens                    -> generation_config.json, config.json            save_generation
     model.safetensors, or shards  -> {stored name: tensor}                          read_weights
-    our module path               -> (stored module path, part of a fused one)      hf_names
+    our module path               -> stored module path, which others may share     hf_names, grouped
+    rows of our modules           -> rows of the stored module, and back            stored_rows, to_stored
     a model folder                -> its stored tensors, as many as config asks     read_stored
     stored tensors                -> the model's state dict, checked strictly       read_state
     a model                       -> the tensors to store                           stored_tensors
@@ -17,11 +18,16 @@ transformers 4 and 5 spell two things differently (`rope_theta` + `rope_scaling`
 `torch_dtype` against `dtype`): both are read and both are written. A setting that changes the mathematics and
 is not implemented here is refused by name, never ignored.
 
+A stored module may hold the rows of several of ours (q, k and v; gate and up), and the numbers of a head in
+another order: ours turns the pairs (j, j + hs/2) of a head, see `rotary_order`. Both are one permutation of
+rows, exact for weights, biases and what an adapter has for each output; the scores q k^T do not change.
+
 Models are used through their attributes only (config, get_submodule, named_modules).
 
 Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, save_generation, read_weights,
-hf_names, read_stored, read_state, stored_tensors
+hf_names, live_names, grouped, stored_rows, to_stored, from_stored, key_order, read_stored, read_state, stored_tensors
 """
+import collections
 import json
 import os
 import re
@@ -45,11 +51,16 @@ class Family:
     names: dict                     # our module outside the blocks -> stored module
     block_path: str                 # stored path of block {i}
     block_names: dict               # our module inside a block -> stored module
-    fused_qkv: bool = False         # q, k and v are stored as one module, in thirds
+    rows: Callable = None           # (GPTConfig, our module) -> its rows of the stored one; None: all, in order
+    key_order: Callable = None      # (GPTConfig) -> which numbers of a stored head make one of ours
     transposed: bool = False        # the matrices of the blocks are stored (in, out)
     optional_prefix: str = ""       # some files lack this in front of every name but the head's
     bias_keys: dict = None          # key of config.json -> the bias fields of GPTConfig that it sets
+    theta_key: str = "rope_theta"   # rotary positions as transformers 4 spells them
+    fraction_key: str = "partial_rotary_factor"
+    default_eps: float = 1e-6       # of RMSNorm, where config.json names none
     default_head_size: int = None   # where config.json names none; None: n_embd / n_head
+    renamed: dict = None            # stored module -> its name in memory (transformers 5), where they differ
     default_targets: tuple = ()     # modules that peft adapts where adapter_config.json names none
 
 
@@ -175,7 +186,6 @@ def read_llama(reader, family):
     reader.require("hidden_act", "silu")
     reader.require("use_sliding_window", False)
     reader.require("pretraining_tp", 1)
-    reader.require("partial_rotary_factor", 1)
     fields = dict(
         n_layer=reader.take("num_hidden_layers", int),
         n_head=reader.take("num_attention_heads", int),
@@ -185,38 +195,102 @@ def read_llama(reader, family):
         n_inner=reader.take("intermediate_size", int),
         block_size=reader.take("max_position_embeddings", int),
         tied=reader.take("tie_word_embeddings", bool, False),
-        norm_eps=reader.take("rms_norm_eps", float, 1e-6))
-    for key, biases in family.bias_keys.items():
-        fields.update(dict.fromkeys(biases, reader.take(key, bool, False)))
-    return fields | read_rope(reader, fields["block_size"])
+        norm_eps=reader.take("rms_norm_eps", float, family.default_eps))
+    return fields | read_biases(reader, family) | read_rope(reader, family, fields["block_size"])
+
+
+def read_biases(reader, family):
+    return {bias: reader.take(key, bool, family.dialect[bias])
+            for key, biases in family.bias_keys.items() for bias in biases}
 
 
 def write_llama(config):
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
     return dict(hidden_size=config.n_embd, intermediate_size=config.n_inner, num_hidden_layers=config.n_layer,
                 num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
                 head_dim=config.head_size, hidden_act="silu", rms_norm_eps=config.norm_eps,
                 max_position_embeddings=config.block_size, attention_bias=config.o_bias,
                 mlp_bias=config.mlp_bias, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
-                rope_parameters=rope)
+                rope_parameters=rope_parameters(config))
+
+
+def write_glm(config):
+    return dict(write_llama(config), attention_bias=config.qkv_bias,
+                partial_rotary_factor=config.rotary_fraction, pad_token_id=None)    # absent is 151329 there
+
+
+def read_mistral(reader, family):
+    fields = read_llama(reader, family)
+    window = 4096                                       # of transformers, where the key is absent
+    if reader.values.get("sliding_window", window) is not None:
+        window = reader.take("sliding_window", int, window)
+        if window < fields["block_size"]:
+            raise DataError(f"{reader.path}: sliding_window is {window}, shorter than the context of "
+                            f"{fields['block_size']}, and attention over a window is not supported; "
+                            f"max_position_embeddings {window} would do without one")
+    return fields
+
+
+def write_mistral(config):
+    return dict(write_llama(config), sliding_window=None)
+
+
+# The tanh form of GELU has several names; the first of each is written.
+GELUS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_exact": ("gelu",)}
+
+
+def read_gpt_neox(reader, family):
+    reader.require("hidden_act", *sum(GELUS.values(), ()))
+    fields = dict(
+        n_layer=reader.take("num_hidden_layers", int),
+        n_head=reader.take("num_attention_heads", int),
+        n_embd=reader.take("hidden_size", int),
+        n_inner=reader.take("intermediate_size", int),
+        block_size=reader.take("max_position_embeddings", int),
+        tied=reader.take("tie_word_embeddings", bool, False),
+        norm_eps=reader.take("layer_norm_eps", float, 1e-5),
+        parallel_residual=reader.take("use_parallel_residual", bool, True))
+    for mlp, names in GELUS.items():
+        if reader.values.get("hidden_act") in names:
+            fields["mlp"] = mlp
+    return fields | read_biases(reader, family) | read_rope(reader, family, fields["block_size"])
+
+
+def write_gpt_neox(config):
+    return dict(hidden_size=config.n_embd, intermediate_size=config.n_inner, num_hidden_layers=config.n_layer,
+                num_attention_heads=config.n_head, hidden_act=GELUS.get(config.mlp, ("gelu",))[0],
+                layer_norm_eps=config.norm_eps, max_position_embeddings=config.block_size,
+                attention_bias=config.o_bias, use_parallel_residual=config.parallel_residual,
+                rotary_emb_base=config.rope_theta, rotary_pct=config.rotary_fraction,
+                rope_scaling=config.rope_scaling, rope_parameters=rope_parameters(config))
 
 
 ROPE_KEYS = dict(default=(), linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor"))
 
 
-def read_rope(reader, block_size):
-    """rope_theta and rope_scaling, as transformers 4 or 5 spells them; of both, 5 reads the old spelling."""
+def rope_parameters(config):
+    return {"rope_theta": config.rope_theta, "rope_type": "default",
+            "partial_rotary_factor": config.rotary_fraction, **(config.rope_scaling or {})}
+
+
+def read_rope(reader, family, block_size):
+    """Rotary positions, as transformers 4 or 5 spells them; of both, 5 reads the old spelling."""
     rope = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
     rope_type = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else None
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS \
-            or rope.get("partial_rotary_factor") not in (None, 1) \
             or any(isinstance(value, dict) for value in rope.values()):
         raise DataError(f"{reader.path}: rotary positions {rope!r:.150} are not supported; rope_type "
                         "default, linear and llama3 are, the same in every layer")
-    outside = reader.take("rope_theta", float, 10000.0)
+    outside = reader.take(family.theta_key, float, 10000.0)
     theta = float(reader.take("rope_theta", float, outside, section=rope))
+    whole = family.dialect["rotary_fraction"]
+    outside = reader.take(family.fraction_key, float, whole)
+    fraction = float(reader.take("partial_rotary_factor", float, outside, section=rope))
+    if fraction > 1 or whole == 1 and fraction != 1:
+        most = "rotates whole heads, which is 1" if whole == 1 else "can rotate 1 at most"
+        raise DataError(f"{reader.path}: partial_rotary_factor is {fraction}; a {reader.model_type} model {most}")
+    fields = dict(rope_theta=theta, rope_scaling=None, rotary_fraction=fraction)
     if rope_type == "default":
-        return dict(rope_theta=theta, rope_scaling=None)
+        return fields
     scaling = {"rope_type": rope_type}
     for key in ROPE_KEYS[rope_type]:
         scaling[key] = reader.take(key, float, section=rope)
@@ -224,7 +298,7 @@ def read_rope(reader, block_size):
         key = "original_max_position_embeddings"
         inside = reader.take(key, int, block_size, section=rope)
         scaling[key] = reader.take(key, int, inside)
-    return dict(rope_theta=theta, rope_scaling=scaling)
+    return fields | dict(rope_scaling=scaling)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -258,17 +332,59 @@ def read_weights(folder):
 
 
 def hf_names(model):
-    """{our module path: (stored module path, part)}; part is "q", "k" or "v" of a fused module, or None."""
+    """{our module path: stored module path}."""
     family = find_family(model.config.family)
     names = {}
     for i in range(model.config.n_layer):
         for ours, theirs in family.block_names.items():
-            part = ours[-1] if family.fused_qkv and ours in ("attn.q", "attn.k", "attn.v") else None
-            names[f"blocks.{i}.{ours}"] = (f"{family.block_path.format(i=i)}.{theirs}", part)
-    for ours, theirs in family.names.items():
-        names[ours] = (theirs, None)
+            names[f"blocks.{i}.{ours}"] = f"{family.block_path.format(i=i)}.{theirs}"
+    names.update(family.names)
     modules = dict(model.named_modules())               # a model without k_norm, say, has no such name
     return {ours: stored for ours, stored in names.items() if modules.get(ours) is not None}
+
+
+def live_names(model):
+    """{our module path: its path in the model that transformers builds}, which is what peft sees."""
+    renamed = find_family(model.config.family).renamed or {}
+    return {ours: renamed.get(theirs, theirs) for ours, theirs in hf_names(model).items()}
+
+
+def grouped(names):
+    """{their module path: [our module paths]}, one or those of a fused module, of hf_names or live_names."""
+    out = {}
+    for ours, theirs in names.items():
+        out.setdefault(theirs, []).append(ours)
+    return out
+
+
+def stored_rows(config, paths):
+    """For each row of our modules at `paths`, one behind the other, its row in their stored module, (rows,).
+
+    None where that is the order already.
+    """
+    family = find_family(config.family)
+    names = [path.split(".", 2)[2] for path in paths if path.startswith("blocks.")]
+    rows = [family.rows(config, name) for name in names if family.rows is not None]
+    return torch.cat(rows) if rows and rows[0] is not None else None
+
+
+def to_stored(t, rows):
+    """Our rows (rows, ...) in the order of the stored module; rows as `stored_rows` gives them."""
+    return t if rows is None else t[rows.argsort()]
+
+
+def from_stored(t, rows):
+    """Undo `to_stored`."""
+    return t if rows is None else t[rows]
+
+
+def key_order(config):
+    """Which numbers of a stored key make one of ours, (hs,), for keys that no Linear makes (a prefix).
+
+    None: all, in order.
+    """
+    family = find_family(config.family)
+    return family.key_order(config) if family.key_order is not None else None
 
 
 def swap_layout(t, path, family):
@@ -282,7 +398,8 @@ def canonical_names(stored, family):
         head = family.names["head"] + "."
         stored = {name if name.startswith(head) else family.optional_prefix + name: t
                   for name, t in stored.items()}
-    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+    buffers = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+               "rotary_emb.inv_freq")
     return {name: t for name, t in stored.items() if not name.endswith(buffers)}
 
 
@@ -320,21 +437,24 @@ def read_state(model, stored, folder, dtype):
     family = find_family(config.family)
     state = {}
     used = set()
-    for path, (stored_path, part) in hf_names(model).items():
+    names = hf_names(model)
+    heights = collections.Counter()                     # rows of each stored module
+    for path, stored_path in names.items():
+        heights[stored_path] += sum(p.size(0) for p in model.get_submodule(path).parameters() if p.dim() == 2)
+    for path, stored_path in names.items():
         if path == "head" and config.tied:
             continue
+        rows = stored_rows(config, [path])
         for leaf, parameter in model.get_submodule(path).named_parameters():
             name = f"{stored_path}.{leaf}"
             if name not in stored:
                 raise DataError(f"{folder}: the weights lack {name}, which a {config.family} model needs")
             t = swap_layout(stored[name], path, family)
-            shape = [parameter.size(0) * (3 if part else 1), *parameter.shape[1:]]
+            shape = [heights[stored_path] or parameter.size(0), *parameter.shape[1:]]   # a norm has no rows
             if list(t.shape) != shape or not t.is_floating_point():
                 raise DataError(f"{folder}: {name} is {t.dtype} {list(t.shape)}, but config.json asks for "
                                 f"floats of {shape} (out, in)")
-            if part:
-                t = t.chunk(3)["qkv".index(part)]
-            state[f"{path}.{leaf}"] = t.to(dtype).contiguous()
+            state[f"{path}.{leaf}"] = from_stored(t, rows).to(dtype).contiguous()
             used.add(name)
     if config.tied:
         state["head.weight"] = state["wte.weight"]
@@ -354,34 +474,54 @@ def stored_tensors(model):
     """{stored name: tensor} of a model, as transformers stores it; adapter parameters stay out."""
     family = find_family(model.config.family)
     out = {}
-    for path, (stored_path, _) in hf_names(model).items():
-        if path == "head" and model.config.tied:
+    for stored_path, paths in grouped(hf_names(model)).items():
+        if paths == ["head"] and model.config.tied:
             continue
-        module = model.get_submodule(path)
+        rows = stored_rows(model.config, paths)
         for leaf in ("weight", "bias"):
-            parameter = getattr(module, leaf, None)
-            if parameter is None:
-                continue
-            name = f"{stored_path}.{leaf}"
-            t = swap_layout(parameter.detach(), path, family)
-            out[name] = torch.cat((out[name], t), -1) if name in out else t     # q, then k, then v
+            parts = [getattr(model.get_submodule(path), leaf, None) for path in paths]
+            if parts[0] is not None:
+                t = parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+                out[f"{stored_path}.{leaf}"] = swap_layout(to_stored(t, rows), paths[0], family)
     return out
 
 
 # --------------------------------------------------------------------------------------------------- families
 
+QKV = ("attn.q", "attn.k", "attn.v")
+
+
+def rotary_order(config, interleaved):
+    """Which numbers of a stored head make one of ours, (hs,).
+
+    Of a head, the first n = rotary_size numbers are turned, in the pairs (j, j + n/2) or, interleaved, (2j,
+    2j + 1), and the rest are not. Ours has pairs (j, j + hs/2) of all numbers, those of the rest last.
+    """
+    turned = torch.arange(config.rotary_size)
+    rest = torch.arange(config.rotary_size, config.head_size)
+    pairs = turned.view(-1, 2).T if interleaved else turned.view(2, -1)
+    return torch.cat((pairs, rest.view(2, -1)), 1).flatten()
+
+
+def gpt2_rows(config, name):
+    """Of c_attn: q, then k, then v."""
+    if name not in QKV:
+        return None
+    return torch.arange(config.n_embd) + config.n_embd * QKV.index(name)
+
+
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     dialect=dict(position="learned", norm="layernorm", mlp="gelu", qkv_bias=True, o_bias=True, mlp_bias=True,
-                 qk_norm=False),
+                 qk_norm=False, rotary_fraction=1.0, parallel_residual=False, post_norm=False),
     read=read_gpt2,
     write=write_gpt2,
     names={"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "head": "lm_head"},
     block_path="transformer.h.{i}",
     block_names={"ln_1": "ln_1", "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn",
                  "ln_2": "ln_2", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
-    fused_qkv=True,
+    rows=gpt2_rows,
     transposed=True,
     optional_prefix="transformer.",
     default_targets=("c_attn",))
@@ -390,7 +530,7 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     dialect=dict(position="rope", norm="rmsnorm", mlp="swiglu", qkv_bias=False, o_bias=False, mlp_bias=False,
-                 qk_norm=False),
+                 qk_norm=False, rotary_fraction=1.0, parallel_residual=False, post_norm=False),
     read=read_llama,
     write=write_llama,
     names={"wte": "model.embed_tokens", "ln_f": "model.norm", "head": "lm_head"},
@@ -410,7 +550,71 @@ QWEN3 = replace(LLAMA, model_type="qwen3", architecture="Qwen3ForCausalLM",
                 dialect={**LLAMA.dialect, "qk_norm": True}, default_head_size=128,
                 bias_keys={"attention_bias": ("qkv_bias", "o_bias")})
 
-FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3)
+MISTRAL = replace(LLAMA, model_type="mistral", architecture="MistralForCausalLM", read=read_mistral,
+                  write=write_mistral, bias_keys={})
+
+
+def glm_key_order(config):
+    return rotary_order(config, interleaved=True)
+
+
+def glm_rows(config, name):
+    """Of q_proj and k_proj: each head in its stored order. Of gate_up_proj: gate, then up."""
+    if name in ("attn.q", "attn.k"):
+        heads = torch.arange(config.n_head if name == "attn.q" else config.n_kv_head)
+        return (config.head_size * heads[:, None] + glm_key_order(config)).flatten()
+    if name in ("mlp.gate", "mlp.up"):
+        return torch.arange(config.n_inner) + (config.n_inner if name == "mlp.up" else 0)
+    return None
+
+
+GLM = replace(LLAMA, model_type="glm", architecture="GlmForCausalLM",
+              dialect={**LLAMA.dialect, "qkv_bias": True, "rotary_fraction": 0.5},
+              block_names={**LLAMA.block_names, "mlp.gate": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj"},
+              write=write_glm, rows=glm_rows, key_order=glm_key_order, default_head_size=128,
+              default_eps=1.5625e-7, bias_keys={"attention_bias": ("qkv_bias",)}, default_targets=())
+
+GLM4 = replace(GLM, model_type="glm4", architecture="Glm4ForCausalLM",
+               dialect={**GLM.dialect, "post_norm": True},
+               block_names={**GLM.block_names, "post_1": "post_self_attn_layernorm",
+                            "post_2": "post_mlp_layernorm"})
+
+
+def gpt_neox_key_order(config):
+    return rotary_order(config, interleaved=False)
+
+
+def gpt_neox_rows(config, name):
+    """Of query_key_value: q, k and v of the first head, then of the second, ..., each in its stored order."""
+    if name not in QKV:
+        return None
+    hs = config.head_size
+    order = torch.arange(hs) if name == "attn.v" else gpt_neox_key_order(config)
+    starts = 3 * hs * torch.arange(config.n_head) + hs * QKV.index(name)
+    return (starts[:, None] + order).flatten()
+
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    dialect=dict(position="rope", norm="layernorm", mlp="gelu_exact", qkv_bias=True, o_bias=True,
+                 mlp_bias=True, qk_norm=False, rotary_fraction=0.25, parallel_residual=True, post_norm=False),
+    read=read_gpt_neox,
+    write=write_gpt_neox,
+    names={"wte": "gpt_neox.embed_in", "ln_f": "gpt_neox.final_layer_norm", "head": "embed_out"},
+    block_path="gpt_neox.layers.{i}",
+    block_names={"ln_1": "input_layernorm", **dict.fromkeys(QKV, "attention.query_key_value"),
+                 "attn.o": "attention.dense", "ln_2": "post_attention_layernorm",
+                 "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"},
+    rows=gpt_neox_rows,
+    key_order=gpt_neox_key_order,
+    theta_key="rotary_emb_base",
+    fraction_key="rotary_pct",
+    bias_keys={"attention_bias": ("qkv_bias", "o_bias")},
+    renamed={"embed_out": "lm_head"},
+    default_targets=("query_key_value",))
+
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GLM, GLM4, GPT_NEOX)
 
 
 def known_families():

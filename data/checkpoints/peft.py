@@ -10,8 +10,9 @@ Low rank: lora_A (r, in), lora_B (out, r), stored so even for GPT-2's (in, out) 
 lora_magnitude_vector (out); AdaLoRA adds lora_E (r, 1) and writes all three without ".weight". IA3: ia3_l
 (out, 1), or (1, in) where it rescales the input. Scales: see the top of lora.py.
 
-q, k and v of a fused GPT-2 c_attn become diagonal blocks: A stacked, B block-diagonal, rank the sum; where
-they share one A they are one plain adapter. A variant that peft does not have is written as its state dict,
+The parts of a fused module (GPT-2's c_attn, GPT-NeoX's query_key_value, GLM's gate_up_proj) become diagonal
+blocks: A stacked, B block-diagonal, rank the sum; where they share one A they are one plain adapter. What
+belongs to an output (a row of B, a magnitude, an ia3_l) stands where the family stores that row. A variant that peft does not have is written as its state dict,
 by our module paths, with the settings it was built with. What is missing, foreign or misshaped, or would
 change the mathematics, is refused by name, where peft warns or is silent.
 
@@ -29,7 +30,7 @@ from statistics import mode
 
 import torch
 
-from data.checkpoints.hf import find_family
+from data.checkpoints.hf import find_family, from_stored, grouped, live_names, stored_rows, to_stored
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
 from data.runtime.run_files import check_object, read_object
@@ -48,16 +49,16 @@ def key(peft_type, module, leaf):
 
 
 def fused(model):
-    """{their module path: [our paths]}: one Linear each, or the q, k and v of a fused c_attn."""
-    out = {}
-    for path, (theirs, _) in model.hf_names().items():
-        if isinstance(model.get_submodule(path), torch.nn.Linear):
-            out.setdefault(theirs, []).append(path)
-    return out
+    """{their module path: [our paths]}: one Linear each, or the parts of a fused one."""
+    return {theirs: paths for theirs, paths in grouped(live_names(model)).items()
+            if isinstance(model.get_submodule(paths[0]), torch.nn.Linear)}
+
+
+OUTPUTS = ("lora_B", "lora_magnitude_vector", "ia3_l")          # they have a row for each output of a Linear
 
 
 def fuse(pieces, shared):
-    """The adapters of q, k and v (or of one Linear) as one; each a dict of tensors by field, an absent one of
+    """The adapters of a fused module's parts (or of one Linear) as one; each a dict of tensors by field, an absent one of
     rank 0 (or with magnitudes, or ones, that do nothing). shared: all hold the very same A and E."""
     out = {}
     for f in pieces[0]:
@@ -74,7 +75,7 @@ def split(whole, outs, ranks=None):
     is None. Without ranks, or once somebody has trained outside of the blocks, all share the same A and E."""
     if len(outs) == 1:
         return [whole]
-    pieces = [{f: (t.split(outs)[i] if f in ("lora_B", "lora_magnitude_vector", "ia3_l") else t)
+    pieces = [{f: (t.split(outs)[i] if f in OUTPUTS else t)
                for f, t in whole.items()} for i in range(len(outs))]
     if ranks and "ia3_l" in whole:
         return [p if r or (p["ia3_l"] != 1).any() else None for p, r in zip(pieces, ranks)]
@@ -112,7 +113,7 @@ def same_base(a, b):
 # -------------------------------------------------------------------------------------------------- writing
 
 def write_adapter(model, folder, adapters, idle, base, fold, extra):
-    """Write {our path: adapter} as a folder; `idle`: adapters without effect that complete a fused c_attn.
+    """Write {our path: adapter} as a folder; `idle`: adapters without effect that complete a fused module.
 
     The classes of lora.py say their peft_type, peft_fields and peft_tensors. Raises UserError if an AdaLoRA
     is folded of which no triplet is left.
@@ -160,6 +161,8 @@ def peft_format(model, adapters, idle, fold):
         shared = len(own) == len(paths) > 1 and len({id(getattr(a, "lora_A", a)) for a in own}) == 1
         pieces = [{**idle, **adapters}[p].peft_tensors(scale, fold, untrained) for p in paths]
         module = dict(fuse(pieces, shared), scale=scale, inputs=getattr(own[0], "inputs", None))
+        rows = None if module["inputs"] else stored_rows(model.config, paths)
+        module.update({f: to_stored(module[f], rows) for f in OUTPUTS if f in module})
         if peft_type != "LORA" or len(module["lora_A"]):                # a plain LoRA of peft has no rank 0
             modules[theirs] = module
         if len(paths) > 1 and not shared:
@@ -336,6 +339,8 @@ def read_peft_format(model, folder, config, side, variant, tensors):
                 raise DataError(f"{file}: {name} is missing, but its config targets it")
         module = {leaf: tensors.pop(name) for leaf, name in names.items()}
         settings = check_module(file, config, target, module, linears[0].in_features, widths)
+        rows = None if settings["inputs"] else stored_rows(model.config, modules[target])
+        module.update({f: from_stored(module[f], rows) for f in OUTPUTS if f in module})
         ranks = side.get("parts", {}).get(target)
         ranks = ranks and [ranks.get(p, 0) for p in modules[target]]
         for p, t in zip(modules[target], split(module, widths, ranks)):
@@ -350,7 +355,7 @@ def read_peft_format(model, folder, config, side, variant, tensors):
 def read_extra(model, folder, config, tensors):
     """What is left of the file: tensors of modules_to_save, and copies of base weights. Raises DataError."""
     extra = {}
-    ours_of = {theirs: ours for ours, (theirs, _) in model.hf_names().items()}
+    ours_of = {theirs: ours for ours, theirs in live_names(model).items()}
     for name, t in tensors.items():
         name = name.removeprefix("base_model.model.")
         owner, _, leaf = name.replace(".base_layer", "").rpartition(".")

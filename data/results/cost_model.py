@@ -52,6 +52,8 @@ class Shape(NamedTuple):
     tied: bool = False
     norm: str = "rmsnorm"
     mlp: str = "swiglu"
+    parallel_residual: bool = False
+    post_norm: bool = False
 
 
 class Plan(NamedTuple):
@@ -171,7 +173,12 @@ def activation_bytes(c, plan, share=1.0):
     stream = 4 if full else n                           # fp32 weights make an fp32 residual stream
     if c.norm == "rmsnorm" and plan.device == "cpu" and stream == 2:
         stream = 4                                      # an fp32 copy
-    total = (1 + share) * c.n_embd * stream
+    norms = 1 + share                                   # inputs of ln_1 and ln_2
+    if c.parallel_residual and share == 1:              # which is one tensor
+        norms = 1
+    if c.post_norm:
+        norms *= 2
+    total = norms * c.n_embd * stream
     total += attention_bytes(c, plan)
     total += n * c.n_inner * (3 if c.mlp == "swiglu" else 1) * share
     share_of = {word: 1.0 if word in "qkv" else share for word in linears(c)}

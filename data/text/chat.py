@@ -3,6 +3,7 @@ r"""data/text/chat.py: conversations -> token ids and loss mask, for training, s
     chatml   <|im_start|>ROLE \n CONTENT <|im_end|> \n                                    Qwen2, SmolLM2
     qwen3    chatml, and <think> \n\n </think> \n\n before the last answer                Qwen3
     llama3   <|begin_of_text|> <|start_header_id|>ROLE<|end_header_id|> \n\n CONTENT <|eot_id|>
+    glm4     [gMASK] <sop> <|ROLE|> \n CONTENT, an answer ends where <|user|> would follow  GLM-4, GLM-Edge
     alpaca   a preamble, then "### Instruction:" and "### Response:" as plain text        any base model
     plain    start, prompt, answer, end; prompt, answer, end; ... with nothing between    completions
     raw      plain with the start that the tokenizer itself adds to a text, often none    SEQ_CLS adapters
@@ -27,11 +28,13 @@ message has weight 0.
   white space.
 - llama3 strips contents, as the original does. qwen3 answers without reasoning (enable_thinking=False) and
   drops the reasoning of earlier answers, as the original does.
+- glm4 has no end token: what ends an answer is the <|user|> that opens the next question. It is a target, it
+  stands behind the last answer, too, and a chat_template does not write it there.
 - `export` writes what a model was trained with for `transformers`: apply_chat_template gives the ids of
   `prompt`, and tokenizer(text) begins with the same start token.
 
 Public: ChatTemplate, TEMPLATES, PREAMBLE, guess_template, fits, note, export, render, prompt, answer,
-end_token, truncate_left, fit_to_length
+end_token, start_length, truncate_left, fit_to_length
 """
 import functools
 import itertools
@@ -59,16 +62,17 @@ class ChatTemplate:
     before: Callable                # (role, previous role or None, is last) -> texts and tokens
     content: Callable               # (text, role, is last) -> the text that is encoded
     jinja: str                      # the same for transformers; knows start, system, prefix, separator, end
-    start: str = None               # the token that stands first
+    start: tuple = ()               # the tokens that stand first
     system: str = ""                # the system text of conversations without a system message
     separator: str = ""             # what stands behind an end token
     document: bool = False          # plain text that starts and ends as a document; only answers have an end
     own_start: bool = False         # a document starts as the tokenizer starts a text
+    opens_user: bool = False        # the end token of an answer opens the user's next turn; only answers have one
 
 
 class Style(NamedTuple):
     """What differs between models of one ChatTemplate, as texts."""
-    start: str                      # the token that stands first, or ""
+    start: str                      # the tokens that stand first, or ""
     end: str                        # the end token
     system: str                     # the system text of conversations without a system message
     separator: str                  # what stands behind an end token
@@ -86,6 +90,12 @@ def _qwen3_before(role, previous, last):
 
 def _llama3_before(role, previous, last):
     return ["<|start_header_id|>", role, "<|end_header_id|>", "\n\n"]
+
+
+def _glm4_before(role, previous, last):
+    if role == "assistant":
+        return ["<|assistant|>"]                        # the newline is the first token of an answer
+    return ["\n"] if previous == "assistant" and role == "user" else [f"<|{role}|>", "\n"]
 
 
 def _alpaca_before(role, previous, last):
@@ -115,6 +125,10 @@ def _qwen3_content(text, role, last):
 
 def _stripped(text, role, last):
     return text.strip()
+
+
+def _glm4_content(text, role, last):
+    return "\n" + text if role == "assistant" else text
 
 
 def _plain_content(text, role, last):
@@ -161,6 +175,14 @@ LLAMA3 = FIRST_LINES + r"""
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
+GLM4 = FIRST_LINES + r"""
+    {{- '<|' + role + '|>\n' }}
+    {{- prefix if role == 'system' and loop.first else '' }}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}"""
 ALPACA = FIRST_LINES + r"""
     {{- '' if loop.first else '\n\n' }}
     {%- if role == 'user' %}
@@ -190,7 +212,9 @@ TEMPLATES = (
     ChatTemplate("chatml", IM, _chatml_before, _unchanged, CHATML, separator="\n"),
     ChatTemplate("qwen3", ("<think>", "</think>", *IM), _qwen3_before, _qwen3_content, QWEN3, separator="\n"),
     ChatTemplate("llama3", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-                 _llama3_before, _stripped, LLAMA3, start="<|begin_of_text|>"),
+                 _llama3_before, _stripped, LLAMA3, start=("<|begin_of_text|>",)),
+    ChatTemplate("glm4", ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>", "<|user|>"), _glm4_before,
+                 _glm4_content, GLM4, start=("[gMASK]", "<sop>"), opens_user=True),
     ChatTemplate("alpaca", (), _alpaca_before, _unchanged, ALPACA, system=PREAMBLE, document=True),
     ChatTemplate("plain", (), _plain_before, _plain_content, PLAIN, document=True),
     ChatTemplate("raw", (), _plain_before, _plain_content, PLAIN, document=True, own_start=True),
@@ -287,7 +311,7 @@ def _read_style(record, source, bos, eos):
     if record.document:
         style = Style(bos if record.own_start else bos or eos, eos, record.system, record.separator)
     else:
-        style = Style(record.start or "", record.tokens[-1], record.system, record.separator)
+        style = Style("".join(record.start), record.tokens[-1], record.system, record.separator)
     if not source:
         return style, ""
     values = dict(bos_token=bos, eos_token=eos, enable_thinking=False)
@@ -315,7 +339,9 @@ def _style_of_text(record, style, asked, instructed, bos):
     """The Style of a model that writes PROBES[0] as `asked`, and PROBES[1] as `instructed`."""
     if "".join(record.before("user", None, False)) not in asked:        # another template altogether
         return style
-    if bos and asked.startswith(bos):
+    if not asked.startswith(style.start):
+        style = style._replace(start="")
+    if bos and not style.start and asked.startswith(bos):
         style = style._replace(start=bos)
     opening = style.start + "".join(record.before("system", None, False))
     system = _between(instructed, opening, style.end)
@@ -360,7 +386,7 @@ def _opening(record, role, previous, last):
 
 def _pieces(messages, record, style, open_answer):
     """A conversation as Pieces. open_answer: end with the opening of one more assistant message."""
-    pieces = [Piece(style.start, True, None)] if style.start else []
+    pieces = [Piece(token, True, None) for token in _start_tokens(record, style)]
     has_system = messages and messages[0]["role"] == "system"
     if (style.system or style.prefix) and not has_system:
         messages = [{"role": "system", "content": style.system}, *messages]
@@ -372,7 +398,11 @@ def _pieces(messages, record, style, open_answer):
         pieces += _opening(record, role, previous, last)
         prefix = style.prefix if role == "system" and previous is None else ""
         pieces.append(Piece(prefix + record.content(message["content"], role, last), False, target))
-        if role == "assistant" or not record.document:
+        following = messages[i + 1]["role"] if i + 1 < len(messages) else "assistant" if open_answer else "user"
+        has_end = role == "assistant" or not record.document
+        if record.opens_user:
+            has_end = role == "assistant" and following == "user"
+        if has_end:
             pieces.append(Piece(style.end, True, target))
             pieces.append(Piece(style.separator, False, None))
         previous = role
@@ -381,8 +411,19 @@ def _pieces(messages, record, style, open_answer):
     return pieces
 
 
+def _start_tokens(record, style):
+    """The start text of a style as its tokens: a record's own may be several."""
+    if style.start == "".join(record.start):
+        return record.start
+    return (style.start,) if style.start else ()
+
+
 def _text(messages, record, style, open_answer):
-    return "".join(piece.text for piece in _pieces(messages, record, style, open_answer))
+    """A conversation as a chat_template writes it."""
+    pieces = _pieces(messages, record, style, open_answer)
+    if record.opens_user and not open_answer and messages[-1]["role"] == "assistant":
+        pieces = pieces[:-2]                            # the end token and its separator
+    return "".join(piece.text for piece in pieces)
 
 
 def _encode(messages, template, tokenizer, system, open_answer):
@@ -441,7 +482,7 @@ def export(template, tokenizer, system=None):
     if not own or not _writes(own, record, style, tokenizer):
         own = "".join(f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n"
                       for name, text in style._asdict().items()) + record.jinja
-    return tokenizer.with_template(own, style.start)
+    return tokenizer.with_template(own, _start_tokens(record, style))
 
 
 def _writes(source, record, style, tokenizer):
@@ -456,20 +497,27 @@ def _writes(source, record, style, tokenizer):
 
 
 # ---- length ------------------------------------------------------------------------------------------------
-def truncate_left(ids, limit):
-    """The last `limit` ids, except that the first id (the start token) is kept."""
+def start_length(template, tokenizer):
+    """How many ids at the start of a conversation are kept when its prompt is cut: the start tokens, at least 1."""
+    record = _fitting(template, tokenizer)
+    return max(1, len(_start_tokens(record, _style(record, tokenizer)[0])))
+
+
+def truncate_left(ids, limit, start=1):
+    """The last `limit` ids, except that the first `start` ids (the start tokens) are kept."""
     if len(ids) <= limit:
         return ids
-    return ids[:1] + ids[len(ids) - limit + 1:]
+    start = min(start, limit)
+    return ids[:start] + ids[len(ids) - limit + start:]
 
 
-def fit_to_length(ids, mask, limit, too_long="truncate", location="an example"):
+def fit_to_length(ids, mask, limit, too_long="truncate", location="an example", start=1):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 
     too_long   "truncate", "drop" (returns None) or "error" (raises DataError) Truncation cuts the prompt
     (everything before the first target) on the left and the rest on the right. Each is guaranteed half of
-    the limit and may use what the other does not need, so that both keep some tokens. The first token is
-    kept, because a model is trained with its start token. A cut answer has no end token. Raises UserError
+    the limit and may use what the other does not need, so that both keep some tokens. The first `start` tokens
+    are kept, because a model is trained with its start tokens. A cut answer has no end token. Raises UserError
     for a limit below 2.
     """
     if limit < 2:
@@ -484,6 +532,7 @@ def fit_to_length(ids, mask, limit, too_long="truncate", location="an example"):
         return None
     prompt_len = mask.index(True) if True in mask else len(ids)
     rest_len = min(len(ids) - prompt_len, max(limit // 2, limit - prompt_len))
-    cut = max(0, prompt_len + rest_len - limit)         # tokens to remove from the prompt, behind the first
-    kept = [0, *range(cut + 1, prompt_len + rest_len)]
+    cut = max(0, prompt_len + rest_len - limit)         # tokens to remove from the prompt, behind the start
+    start = min(start, prompt_len - cut)
+    kept = [*range(start), *range(cut + start, prompt_len + rest_len)]
     return [ids[i] for i in kept], [mask[i] for i in kept]

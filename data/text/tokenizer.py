@@ -155,9 +155,9 @@ class Tokenizer:
         tokenizer_files.write(folder, self._spec, self._config)
 
     def with_template(self, chat_template, start):
-        """The same tokenizer, whose files have this chat_template and let `transformers` put a token first.
+        """The same tokenizer, whose files have this chat_template and let `transformers` put tokens first.
 
-        start: that token's text; "" leaves the files' own rule.
+        start: the texts of those tokens; none leaves the files' own rule.
         """
         return Tokenizer(*tokenizer_files.with_template(self._spec, self._config, chat_template, start))
 

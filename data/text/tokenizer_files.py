@@ -180,21 +180,21 @@ def default_template(config):
 
 # ---- writing -----------------------------------------------------------------------------------------------
 def with_template(spec, config, chat_template, start):
-    """(spec, config) with another chat template, and with `start`, if not "", before what is encoded.
+    """(spec, config) with another chat template, and with the tokens `start`, if any, before what is encoded.
 
-    start becomes the BOS where there is none.
+    A single one becomes the BOS where there is none.
     """
     config = config | {"chat_template": chat_template}
     if not start:
         return spec, config
-    single = [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": start, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    i = next(token["id"] for token in spec["added_tokens"] if token["content"] == start)
+    single, second = ([*({"SpecialToken": {"id": token, "type_id": n}} for token in start),
+                       {"Sequence": {"id": name, "type_id": n}}] for n, name in enumerate("AB"))
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     first = {"type": "TemplateProcessing", "single": single, "pair": single + second,
-             "special_tokens": {start: {"id": start, "ids": [i], "tokens": [start]}}}
+             "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in start}}
     config.pop("add_bos_token", None)                   # with it transformers would make a rule of its own
-    if config.get("bos_token") is None:
-        config["bos_token"] = start
+    if config.get("bos_token") is None and len(start) == 1:
+        config["bos_token"] = start[0]
     return spec | {"post_processor": first}, config
 
 
