@@ -191,7 +191,7 @@ def test_dpo_reaches_it_from_pairs_alone():
 def bandit(**changes):
     """One token, every answer scored, ended or not."""
     settings = {**dict(ppo_epochs=1, lr=0.05), **changes}
-    task, policy, _ = run_tabular(5, R=1, missing_eos_score=None, **settings)
+    task, policy, _ = run_tabular(5, R=1, missing_eos_penalty=None, **settings)
     return task, task.law(policy)[0].exp()
 
 

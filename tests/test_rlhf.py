@@ -178,11 +178,12 @@ def test_every_method_is_a_policy(method, town, tmp_path):
         assert not torch.equal(model(x, past=prompt(model) if prompt is not None else None)[0], base(x)[0])
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
+@pytest.mark.parametrize("algo", [algorithm.name for algorithm in ppo.ALGORITHMS])
 def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
+    has_kl = ppo.find_record(ppo.ALGORITHMS, algo).defaults.get("kl_place") != "none"
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward",
-           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef",
-           "0.01", "--adaptive_kl_target", "0", "--missing_eos_score", "none")
+           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2",
+           *["--kl_coef", "0.01", "--adaptive_kl_target", "0"] * has_kl, "--missing_eos_penalty", "none")
     assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
 
 

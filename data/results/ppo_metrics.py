@@ -8,7 +8,7 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
-Public: correlation, explained_variance, describe, merge_parts, average_minibatches, health, ranked_pairs,
+Public: correlation, explained_variance, equal_groups, describe, merge_parts, average_minibatches, health, ranked_pairs,
 reward_report, show
 """
 from collections import defaultdict
@@ -29,6 +29,14 @@ def explained_variance(values, returns, mask):
     returns = returns[mask]
     unexplained = (residual - residual.mean()).square().mean()
     return 1 - unexplained / (returns - returns.mean()).square().mean().clamp(min=1e-12)
+
+
+def equal_groups(scores, k):
+    """scores (B,), k answers to each prompt side by side -> (B / k,) bool: all scores of a group are equal, but
+    for rounding."""
+    groups = scores.view(-1, k)
+    rounding = 8 * torch.finfo(scores.dtype).eps * groups.abs().amax(1)
+    return groups.amax(1) - groups.amin(1) <= rounding
 
 
 def describe(batch, answers, scores, ended, num_generations=1):
@@ -53,7 +61,10 @@ def describe(batch, answers, scores, ended, num_generations=1):
                "unique": len(set(map(tuple, answers))) / len(answers),
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if num_generations > 1:
-        metrics["zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
+        metrics["zero_std"] = equal_groups(scores, num_generations).float().mean()
+    if 0 < ended.sum() < len(ended):
+        ended = ended.bool()
+        metrics.update({"score_ended": scores[ended].mean(), "score_cut": scores[~ended].mean()})
     if batch.values is not None:                            # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
         metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
@@ -112,6 +123,13 @@ def health(metrics, tolerance=1e-4):
          "--adaptive_kl_target"),
         (m["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
         (m["zero_std"] > 0.5, "{zero_std:.0%} of the prompts have answers of one score and give no gradient"),
+        (m["step"] == 1 and metrics.get("grad_norm_policy", 1.0) == 0,
+         "the first gradient is 0: no answer counts as better than another; change the reward, or raise "
+         "--num_generations or --temperature"),
+        (metrics.get("answers_learnt", 1) == 0,
+         "no answer was learnt from: all were cut and masked, or all groups have equal scores"),
+        (m["score_cut"] > m["score_ended"],
+         "answers without an end score {score_cut:.3g}, finished ones {score_ended:.3g}: give --missing_eos_penalty"),
         (m["eos_rate"] < 0.5,
          "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
         (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),
