@@ -9,16 +9,36 @@ tests compare the trained policies with it:
 One iteration of PPO:
  1. sample an answer to each prompt from the policy; it ends at the first EOS, an action like any other
  2. logp, ref_logp, value of every action, one forward each; score = a reward model, or any callable
- 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (no EOS: a constant score)
+ 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (less without EOS)
  4. delta_t     = reward_t + gamma value_{t+1} - value_t           value past the last token = 0
     advantage_t = delta_t + gamma lam advantage_{t+1};  return_t = advantage_t + value_t;  then whiten
  5. epochs x minibatches (x micro-batches, which only accumulate),       ratio = exp(logp_new - logp)
     policy  mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))   + ptx_coef cross-entropy on plain text
-    value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)
+    value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)   in the critic's units
  6. beta moves towards the KL target; the average of the weights (EMA) is updated
 
-The other algorithms change the advantage, the policy loss, the place of the KL term and the mean over tokens.
-Each is one record in ALGORITHMS; each loss on pairs of answers is one record in PREFERENCE_LOSSES.
+The other algorithms are records in ALGORITHMS: an advantage, a policy loss, and defaults of the flags that
+all share. Any composition of the flags runs, or is refused in a sentence.
+
+    advantage A                          --advantage_norm  ratio     mean over      KL       clip
+    ppo        GAE with a critic          batch             token     tokens         reward   0.2
+    reinforce  reward to go               batch             token     tokens         reward   0.2
+    rloo       R - mean of the others     none              token     tokens         reward   0.2
+    grpo       R - mean of the group      group             token     answers        k3 loss  0.2
+    drgrpo     R - mean of the group      none              token     the limit      none     0.2
+    dapo       R - mean of the group      group             token     tokens         none     0.2, 0.28
+    gspo       R - mean of the group      group             sequence  answers        none     3e-4, 4e-4
+    cispo      R - mean of the group      group             token     tokens         none     weight < 5
+    R = score - beta KL of the answer where the KL stands in the reward, else the score. cispo's loss is
+    -sg(min(ratio, 1 + e)) A log pi; dapo also replaces groups of equal scores (--dynamic_sampling) and takes
+    up to one spread of the scores off the longest answers (--overlong penalty)
+
+Neither the zero nor the scale of a reward matters, as neither moves pi* (with beta scaled alike): advantages
+are centred in fp64 without any absolute threshold, penalties are in standard deviations of the rollout's
+scores, the critic begins at the mean return of the first rollout and works in units of their standard
+deviation (Units). With gamma = 1: below that a constant makes short answers better or worse.
+
+Each loss on pairs of answers is one record in PREFERENCE_LOSSES.
 
 The index convention, everywhere. Rows are right-padded; column t of a response tensor is the *action* "emit
 response token t", taken knowing all before it: position start - 1 + t. Here start = 3 and n = 4:
@@ -32,15 +52,26 @@ response token t", taken knowing all before it: position start - 1 + t. Here sta
     reward                 -k   -k   -k  s-k    0                k = beta (logp - ref_logp), s = score
     the score is read *at* the last real token, position start + n - 1: the EOS, when there is one
 
-Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
-2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; sequence-level ratio (GSPO) 2507.18071; DPO 2305.18290; IPO
-2310.12036; all roles on one base 2309.00754; KL estimators k1, k2, k3: Schulman 2020
-(joschu.net/blog/kl-approx.html).
+Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); REINFORCE++
+2501.03262; RLOO 2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; GSPO 2507.18071; CISPO
+2506.13585 (its bound: 2510.13786); DPO 2305.18290; IPO 2310.12036; all roles on one base 2309.00754; KL
+estimators k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
-the loss at 0.3).
+the loss at 0.2 to 0.3; with the KL in the reward every algorithm here ends at pi*: tests/optimum.py).
+ - the change of a value is clipped, as in Ziegler et al.'s code but in no paper, in the critic's units
+ - a reward model's scores are divided by their spread (`calibrate`), so beta means the same under each
+ - losses without a normalised advantage are divided by the same unit as the critic's: the clipped norm and
+   Adam's eps have a scale
+ - RLOO clips token ratios over several steps, as PPO does; published is one unclipped step
+ - "mean over tokens" is 1 / N of a minibatch's own tokens, so a token weighs more in one of short answers
+ - GRPO's std is the unbiased one (k - 1), without the 1e-4 that its implementations add; the paper says std
+ - Adam has betas 0.9 and 0.95 and eps 1e-5, its rate falls to 0 on a straight line
+ - beta changes by at most a fifth per iteration, however large a batch is against --kl_horizon
+ - DAPO's soft punishment is in spreads of the scores (published: 1, for scores of 1 and -1), its buffer a
+   fifth of the limit; refilled are at most --dynamic_sampling rounds, then the batch is smaller
 
 An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen
 base, copies or soft prompts can be policy, reference, critic and reward model; this file imports none of
@@ -48,11 +79,12 @@ them. Dropout is off in every role: model.eval(), gradients on.
 
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k answers per prompt
 Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, PreferenceLoss, PREFERENCE_LOSSES,
-masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
-log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, entropy, best_of_n,
-feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution, logprobs, values, scores, ScalarHead,
-calibrate, model_reward, reward_step, pair_logprobs, dpo_step, Roles, Environment, PPOState, rollout,
-compute_advantages, update, train_ppo
+masked_mean, centre, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
+normalise_advantages, spread, overlong_penalty, final_scores, log_ratio, ppo_policy_loss, cispo_policy_loss,
+clipped_side, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, entropy, best_of_n, feedme,
+KLController, EMA, Batch, join_batches, collate_rollout, PolicyDistribution, logprobs, values, scores,
+ScalarHead, calibrate, model_reward, reward_step, pair_logprobs, dpo_step, Roles, Environment, Units,
+measure_units, PPOState, rollout, collect, compute_advantages, update, train_ppo
 """
 import argparse
 import math
@@ -83,8 +115,8 @@ from model import generate, past_length, token_logprobs
 @dataclass(frozen=True)
 class Algorithm:
     """An RL algorithm: what the loop, the flags and the tables need to know about it. A new one is one more
-    entry in ALGORITHMS. All that it shares with others (clip range, level of the ratio, mean over tokens, place
-    of the KL, normalisation, answers that are cut) are flags of PPOConfig, whose defaults it sets.
+    entry in ALGORITHMS. All that it shares with others (clip range, level of the ratio, mean over tokens,
+    place of the KL, normalisation, answers that are cut) are flags of PPOConfig, whose defaults it sets.
 
     advantage    (cfg, batch) -> advantages, returns, both (B, R), not normalised yet. batch.rewards is there;
                  row i * k + j is answer j to prompt i
@@ -170,7 +202,8 @@ class SamplingConfig:
         """Raises UserError for a temperature at which every answer to a prompt would be the same: logits
         divided by it would leave fp32."""
         if cfg.temperature < 1e-3:
-            raise UserError(f"--temperature {cfg.temperature} explores nothing; it must be above 0, at least 0.001")
+            raise UserError(f"--temperature {cfg.temperature} explores nothing; it must be above 0, "
+                            "at least 0.001")
 
 
 @dataclass(frozen=True, init=False)
@@ -187,34 +220,37 @@ class PPOConfig(RecordConfig, SamplingConfig):
 
     algo: str = flag("ppo", "the RL algorithm", choices=lambda: tuple(one.name for one in ALGORITHMS))
     num_generations: int = flag(0, "answers per prompt; 0: the algorithm's own number", low=0)
-    advantage_norm: str = flag("batch", "over the std of the rollout (batch; its mean becomes 0) or of the answers "
-                                        "to one prompt (group); none", choices=lambda: tuple(ADVANTAGE_NORMS))
+    advantage_norm: str = flag("batch", "over the std of the rollout (batch; its mean becomes 0) or of the "
+                                        "answers to one prompt (group); none",
+                               choices=lambda: tuple(ADVANTAGE_NORMS))
     kl_place: str = flag("reward", "where the KL to the reference stands: only the reward optimises J",
                          choices=("reward", "loss", "none"))
-    kl_estimator: str = flag("k3", "estimator of a KL in the loss (k1 has no gradient there)", choices=("k2", "k3"))
+    kl_estimator: str = flag("k3", "estimator of a KL in the loss (k1 has no gradient there)",
+                             choices=("k2", "k3"))
     kl_coef: float = flag(0.1, "beta, the weight of the KL; its start, if it is adapted; 0: no KL", low=0)
     adaptive_kl_target: float = flag(6.0, "nats per answer that beta is adapted to; 0: beta is fixed", low=0)
     kl_horizon: int = flag(1000, "answers in which beta may change by a fifth (Ziegler: 10,000)", low=1)
-    missing_eos_penalty: float = flag(1.0, "an answer that does not end scores so many std of the scores less than "
-                                           "the worst that ends; none: its own score", type=penalty_or_none)
-    overlong: str = flag("none", "answers cut at --max_new_tokens: left out of the loss (mask); or the last fifth "
-                                 "of the length costs up to one std of the scores (penalty)",
+    missing_eos_penalty: float = flag(1.0, "an answer without end scores so many std of the scores less than "
+                                           "the worst that ends; none: its own score",
+                                      type=penalty_or_none)
+    overlong: str = flag("none", "answers cut at --max_new_tokens: left out of the loss (mask); or the last "
+                                 "fifth of the length costs up to one std of the scores (penalty)",
                          choices=("none", "mask", "penalty"))
-    dynamic_sampling: int = flag(0, "rounds in which groups of equal scores are replaced by answers to other prompts",
-                                 low=0, high=100)
+    dynamic_sampling: int = flag(0, "rounds in which groups of equal scores are replaced by answers to other "
+                                    "prompts", low=0, high=100)
     gamma: float = flag(1.0, "discount; below 1 the optimum is no longer pi*", low=0, high=1)
     lam: float = flag(0.95, "GAE's lambda", low=0, high=1)
     ppo_epochs: int = flag(2, "passes over one rollout", low=1, high=1000)
     minibatches: int = flag(4, "optimiser steps per pass", low=1)
     ratio_level: str = flag("token", "a ratio for each token, or one for the answer (GSPO)",
                             choices=("token", "sequence"))
-    token_mean: str = flag("token", "how the loss is averaged: over tokens; over those of an answer, then over "
-                                    "answers; or over answers x --max_new_tokens",
+    token_mean: str = flag("token", "how the loss is averaged: over tokens; over those of an answer, then "
+                                    "over answers; or over answers x --max_new_tokens",
                            choices=lambda: tuple(TOKEN_MEANS))
     cliprange: float = flag(0.2, "ratios outside 1 - cliprange .. 1 + cliprange are clipped", low=0)
     cliprange_high: float = flag(0.0, "another clip range above 1; 0: as --cliprange", low=0)
-    cliprange_value: float = flag(0.2, "clip range of the change of a value, in std of the first returns; 0: none",
-                                  low=0)
+    cliprange_value: float = flag(0.2, "clip range of the change of a value, in std of the first returns; "
+                                       "0: no clipping", low=0)
     early_stop_kl: float = flag(0.0, "end the passes when a minibatch's KL exceeds this; 0: never", low=0)
     value_lr: float = flag(0.0, "learning rate of the critic; 0: that of the policy", low=0)
     value_warmup: int = flag(0, "first iterations, in which only the critic is trained", low=0)
@@ -240,19 +276,19 @@ class PPOConfig(RecordConfig, SamplingConfig):
             raise UserError(f"--batch {cfg.batch} must be a multiple of --num_generations {k}, at least "
                             f"--minibatches {cfg.minibatches}")
         if cfg.advantage_norm == "group" and not algorithm.compares_groups:
-            raise UserError(f"--advantage_norm group needs one advantage for each answer; --algo {cfg.algo} has one "
-                            "for each token: take batch or none")
+            raise UserError("--advantage_norm group needs one advantage for each answer; "
+                            f"--algo {cfg.algo} has one for each token: take batch or none")
         unread = {"none": ("kl_coef", "adaptive_kl_target", "kl_horizon", "kl_estimator"),
                   "reward": ("kl_estimator",), "loss": ()}
         for name in unread[cfg.kl_place]:
             if cls.is_given(cfg, name):
                 raise UserError(f"--{name} means nothing to --kl_place {cfg.kl_place}; leave one of them out")
         if cfg.kl_coef == 0 and cfg.adaptive_kl_target and cls.is_given(cfg, "adaptive_kl_target"):
-            raise UserError(f"--kl_coef 0 stays 0 under --adaptive_kl_target {cfg.adaptive_kl_target:g}, which "
-                            "multiplies it; start above 0, or leave the target out")
+            raise UserError(f"--kl_coef 0 stays 0 under --adaptive_kl_target {cfg.adaptive_kl_target:g}, "
+                            "which multiplies it; start above 0, or leave the target out")
         if 0 < cfg.steps <= cfg.value_warmup:
-            raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the policy; it "
-                            "must be smaller")
+            raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the "
+                            "policy; it must be smaller")
         penalty = cfg.missing_eos_penalty
         if penalty is not None and not (penalty >= 0 and math.isfinite(penalty)):
             raise UserError(f"--missing_eos_penalty {penalty} is neither a number from 0 on nor None")
@@ -296,7 +332,7 @@ def masked_mean(x, mask):
 
 def centre(x, mask, dim):
     """x minus its mean over `dim` on the mask, 0 outside, in fp64 (fp32 where a device has none). Differences
-    that are only rounding are exactly 0, however large x is; no absolute threshold: the scale of x is its own."""
+    that are only rounding are exactly 0, however large x is; there is no absolute threshold."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     y = x.to(wide).masked_fill(~mask, 0)
     mean = y.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True).clamp(min=1)
@@ -389,8 +425,8 @@ def rloo_advantage(returns):
 
 
 def grpo_advantage(scores, std=True):
-    """scores (B, k) minus the prompt's mean, over its std (GRPO; the unbiased one, of k - 1) or not (Dr. GRPO).
-    Equal scores give 0."""
+    """scores (B, k) minus the prompt's mean, over its std (GRPO; the unbiased one, of k - 1) or not (Dr.
+    GRPO). Equal scores give 0."""
     centred = centre(scores, torch.ones_like(scores, dtype=torch.bool), 1)
     if std:
         centred = centred / root_mean_square(centred, max(scores.size(1) - 1, 1), 1)
@@ -424,8 +460,8 @@ def spread(scores):
 
 
 def overlong_penalty(lengths, limit):
-    """Soft overlong punishment (DAPO, eq. 13): 0 up to four fifths of the limit, from there on a straight line
-    to -1 at the limit. lengths: tokens, any shape."""
+    """Soft overlong punishment (DAPO, eq. 13): 0 up to four fifths of the limit, from there on a straight
+    line to -1 at the limit. lengths: tokens, any shape."""
     buffer = limit / 5
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
 
@@ -475,7 +511,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, 
 
 
 def cispo_policy_loss(logp, old_logp, advantages, mask, clip_high=4.0, level="token"):
-    """-sg(min(ratio, 1 + clip_high)) A log pi (CISPO, eq. 4 and 5) per token: (B, R), 0 outside the mask. The
+    """-sg(min(ratio, 1 + clip_high)) A log pi (CISPO, eq. 4) per token: (B, R), 0 outside the mask. The
     weight is clipped, the gradient stays."""
     weight = log_ratio(logp.detach(), old_logp, mask, level).exp().clamp(max=1 + clip_high)
     return -weight * advantages.masked_fill(~mask, 0) * logp.masked_fill(~mask, 0)
@@ -560,7 +596,7 @@ class KLController:
         """After a rollout of num_answers answers with this mean KL, in nats per answer."""
         if self.target:                                 # the error is limited to a fifth: one batch is noisy
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * min(num_answers / self.horizon, 1.0)   # by more than that it might end below 0
+            self.beta *= 1 + error * min(num_answers / self.horizon, 1.0)       # more could end below 0
 
     def state_dict(self):
         return {"beta": self.beta}
@@ -656,7 +692,7 @@ ALGORITHMS = (
               defaults={"num_generations": 4, "advantage_norm": "group", "kl_place": "none",
                         "ratio_level": "sequence", "token_mean": "sequence", "cliprange": 3e-4,
                         "cliprange_high": 4e-4}),
-    Algorithm("cispo", "GRPO that clips the weight of a token and keeps its gradient, without KL (2506.13585)",
+    Algorithm("cispo", "GRPO that clips a token's weight and keeps its gradient, without KL (2506.13585)",
               advantage_group_mean, clipped_weight_loss, compares_groups=True, unused=("gamma", "cliprange"),
               defaults={"num_generations": 4, "advantage_norm": "group", "kl_place": "none",
                         "cliprange_high": 4.0}),
@@ -991,13 +1027,14 @@ class Experience(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The units in which the critic works and a loss is measured, from the first rollout whose returns differ.
+    """The units in which the critic works and a loss is measured, from the first rollout whose returns
+    differ.
 
-    A run must not depend on the zero and the scale of its reward: neither changes pi* (with beta scaled alike).
-    So the critic begins at the mean return of that rollout, and its loss and clip range are in standard
-    deviations of those returns: value = shift + unit (gain head(h) + offset). A head that begins as a constant
-    has gain 1; one that does not is a reward model, and keeps its scale. A policy loss whose advantages are not
-    normalised is divided by the same unit.
+    A run must not depend on the zero and the scale of its reward: neither changes pi* (with beta scaled
+    alike). So the critic begins at the mean return of that rollout, and its loss and clip range are in
+    standard deviations of those returns: value = shift + unit (gain head(h) + offset). A head that begins as
+    a constant has gain 1; one that does not is a reward model, and keeps its scale. A policy loss whose
+    advantages are not normalised is divided by the same unit.
     """
     shift: float = 0.0                          # the mean return
     scale: float = 0.0                          # its standard deviation; 0: no returns have differed yet
@@ -1039,9 +1076,9 @@ def measure_units(cfg, batch, scores, beta):
 
 
 class PPOState:
-    """Everything that changes in training: parameters by name, their Adam states, beta, the average, the units,
-    the iteration count. Randomness is a function of (seed, iteration), so this, saved between iterations, is an
-    exact resume.
+    """Everything that changes in training: parameters by name, their Adam states, beta, the average, the
+    units, the iteration count. Randomness is a function of (seed, iteration), so this, saved between
+    iterations, is an exact resume.
 
     policy, value: {name: parameter}, value None without a critic. Raises UserError for no parameters, or for
     one that takes no gradient.
@@ -1062,7 +1099,8 @@ class PPOState:
         self.optim = {role: torch.optim.Adam(params.values(), self.lr[role], betas=(0.9, 0.95), eps=1e-5)
                       for role, params in self.params.items()}
         self.units = Units()
-        self.kl = KLController(0.0 if cfg.kl_place == "none" else cfg.kl_coef, cfg.adaptive_kl_target, cfg.kl_horizon)
+        beta = 0.0 if cfg.kl_place == "none" else cfg.kl_coef
+        self.kl = KLController(beta, cfg.adaptive_kl_target, cfg.kl_horizon)
         self.ema = EMA(self.params["policy"], cfg.ema) if cfg.ema else None
         self.step = 0                                       # iterations done
         self.bad = dict.fromkeys(self.params, 0)            # gradients in a row that were not finite
@@ -1102,8 +1140,8 @@ class PPOState:
 
     def state_dict(self):
         """Live tensors: write them out, or copy them, before the next iteration."""
-        return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(), "units": list(self.units),
-                "ema": self.ema and self.ema.shadow,
+        return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
+                "units": list(self.units), "ema": self.ema and self.ema.shadow,
                 "optim": {role: optim.state_dict() for role, optim in self.optim.items()},
                 "params": {role: {name: p.data for name, p in params.items()}
                            for role, params in self.params.items()}}
@@ -1245,8 +1283,8 @@ def checked_scores(values, count, device):
 
 
 def sample_and_score(cfg, roles, environment, chosen, generator, device):
-    """Answers to the prompts with these indices, `num_generations` each, and their scores: an Experience, with
-    the gold reward and seconds as metrics."""
+    """Answers to the prompts with these indices, `num_generations` each, and their scores: an Experience,
+    with the gold reward and seconds as metrics."""
     started = time.perf_counter()
     eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
     chosen = [i for i in chosen for _ in range(cfg.num_generations)]
@@ -1268,8 +1306,8 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
 
 
 def collect(cfg, roles, environment, step, device):
-    """One iteration's rollout, an Experience, and what is learnt from: the same, or with --dynamic_sampling only
-    groups whose scores differ, of it and of answers to other prompts."""
+    """One iteration's rollout, an Experience, and what is learnt from: the same, or with --dynamic_sampling
+    only groups whose scores differ, of it and of answers to other prompts."""
     count = cfg.batch // cfg.num_generations
     chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
     generator = rng(cfg.seed, "sample", step, device=device)
@@ -1280,8 +1318,8 @@ def collect(cfg, roles, environment, step, device):
     asked = set(chosen)
     for turn in range(1, cfg.dynamic_sampling + 1):
         missing = count - sum(len(some.answers) for some in found) // cfg.num_generations
-        order = torch.randperm(len(environment.prompts), generator=rng(cfg.seed, "refill", step, turn)).tolist()
-        chosen = [i for i in order if i not in asked][:missing]
+        order = torch.randperm(len(environment.prompts), generator=rng(cfg.seed, "refill", step, turn))
+        chosen = [i for i in order.tolist() if i not in asked][:missing]
         if not chosen:                                      # the rollout is full, or no prompt is left
             break
         asked.update(chosen)
@@ -1307,13 +1345,16 @@ def keep_informative_groups(experience, k):
 def join_experiences(parts):
     """Experiences of the same iteration as one; batch None if none of them has an answer."""
     batches = [part.batch for part in parts if part.batch is not None]
-    return Experience(sum((part.answers for part in parts), []), join_batches(batches) if batches else None,
-                      torch.cat([part.scores for part in parts]), torch.cat([part.ended for part in parts]), {})
+    return Experience([answer for part in parts for answer in part.answers],
+                      join_batches(batches) if batches else None,
+                      torch.cat([part.scores for part in parts]),
+                      torch.cat([part.ended for part in parts]), {})
 
 
 def reward_tokens(cfg, batch, scores, beta):
     """Step 3 of the header; a KL that does not stand in the reward leaves the score alone. Returns (B, R)."""
-    return token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta if cfg.kl_place == "reward" else 0.0)
+    beta = beta if cfg.kl_place == "reward" else 0.0
+    return token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
 
 
 def compute_advantages(cfg, batch, scores, beta, units=Units()):
@@ -1347,7 +1388,7 @@ def policy_step(cfg, roles, part, beta, count, banned=()):
     with roles.policy() as (model, past):           # backward inside: recomputation needs this adapter
         logp = logprobs(PolicyDistribution(model, cfg.temperature, banned), part, past)
         loss, clipped = algorithm.policy_loss(cfg, logp, part)                  # (B, R)
-        if cfg.kl_place == "loss" and beta:         # its optimum is not pi*; an overflow times a beta of 0 is NaN
+        if cfg.kl_place == "loss" and beta:         # its optimum is not pi*; overflow times a beta of 0: NaN
             kl = kl_estimate(logp, part.ref_logp, cfg.kl_estimator)
             loss = loss + beta * kl.masked_fill(~part.mask, 0)
         (part.weights * loss).sum().backward()

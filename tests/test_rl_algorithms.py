@@ -1,5 +1,5 @@
-"""What all RL algorithms of ppo.py owe: a run does not depend on the zero or the scale of its reward, an answer
-without end is never the best, groups without variance are replaced; each published loss against a naive loop."""
+"""RL algorithms: a run does not depend on the zero or the scale of its reward, an answer without end is never
+the best, groups without variance are replaced; each published loss against a naive loop."""
 import dataclasses
 import functools
 import math
@@ -11,8 +11,8 @@ import ppo
 import train as command
 from data.results.ppo_metrics import equal_groups, health
 from data.runtime.files import UserError
-from test_ppo import END, F64, NAMES, PAD, PROMPTS, config, environment, leaves, ragged, rolled, setup, t, timeless, \
-    toy_reward, train, weights
+from test_ppo import END, F64, NAMES, PAD, PROMPTS, config, environment, leaves, ragged, rolled, setup, t, \
+    timeless, toy_reward, train, weights
 
 GROUPED = [algorithm.name for algorithm in ppo.ALGORITHMS if algorithm.compares_groups]
 # beta stands beside the score, or beside advantages that have no scale
@@ -26,17 +26,22 @@ def eighths(prompts, answers, rows=None):
     return [0.25 * sum(a in (1, 2, 3) for a in y) - 0.125 * len(y) for y in answers]
 
 
+def with_zero_critic(cfg):
+    """Roles and state whose critic begins at a value of 0, as without a reward model."""
+    roles, state, _, _ = setup(cfg)
+    if not ppo.find_record(ppo.ALGORITHMS, cfg.algo).needs_critic:
+        return roles, state
+    roles = roles._replace(value_head=ppo.ScalarHead(16, zero=True))
+    critic = {name: p for name, p in state.params["value"].items() if not name.startswith("head.")}
+    critic.update({f"head.{name}": p for name, p in roles.value_head.named_parameters()})
+    return roles, ppo.PPOState(cfg, state.params["policy"], critic)
+
+
 @functools.lru_cache
 def curve(algo, shift=0.0, scale=1.0):
-    record = ppo.find_record(ppo.ALGORITHMS, algo)
     changes = {"kl_coef": 0.1 * scale} if algo in SCALES_BETA else {}
     cfg = config(algo=algo, steps=3, seed=3, **changes)
-    roles, state, _, _ = setup(cfg)
-    if record.needs_critic:
-        roles = roles._replace(value_head=ppo.ScalarHead(16, zero=True))
-        critic = {name: p for name, p in state.params["value"].items() if not name.startswith("head.")}
-        critic.update({f"head.{name}": p for name, p in roles.value_head.named_parameters()})
-        state = ppo.PPOState(cfg, state.params["policy"], critic)
+    roles, state = with_zero_critic(cfg)
     start = weights(state)
     log = train(cfg, roles, state, lambda p, y, rows: [scale * s + shift for s in eighths(p, y)])
     assert (weights(state) - start).abs().max() > 1e-2                          # something was learnt
@@ -50,7 +55,8 @@ def test_zero_and_scale_of_the_reward_do_not_matter(algo, shift, scale):
     plain, w, state = curve(algo)
     other, v, moved = curve(algo, shift, scale)
     for a, b in zip(plain, other):
-        assert (a["kl"], a["length"], a["clipfrac"]) == pytest.approx((b["kl"], b["length"], b["clipfrac"]), abs=2e-3)
+        for name in ("kl", "length", "clipfrac"):
+            assert a[name] == pytest.approx(b[name], abs=2e-3)
         assert a["score"] * scale + shift == pytest.approx(b["score"], abs=2e-3 * scale)
         if "value_loss" in a:
             assert a["value_loss"] == pytest.approx(b["value_loss"], abs=2e-3)
@@ -58,6 +64,17 @@ def test_zero_and_scale_of_the_reward_do_not_matter(algo, shift, scale):
     torch.testing.assert_close(w, v, atol=2e-3, rtol=0)
     assert moved.units.shift == pytest.approx(state.units.shift * scale + shift, rel=1e-6)
     assert moved.units.scale == pytest.approx(state.units.scale * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("algo, sign, shift", [("ppo", 1, 8.0), ("ppo", -1, -3.0), ("reinforce", 1, 8.0)])
+def test_a_reward_for_length_makes_answers_longer_and_one_against_it_shorter(algo, sign, shift):
+    """The sign of the reward says nothing: len / 20 + 8, -len / 20 - 3 and others like them."""
+    cfg = config(algo=algo, steps=8, batch=32, max_new_tokens=16, lr=2e-2, missing_eos_penalty=None,
+                 kl_coef=0.0)
+    roles, state = with_zero_critic(cfg)
+    log = train(cfg, roles, state, lambda p, y, rows: [sign * len(a) / 20 + shift for a in y])
+    lengths = [m["length"] for m in log]
+    assert sign * (sum(lengths[-3:]) / 3 - lengths[0]) > 2, lengths
 
 
 def test_a_critic_that_is_a_reward_model_is_shifted_and_keeps_its_scale():
@@ -89,7 +106,8 @@ def test_units_by_hand():
     assert flat == (5.0, 0.0, 1.0, 0.0) and flat.unit == 1.0
     discounted = ppo.measure_units(config(gamma=0.5), batch, torch.tensor([4.0, 4.0], dtype=F64), 0.0)
     assert discounted.shift == pytest.approx(10 / 3)        # 2, 4 and 4
-    assert ppo.measure_units(config(algo="rloo"), batch._replace(values=None), t([3.0, 6.0])[0], 0.0)[2:] == (1.0, 0.0)
+    bare = ppo.measure_units(config(algo="rloo"), batch._replace(values=None), t([3.0, 6.0])[0], 0.0)
+    assert bare[2:] == (1.0, 0.0) and bare[:2] == pytest.approx((4.0, math.sqrt(2)))
 
 
 def test_the_value_loss_is_in_units_of_the_first_returns():
@@ -136,8 +154,9 @@ def test_equal_scores_teach_nothing_whatever_their_size(x):
 @pytest.mark.parametrize("scale", [1e-12, 1e-5, 1.0, 1e6])
 def test_advantages_have_no_scale_of_their_own(scale):
     scores = t([0, 1, 1, 5], [2, 2, 2, 3])
-    torch.testing.assert_close(ppo.grpo_advantage(scale * scores), ppo.grpo_advantage(scores), atol=1e-10, rtol=0)
-    torch.testing.assert_close(ppo.grpo_advantage((scale * scores).float()), ppo.grpo_advantage(scores).float())
+    want = ppo.grpo_advantage(scores)
+    torch.testing.assert_close(ppo.grpo_advantage(scale * scores), want, atol=1e-10, rtol=0)
+    torch.testing.assert_close(ppo.grpo_advantage((scale * scores).float()), want.float())
     mask = torch.ones_like(scores, dtype=torch.bool)
     torch.testing.assert_close(ppo.whiten(scale * scores, mask), ppo.whiten(scores, mask), atol=1e-10, rtol=0)
     assert equal_groups(scale * t([1, 1], [1, 2]).flatten(), 2).tolist() == [True, False]
@@ -166,8 +185,9 @@ def test_final_scores_by_hand():
     assert torch.equal(ppo.final_scores(s, ended, n, 10, None), s)
     low = t([1.0, 5.0, 3.0, -7.0])[0]                       # its own score is lower still
     assert ppo.final_scores(low, ended, n, 10)[3] == pytest.approx(-7 - ppo.spread(low))
-    torch.testing.assert_close(ppo.final_scores(s, ended, n, 10, None, "penalty"), t([1, 5 - std / 2, 3, 3 - std])[0])
-    torch.testing.assert_close(ppo.final_scores(s, ended, n, 10, 1.0, "penalty"), t([1, 5 - std / 2, 3, 1 - std])[0])
+    for penalty, last in ((None, 3 - std), (1.0, 1 - std)):
+        got = ppo.final_scores(s, ended, n, 10, penalty, "penalty")
+        torch.testing.assert_close(got, t([1, 5 - std / 2, 3, last])[0])
     nothing = torch.zeros(4, dtype=torch.bool)
     torch.testing.assert_close(ppo.final_scores(s, nothing, n, 10), s - std)
     same = t([2.0, 2.0])[0]                                 # no spread: a unit of 1
@@ -192,8 +212,9 @@ def test_no_reward_makes_an_answer_without_end_the_best(shift, scale):
 def test_the_overlong_penalty_is_a_straight_line_over_the_last_fifth():
     got = ppo.overlong_penalty(torch.tensor([0, 16, 17, 18, 19, 20]), 20)
     torch.testing.assert_close(got, torch.tensor([0, 0, -0.25, -0.5, -0.75, -1]))
-    want = [0.0 if n <= 16384 else (16384 - n) / 4096 for n in (100, 16384, 18000, 20480)]     # DAPO's own numbers
-    torch.testing.assert_close(ppo.overlong_penalty(torch.tensor([100, 16384, 18000, 20480]), 20480), torch.tensor(want))
+    lengths = torch.tensor([100, 16384, 18000, 20480])                      # DAPO's own numbers
+    want = torch.tensor([0.0 if n <= 16384 else (16384 - n) / 4096 for n in lengths.tolist()])
+    torch.testing.assert_close(ppo.overlong_penalty(lengths, 20480), want)
 
 
 def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
@@ -219,8 +240,9 @@ def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
 
 @pytest.mark.parametrize("words, says", [
     (["--missing_eos_score", "-1"], "--missing_eos_score is now called --missing_eos_penalty"),
-    (["--missing_eos_penalty", "no"], "--missing_eos_penalty no is neither a number from 0 on nor the word none"),
-    (["--missing_eos_penalty", "nan"], "nan is neither a number"), (["--missing_eos_penalty=-1"], "-1 is neither"),
+    (["--missing_eos_penalty", "no"], "--missing_eos_penalty no is neither a number from 0 on nor the word"),
+    (["--missing_eos_penalty", "nan"], "nan is neither a number"),
+    (["--missing_eos_penalty=-1"], "-1 is neither"),
     (["--algo", "dapo", "--kl_coef", "0.1"], "--kl_coef means nothing to --kl_place none"),
     (["--algo", "ppo", "--dynamic_sampling", "2"], "--dynamic_sampling means nothing to --algo ppo"),
     (["--kl_coef", "0", "--adaptive_kl_target", "6"], "--kl_coef 0 stays 0"),
@@ -260,7 +282,7 @@ MANY = [[i % 9 + 1, i // 9 + 1] for i in range(45)]
 
 
 def sampled(rounds, steps=2, prompts=MANY, reward=half_equal, **changes):
-    cfg = config(algo="dapo", num_generations=4, batch=16, steps=steps, dynamic_sampling=rounds, overlong="none",
+    cfg = config(algo="dapo", num_generations=4, steps=steps, dynamic_sampling=rounds, overlong="none",
                  missing_eos_penalty=None, **changes)
     roles, state, _, _ = setup(cfg)
     steps = list(ppo.train_ppo(cfg, roles, state, ppo.Environment(prompts, reward, END, [PAD])))
@@ -357,7 +379,8 @@ def test_the_gradient_of_cispo_stays_where_its_weight_is_clipped():
 
 
 @pytest.mark.parametrize("ratio, advantage, side", [
-    (1.3, 1.0, 1), (1.3, -1.0, 0), (0.37, 1.0, 0), (0.37, -1.0, -1), (1.1, 1.0, 0), (0.9, -1.0, 0), (1.3, 0.0, 0)])
+    (1.3, 1.0, 1), (1.3, -1.0, 0), (0.37, 1.0, 0), (0.37, -1.0, -1), (1.1, 1.0, 0), (0.9, -1.0, 0),
+    (1.3, 0.0, 0)])
 def test_a_ratio_counts_as_clipped_where_the_clipping_acts(ratio, advantage, side):
     got = ppo.clipped_side(t([ratio]), t([advantage]), 0.2, 0.28)
     assert got.item() == side
@@ -386,9 +409,10 @@ def test_a_kl_in_the_loss_that_overflows_is_nothing_times_a_beta_of_0():
 
 
 def test_a_composed_algorithm_runs():
-    """GRPO's groups with the KL in the reward, one ratio an answer, whitened over the batch, k2 in the loss."""
-    for changes in (dict(algo="grpo", kl_place="reward"), dict(algo="ppo", ratio_level="sequence", token_mean="constant"),
-                    dict(algo="ppo", advantage_norm="none"), dict(algo="reinforce", kl_place="loss", kl_estimator="k2"),
+    """GRPO with the KL in the reward, one ratio an answer, whitened over the batch, k2 in the loss."""
+    for changes in (dict(algo="grpo", kl_place="reward"), dict(algo="ppo", advantage_norm="none"),
+                    dict(algo="ppo", ratio_level="sequence", token_mean="constant"),
+                    dict(algo="reinforce", kl_place="loss", kl_estimator="k2"),
                     dict(algo="cispo", ratio_level="sequence", advantage_norm="batch"),
                     dict(algo="rloo", dynamic_sampling=2, overlong="mask", advantage_norm="group")):
         cfg = config(steps=2, **changes)

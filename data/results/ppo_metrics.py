@@ -5,11 +5,14 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     kl         mean over answers of the sum of k1 = log pi - log ref: unbiased, may be negative on an answer
     kl_k3      the same of k3 = exp(-k1) - 1 + k1, never negative; far from kl when a few answers dominate it
     objective  score - beta kl: what PPO maximises, so it rises, up to noise
+    clipfrac_low, clipfrac_high   tokens whose gradient the clip took, below and above; clipfrac: both
+    answers_learnt    answers that the losses saw; answers_sampled: with --dynamic_sampling, of all rounds
+    score_cut, score_ended   means over answers without and with an end token
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
-Public: correlation, explained_variance, equal_groups, describe, merge_parts, average_minibatches, health, ranked_pairs,
-reward_report, show
+Public: correlation, explained_variance, equal_groups, describe, merge_parts, average_minibatches, health,
+ranked_pairs, reward_report, show
 """
 from collections import defaultdict
 
@@ -32,8 +35,8 @@ def explained_variance(values, returns, mask):
 
 
 def equal_groups(scores, k):
-    """scores (B,), k answers to each prompt side by side -> (B / k,) bool: all scores of a group are equal, but
-    for rounding."""
+    """scores (B,), k answers to each prompt side by side -> (B / k,) bool: all scores of a group are equal,
+    but for rounding."""
     groups = scores.view(-1, k)
     rounding = 8 * torch.finfo(scores.dtype).eps * groups.abs().amax(1)
     return groups.amax(1) - groups.amin(1) <= rounding
@@ -129,7 +132,8 @@ def health(metrics, tolerance=1e-4):
         (metrics.get("answers_learnt", 1) == 0,
          "no answer was learnt from: all were cut and masked, or all groups have equal scores"),
         (m["score_cut"] > m["score_ended"],
-         "answers without an end score {score_cut:.3g}, finished ones {score_ended:.3g}: give --missing_eos_penalty"),
+         "answers without an end score {score_cut:.3g}, finished ones {score_ended:.3g}: give "
+         "--missing_eos_penalty"),
         (m["eos_rate"] < 0.5,
          "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
         (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),
