@@ -1284,7 +1284,7 @@ def checked_scores(values, count, device):
 
 def sample_and_score(cfg, roles, environment, chosen, generator, device):
     """Answers to the prompts with these indices, `num_generations` each, and their scores: an Experience,
-    with the gold reward and seconds as metrics."""
+    with the gold reward, tokens (of prompts and answers) and seconds as metrics."""
     started = time.perf_counter()
     eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
     chosen = [i for i in chosen for _ in range(cfg.num_generations)]
@@ -1300,6 +1300,7 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
         metrics["gold"] = gold.mean().item()
+    metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
     return Experience(answers, batch, s, ended, metrics)
@@ -1325,7 +1326,7 @@ def collect(cfg, roles, environment, step, device):
         asked.update(chosen)
         generator = rng(cfg.seed, "sample", step, turn, device=device)
         more = sample_and_score(cfg, roles, environment, chosen, generator, device)
-        for name in ("seconds_rollout", "seconds_score"):
+        for name in ("tokens", "seconds_rollout", "seconds_score"):
             first.metrics[name] += more.metrics[name]
         found.append(keep_informative_groups(more, cfg.num_generations))
     first.metrics["answers_sampled"] = len(asked) * cfg.num_generations

@@ -1737,11 +1737,11 @@ def iterate(cfg, run, setup, roles, trained, state):
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward)
     with Progress("iteration", config.steps, trained.step, "iterations") as progress:
-        for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
+        for metrics, _ in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:
                 now = time.monotonic()
                 state["seconds"] += now - began
-                state["tokens"] += int(batch.lengths.sum())
+                state["tokens"] += metrics["tokens"]
                 state["skipped"] += metrics.get("skipped", 0)
                 began = now
                 run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})

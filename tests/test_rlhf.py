@@ -409,3 +409,10 @@ def test_memory_is_one_base_and_nine_adapters(town, tmp_path, monkeypatch):
     N, adapter = sum(p.numel() for p in model.parameters()), 2 * 8 * (64 + 64 + 160 + 160)
     most = max(seen)
     assert abs(most / (N + 9 * adapter) - 1) < 0.01, (most, N + 9 * adapter)
+
+
+def test_skipped_steps_reach_the_result(town, tmp_path, monkeypatch):
+    original = ppo.optimizer_step
+    monkeypatch.setattr(ppo, "optimizer_step", lambda *args: {**original(*args), "skipped": 1})
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", "judges:letters")
+    assert r["skipped"] == 4 * 2 * 2 == sum(e["skipped"] for e in events(tmp_path / "r"))
