@@ -1246,7 +1246,8 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
 
     cfg: a SamplingConfig, or a PPOConfig. The old logp is not the sampler's but that of the forward which
     `update` will run, so that ratios start at 1 to rounding. Policy and reference see equal micro-batches:
-    equal weights, KL exactly 0. Without roles.critic values stay None.
+    equal weights, KL exactly 0. Without roles.critic values stay None; with it they are what its head gives,
+    not yet in the reward's units (Units).
     """
     def logprobs_and_entropies(part):
         policy = PolicyDistribution(model, cfg.temperature, banned)
@@ -1317,6 +1318,7 @@ def collect(cfg, roles, environment, step, device):
         return first, first
     found = [keep_informative_groups(first, cfg.num_generations)]
     asked = set(chosen)
+    sampled = len(first.answers)
     for turn in range(1, cfg.dynamic_sampling + 1):
         missing = count - sum(len(some.answers) for some in found) // cfg.num_generations
         order = torch.randperm(len(environment.prompts), generator=rng(cfg.seed, "refill", step, turn))
@@ -1329,7 +1331,8 @@ def collect(cfg, roles, environment, step, device):
         for name in ("tokens", "seconds_rollout", "seconds_score"):
             first.metrics[name] += more.metrics[name]
         found.append(keep_informative_groups(more, cfg.num_generations))
-    first.metrics["answers_sampled"] = len(asked) * cfg.num_generations
+        sampled += len(more.answers)
+    first.metrics["answers_sampled"] = sampled
     return first, join_experiences(found)
 
 
