@@ -9,16 +9,34 @@ tests compare the trained policies with it:
 One iteration of PPO:
  1. sample an answer to each prompt from the policy; it ends at the first EOS, an action like any other
  2. logp, ref_logp, value of every action, one forward each; score = a reward model, or any callable
- 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (no EOS: a constant score)
+ 3. reward_t    = -beta (logp_t - ref_logp_t),  + score at the last real token (less without EOS)
  4. delta_t     = reward_t + gamma value_{t+1} - value_t           value past the last token = 0
     advantage_t = delta_t + gamma lam advantage_{t+1};  return_t = advantage_t + value_t;  then whiten
  5. epochs x minibatches (x micro-batches, which only accumulate),       ratio = exp(logp_new - logp)
     policy  mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))   + ptx_coef cross-entropy on plain text
-    value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)
+    value   mean 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -e, e) - ret)^2)   in the critic's units
  6. beta moves towards the KL target; the average of the weights (EMA) is updated
 
-The other algorithms change the advantage, the policy loss, the place of the KL term and the mean over tokens.
-Each is one record in ALGORITHMS.
+The other algorithms are records in ALGORITHMS: an advantage, a policy loss, and defaults of the flags that
+all share. Any composition of the flags runs, or is refused in a sentence.
+
+    advantage A                          --advantage_norm  ratio     mean over      KL       clip
+    ppo        GAE with a critic          batch             token     tokens         reward   0.2
+    reinforce  reward to go               batch             token     tokens         reward   0.2
+    rloo       R - mean of the others     none              token     tokens         reward   0.2
+    grpo       R - mean of the group      group             token     answers        k3 loss  0.2
+    drgrpo     R - mean of the group      none              token     the limit      none     0.2
+    dapo       R - mean of the group      group             token     tokens         none     0.2, 0.28
+    gspo       R - mean of the group      group             sequence  answers        none     3e-4, 4e-4
+    cispo      R - mean of the group      group             token     tokens         none     weight < 5
+    R = score - beta KL of the answer where the KL stands in the reward, else the score. cispo's loss is
+    -sg(min(ratio, 1 + e)) A log pi; dapo also replaces groups of equal scores (--dynamic_sampling) and takes
+    up to one spread of the scores off the longest answers (--overlong penalty)
+
+Neither the zero nor the scale of a reward matters, as neither moves pi* (with beta scaled alike): advantages
+are centred in fp64 without any absolute threshold, penalties are in standard deviations of the rollout's
+scores, the critic begins at the mean return of the first rollout and works in units of their standard
+deviation (Units). With gamma = 1: below that a constant makes short answers better or worse.
 
 Without RL: losses on answers that people ranked, each one record in PREFERENCE_LOSSES. l = sum of log pi over
 the answer's tokens, h = l - l_ref, m = l / tokens, o = log(p / (1 - p)) of p = exp(m); w is preferred to v:
@@ -46,18 +64,32 @@ response token t", taken knowing all before it: position start - 1 + t. Here sta
     reward                 -k   -k   -k  s-k    0                k = beta (logp - ref_logp), s = score
     the score is read *at* the last real token, position start + n - 1: the EOS, when there is one
 
-Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); RLOO
-2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; sequence-level ratio (GSPO) 2507.18071; DPO 2305.18290; IPO
-2310.12036; SimPO 2405.14734; ORPO 2403.07691; KTO 2402.01306; all roles on one base 2309.00754; KL estimators
-k1, k2, k3: Schulman 2020 (joschu.net/blog/kl-approx.html).
+Papers: PPO 1707.06347; GAE 1506.02438; RLHF 1909.08593 and 2203.02155 (section 3.5, appendix C); REINFORCE++
+2501.03262; RLOO 2402.14740; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; GSPO 2507.18071; CISPO
+2506.13585 (its bound: 2510.13786); DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; ORPO
+2403.07691; KTO 2402.01306; all roles on one base 2309.00754; KL estimators k1, k2, k3: Schulman 2020
+(joschu.net/blog/kl-approx.html).
 
 Deviations: no left padding, hence no position ids. Policy and critic share no trained weight, so each has its
 own Adam and clipped norm, and the value loss needs no coefficient. The penalty is k1 *in the reward*, the one
 estimator and place whose gradient is that of J (k3 in the reward ends at total variation 0.8 from pi*, k3 in
-the loss at 0.3). KTO pairs a prompt with the answers of the example half the data further on, not with
-those of the next one in the batch: then their reference log-probabilities never change, and one pass before
-training finds them, also where all weights are trained. ORPO's likelihood loss is a mean over the answer's
-tokens alone, and p = 1 counts as 1 - 1e-6, whose odds are finite.
+the loss at 0.2 to 0.3; with the KL in the reward every algorithm here ends at pi*: tests/optimum.py).
+ - the change of a value is clipped, as in Ziegler et al.'s code but in no paper, in the critic's units
+ - a reward model's scores are divided by their spread (`calibrate`), so beta means the same under each
+ - losses without a normalised advantage are divided by the same unit as the critic's: the clipped norm and
+   Adam's eps have a scale
+ - RLOO clips token ratios over several steps, as PPO does; published is one unclipped step
+ - "mean over tokens" is 1 / N of a minibatch's own tokens, so a token weighs more in one of short answers
+ - GRPO's std is the unbiased one (k - 1), without the 1e-4 that its implementations add; the paper says std
+ - Adam has betas 0.9 and 0.95 and eps 1e-5, its rate falls to 0 on a straight line
+ - beta changes by at most a fifth per iteration, however large a batch is against --kl_horizon
+ - KTO pairs a prompt with the answers of the example half the data further on, not with those of the next one
+   in the batch: then their reference log-probabilities never change, and one pass before training finds them,
+   also where all weights are trained
+ - ORPO's likelihood loss is a mean over the answer's tokens alone, and p = 1 counts as 1 - 1e-6, whose odds
+   are finite
+ - DAPO's soft punishment is in spreads of the scores (published: 1, for scores of 1 and -1), its buffer a
+   fifth of the limit; refilled are at most --dynamic_sampling rounds, then the batch is smaller
 
 An adapter_context is a callable returning a context manager that yields (model, past): adapters of one frozen
 base, copies or soft prompts can be policy, reference, critic and reward model; this file imports none of
@@ -65,13 +97,16 @@ them. Dropout is off in every role: model.eval(), gradients on.
 
 B rows  T tokens  R response columns  N actions  C width  V vocabulary  K ranked answers  k answers per prompt
 Public: SamplingConfig, PPOConfig, PreferenceConfig, Algorithm, ALGORITHMS, PreferenceLoss, PREFERENCE_LOSSES,
-masked_mean, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
-log_ratio, ppo_policy_loss, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, simpo_loss,
-orpo_loss, kto_loss, kto_z0, entropy, best_of_n, feedme, KLController, EMA, Batch, collate_rollout, PolicyDistribution,
-logprobs, values, scores, ScalarHead, calibrate, model_reward, combine_rewards, checked_scores, part_means, reward_step, answer_logprobs,
-mismatched_log_ratios, preference_step, dpo_step, kto_step, Roles, Scores, Environment, PPOState, rollout,
-compute_advantages, update, train_ppo
+masked_mean, centre, whiten, token_weights, kl_estimate, token_rewards, gae, rloo_advantage, grpo_advantage,
+normalise_advantages, spread, overlong_penalty, final_scores, log_ratio, ppo_policy_loss, cispo_policy_loss,
+clipped_side, ppo_value_loss, pairwise_loss, rank_loss, dpo_loss, ipo_loss, simpo_loss, orpo_loss, kto_loss,
+kto_z0, entropy, best_of_n, feedme, KLController, EMA, Trunk, Batch, join_batches, collate_rollout,
+PolicyDistribution, logprobs, values, scores, ScalarHead, calibrate, model_reward, combine_rewards,
+checked_scores, part_means, reward_step, answer_logprobs, mismatched_log_ratios, preference_step, dpo_step,
+kto_step, Roles, Scores, Environment, Units, measure_units, PPOState, rollout, collect, compute_advantages,
+update, train_ppo
 """
+import argparse
 import math
 import numbers
 import random
@@ -85,7 +120,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches.batching import split_by_token_budget
-from data.results.ppo_metrics import average_minibatches, describe, merge_parts, ranked_pairs
+from data.results.ppo_metrics import average_minibatches, describe, equal_groups, merge_parts, ranked_pairs
 from data.runtime import distributed
 from data.runtime.device import MICRO
 from data.runtime.files import UserError
@@ -100,18 +135,15 @@ from model import generate, past_length, token_logprobs
 @dataclass(frozen=True)
 class Algorithm:
     """An RL algorithm: what the loop, the flags and the tables need to know about it. A new one is one more
-    entry in ALGORITHMS. Raises UserError for an unknown ratio, kl or mean.
+    entry in ALGORITHMS. All that it shares with others (clip range, level of the ratio, mean over tokens,
+    place of the KL, normalisation, answers that are cut) are flags of PPOConfig, whose defaults it sets.
 
-    advantage    (cfg, batch, scores (B,)) -> advantages, returns, both (B, R). batch.rewards is there; row
-                 i * k + j is answer j to prompt i
-    policy_loss  (cfg, logp (B, R), batch) -> loss per token (B, R), 0 outside the mask. logp: of the policy
-                 now; batch: the rollout's logp, ref_logp, advantages, mask, lengths
-    ratio        "token", or "sequence": one ratio for the answer, see log_ratio
-    kl           "reward": -beta k1 per token; "loss": + beta k3 per token; "none"
-    mean         how a minibatch's token losses are averaged, see token_weights
-    clip_range   (cfg) -> (low, high): its loss clips a ratio to 1 - low, 1 + high, and "clipfrac" counts what
-                 lies outside; inf: not on that side. None: --cliprange and --cliprange_high
-    defaults, own_flags, unused: see data/runtime/records.py; without critic or KL their flags are unused
+    advantage    (cfg, batch) -> advantages, returns, both (B, R), not normalised yet. batch.rewards is there;
+                 row i * k + j is answer j to prompt i
+    policy_loss  (cfg, logp (B, R), batch) -> loss per token, 0 outside the mask, and where its clipping acted
+                 (1 above, -1 below, 0 nowhere), both (B, R). logp: of the policy now; batch: the rollout's
+                 logp, ref_logp, advantages, mask, lengths
+    defaults, own_flags, unused: see data/runtime/records.py; without critic or groups their flags are unused
     """
     name: str
     help: str
@@ -119,26 +151,17 @@ class Algorithm:
     policy_loss: Callable
     needs_critic: bool = False
     compares_groups: bool = False
-    ratio: str = "token"
-    kl: str = "reward"
-    mean: str = "token"
-    clip_range: Callable = None
     defaults: dict = field(default_factory=dict)
     own_flags: tuple = ()
     unused: tuple = ()
     selected_by = "algo"
 
     def __post_init__(self):
-        known = {"ratio": ("token", "sequence"), "kl": ("reward", "loss", "none"), "mean": tuple(TOKEN_MEANS)}
-        for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"algorithm {self.name}: {name} {getattr(self, name)} is none of "
-                                f"{' '.join(choices)}")
         unused = self.unused
         if not self.needs_critic:
             unused += ("lam", "value_lr", "value_warmup", "cliprange_value")
-        if self.kl == "none":
-            unused += ("kl_coef", "adaptive_kl_target", "kl_horizon")
+        if not self.compares_groups:
+            unused += ("dynamic_sampling",)
         object.__setattr__(self, "unused", unused)
 
 
@@ -183,13 +206,17 @@ class ThumbLogprobs(NamedTuple):
     z0: float                                   # of the whole step, see kto_z0
 
 
-def score_or_none(word):
-    """A finite number, or None for the word none."""
+def penalty_or_none(word):
+    """A number from 0 on, or None for the word none."""
     if word == "none":
         return None
-    if not math.isfinite(float(word)):
-        raise ValueError(word)
-    return float(word)
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not (number >= 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{word} is neither a number from 0 on nor the word none")
+    return number
 
 
 @dataclass(frozen=True)
@@ -209,9 +236,11 @@ class SamplingConfig:
 
     @classmethod
     def check(cls, cfg):
-        """Raises UserError for a temperature of 0, at which every answer to a prompt would be the same."""
-        if cfg.temperature <= 0:
-            raise UserError(f"--temperature {cfg.temperature} explores nothing; it must be above 0")
+        """Raises UserError for a temperature at which every answer to a prompt would be the same: logits
+        divided by it would leave fp32."""
+        if cfg.temperature < 1e-3:
+            raise UserError(f"--temperature {cfg.temperature} explores nothing; it must be above 0, "
+                            "at least 0.001")
 
 
 @dataclass(frozen=True, init=False)
@@ -228,18 +257,37 @@ class PPOConfig(RecordConfig, SamplingConfig):
 
     algo: str = flag("ppo", "the RL algorithm", choices=lambda: tuple(one.name for one in ALGORITHMS))
     num_generations: int = flag(0, "answers per prompt; 0: the algorithm's own number", low=0)
-    kl_coef: float = flag(0.1, "beta, the weight of the KL; its start, if it is adapted", low=0)
+    advantage_norm: str = flag("batch", "over the std of the rollout (batch; its mean becomes 0) or of the "
+                                        "answers to one prompt (group); none",
+                               choices=lambda: tuple(ADVANTAGE_NORMS))
+    kl_place: str = flag("reward", "where the KL to the reference stands: only the reward optimises J",
+                         choices=("reward", "loss", "none"))
+    kl_estimator: str = flag("k3", "estimator of a KL in the loss (k1 has no gradient there)",
+                             choices=("k2", "k3"))
+    kl_coef: float = flag(0.1, "beta, the weight of the KL; its start, if it is adapted; 0: no KL", low=0)
     adaptive_kl_target: float = flag(6.0, "nats per answer that beta is adapted to; 0: beta is fixed", low=0)
     kl_horizon: int = flag(1000, "answers in which beta may change by a fifth (Ziegler: 10,000)", low=1)
-    missing_eos_score: float = flag(-1.0, "score of an answer that does not end; none: its own score",
-                                    type=score_or_none)
+    missing_eos_penalty: float = flag(1.0, "an answer without end scores so many std of the scores less than "
+                                           "the worst that ends; none: its own score",
+                                      type=penalty_or_none)
+    overlong: str = flag("none", "answers cut at --max_new_tokens: left out of the loss (mask); or the last "
+                                 "fifth of the length costs up to one std of the scores (penalty)",
+                         choices=("none", "mask", "penalty"))
+    dynamic_sampling: int = flag(0, "rounds in which groups of equal scores are replaced by answers to other "
+                                    "prompts", low=0, high=100)
     gamma: float = flag(1.0, "discount; below 1 the optimum is no longer pi*", low=0, high=1)
     lam: float = flag(0.95, "GAE's lambda", low=0, high=1)
     ppo_epochs: int = flag(2, "passes over one rollout", low=1, high=1000)
     minibatches: int = flag(4, "optimiser steps per pass", low=1)
+    ratio_level: str = flag("token", "a ratio for each token, or one for the answer (GSPO)",
+                            choices=("token", "sequence"))
+    token_mean: str = flag("token", "how the loss is averaged: over tokens; over those of an answer, then "
+                                    "over answers; or over answers x --max_new_tokens",
+                           choices=lambda: tuple(TOKEN_MEANS))
     cliprange: float = flag(0.2, "ratios outside 1 - cliprange .. 1 + cliprange are clipped", low=0)
     cliprange_high: float = flag(0.0, "another clip range above 1; 0: as --cliprange", low=0)
-    cliprange_value: float = flag(0.2, "clip range of the change of a value; 0: no clipping", low=0)
+    cliprange_value: float = flag(0.2, "clip range of the change of a value, in std of the first returns; "
+                                       "0: no clipping", low=0)
     early_stop_kl: float = flag(0.0, "end the passes when a minibatch's KL exceeds this; 0: never", low=0)
     value_lr: float = flag(0.0, "learning rate of the critic; 0: that of the policy", low=0)
     value_warmup: int = flag(0, "first iterations, in which only the critic is trained", low=0)
@@ -254,8 +302,8 @@ class PPOConfig(RecordConfig, SamplingConfig):
     def records():
         return ALGORITHMS
 
-    @staticmethod
-    def check_values(cfg, algorithm):
+    @classmethod
+    def check_values(cls, cfg, algorithm):
         SamplingConfig.check(cfg)
         k = group_size(cfg)
         if algorithm.compares_groups and k < 2:
@@ -264,8 +312,23 @@ class PPOConfig(RecordConfig, SamplingConfig):
         if cfg.batch % k or cfg.batch < cfg.minibatches:
             raise UserError(f"--batch {cfg.batch} must be a multiple of --num_generations {k}, at least "
                             f"--minibatches {cfg.minibatches}")
-        if cfg.missing_eos_score is not None and not math.isfinite(cfg.missing_eos_score):
-            raise UserError(f"--missing_eos_score {cfg.missing_eos_score} must be a finite number or none")
+        if cfg.advantage_norm == "group" and not algorithm.compares_groups:
+            raise UserError("--advantage_norm group needs one advantage for each answer; "
+                            f"--algo {cfg.algo} has one for each token: take batch or none")
+        unread = {"none": ("kl_coef", "adaptive_kl_target", "kl_horizon", "kl_estimator"),
+                  "reward": ("kl_estimator",), "loss": ()}
+        for name in unread[cfg.kl_place]:
+            if cls.is_given(cfg, name):
+                raise UserError(f"--{name} means nothing to --kl_place {cfg.kl_place}; leave one of them out")
+        if cfg.kl_coef == 0 and cfg.adaptive_kl_target and cls.is_given(cfg, "adaptive_kl_target"):
+            raise UserError(f"--kl_coef 0 stays 0 under --adaptive_kl_target {cfg.adaptive_kl_target:g}, "
+                            "which multiplies it; start above 0, or leave the target out")
+        if 0 < cfg.steps <= cfg.value_warmup:
+            raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the "
+                            "policy; it must be smaller")
+        penalty = cfg.missing_eos_penalty
+        if penalty is not None and not (penalty >= 0 and math.isfinite(penalty)):
+            raise UserError(f"--missing_eos_penalty {penalty} is neither a number from 0 on nor None")
 
 
 def group_size(cfg):
@@ -311,11 +374,27 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
+def centre(x, mask, dim):
+    """x minus its mean over `dim` on the mask, 0 outside, in fp64 (fp32 where a device has none). Differences
+    that are only rounding are exactly 0, however large x is; there is no absolute threshold."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    y = x.to(wide).masked_fill(~mask, 0)
+    mean = y.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True).clamp(min=1)
+    centred = (y - mean).masked_fill(~mask, 0)
+    rounding = 8 * torch.finfo(x.dtype).eps * y.abs().amax(dim, keepdim=True)
+    return centred.masked_fill(centred.abs().amax(dim, keepdim=True) <= rounding, 0)
+
+
+def root_mean_square(centred, count, dim):
+    """The standard deviation of what `centre` gave, over `count` of them; 1 where all are 0."""
+    std = (centred.square().sum(dim, keepdim=True) / count).sqrt()
+    return std.where(std > 0, 1.0)
+
+
 def whiten(x, mask):
-    """x (B, R) with mean 0 and biased variance 1 on the mask, 0 outside. A constant becomes 0, unscaled."""
-    x = (x - masked_mean(x, mask)).masked_fill(~mask, 0)
-    var = masked_mean(x ** 2, mask)
-    return x * torch.where(var > 1e-12, (var + 1e-8).rsqrt(), 1.0)
+    """x (B, R) with mean 0 and biased variance 1 on the mask, 0 outside. A constant becomes 0."""
+    centred = centre(x, mask, (0, 1))
+    return (centred / root_mean_square(centred, mask.sum().clamp(min=1), (0, 1))).to(x.dtype)
 
 
 TOKEN_MEANS = {
@@ -357,10 +436,11 @@ def kl_estimate(logp, ref_logp, kind="k1"):
 
 
 def token_rewards(scores, logp, ref_logp, mask, beta):
-    """-beta k1 on every real token, + score (B,) on the last. Detached: rewards are data. Returns (B, R)."""
+    """-beta k1 on every real token, + score (B,) on the last. Returns (B, R), all of it detached: rewards are
+    data."""
     penalty = (beta * kl_estimate(logp, ref_logp)).detach().masked_fill(~mask, 0)
     last = mask.sum(1, keepdim=True) - 1                                        # (B, 1)
-    return (-penalty).scatter_add(1, last, scores[:, None].to(penalty.dtype))
+    return (-penalty).scatter_add(1, last, scores.detach()[:, None].to(penalty.dtype))
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -384,13 +464,67 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def rloo_advantage(returns):
     """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt."""
     k = returns.size(1)
-    return (returns - returns.mean(1, keepdim=True)) * k / (k - 1)
+    centred = centre(returns, torch.ones_like(returns, dtype=torch.bool), 1)
+    return (centred * k / (k - 1)).to(returns.dtype)
 
 
 def grpo_advantage(scores, std=True):
-    """scores (B, k) minus the prompt's mean, over its std (GRPO) or not (Dr. GRPO). Equal scores give 0."""
-    centred = scores - scores.mean(1, keepdim=True)
-    return centred / (scores.std(1, keepdim=True) + 1e-4) if std else centred
+    """scores (B, k) minus the prompt's mean, over its std (GRPO; the unbiased one, of k - 1) or not (Dr.
+    GRPO). Equal scores give 0."""
+    centred = centre(scores, torch.ones_like(scores, dtype=torch.bool), 1)
+    if std:
+        centred = centred / root_mean_square(centred, max(scores.size(1) - 1, 1), 1)
+    return centred.to(scores.dtype)
+
+
+ADVANTAGE_NORMS = {
+    "none": lambda advantages, mask, k: advantages.masked_fill(~mask, 0),
+    "group": lambda advantages, mask, k: grpo_advantage(advantages[:, 0].view(-1, k)).view(-1, 1) * mask,
+    "batch": lambda advantages, mask, k: whiten(advantages, mask),
+}
+
+
+def normalise_advantages(advantages, mask, norm="batch", k=1):
+    """Advantages (B, R) -> (B, R), 0 outside the mask.
+
+    batch   mean 0 and variance 1 over all tokens of the rollout
+    group   over the std of the k answers to a prompt, of advantages that are one number for each answer
+    none    as they are
+    Raises UserError for another norm.
+    """
+    if norm not in ADVANTAGE_NORMS:
+        raise UserError(f"advantage norm {norm!r} is none of {' '.join(ADVANTAGE_NORMS)}")
+    return ADVANTAGE_NORMS[norm](advantages, mask, k)
+
+
+def spread(scores):
+    """The biased standard deviation of scores (B,), a float; 1 if all are equal: the unit of penalties."""
+    centred = centre(scores, torch.ones_like(scores, dtype=torch.bool), 0)
+    return root_mean_square(centred, len(scores), 0).item()
+
+
+def overlong_penalty(lengths, limit):
+    """Soft overlong punishment (DAPO, eq. 13): 0 up to four fifths of the limit, from there on a straight
+    line to -1 at the limit. lengths: tokens, any shape."""
+    buffer = limit / 5
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+def final_scores(scores, ended, lengths, limit, penalty=1.0, overlong="none"):
+    """What is learnt from, (B,), from the reward's scores (B,); ended (B,): the answer has its end token.
+
+    overlong "penalty" takes up to one spread of the scores, see overlong_penalty. penalty: an answer without
+    end scores the lowest of the finished ones, or its own score if that is lower, minus penalty spreads: no
+    reward makes an answer without end the best. None: its own score.
+    """
+    unit = spread(scores)
+    result = scores
+    if overlong == "penalty":
+        result = scores + unit * overlong_penalty(lengths, limit)
+    if penalty is None or bool(ended.all()):
+        return result
+    lowest = result[ended].min() if bool(ended.any()) else scores.max()
+    return result.where(ended, torch.minimum(scores, lowest) - penalty * unit)
 
 
 def log_ratio(logp, old_logp, mask, level="token"):
@@ -418,6 +552,21 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2, clip_high=None, 
     ratio = log_ratio(logp, old_logp, mask, level).exp()
     advantages = advantages.masked_fill(~mask, 0)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + high))
+
+
+def cispo_policy_loss(logp, old_logp, advantages, mask, clip_high=4.0, level="token"):
+    """-sg(min(ratio, 1 + clip_high)) A log pi (CISPO, eq. 4) per token: (B, R), 0 outside the mask. The
+    weight is clipped, the gradient stays."""
+    weight = log_ratio(logp.detach(), old_logp, mask, level).exp().clamp(max=1 + clip_high)
+    return -weight * advantages.masked_fill(~mask, 0) * logp.masked_fill(~mask, 0)
+
+
+def clipped_side(ratio, advantages, clip, clip_high):
+    """Where ppo_policy_loss has lost its gradient to the clipping, (B, R): 1 above 1 + clip_high where the
+    advantage is positive, -1 below 1 - clip where it is negative, else 0."""
+    above = (ratio > 1 + clip_high) & (advantages > 0)
+    below = (ratio < 1 - clip) & (advantages < 0)
+    return above.int() - below.int()
 
 
 def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
@@ -526,7 +675,7 @@ class KLController:
         """After a rollout of num_answers answers with this mean KL, in nats per answer."""
         if self.target:                                 # the error is limited to a fifth: one batch is noisy
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * num_answers / self.horizon
+            self.beta *= 1 + error * min(num_answers / self.horizon, 1.0)       # more could end below 0
 
     def state_dict(self):
         return {"beta": self.beta}
@@ -550,16 +699,14 @@ class EMA:
 
 # ------------------------------------------------------------------------------------------------- algorithms
 
-def advantage_ppo(cfg, batch, scores):
-    """GAE with the critic's values, whitened over the batch."""
-    adv, returns = gae(batch.rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
-    return whiten(adv, batch.mask), returns
+def advantage_gae(cfg, batch):
+    """GAE with the critic's values."""
+    return gae(batch.rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
 
 
-def advantage_reinforce(cfg, batch, scores):
-    """The reward to go, whitened over the batch: its mean is the baseline."""
-    adv, returns = gae(batch.rewards, torch.zeros_like(batch.rewards), batch.mask, cfg.gamma, 1.0)
-    return whiten(adv, batch.mask), returns
+def advantage_to_go(cfg, batch):
+    """The reward to go; normalised over the batch, its mean is the baseline."""
+    return gae(batch.rewards, torch.zeros_like(batch.rewards), batch.mask, cfg.gamma, 1.0)
 
 
 def per_answer(advantage, batch):
@@ -568,45 +715,66 @@ def per_answer(advantage, batch):
     return advantage.view(-1, 1) * batch.mask, returns * batch.mask
 
 
-def advantage_rloo(cfg, batch, scores):
+def advantage_leave_one_out(cfg, batch):
+    """The reward of a whole answer against the mean of the other answers to its prompt."""
     return per_answer(rloo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations)), batch)
 
 
-def advantage_grpo(cfg, batch, scores):
-    return per_answer(grpo_advantage(scores.view(-1, cfg.num_generations)), batch)
-
-
-def advantage_drgrpo(cfg, batch, scores):
-    return per_answer(grpo_advantage(scores.view(-1, cfg.num_generations), std=False), batch)
+def advantage_group_mean(cfg, batch):
+    """The reward of a whole answer against the mean of all answers to its prompt."""
+    return per_answer(grpo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations), std=False), batch)
 
 
 def clip_range(cfg):
-    """(low, high): a ratio is clipped to 1 - low, 1 + high, by the algorithm of cfg."""
-    own = find_record(ALGORITHMS, cfg.algo).clip_range
-    return own(cfg) if own else (cfg.cliprange, cfg.cliprange_high or cfg.cliprange)
+    """(low, high): a ratio is clipped to 1 - low, 1 + high."""
+    return cfg.cliprange, cfg.cliprange_high or cfg.cliprange
 
 
 def clipped_policy_loss(cfg, logp, batch):
-    """PPO's clipped surrogate, with the algorithm's level of the ratio: (B, R)."""
+    """PPO's clipped surrogate, and where the clipping acts."""
     low, high = clip_range(cfg)
-    level = find_record(ALGORITHMS, cfg.algo).ratio
-    return ppo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, low, high, level)
+    loss = ppo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, low, high, cfg.ratio_level)
+    ratio = log_ratio(logp.detach(), batch.logp, batch.mask, cfg.ratio_level).exp()
+    return loss, clipped_side(ratio, batch.advantages, low, high)
+
+
+def clipped_weight_loss(cfg, logp, batch):
+    """CISPO's loss, and where its weight is clipped."""
+    _, high = clip_range(cfg)
+    loss = cispo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, high, cfg.ratio_level)
+    ratio = log_ratio(logp.detach(), batch.logp, batch.mask, cfg.ratio_level).exp()
+    return loss, (ratio > 1 + high).int()
 
 
 ALGORITHMS = (
     Algorithm("ppo", "GAE with a critic, KL in the reward (1707.06347, 2203.02155)",
-              advantage_ppo, clipped_policy_loss, needs_critic=True),
+              advantage_gae, clipped_policy_loss, needs_critic=True),
     Algorithm("rloo", "score minus KL against the mean of the other answers (2402.14740)",
-              advantage_rloo, clipped_policy_loss, compares_groups=True, defaults={"num_generations": 4},
-              unused=("gamma",)),
+              advantage_leave_one_out, clipped_policy_loss, compares_groups=True,
+              defaults={"num_generations": 4, "advantage_norm": "none"}, unused=("gamma",)),
     Algorithm("reinforce", "reward to go, whitened over the batch (REINFORCE++, 2501.03262)",
-              advantage_reinforce, clipped_policy_loss),
+              advantage_to_go, clipped_policy_loss),
     Algorithm("grpo", "score against its group, in standard deviations; KL in the loss (2402.03300)",
-              advantage_grpo, clipped_policy_loss, compares_groups=True, kl="loss", mean="sequence",
-              defaults={"num_generations": 4}, unused=("gamma",)),
-    Algorithm("drgrpo", "GRPO without its bias to low variance and short answers (2503.20783)",
-              advantage_drgrpo, clipped_policy_loss, compares_groups=True, kl="loss", mean="constant",
-              defaults={"num_generations": 4}, unused=("gamma",)),
+              advantage_group_mean, clipped_policy_loss, compares_groups=True, unused=("gamma",),
+              defaults={"num_generations": 4, "advantage_norm": "group", "kl_place": "loss",
+                        "token_mean": "sequence"}),
+    Algorithm("drgrpo", "GRPO without its bias to low variance and short answers, without KL (2503.20783)",
+              advantage_group_mean, clipped_policy_loss, compares_groups=True, unused=("gamma",),
+              defaults={"num_generations": 4, "advantage_norm": "none", "kl_place": "none",
+                        "token_mean": "constant"}),
+    Algorithm("dapo", "GRPO that clips higher, averages over tokens and resamples equal groups (2503.14476)",
+              advantage_group_mean, clipped_policy_loss, compares_groups=True, unused=("gamma",),
+              defaults={"num_generations": 8, "advantage_norm": "group", "kl_place": "none",
+                        "cliprange_high": 0.28, "overlong": "penalty", "dynamic_sampling": 3}),
+    Algorithm("gspo", "GRPO with one ratio for each answer, without KL (2507.18071)",
+              advantage_group_mean, clipped_policy_loss, compares_groups=True, unused=("gamma",),
+              defaults={"num_generations": 4, "advantage_norm": "group", "kl_place": "none",
+                        "ratio_level": "sequence", "token_mean": "sequence", "cliprange": 3e-4,
+                        "cliprange_high": 4e-4}),
+    Algorithm("cispo", "GRPO that clips a token's weight and keeps its gradient, without KL (2506.13585)",
+              advantage_group_mean, clipped_weight_loss, compares_groups=True, unused=("gamma", "cliprange"),
+              defaults={"num_generations": 4, "advantage_norm": "group", "kl_place": "none",
+                        "cliprange_high": 4.0}),
 )
 
 
@@ -684,6 +852,29 @@ class Batch(NamedTuple):
         columns = [x if x is None else x[rows, :R] for x in self[3:-1]]
         trunk = self.trunk and self.trunk._replace(hidden=self.trunk.hidden[rows, :T])
         return Batch(self.tokens[rows, :T], start, mask[:, :R], *columns, trunk)
+
+
+def join_batches(batches):
+    """Rollouts of other widths, one below the other: what `collate_rollout` makes of all rows together."""
+    if len(batches) == 1:
+        return batches[0]
+    T = max(batch.tokens.size(1) for batch in batches)
+    R = max(batch.mask.size(1) for batch in batches)
+    joined = []
+    for name in Batch._fields[:-1]:
+        parts = [getattr(batch, name) for batch in batches]
+        if parts[0] is None:
+            joined.append(None)
+            continue
+        if name != "start":
+            width = T if name == "tokens" else R
+            parts = [F.pad(part, (0, width - part.size(1))) for part in parts]
+        joined.append(torch.cat(parts))
+    trunks = [batch.trunk for batch in batches]
+    if trunks[0] is None:
+        return Batch(*joined)
+    hidden = torch.cat([F.pad(trunk.hidden, (0, 0, 0, T - trunk.hidden.size(1))) for trunk in trunks])
+    return Batch(*joined, Trunk(hidden, trunks[0].layer))
 
 
 def collate_rollout(prompts, answers, device="cpu", pad=0):
@@ -1049,10 +1240,59 @@ class Experience(NamedTuple):
     metrics: dict
 
 
+class Units(NamedTuple):
+    """The units in which the critic works and a loss is measured, from the first rollout whose returns
+    differ.
+
+    A run must not depend on the zero and the scale of its reward: neither changes pi* (with beta scaled
+    alike). So the critic begins at the mean return of that rollout, and its loss and clip range are in
+    standard deviations of those returns: value = shift + unit (gain head(h) + offset). A head that begins as
+    a constant has gain 1; one that does not is a reward model, and keeps its scale. A policy loss whose
+    advantages are not normalised is divided by the same unit.
+    """
+    shift: float = 0.0                          # the mean return
+    scale: float = 0.0                          # its standard deviation; 0: no returns have differed yet
+    gain: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def unit(self):
+        return self.scale or 1.0
+
+    def standard_value(self, head_output):
+        return self.gain * head_output + self.offset
+
+    def value(self, head_output):
+        return self.shift + self.unit * self.standard_value(head_output)
+
+    def standard(self, x):
+        """Values or returns in these units."""
+        return (x - self.shift) / self.unit
+
+
+def measure_units(cfg, batch, scores, beta):
+    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None."""
+    def mean_and_std(x):
+        centred = centre(x, mask, (0, 1))
+        return ((x.to(centred.dtype).masked_fill(~mask, 0).sum() / count).item(),
+                (centred.square().sum() / count).sqrt().item())
+
+    mask = batch.mask
+    count = mask.sum()
+    rewards = reward_tokens(cfg, batch, scores, beta)
+    _, returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, 1.0)
+    shift, scale = mean_and_std(returns)
+    if batch.values is None:
+        return Units(shift, scale)
+    mean, std = mean_and_std(batch.values)
+    gain = 1 / (scale or 1.0) if std else 1.0
+    return Units(shift, scale, gain, -gain * mean)
+
+
 class PPOState:
     """Everything that changes in training: parameters by name, their Adam states, beta, the average, the
-    iteration count. Randomness is a function of (seed, iteration), so this, saved between iterations, is an
-    exact resume.
+    units, the iteration count. Randomness is a function of (seed, iteration), so this, saved between
+    iterations, is an exact resume.
 
     policy, value: {name: parameter}, value None without a critic. Raises UserError for no parameters, or for
     one that takes no gradient.
@@ -1072,8 +1312,9 @@ class PPOState:
         self.grad_clip = cfg.grad_clip or math.inf
         self.optim = {role: torch.optim.Adam(params.values(), self.lr[role], betas=(0.9, 0.95), eps=1e-5)
                       for role, params in self.params.items()}
-        uses_kl = find_record(ALGORITHMS, cfg.algo).kl != "none"
-        self.kl = KLController(cfg.kl_coef if uses_kl else 0.0, cfg.adaptive_kl_target, cfg.kl_horizon)
+        self.units = Units()
+        beta = 0.0 if cfg.kl_place == "none" else cfg.kl_coef
+        self.kl = KLController(beta, cfg.adaptive_kl_target, cfg.kl_horizon)
         self.ema = EMA(self.params["policy"], cfg.ema) if cfg.ema else None
         self.step = 0                                       # iterations done
         self.bad = dict.fromkeys(self.params, 0)            # gradients in a row that were not finite
@@ -1092,8 +1333,9 @@ class PPOState:
         norm = nn.utils.get_total_norm(grads.values())
         self.bad[role] = 0 if norm.isfinite() else self.bad[role] + 1
         if self.bad[role] == 10:
-            name = next(name for name, g in grads.items() if not g.isfinite().all())
-            raise UserError(f"ten gradients of the {role} in a row were not finite, first {name}; lower --lr")
+            first = [name for name, g in grads.items() if not g.isfinite().all()]
+            where = f"first {first[0]}" if first else "by their norm, which is too large for their type"
+            raise UserError(f"ten gradients of the {role} in a row were not finite, {where}; lower --lr")
         optim = self.optim[role]
         if lr_scale and not self.bad[role]:
             nn.utils.clip_grads_with_norm_(params.values(), self.grad_clip, norm)
@@ -1113,7 +1355,7 @@ class PPOState:
     def state_dict(self):
         """Live tensors: write them out, or copy them, before the next iteration."""
         return {"step": self.step, "bad": dict(self.bad), "kl": self.kl.state_dict(),
-                "ema": self.ema and self.ema.shadow,
+                "units": list(self.units), "ema": self.ema and self.ema.shadow,
                 "optim": {role: optim.state_dict() for role, optim in self.optim.items()},
                 "params": {role: {name: p.data for name, p in params.items()}
                            for role, params in self.params.items()}}
@@ -1122,6 +1364,7 @@ class PPOState:
         self.step = state["step"]
         self.bad = dict(state["bad"])
         self.kl.load_state_dict(state["kl"])
+        self.units = Units(*state["units"])
         for role, params in self.params.items():
             for name, p in params.items():
                 p.data.copy_(state["params"][role][name])
@@ -1231,7 +1474,8 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
 
     cfg: a SamplingConfig, or a PPOConfig. The old logp is not the sampler's but that of the forward which
     `update` will run, so that ratios start at 1 to rounding. Policy and reference see equal micro-batches:
-    equal weights, KL exactly 0. Without roles.critic values stay None.
+    equal weights, KL exactly 0. Without roles.critic values stay None; with it they are what its head gives,
+    not yet in the reward's units (Units).
     """
     def logprobs_and_entropies(part):
         policy = PolicyDistribution(model, cfg.temperature, banned)
@@ -1277,49 +1521,106 @@ def part_means(values):
     return {f"reward_{name}": part.mean().item() for name, part in parts.items()}
 
 
-def collect(cfg, roles, environment, step, device):
-    """Rollout and scores of one iteration: an Experience, with the gold reward and seconds as metrics."""
+def sample_and_score(cfg, roles, environment, chosen, generator, device):
+    """Answers to the prompts with these indices, `num_generations` each, and their scores: an Experience,
+    with the gold reward, tokens (of prompts and answers) and seconds as metrics."""
     started = time.perf_counter()
     eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
-    count = cfg.batch // cfg.num_generations
-    chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
     chosen = [i for i in chosen for _ in range(cfg.num_generations)]
     prompts = [environment.prompts[i] for i in chosen]
     rows = [environment.rows and environment.rows[i] for i in chosen]
-    generator = rng(cfg.seed, "sample", step, device=device)
     batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
     rolled_out = time.perf_counter()
 
     values = environment.reward(prompts, answers, rows)
     s = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
-    if cfg.missing_eos_score is not None:                   # replaced, not reduced: no score can outweigh it
-        s = s.where(ended, cfg.missing_eos_score)
+    s = final_scores(s, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty, cfg.overlong)
     metrics = part_means(values)
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
         metrics["gold"] = gold.mean().item()
+    metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
     return Experience(answers, batch, s, ended, metrics)
 
 
-def compute_advantages(cfg, batch, scores, beta):
-    """A rollout and its scores (B,) -> the Batch with rewards, advantages and returns."""
+def collect(cfg, roles, environment, step, device):
+    """One iteration's rollout, an Experience, and what is learnt from: the same, or with --dynamic_sampling
+    only groups whose scores differ, of it and of answers to other prompts."""
+    count = cfg.batch // cfg.num_generations
+    chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
+    generator = rng(cfg.seed, "sample", step, device=device)
+    first = sample_and_score(cfg, roles, environment, chosen, generator, device)
+    if not cfg.dynamic_sampling:
+        return first, first
+    found = [keep_informative_groups(first, cfg.num_generations)]
+    asked = set(chosen)
+    sampled = len(first.answers)
+    for turn in range(1, cfg.dynamic_sampling + 1):
+        missing = count - sum(len(some.answers) for some in found) // cfg.num_generations
+        order = torch.randperm(len(environment.prompts), generator=rng(cfg.seed, "refill", step, turn))
+        chosen = [i for i in order.tolist() if i not in asked][:missing]
+        if not chosen:                                      # the rollout is full, or no prompt is left
+            break
+        asked.update(chosen)
+        generator = rng(cfg.seed, "sample", step, turn, device=device)
+        more = sample_and_score(cfg, roles, environment, chosen, generator, device)
+        for name in ("tokens", "seconds_rollout", "seconds_score"):
+            first.metrics[name] += more.metrics[name]
+        found.append(keep_informative_groups(more, cfg.num_generations))
+        sampled += len(more.answers)
+    first.metrics["answers_sampled"] = sampled
+    return first, join_experiences(found)
+
+
+def keep_informative_groups(experience, k):
+    """The groups of k answers whose scores differ: an Experience, perhaps without any answer."""
+    differs = ~equal_groups(experience.scores, k).repeat_interleave(k)
+    rows = differs.nonzero()[:, 0].tolist()
+    answers = [experience.answers[i] for i in rows]
+    batch = experience.batch.take(rows) if rows else None
+    return experience._replace(answers=answers, batch=batch, scores=experience.scores[rows],
+                               ended=experience.ended[rows])
+
+
+def join_experiences(parts):
+    """Experiences of the same iteration as one; batch None if none of them has an answer."""
+    batches = [part.batch for part in parts if part.batch is not None]
+    return Experience([answer for part in parts for answer in part.answers],
+                      join_batches(batches) if batches else None,
+                      torch.cat([part.scores for part in parts]),
+                      torch.cat([part.ended for part in parts]), {})
+
+
+def reward_tokens(cfg, batch, scores, beta):
+    """Step 3 of the header; a KL that does not stand in the reward leaves the score alone. Returns (B, R)."""
+    beta = beta if cfg.kl_place == "reward" else 0.0
+    return token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
+
+
+def compute_advantages(cfg, batch, scores, beta, units=Units()):
+    """A rollout and its scores (B,) -> the Batch with rewards, values in the reward's units, advantages and
+    returns."""
     algorithm = find_record(ALGORITHMS, cfg.algo)
-    reward_beta = beta if algorithm.kl == "reward" else 0.0
-    batch = batch._replace(rewards=token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, reward_beta))
-    adv, returns = algorithm.advantage(cfg, batch, scores)
+    batch = batch._replace(rewards=reward_tokens(cfg, batch, scores, beta))
+    if batch.values is not None:
+        batch = batch._replace(values=units.value(batch.values).masked_fill(~batch.mask, 0))
+    adv, returns = algorithm.advantage(cfg, batch)
+    adv = normalise_advantages(adv, batch.mask, cfg.advantage_norm, cfg.num_generations)
     return batch._replace(advantages=adv, returns=returns)
 
 
 # ----------------------------------------------------------------------------------------------- PPO: updates
 
 def make_minibatches(cfg, count, generator=None):
-    """Row indices of each optimiser step: every pass is a permutation of `count` rows, cut into pieces."""
+    """Row indices of each optimiser step: every pass is a permutation of `count` rows, cut into pieces, which
+    are fewer than --minibatches where rows are."""
     minibatches = []
     for _ in range(cfg.ppo_epochs):
-        minibatches += torch.randperm(count, generator=generator).tensor_split(cfg.minibatches)
+        pieces = torch.randperm(count, generator=generator).tensor_split(cfg.minibatches)
+        minibatches += [rows for rows in pieces if len(rows)]
     return minibatches
 
 
@@ -1329,46 +1630,48 @@ def policy_step(cfg, roles, part, beta, count, banned=()):
     algorithm = find_record(ALGORITHMS, cfg.algo)
     with roles.policy() as (model, past):           # backward inside: recomputation needs this adapter
         logp = logprobs(PolicyDistribution(model, cfg.temperature, banned), part, past)
-        loss = algorithm.policy_loss(cfg, logp, part)                           # (B, R)
-        if algorithm.kl == "loss":                  # its optimum is not pi*
-            k3 = kl_estimate(logp, part.ref_logp, "k3")
-            loss = loss + beta * k3.masked_fill(~part.mask, 0)
+        loss, clipped = algorithm.policy_loss(cfg, logp, part)                  # (B, R)
+        if cfg.kl_place == "loss" and beta:         # its optimum is not pi*; overflow times a beta of 0: NaN
+            kl = kl_estimate(logp, part.ref_logp, cfg.kl_estimator)
+            loss = loss + beta * kl.masked_fill(~part.mask, 0)
         (part.weights * loss).sum().backward()
     with torch.no_grad():
-        low, high = clip_range(cfg)
         even = part.mask / count
-        ratio = log_ratio(logp, part.logp, part.mask, algorithm.ratio).exp()
-        clipped = (ratio - 1 > high) | (1 - ratio > low)
+        ratio = log_ratio(logp, part.logp, part.mask, cfg.ratio_level).exp()
         k3 = kl_estimate(0.0, log_ratio(logp, part.logp, part.mask), "k3")
         # outside the mask `even` is 0 and every factor finite
         return {"policy_loss": (part.weights * loss).sum(), "ratio": (even * ratio).sum(),
-                "clipfrac": (even * clipped).sum(), "approx_kl": (even * k3).sum(),
+                "clipfrac": (even * (clipped != 0)).sum(), "clipfrac_low": (even * (clipped < 0)).sum(),
+                "clipfrac_high": (even * (clipped > 0)).sum(), "approx_kl": (even * k3).sum(),
                 "ratio_off": ((ratio - 1).abs() * part.mask).max()}
 
 
-def value_step(cfg, roles, part, count):
-    """The critic's loss on a micro-batch, backward; arguments and result as in policy_step."""
+def value_step(cfg, roles, part, count, units=Units()):
+    """The critic's loss on a micro-batch, in its units, backward; arguments and result as in policy_step."""
     even = part.mask / count
+    old_values = units.standard(part.values)
     with roles.critic() as (model, past):
-        v = values(model, roles.value_head, part, past)
-        loss = ppo_value_loss(v, part.values, part.returns, part.mask, cfg.cliprange_value)
+        v = units.standard_value(values(model, roles.value_head, part, past))
+        loss = ppo_value_loss(v, old_values, units.standard(part.returns), part.mask, cfg.cliprange_value)
         (even * loss).sum().backward()
-    clipped = (v.detach() - part.values).abs() > (cfg.cliprange_value or math.inf)
+    clipped = (v.detach() - old_values).abs() > (cfg.cliprange_value or math.inf)
     return {"value_loss": (even * loss.detach()).sum(), "clipfrac_value": (even * clipped).sum()}
 
 
 def accumulate_gradients(cfg, roles, state, minibatch, banned=()):
     """Forward and backward over the micro-batches of a minibatch, by all processes. Returns {name:
     number}."""
-    mean = find_record(ALGORITHMS, cfg.algo).mean
     count = minibatch.mask.sum()
-    minibatch = minibatch._replace(weights=token_weights(minibatch.mask, mean, cfg.max_new_tokens))
+    weights = token_weights(minibatch.mask, cfg.token_mean, cfg.max_new_tokens)
+    if cfg.advantage_norm == "none":                        # Adam's eps and the clipped norm have a scale
+        weights = weights / state.units.unit
+    minibatch = minibatch._replace(weights=weights)
     parts = []
     for rows in micro_batches(minibatch, cfg.micro_batch_tokens):
         part = minibatch.take(rows)
         metrics = policy_step(cfg, roles, part, state.kl.beta, count, banned)
         if roles.critic:
-            metrics.update(value_step(cfg, roles, part, count))
+            metrics.update(value_step(cfg, roles, part, count, state.units))
         parts.append(metrics)
     mine = merge_parts(parts)
     if mine:                                                # one wait for a GPU per minibatch
@@ -1455,22 +1758,37 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
     device = check_training(cfg, roles, state, environment)
     while state.step < cfg.steps:
         beta = state.kl.beta
-        experience = collect(cfg, roles, environment, state.step, device)
-        batch = compute_advantages(cfg, experience.batch, experience.scores, beta)
+        first, experience = collect(cfg, roles, environment, state.step, device)
         metrics = {"step": state.step + 1, "beta": beta}
-        metrics.update(describe(batch, experience.answers, experience.scores, experience.ended,
-                                cfg.num_generations))
+        batch = None
+        if experience.batch is not None:
+            if not state.units.scale:
+                state.units = measure_units(cfg, experience.batch, experience.scores, beta)
+            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units)
+        shown = batch if first is experience else first.batch._replace(values=None)
+        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations))
         metrics["objective"] = metrics["score"] - beta * metrics["kl"]
-        metrics.update(experience.metrics)
+        metrics.update(first.metrics)
 
         started = time.perf_counter()
         scale = lr_scale(state.step, cfg.steps)
-        order = rng(cfg.seed, "order", state.step)
-        metrics.update(update(cfg, roles, state, batch, scale, order, environment.banned, ptx))
+        rows = learnt_rows(cfg, experience)
+        metrics["answers_learnt"] = len(rows)
+        if rows:
+            order = rng(cfg.seed, "order", state.step)
+            part = batch if len(rows) == len(batch.mask) else batch.take(rows)
+            metrics.update(update(cfg, roles, state, part, scale, order, environment.banned, ptx))
         state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:
             state.ema.update(state.params["policy"])
         state.step += 1
         metrics["lr"] = cfg.lr * scale
         metrics["seconds_update"] = time.perf_counter() - started
-        yield metrics, batch
+        yield metrics, shown if batch is None else batch
+
+
+def learnt_rows(cfg, experience):
+    """Indices of the answers that the losses see: with --overlong mask not those that were cut."""
+    if cfg.overlong != "mask":
+        return list(range(len(experience.answers)))
+    return experience.ended.nonzero()[:, 0].tolist()

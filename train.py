@@ -1988,7 +1988,7 @@ def train_policy(cfg, run, rows):
                        for row, before, y in zip(rows["test"], state["before"], answers)]
             counts = dict(params_total=params_total, params_trainable=count, **stored)
             clock = dict(steps=trained.step, tokens=state["tokens"], seconds=round(state["seconds"], 3),
-                         skipped=0)
+                         skipped=state["skipped"])
             return finish(run, ctx, cfg, Outcome(metrics, answers), state["baseline"], samples, counts, clock)
 
 
@@ -2001,7 +2001,7 @@ def measure_reference(run, setup, roles, forgetting):
     with roles.reference():
         loss = forgetting_loss(setup.ctx, forgetting)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
-    return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, forgetting_before=loss)
+    return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, skipped=0, forgetting_before=loss)
 
 
 def ptx_batches(cfg, setup):
@@ -2028,11 +2028,12 @@ def iterate(cfg, run, setup, roles, trained, state):
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
                                   setup.banned, setup.gold_reward, setup.rows["train"])
     with Progress("iteration", config.steps, trained.step, "it") as progress:
-        for metrics, batch in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
+        for metrics, _ in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:
                 now = time.monotonic()
                 state["seconds"] += now - began
-                state["tokens"] += int(batch.lengths.sum())
+                state["tokens"] += metrics["tokens"]
+                state["skipped"] += metrics.get("skipped", 0)
                 began = now
                 run.log(event="train", **{**metrics, "tokens": state["tokens"], "seconds": state["seconds"]})
                 is_last = trained.step == config.steps

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+import ppo
 import train
 from data.runtime import distributed
 from data.checkpoints.safetensors import read_tensors
@@ -30,7 +31,7 @@ SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new_tokens 3 --forgetting
 PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forgetting_data none --eval_items 5"
 HEAD = "--lr 2e-4 --steps 3 --batch 5 --forgetting_data none"
 PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new_tokens 4 --forgetting_data none " \
-      "--minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 --missing_eos_score none"
+      "--minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 --missing_eos_penalty none"
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
          "prefix": f"--method prefix_tuning --num_virtual_tokens 4 --micro_batch_tokens 9 {SFT}",
          "shard": f"--method full --shard --keep_best loss {SFT}",
@@ -52,7 +53,8 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "shard_tag": f"--task tag --method full --shard --data tags --micro_batch_tokens 5 {HEAD}",
         "shard_dpo": f"--task dpo --method full --shard {PAIRS}",
         "shard_kto": f"--task dpo --preference_loss kto --method full --shard {PAIRS}",
-        "rloo": f"{PPO} --algo rloo --num_generations 2 --batch 8",
+        **{name: f"{PPO} --algo {name} --num_generations 2 --batch 8" for name in GROUPED},
+        "reinforce": f"{PPO} --algo reinforce",
         "ptx": f"{PPO} --method full --ptx_coef 0.1 --ptx_data text",
         "soft": f"{PPO} --method p_tuning_v2 --num_virtual_tokens 4",
         "functions": PPO.replace("--reward rm", "--reward data.results.rewards:matches(.*a.*),data.toy:gold "

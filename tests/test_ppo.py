@@ -53,6 +53,9 @@ def test_whiten_fixture():
     assert abs(ppo.masked_mean(adv, MASK) - 0.67035) < 1e-8
     want = t([-1.31699, 0.86806, 0.27193], [-1.01204, 1.18905, 0.0])
     torch.testing.assert_close(ppo.whiten(adv, MASK), want, atol=1e-5, rtol=0)
+    for shift, scale in ((1e3, 1.0), (0.0, 1e-9), (-5.0, 1e6)):
+        moved = ppo.whiten(shift + scale * adv, MASK)
+        torch.testing.assert_close(moved, ppo.whiten(adv, MASK), atol=1e-9, rtol=0)
 
 
 def test_whiten_of_a_constant_or_a_single_token_is_zero():
@@ -101,6 +104,9 @@ def test_kl_controller_fixtures():
     fixed = ppo.KLController(0.2)
     fixed.update(100.0, 256)
     assert fixed.beta == 0.2
+    large = ppo.KLController(0.2, target=6.0, horizon=10)
+    large.update(0.0, 1000)                             # a batch of a hundred horizons is one of a horizon
+    assert abs(large.beta - 0.16) < 1e-12
     again = ppo.KLController(0.5, 6.0)
     again.load_state_dict(c.state_dict())
     assert again.beta == c.beta
@@ -113,7 +119,8 @@ def test_rewards_land_on_the_last_real_token():
     got = ppo.token_rewards(torch.tensor([10.0, 20.0, 30.0], dtype=F64), logp, ref, mask, beta=0.5)
     torch.testing.assert_close(got, t([9.5, 0, 0], [-0.5, 20, 0], [0, 0.5, 31]))
     logp.requires_grad_()
-    assert not ppo.token_rewards(torch.ones(3, dtype=F64), logp, ref, mask, 0.5).requires_grad
+    score = torch.ones(3, dtype=F64, requires_grad=True)
+    assert not ppo.token_rewards(score, logp, ref, mask, 0.5).requires_grad
 
 
 def test_kl_estimators():
@@ -130,7 +137,7 @@ def test_group_advantages():
     got = ppo.rloo_advantage(t([1, 2, 6], [0, 0, 0]))
     torch.testing.assert_close(got, t([1 - 4, 2 - 3.5, 6 - 1.5], [0, 0, 0]))
     got = ppo.grpo_advantage(t([1, 2, 6], [4, 4, 4]))
-    torch.testing.assert_close(got[0], (t([1, 2, 6])[0] - 3) / (t([1, 2, 6])[0].std() + 1e-4))
+    torch.testing.assert_close(got[0], (t([1, 2, 6])[0] - 3) / t([1, 2, 6])[0].std())
     assert got[1].abs().max() == 0
     torch.testing.assert_close(ppo.grpo_advantage(t([1, 2, 6]), std=False), t([-2, -1, 3]))
 
@@ -198,7 +205,7 @@ def naive_losses(mask, logp, old_logp, ref_logp, values, old_values, scores, bet
         rets.append([a + x for a, x in zip(adv, v)])
     flat = [a for adv in advs for a in adv]
     mean = sum(flat) / len(flat)
-    std = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat) + 1e-8)
+    std = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
     policy, value, count = 0.0, 0.0, sum(rows)
     for b, n in enumerate(rows):
         for i in range(n):
@@ -378,7 +385,7 @@ def setup(cfg, seed=0, dialect="gpt2", dropout=0.0):
                 yield model, None
         return enter
     roles, learns = ppo.Roles(adapter("policy"), adapter(None)), {}
-    if cfg.algo == "ppo":
+    if ppo.find_record(ppo.ALGORITHMS, cfg.algo).needs_critic:
         roles = roles._replace(critic=adapter("value"), value_head=copy.deepcopy(head))
         learns = {f"head.{k}": p for k, p in roles.value_head.named_parameters()}
         learns |= lora.adapter_parameters(model, "value")
@@ -389,6 +396,9 @@ def setup(cfg, seed=0, dialect="gpt2", dropout=0.0):
 def config(**changes):
     base = dict(lr=1e-2, batch=16, steps=2, max_new_tokens=8, kl_coef=0.1, adaptive_kl_target=0.0,
                 ppo_epochs=2, minibatches=2)
+    record = ppo.find_record(ppo.ALGORITHMS, changes.get("algo", "ppo"))
+    if changes.get("kl_place", record.defaults.get("kl_place")) == "none":
+        del base["kl_coef"], base["adaptive_kl_target"]
     return ppo.PPOConfig(**{**base, **changes})
 
 
@@ -530,19 +540,28 @@ def test_the_critic_starts_as_the_reward_model_or_as_zero():
     assert not ppo.values(model, ppo.ScalarHead(16, zero=True), ppo.collate_rollout(PROMPTS, answers)).any()
 
 
-def test_a_missing_end_gets_the_constant():
+def test_a_missing_end_scores_less_than_every_finished_answer():
+    def by_length(p, y, rows):
+        return [5.0 - len(a) for a in y]                    # what has no end is the longest
     cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1)
+    for reward, want in ((lambda p, y, rows: [5.0] * 32, lambda s: 4.0),
+                         (by_length, lambda s: 2.0 - s.std(unbiased=False))):
+        roles, state, _, _ = setup(cfg)
+        m, batch = next(ppo.train_ppo(cfg, roles, state, environment(reward)))
+        last = batch.lengths - batch.start - 1
+        ended = batch.tokens.gather(1, (batch.lengths - 1)[:, None])[:, 0] == END
+        own = torch.tensor(reward(None, [[0] * int(n + 1) for n in last], None))
+        assert 0 < ended.sum() < 32 and abs(m["eos_rate"] - ended.float().mean()) < 1e-6
+        at_last = batch.rewards.gather(1, last[:, None])[:, 0]
+        torch.testing.assert_close(at_last, torch.where(ended, own, want(own)))     # KL is 0 at first
+        assert m["score_cut"] < m["score_ended"]
+        assert not [line for line in health(m) if "without an end" in line]
     roles, state, _, _ = setup(cfg)
-    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [5.0] * 32)))
-    last = batch.lengths - batch.start - 1
-    ended = batch.tokens.gather(1, (batch.lengths - 1)[:, None])[:, 0] == END
-    assert 0 < ended.sum() < 32 and abs(m["eos_rate"] - ended.float().mean()) < 1e-6
-    at_last = batch.rewards.gather(1, last[:, None])[:, 0]
-    torch.testing.assert_close(at_last, torch.where(ended, 5.0, -1.0))        # KL is 0 in the first iteration
-    roles, state, _, _ = setup(cfg)
-    cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1, missing_eos_score=None)
-    _, batch = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [5.0] * 32)))
-    assert (batch.rewards.sum(1) == 5).all()
+    cfg = config(steps=1, max_new_tokens=3, batch=32, minibatches=1, missing_eos_penalty=None)
+    longer = environment(lambda p, y, rows: [float(len(a)) for a in y])
+    m, batch = next(ppo.train_ppo(cfg, roles, state, longer))
+    assert torch.equal(batch.rewards.sum(1), batch.mask.sum(1).float()) and m["score_cut"] > m["score_ended"]
+    assert [line for line in health(m) if "--missing_eos_penalty" in line]
 
 
 def rolled(cfg):
@@ -560,7 +579,10 @@ def weights(state):
     return torch.cat([p.detach().flatten() for ps in state.params.values() for p in ps.values()])
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
+NAMES = [algorithm.name for algorithm in ppo.ALGORITHMS]
+
+
+@pytest.mark.parametrize("algo", NAMES)
 def test_pads_change_no_loss_no_gradient_and_no_metric(algo):
     """Random ids behind the rows, NaN outside the mask of every tensor: bit for bit the same update."""
     cfg, results = config(algo=algo), []
@@ -581,7 +603,7 @@ def test_pads_change_no_loss_no_gradient_and_no_metric(algo):
     assert all(math.isfinite(x) for x in [*a.values(), *told_a.values()]) and told_a["entropy"] >= 0
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo", "drgrpo"])
+@pytest.mark.parametrize("algo", NAMES)
 def test_micro_batches_change_nothing_and_steps_are_counted(algo, monkeypatch):
     """One optimiser step per minibatch and epoch, for policy and critic each, however it is cut."""
     steps, after, real = [], [], torch.optim.Adam.step
@@ -600,7 +622,7 @@ def test_micro_batches_change_nothing_and_steps_are_counted(algo, monkeypatch):
 
 
 def test_the_advantage_of_each_algorithm():
-    for algo in ("ppo", "reinforce", "rloo", "grpo", "drgrpo"):
+    for algo in NAMES:
         cfg = config(algo=algo)
         _, _, batch, answers = rolled(cfg)
         score, mask = torch.tensor(toy_reward(None, answers)), batch.mask
@@ -609,16 +631,20 @@ def test_the_advantage_of_each_algorithm():
         if algo in ("ppo", "reinforce"):                            # whitened, the returns as they were
             want = ppo.whiten(plain, mask)
             assert torch.equal(batch.returns, returns) and abs(ppo.masked_mean(want ** 2, mask) - 1) < 1e-5
-        else:                                                       # groups of four, one number a row
-            group = (batch.rewards.sum(1) if algo == "rloo" else score).view(4, 4)
-            each = ppo.rloo_advantage(group) if algo == "rloo" else ppo.grpo_advantage(group, algo == "grpo")
+        else:                                                       # groups, one number a row
+            k = 8 if algo == "dapo" else 4
+            group = (batch.rewards.sum(1) if algo == "rloo" else score).view(-1, k)
+            each = ppo.grpo_advantage(group, algo != "drgrpo")
+            if algo == "rloo":
+                each = ppo.rloo_advantage(group)
             want = each.view(16, 1) * mask
         torch.testing.assert_close(batch.advantages, want)
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo", "drgrpo"])
+@pytest.mark.parametrize("algo", NAMES)
 def test_the_loss_of_each_algorithm(algo):
-    """On the first minibatch every ratio is 1: the loss is -A, plus GRPO's penalty, weighted as published."""
+    """On the first minibatch every ratio is 1: the loss is -A, plus GRPO's penalty, weighted as published; in
+    CISPO -A log pi."""
     cfg = config(algo=algo, lr=0.0, ppo_epochs=1, minibatches=1)
     roles, state, batch, answers = rolled(cfg)
     got, want = ppo.update(cfg, roles, state, batch, banned=[PAD])["policy_loss"], 0.0
@@ -626,8 +652,10 @@ def test_the_loss_of_each_algorithm(algo):
         for i in range(len(y)):
             log_ratio = (batch.ref_logp[b, i] - batch.logp[b, i]).item()
             k3 = math.exp(log_ratio) - 1 - log_ratio
-            n = {"grpo": 16 * len(y), "drgrpo": 16 * cfg.max_new_tokens}.get(algo, sum(map(len, answers)))
-            want += 1 / n * (-batch.advantages[b, i].item() + (0.1 * k3 if "grpo" in algo else 0.0))
+            n = {"grpo": 16 * len(y), "gspo": 16 * len(y), "drgrpo": 16 * cfg.max_new_tokens}.get(
+                algo, sum(map(len, answers)))
+            factor = batch.logp[b, i].item() if algo == "cispo" else 1.0
+            want += 1 / n * (-factor * batch.advantages[b, i].item() + (0.1 * k3 if algo == "grpo" else 0.0))
     assert abs(got - want) < 1e-5
 
 
@@ -768,6 +796,8 @@ def test_passes_stop_when_the_policy_has_moved_enough():
 
 def test_the_critic_can_warm_up_alone():
     cfg = config(steps=3, value_warmup=2)
+    with pytest.raises(UserError, match="--value_warmup 3 leaves none of --steps 3 to the policy"):
+        config(steps=3, value_warmup=3)
     roles, state, _, _ = setup(cfg)
     start = [{k: p.detach().clone() for k, p in state.params[who].items()} for who in ("policy", "value")]
     for m, _ in ppo.train_ppo(cfg, roles, state, environment()):
@@ -790,6 +820,10 @@ def test_a_gradient_that_is_not_finite_goes_nowhere():
     w["good"].grad, w["bad.one"].grad = torch.ones(3), torch.zeros(2)
     state.apply("policy", 1.0)
     assert state.bad["policy"] == 0 and not torch.equal(w["good"], torch.ones(3))
+    w["good"].grad, w["bad.one"].grad = torch.full((3,), 1e30), torch.zeros(2)  # finite, but not their norm
+    state.bad["policy"] = 9
+    with pytest.raises(UserError, match="ten gradients .* were not finite, by their norm"):
+        state.apply("policy", 1.0)
     state = ppo.PPOState(config(grad_clip=0.5), w)                          # a finite one is clipped
     w["good"].grad, w["bad.one"].grad = torch.tensor([3.0, 0.0, 4.0]), torch.zeros(2)
     assert state.apply("policy", 1.0) == 5.0
@@ -877,6 +911,12 @@ def test_prompts_and_answers_must_fit_the_context():
 
 @pytest.mark.parametrize("changes, says", [
     (dict(algo="rloo", num_generations=1), "--num_generations"), (dict(temperature=0.0), "above 0"),
+    (dict(temperature=1e-40), "above 0"), (dict(advantage_norm="group"), "one advantage for each answer"),
+    (dict(kl_coef=0.0, adaptive_kl_target=2.0), "--kl_coef 0 stays 0"),
+    (dict(dynamic_sampling=2), "means nothing"),
+    (dict(kl_place="none", kl_coef=0.3), "--kl_coef means nothing to --kl_place none"),
+    (dict(algo="gspo", kl_horizon=3), "--kl_horizon means nothing to --kl_place none"),
+    (dict(kl_estimator="k2"), "--kl_estimator means nothing to --kl_place reward"),
     (dict(batch=6, algo="grpo"), "multiple"), (dict(batch=2, minibatches=4), "--minibatches")])
 def test_impossible_settings_are_refused_in_a_sentence(changes, says):
     with pytest.raises(UserError, match=says):
@@ -885,51 +925,25 @@ def test_impossible_settings_are_refused_in_a_sentence(changes, says):
 
 # -------------------------------------------------------------------------------------- records and arguments
 
-def cispo(cfg, logp, batch):
-    """The clipped weight of CISPO (2506.13585): the gradient stays where the ratio is clipped."""
-    ratio = ppo.log_ratio(logp.detach(), batch.logp, batch.mask).exp().clamp(max=1 + ppo.clip_range(cfg)[1])
-    return -(ratio * batch.advantages * logp).masked_fill(~batch.mask, 0)
+def gated(cfg, logp, batch):
+    """A soft gate instead of a clip (SAPO, 2511.20347): nothing is clipped."""
+    ratio = ppo.log_ratio(logp, batch.logp, batch.mask).exp()
+    loss = -4 * torch.sigmoid(ratio - 1) * batch.advantages.masked_fill(~batch.mask, 0)
+    return loss, torch.zeros_like(loss)
 
 
-NEW = (ppo.Algorithm("gspo", "one ratio per answer", ppo.advantage_grpo, ppo.clipped_policy_loss,
-                     compares_groups=True, ratio="sequence", kl="none", mean="sequence",
-                     defaults={"num_generations": 4, "cliprange": 3e-4, "cliprange_high": 4e-4}),
-       ppo.Algorithm("dapo", "clip higher", ppo.advantage_grpo, ppo.clipped_policy_loss, compares_groups=True,
-                     kl="none", defaults={"num_generations": 8, "cliprange_high": 0.28}),
-       ppo.Algorithm("cispo", "clipped weights", ppo.advantage_grpo, cispo, compares_groups=True, kl="none",
-                     clip_range=lambda cfg: (math.inf, cfg.cliprange_high),
-                     defaults={"num_generations": 4, "cliprange_high": 0.5}))
-
-
-@pytest.mark.parametrize("name", [a.name for a in NEW])
-def test_a_new_algorithm_is_one_record(name, monkeypatch):
-    monkeypatch.setattr(ppo, "ALGORITHMS", (*ppo.ALGORITHMS, *NEW))
-    cfg = ppo.PPOConfig(algo=name, lr=1e-2, batch=16, steps=12, max_new_tokens=8, minibatches=1)
+def test_a_new_algorithm_is_one_record(monkeypatch):
+    new = ppo.Algorithm("sapo", "a soft gate", ppo.advantage_group_mean, gated, compares_groups=True,
+                        defaults={"num_generations": 4, "kl_place": "none", "advantage_norm": "group"},
+                        unused=("gamma", "cliprange", "cliprange_high"))
+    monkeypatch.setattr(ppo, "ALGORITHMS", (*ppo.ALGORITHMS, new))
+    cfg = ppo.PPOConfig(algo="sapo", lr=1e-2, batch=16, steps=12, max_new_tokens=8, minibatches=1)
     roles, state, _, _ = setup(cfg)
     log = train(cfg, roles, state)
-    assert cfg.num_generations == dict(gspo=4, dapo=8, cispo=4)[name]
     assert log[0]["ratio_first"] < 1e-5 and log[0]["beta"] == 0 and log[0]["objective"] == log[0]["score"]
-    assert log[-1]["score"] > log[0]["score"] + 0.1 and "value_loss" not in log[0]
-    with pytest.raises(UserError, match="--kl_coef means nothing to --algo " + name):
-        ppo.PPOConfig(algo=name, kl_coef=0.3)
-
-
-def test_the_clipped_share_is_that_of_the_algorithms_own_range(monkeypatch):
-    """A loss that clips nothing below, and above at 1.5: ratios under 0.8 are not counted as clipped."""
-    ranges = {"both": None, "above": lambda cfg: (math.inf, cfg.cliprange_high),
-              "nowhere": lambda cfg: (math.inf, math.inf)}
-    loss = lambda cfg, logp, batch: ppo.ppo_policy_loss(logp, batch.logp, batch.advantages, batch.mask, 9, 9)
-    new = [ppo.Algorithm(name, "", ppo.advantage_grpo, loss, compares_groups=True, kl="none", clip_range=own,
-                         defaults={"num_generations": 4}) for name, own in ranges.items()]
-    monkeypatch.setattr(ppo, "ALGORITHMS", (*ppo.ALGORITHMS, *new))
-    share = {}
-    for name in ranges:                                 # equal losses, so equal ratios
-        cfg = ppo.PPOConfig(algo=name, lr=0.05, batch=16, steps=2, max_new_tokens=8, minibatches=2, cliprange=0.2,
-                            cliprange_high=0.5)
-        roles, state, _, _ = setup(cfg)
-        share[name] = [m["clipfrac"] for m in train(cfg, roles, state)][-1]
-    assert ppo.clip_range(cfg) == (math.inf, math.inf)
-    assert share["both"] > share["above"] > share["nowhere"] == 0
+    assert log[-1]["score"] > log[0]["score"] + 0.1 and log[-1]["clipfrac"] == 0
+    with pytest.raises(UserError, match="--cliprange means nothing to --algo sapo"):
+        ppo.PPOConfig(algo="sapo", cliprange=0.3)
 
 
 def test_a_ratio_of_the_whole_answer():
@@ -961,8 +975,11 @@ def test_the_clip_range_may_be_higher_above():
 
 DEFAULTS = dict(
     max_new_tokens=40, temperature=1.0, num_generations=1, lr=2e-3, batch=64, steps=60, seed=1, grad_clip=1.0,
-    algo="ppo", kl_coef=0.1, adaptive_kl_target=6.0, kl_horizon=1000, missing_eos_score=-1.0, gamma=1.0,
-    lam=0.95, ppo_epochs=2, minibatches=4, cliprange=0.2, cliprange_high=0.0, cliprange_value=0.2, early_stop_kl=0.0,
+    algo="ppo", kl_coef=0.1, adaptive_kl_target=6.0, kl_horizon=1000, missing_eos_penalty=1.0, gamma=1.0,
+    advantage_norm="batch", kl_place="reward", kl_estimator="k3", overlong="none", dynamic_sampling=0,
+    ratio_level="token", token_mean="token",
+    lam=0.95, ppo_epochs=2, minibatches=4, cliprange=0.2, cliprange_high=0.0, cliprange_value=0.2,
+    early_stop_kl=0.0,
     value_lr=0.0, value_warmup=0, ptx_coef=0.0, ema=0.0)
 
 
@@ -974,7 +991,8 @@ def test_the_defaults_and_where_the_ranges_begin():
         preference_loss="dpo", beta=0.1, label_smoothing=0.0, simpo_gamma=1.0, orpo_lambda=0.1,
         desirable_weight=1.0, undesirable_weight=1.0)
     ones = ("max_new_tokens", "micro_batch_tokens", "batch", "kl_horizon", "ppo_epochs", "minibatches")
-    for name in set(DEFAULTS) - {"algo", "missing_eos_score", "temperature"} | set(ones):
+    words = {name for name, value in DEFAULTS.items() if isinstance(value, str)}
+    for name in set(DEFAULTS) - words - {"missing_eos_penalty", "temperature"} | set(ones):
         low = 1 if name in ones else 0
         rest = {"minibatches": 1} if name == "batch" else {}
         ppo.PPOConfig(**{**rest, name: low})
@@ -993,14 +1011,19 @@ def test_default_clip_ranges():
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: ppo.PPOConfig(algo="foo"), "--algo foo is none of ppo rloo reinforce grpo drgrpo"),
+    (lambda: ppo.PPOConfig(algo="foo"), "--algo foo is none of ppo rloo reinforce grpo drgrpo dapo gspo cispo"),
     (lambda: ppo.PreferenceConfig(preference_loss="foo"), "--preference_loss foo is none of dpo ipo simpo orpo kto"),
     (lambda: ppo.PPOConfig(micro=3), "PPOConfig has no field micro; it has max_new_tokens"),
     (lambda: ppo.PPOConfig(lam=1.5), "--lam 1.5 is out of range"),
-    (lambda: ppo.PPOConfig(missing_eos_score=math.nan), "--missing_eos_score"),
+    (lambda: ppo.PPOConfig(missing_eos_penalty=math.nan), "--missing_eos_penalty nan is neither"),
+    (lambda: ppo.PPOConfig(missing_eos_penalty=-1.0), "--missing_eos_penalty -1.0 is neither"),
+    (lambda: ppo.PPOConfig(ratio_level="word"), "--ratio_level word is none of token sequence"),
+    (lambda: ppo.PPOConfig(kl_place="x"), "--kl_place x is none of reward loss none"),
+    (lambda: ppo.PPOConfig(token_mean="row"), "--token_mean row is none of token sequence constant"),
+    (lambda: ppo.PPOConfig(overlong="cut"), "--overlong cut is none of none mask penalty"),
+    (lambda: ppo.PPOConfig(advantage_norm="std"), "--advantage_norm std is none of none group batch"),
+    (lambda: ppo.normalise_advantages(t([0.0]), t([1.0]).bool(), "std"), "'std' is none of none group batch"),
     (lambda: ppo.SamplingConfig(num_generations=0), "--num_generations 0 is out of range"),
-    (lambda: ppo.Algorithm("x", "", None, None, ratio="word"), "algorithm x: ratio word is none of token"),
-    (lambda: ppo.Algorithm("x", "", None, None, kl="x"), "kl x is none of reward loss none"),
     (lambda: ppo.token_weights(MASK, "row"), "mean 'row' is none of token sequence constant"),
     (lambda: ppo.kl_estimate(t([0.0]), t([0.0]), "k4"), "'k4' is none of k1 k2 k3"),
     (lambda: ppo.log_ratio(t([0.0]), t([0.0]), t([1.0]).bool(), "word"), "none of token sequence")])
@@ -1028,6 +1051,8 @@ class Given:
 
     def __init__(self, group, given, **values):
         self.__dict__.update({f.name: f.default for f in dataclasses.fields(group)})
+        if "algo" in values:
+            self.__dict__.update(ppo.find_record(ppo.ALGORITHMS, values["algo"]).defaults)
         self.__dict__.update(values, given=frozenset(given))
 
 
@@ -1146,9 +1171,9 @@ def test_roles_and_parameters_that_do_not_fit_are_refused():
         train(cfg, roles, state, lambda p, y, rows: ["good"] * 16)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(value_warmup=1), dict(early_stop_kl=1e-12)])
+@pytest.mark.parametrize("changes", [dict(), dict(value_warmup=1, steps=2), dict(early_stop_kl=1e-12)])
 def test_a_parameter_without_a_gradient_is_named(changes):
-    cfg = config(steps=1, **changes)
+    cfg = config(**{"steps": 1, **changes})
     roles, state, _, _ = setup(cfg)
     train(cfg, roles, state)                                    # all have one
     for part in ("policy", "value"):
@@ -1282,7 +1307,10 @@ def test_health_of_a_run_and_metrics_of_a_rollout():
     assert not [line for line in health(m) if "ratio" in line or "KL" in line]
     answers = [row[s:n].tolist() for row, s, n in zip(batch.tokens, batch.start, batch.lengths)]
     lengths = torch.tensor([float(len(y)) for y in answers])
-    s = torch.tensor([r if y[-1] == END else -1.0 for r, y in zip(toy_reward(None, answers), answers)])
+    own = torch.tensor(toy_reward(None, answers))
+    ended = torch.tensor([y[-1] == END for y in answers])
+    lowest = torch.minimum(own, own[ended].min())
+    s = own.where(ended, lowest - own.std(unbiased=False))
     assert abs(m["score"] - s.mean()) < 1e-6 and abs(m["length"] - lengths.mean()) < 1e-6
     assert abs(m["score_length_corr"] - torch.corrcoef(torch.stack((s, lengths)))[0, 1]) < 1e-5
     assert abs(m["entropy_answer"] + batch.logp.sum(1).mean()) < 1e-5

@@ -317,7 +317,7 @@ def test_a_weighted_sum_in_ppo_and_its_parts():
 
 def test_several_rewards_are_logged_apart(land, tmp_path):
     r = run(land, tmp_path / "r", *PPO, "--steps", "2", "--data", land / "verifiable", "--reward",
-            "own_rewards:size,own_rewards:least,own_rewards:lists", "--reward_weights", "2,0.5,0", "--missing_eos_score", "none")
+            "own_rewards:size,own_rewards:least,own_rewards:lists", "--reward_weights", "2,0.5,0", "--missing_eos_penalty", "none")
     for found in (*events(tmp_path / "r"), r["metrics"], r["baseline_metrics"]):
         assert found["reward_least"] == -1.0 and found["reward_lists"] > 3
         assert found["score"] == pytest.approx(2 * found["reward_size"] - 0.5, abs=1e-5)
@@ -429,7 +429,7 @@ def test_a_reward_model_that_overflows_is_named(land, judge):
 def test_a_function_beside_two_reward_models(land, judge, tmp_path):
     """Two adapters of one base; the critic, which could begin as one of them, begins at zero."""
     r = run(land, tmp_path / "r", *PPO, "--template", "plain", "--system", "Judge.", "--data", land / "verifiable", "--reward",
-            f"{judge},own_rewards:size,{judge}", "--reward_weights", "1,1,-1", "--missing_eos_score", "none")
+            f"{judge},own_rewards:size,{judge}", "--reward_weights", "1,1,-1", "--missing_eos_penalty", "none")
     assert r["metrics"]["reward_rm"] == r["metrics"]["reward_rm_2"] != 0
     assert r["metrics"]["score"] == pytest.approx(r["metrics"]["reward_size"], abs=1e-5)
     words = ["--template", "plain", "--system", "Judge."]
@@ -447,7 +447,7 @@ def test_the_system_message_of_a_run_is_not_part_of_a_prompt(land, tmp_path, fun
 
 
 def test_a_run_with_several_rewards_is_resumed_exactly(land, tmp_path, monkeypatch):
-    words = [*PPO, "--steps", "3", "--data", land / "verifiable", "--missing_eos_score", "none", "--reward",
+    words = [*PPO, "--steps", "3", "--data", land / "verifiable", "--missing_eos_penalty", "none", "--reward",
              "own_rewards:size,data.results.rewards:last_number", "--reward_weights", "0.5,1"]
     run(land, tmp_path / "whole", *words)
     original, calls = ppo.checked_scores, []

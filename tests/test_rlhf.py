@@ -178,11 +178,12 @@ def test_every_method_is_a_policy(method, town, tmp_path):
         assert not torch.equal(model(x, past=prompt(model) if prompt is not None else None)[0], base(x)[0])
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo", "reinforce", "grpo", "drgrpo"])
+@pytest.mark.parametrize("algo", [algorithm.name for algorithm in ppo.ALGORITHMS])
 def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
+    has_kl = ppo.find_record(ppo.ALGORITHMS, algo).defaults.get("kl_place") != "none"
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward",
-           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2", "--kl_coef",
-           "0.01", "--adaptive_kl_target", "0", "--missing_eos_score", "none")
+           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2",
+           *["--kl_coef", "0.01", "--adaptive_kl_target", "0"] * has_kl, "--missing_eos_penalty", "none")
     assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
 
 
@@ -408,3 +409,10 @@ def test_memory_is_one_base_and_nine_adapters(town, tmp_path, monkeypatch):
     N, adapter = sum(p.numel() for p in model.parameters()), 2 * 8 * (64 + 64 + 160 + 160)
     most = max(seen)
     assert abs(most / (N + 9 * adapter) - 1) < 0.01, (most, N + 9 * adapter)
+
+
+def test_skipped_steps_reach_the_result(town, tmp_path, monkeypatch):
+    original = ppo.optimizer_step
+    monkeypatch.setattr(ppo, "optimizer_step", lambda *args: {**original(*args), "skipped": 1})
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", "judges:letters")
+    assert r["skipped"] == 4 * 2 * 2 == sum(e["skipped"] for e in events(tmp_path / "r"))

@@ -128,7 +128,7 @@ def train_roles(algo, shared, kind="llama", names=("policy", "value"), steps=2):
                 yield model, None
         return enter
     cfg = ppo.PPOConfig(algo=algo, lr=1e-2, batch=16, steps=steps, max_new_tokens=6, minibatches=2, micro_batch_tokens=64,
-                        num_generations=2, missing_eos_score=None, temperature=3.0)
+                        num_generations=2, missing_eos_penalty=None, temperature=3.0)
     roles = ppo.Roles(role("policy"), role(None), shared_blocks=shared)
     value = {}
     if ppo.find_record(ppo.ALGORITHMS, algo).needs_critic:

@@ -10,10 +10,13 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
                wrong below it; of a prompt with one answer: of the rollout. Equal to it: neither
     frac_reward_zero_std    share of groups in which all scores are equal
     objective  score - beta kl: what PPO maximises, so it rises, up to noise
+    clipfrac_low, clipfrac_high   tokens whose gradient the clip took, below and above; clipfrac: both
+    answers_learnt    answers that the losses saw; answers_sampled: with --dynamic_sampling, of all rounds
+    score_cut, score_ended   means over answers without and with an end token
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
-Public: correlation, explained_variance, right_and_wrong, describe, merge_parts, average_minibatches, health,
+Public: correlation, explained_variance, right_and_wrong, equal_groups, describe, merge_parts, average_minibatches, health,
 health_line, brief, new_warnings, ranked_pairs, reward_report, preference_report, show
 """
 import math
@@ -48,6 +51,14 @@ def right_and_wrong(scores, ended, num_generations=1):
     return above > 0, above < 0
 
 
+def equal_groups(scores, k):
+    """scores (B,), k answers to each prompt side by side -> (B / k,) bool: all scores of a group are equal,
+    but for rounding."""
+    groups = scores.view(-1, k)
+    rounding = 8 * torch.finfo(scores.dtype).eps * groups.abs().amax(1)
+    return groups.amax(1) - groups.amin(1) <= rounding
+
+
 def describe(batch, answers, scores, ended, num_generations=1):
     """Metrics of a rollout, {name: float}.
 
@@ -72,11 +83,14 @@ def describe(batch, answers, scores, ended, num_generations=1):
                "unique": len(set(map(tuple, answers))) / len(answers),
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if num_generations > 1:
-        metrics["frac_reward_zero_std"] = (scores.view(-1, num_generations).std(1) < 1e-6).float().mean()
+        metrics["frac_reward_zero_std"] = equal_groups(scores, num_generations).float().mean()
     right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
     for name, chosen in (("length_right", right), ("length_wrong", wrong)):
         if chosen.any():
             metrics[name] = n[chosen.to(n.device)].mean()
+    if 0 < ended.sum() < len(ended):
+        ended = ended.bool()
+        metrics.update({"score_ended": scores[ended].mean(), "score_cut": scores[~ended].mean()})
     if batch.values is not None:                            # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
         metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
@@ -137,6 +151,14 @@ def health(metrics, tolerance=1e-4):
         (m["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
         (m["frac_reward_zero_std"] > 0.5,
          "{frac_reward_zero_std:.0%} of the prompts have answers of one score and give no gradient"),
+        (m["step"] == 1 and metrics.get("grad_norm_policy", 1.0) == 0,
+         "the first gradient is 0: no answer counts as better than another; change the reward, or raise "
+         "--num_generations or --temperature"),
+        (metrics.get("answers_learnt", 1) == 0,
+         "no answer was learnt from: all were cut and masked, or all groups have equal scores"),
+        (m["score_cut"] > m["score_ended"],
+         "answers without an end score {score_cut:.3g}, finished ones {score_ended:.3g}: give "
+         "--missing_eos_penalty"),
         (m["eos_rate"] < 0.5,
          "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
         (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),

@@ -32,7 +32,8 @@ RENAMED = {
     "gold": "gold_reward", "min_lr": "min_lr_ratio", "clip": "grad_clip", "micro": "micro_batch_tokens",
     "checkpoint": "gradient_checkpointing", "items": "eval_items", "max_new": "max_new_tokens",
     "forget": "forgetting_data", "by": "classifier", "ask": "question", "block": "block_size",
-    "vocab": "vocab_size", "missing_eos": "missing_eos_score", "target_kl": "early_stop_kl",
+    "vocab": "vocab_size", "missing_eos": "missing_eos_penalty",
+    "missing_eos_score": "missing_eos_penalty", "target_kl": "early_stop_kl",
     "dpo_loss": "preference_loss", "dpo_beta": "beta"}
 # What transformers, peft and TRL call a flag of the same meaning, and what an option of theirs is here.
 ELSEWHERE = {

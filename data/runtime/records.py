@@ -51,6 +51,7 @@ class RecordConfig:
             value = given.get(name, record.defaults.get(name, field.default))
             object.__setattr__(self, name, value)
         check_ranges(dataclasses.asdict(self), fields)
+        check_choices(dataclasses.asdict(self), fields)
         self.check(self)
 
     @classmethod
@@ -74,12 +75,25 @@ class RecordConfig:
         without it a value that differs from the default counts as given.
         """
         record = cls.record_of(cfg)
-        given = getattr(cfg, "given", None)
-        fields = fields_of([cls])
         for name in unused_flags(record, cls.records()):
-            default = record.defaults.get(name, fields[name].default)
-            is_given = getattr(cfg, name) != default if given is None else name in given
-            if is_given:
+            if cls.is_given(cfg, name):
                 raise UserError(f"--{name} means nothing to --{record.selected_by} {record.name}; "
                                 "leave one of them out")
         cls.check_values(cfg, record)
+
+    @classmethod
+    def is_given(cls, cfg, name):
+        """Was this flag given? cfg: as check takes it."""
+        given = getattr(cfg, "given", None)
+        if given is not None:
+            return name in given
+        return getattr(cfg, name) != cls.record_of(cfg).defaults.get(name, fields_of([cls])[name].default)
+
+
+def check_choices(values, fields):
+    """Raises UserError for a word that is none of its field's choices."""
+    for name, field in fields.items():
+        choices = field.metadata["choices"]
+        known = choices() if callable(choices) else choices
+        if known and values[name] not in known:
+            raise UserError(unknown_choice(f"--{name}", str(values[name]), known))
