@@ -100,8 +100,8 @@ def test_a_prompt_that_is_asked_often_is_read_once(kind, monkeypatch):
     assert sorted(read[0]) == sorted(pad([a, b]).tolist()) and all(len(row) == 1 for part in read[1:] for row in part)
     assert answers == [generate(model, [prompt], 5, temperature=0)[0] for prompt in prompts]
     uniforms = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
-    drawn = generate(model, prompts, 5, uniforms=uniforms)
-    assert drawn == [generate(model, [prompt], 5, uniforms=uniforms[[i]])[0] for i, prompt in enumerate(prompts)]
+    drawn = generate(model, prompts, 5, temperature=5.0, uniforms=uniforms)
+    assert drawn == [generate(model, [prompt], 5, temperature=5.0, uniforms=uniforms[[i]])[0] for i, prompt in enumerate(prompts)]
     assert len(set(map(tuple, drawn))) > 2
 
 
