@@ -1521,13 +1521,14 @@ def tuned_role(ctx, model, prompt):
     return enter_model(ctx, model, "default" if lora.adapters(model) else None, prompt)
 
 
-def reward_function(flag_name, word, ctx, texts):
-    """module:function of two texts -> a function of ids, for ppo.py. texts: {prompt ids: its text}."""
+def reward_function(flag_name, word, ctx, texts, rows_of):
+    """module:function of two texts and a row -> a function of ids, for ppo.py. texts, rows_of: {prompt ids:
+    its text, its row}."""
     score_one = load_reward(flag_name, word)
 
     def score(prompt_ids, answers, rows=None):
         def call():                                     # it may draw random numbers, or ask another program
-            return torch.tensor([score_one(texts[tuple(p)], ctx.text.decode_answer(y))
+            return torch.tensor([score_one(texts[tuple(p)], ctx.text.decode_answer(y), rows_of[tuple(p)])
                                  for p, y in zip(prompt_ids, answers)])
         return distributed.broadcast(call)
     return score
@@ -1577,6 +1578,7 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
                         "prompts; lower it")
     prompt_ids = {}
     texts = {}
+    rows_of = {}
     for split, some in rows.items():
         with Progress(f"encoding {split}"):
             whole = [ctx.text.prompt_ids(row) for row in some]
@@ -1587,19 +1589,20 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
                          "tokens")
         last = [ctx.text.turns(row)[-2]["content"] for row in some]
         texts.update(zip(map(tuple, prompt_ids[split]), last))
+        rows_of.update(zip(map(tuple, prompt_ids[split]), some))
     if not cfg.reward:
         raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
     head = None
     folder = None
     if ":" in cfg.reward:
-        reward = reward_function("reward", cfg.reward, ctx, texts)
+        reward = reward_function("reward", cfg.reward, ctx, texts, rows_of)
     else:
         reward, head, folder = open_reward_model(cfg, ctx, base)
     gold = gold_reward_of(cfg)
     unnamed = range(ctx.text.tokenizer.vocab_size, ctx.model.config.vocab_size)
     banned = sorted({*ctx.text.tokenizer.special.values(), *unnamed} - {ctx.text.end_token})
     return RolloutSetup(ctx, cfg.seed, config, prompt_ids, texts, reward, head, folder,
-                        gold and reward_function("gold_reward", gold, ctx, texts), banned)
+                        gold and reward_function("gold_reward", gold, ctx, texts, rows_of), banned)
 
 
 def gold_reward_of(cfg):

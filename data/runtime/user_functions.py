@@ -1,6 +1,6 @@
 """data/runtime/user_functions.py: --reward module:function, a function of the user's own that scores an answer.
 
-    score = load_reward("reward", "my:score")           score("the prompt", "an answer") -> float
+    score = load_reward("reward", "my:score")           score("the prompt", "an answer", row) -> float
 
 Every error names the flag, the function, and what it did.
 
@@ -20,17 +20,20 @@ EXPECTED = "it must be a function of the texts of a prompt and an answer that re
 
 
 def load_reward(flag_name, word):
-    """module:function -> a function of two texts that returns a float.
+    """module:function -> a function of two texts and the row of the prompt that returns a float.
+
+    The user's function gets the row if it takes a third argument.
 
     Raises UserError if it cannot be imported or called with two texts; the function that is returned raises it
     for an answer on which the user's function fails or gives no finite number.
     """
     name = f"--{flag_name} {word}"
     function = import_function(name, word)
+    with_row = reads_row(function)
 
-    def score(prompt, answer):
+    def score(prompt, answer, row=None):
         try:
-            value = function(prompt, answer)
+            value = function(prompt, answer, row) if with_row else function(prompt, answer)
         except Exception as e:
             raise UserError(f"{name} failed on the answer {answer[:40]!r} ({one_line(e)}); {EXPECTED}") from e
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
@@ -57,9 +60,18 @@ def import_function(name, word):
     if not callable(function):
         raise UserError(f"{name} is no function but a value of type {type(function).__name__}; {EXPECTED}")
     try:
-        inspect.signature(function).bind("prompt", "answer")
+        inspect.signature(function).bind(*("prompt", "answer", "row")[:3 if reads_row(function) else 2])
     except TypeError as e:
         raise UserError(f"{name} cannot be called with two texts ({e}); {EXPECTED}") from None
     except ValueError:                                  # a function of a C module says nothing of itself
         pass
     return function
+
+
+def reads_row(function):
+    """Whether a function has a third parameter of its own."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2

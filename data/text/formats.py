@@ -75,6 +75,8 @@ def _convert(records, source):
             continue
         unread |= not_read
         row["line"] = location
+        if row.keys() == {"prompt", "line"} and "answer" in record:
+            row["answer"] = record["answer"]                    # for a reward that reads it
         converted.append(row)
     if not converted:
         reasons = ", ".join(f"{len(places)} {reason} ({places[0]} is the first)"
