@@ -80,6 +80,7 @@ from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
 from data.runtime.user_functions import load_reward
+from data import toy
 from data.text import chat, formats
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -1590,12 +1591,13 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
         last = [ctx.text.turns(row)[-2]["content"] for row in some]
         texts.update(zip(map(tuple, prompt_ids[split]), last))
         rows_of.update(zip(map(tuple, prompt_ids[split]), some))
-    if not cfg.reward:
+    word = reward_of(cfg)
+    if not word:
         raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
     head = None
     folder = None
-    if ":" in cfg.reward:
-        reward = reward_function("reward", cfg.reward, ctx, texts, rows_of)
+    if ":" in word:
+        reward = reward_function("reward", word, ctx, texts, rows_of)
     else:
         reward, head, folder = open_reward_model(cfg, ctx, base)
     gold = gold_reward_of(cfg)
@@ -1605,8 +1607,13 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
                         gold and reward_function("gold_reward", gold, ctx, texts, rows_of), banned)
 
 
+def reward_of(cfg):
+    """--reward, or that of prompts of the toy world which a program checks; None without."""
+    return cfg.reward or (toy.RL[cfg.data].reward if cfg.data in toy.RL else None)
+
+
 def gold_reward_of(cfg):
-    return cfg.gold_reward or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
+    return cfg.gold_reward or (toy.RL[cfg.data].gold_reward if cfg.data in toy.RL else None)
 
 
 @torch.no_grad()
@@ -1657,8 +1664,8 @@ def make_roles(cfg, ctx, base, setup):
 def run_ppo(cfg):
     """--task ppo. Policy, critic and reward model are adapters of one frozen base, which is the reference;
     with --method full the policy changes it, so a copy stays behind."""
-    if (cfg.init, cfg.reward) == ("data/base", None):
-        return run_three_stages(cfg)
+    if (cfg.init, cfg.reward) == ("data/base", None) and cfg.data in toy.RL:
+        return run_stages(cfg)
     rows, _, run, identity = open_run(cfg)
     return report_once(run, identity, lambda: train_policy(cfg, run, rows))
 
@@ -1812,24 +1819,28 @@ def best_rows(setup, prompt_ids, answers, scores, cfg):
                  score=scores[b, i].item()) for b, i in best]
 
 
-def run_three_stages(cfg):
-    """--task ppo from the base model: SFT on letters, a reward model of ranked letters, PPO on both."""
-    folders = []
-    for words in (["sft", "--data", "toy/letters", "--epochs", "1"], ["reward", "--init"]):
-        words = ["--task", *words, *folders, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype",
-                 cfg.dtype]
-        stage = parse(words)
-        log_progress("\npython train.py " + " ".join(words))
-        is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
-        if not is_finished and dist_state.size == 1:        # a measurement ends by each process's own clock
-            found = forecast_stage(stage)
-            log_progress(f"a stage before PPO, with steps of its own: {found.steps}, in all about "
-                         f"{forecast.format_range(found.total())}")
-        run_supervised(stage)
-        folders.append(default_out(stage))
-    log_progress(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
+def run_stages(cfg):
+    """--task ppo from the base model on prompts of the toy world: SFT on demonstrations, a reward model where
+    no program scores the answers, RL on both."""
+    policy = run_stage(cfg, "--task", "sft", *toy.RL[cfg.data].demonstrations)
+    reward = reward_of(cfg) or run_stage(cfg, "--task", "reward", "--init", policy)
+    log_progress(f"\npython train.py --task ppo --data {cfg.data} --init {policy} --reward {reward}")
     out = cfg.out or default_out(cfg)
-    return run_ppo(cfg.replace(init=folders[0], reward=folders[1], out=out))
+    return run_ppo(cfg.replace(init=policy, reward=reward, out=out))
+
+
+def run_stage(cfg, *words):
+    """A supervised run before RL, unless it is finished. Returns its folder."""
+    words = [*words, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype", cfg.dtype]
+    stage = parse(words)
+    log_progress("\npython train.py " + " ".join(words))
+    is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
+    if not is_finished and dist_state.size == 1:            # a measurement ends by each process's own clock
+        found = forecast_stage(stage)
+        log_progress(f"a stage before RL, with steps of its own: {found.steps}, in all about "
+                     f"{forecast.format_range(found.total())}")
+    run_supervised(stage)
+    return default_out(stage)
 
 
 def forecast_stage(cfg):

@@ -23,7 +23,7 @@ BASE = pathlib.Path(__file__).resolve().parent.parent / "data" / "base"
 
 ROW_TYPES = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
          "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
-         "toy/prompts": "prompt", "toy/corpus": "text"}
+         "toy/prompts": "prompt", "toy/sums": "prompt", "toy/sums_chat": "chat", "toy/corpus": "text"}
 
 GOLDEN = {"toy": "78a0042d3fb1", "toy/questions": "3cee0b000048", "toy/corpus": "55c563c12df6"}
 

@@ -7,13 +7,14 @@
     toy/preferences   four letters per prompt, ranked by gold(prompt, letter) / TAU plus Gumbel noise
                       (Plackett-Luce): P(a before b) = sigmoid((gold_a - gold_b) / TAU)
     toy/prompts       prompts alone, for RL
+    toy/sums          sums whose answers a program checks, for RL; toy/sums_chat: demonstrations (sums.py)
 
 The corpus holds the knowledge, the tasks the form: a base model knows the facts and has seen no question in
 the form of a task. No question, review or message of valid or test is in the corpus. The gold reward ranks
 the letters; neither the policy nor the reward model sees it. `python -m data.toy --out DIR` writes
 everything.
 
-Public: rows, gold, NAMES, SIZES, SIZE, TAU, SPLITS
+Public: rows, gold, NAMES, SIZES, SIZE, TAU, SPLITS, Stages, RL
 """
 import argparse
 import json
@@ -21,14 +22,16 @@ import math
 import os
 import random
 import re
+from typing import NamedTuple
 
 from data.toy import lexicon as lex
-from data.toy import symbols
+from data.toy import sums, symbols
 from data.toy.world import SPLITS, World, cap
 
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
-         "toy/preferences", "toy/prompts", "toy/corpus")
-SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferences": (10000, 200, 1200)}
+         "toy/preferences", "toy/prompts", "toy/sums", "toy/sums_chat", "toy/corpus")
+SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferences": (10000, 200, 1200),
+         "toy/sums_chat": (3000, 200, 300)}
 SIZE = (2000, 200, 300)         # rows of train, valid, test of all others; fewer where fewer are possible
 SYMBOLS = 1 / 6                 # share of the corpus that is lists, JSON, code, conversations (symbols.py)
 TAU = 0.5                       # temperature of the noise on comparisons
@@ -132,6 +135,22 @@ class Tasks(World):
         rank = [1 + sum(other > score for other in scores) for score in scores]
         return {"prompt": prompt, "responses": answers, "rank": rank}
 
+    def sums(self, rng, split):
+        return sums.problem(rng, split)
+
+    def sums_chat(self, rng, split):
+        return sums.demonstration(rng, split)
+
+
+class Stages(NamedTuple):
+    """What --task ppo does with prompts of the toy world from the base model on, unless flags say otherwise."""
+    demonstrations: tuple                                       # flags of the SFT stage
+    reward: str = None                                          # None: a reward model, trained on rankings
+    gold_reward: str = None                                     # only measured
+
+
+RL = {"toy/prompts": Stages(("--data", "toy/letters", "--epochs", "1"), gold_reward="data.toy:gold"),
+      "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "3"), reward="data.toy:right")}
 
 METHOD_NAMES = {"toy": "instruction", "toy/corpus": "text"}     # all others: the name behind "toy/"
 
