@@ -20,7 +20,7 @@ measure() {                             # measure NAME: 64 answers to each of 10
 
 for seed in ${SEEDS:-1 2 3}; do
     sft="$out/sft-s$seed"
-    train --data toy/sums_chat --method full --epochs 3 --out "$sft"
+    train --data toy/sums_chat --method full --epochs 4 --out "$sft"
     measure sft
     "$python" train.py --task sample --data toy/sums --seed "$seed" --init "$sft" --num_generations 8 \
         --eval_items 480 --out "$out/best-s$seed"

@@ -3,7 +3,7 @@
     toy/sums         {"prompt": "3+5-2+1=?", "answer": "7"}: prompts for RL and for evaluation
     toy/sums_chat    demonstrations, for the SFT stage before it
 
-Some demonstrations show their work, "3+5=8, 8-2=6, 6+1=7. The answer is 7."; most only state the answer, which is
+Some demonstrations show their work, "3+5=8, 8-2=6, 6+1=7. The answer is 7."; others only state the answer, which is
 more than a model of this size finds without the steps. SFT imitates both kinds in their proportion, so most of
 its answers are guesses. RL with `right` as its reward has to find out that to show the work is what pays, and
 to make fewer mistakes in it.
@@ -18,7 +18,7 @@ from data.toy.world import split_of
 
 TERMS = (4, 5)                  # how many numbers a sum has
 TOP = 9                         # the largest number and the largest result
-DIRECT = 0.6                    # share of the demonstrations that only state the answer
+DIRECT = 0.5                    # share of the demonstrations that only state the answer
 ANSWER = re.compile(r"The answer is (\d+)\.")
 
 

@@ -150,7 +150,7 @@ class Stages(NamedTuple):
 
 
 RL = {"toy/prompts": Stages(("--data", "toy/letters", "--epochs", "1"), gold_reward="data.toy:gold"),
-      "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "3"), reward="data.toy:right")}
+      "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "4"), reward="data.toy:right")}
 
 METHOD_NAMES = {"toy": "instruction", "toy/corpus": "text"}     # all others: the name behind "toy/"
 
