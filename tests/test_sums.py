@@ -14,7 +14,8 @@ WORK = re.compile(r"(\d)([+-]\d)=(\d)")
 
 @pytest.fixture(scope="module")
 def rows():
-    return {(name, split): toy.rows(name, split) for name in ("toy/sums", "toy/sums_chat") for split in toy.SPLITS}
+    names = ("toy/sums", "toy/sums_chat")
+    return {(name, split): toy.rows(name, split) for name in names for split in toy.SPLITS}
 
 
 def test_a_reward_of_three_arguments_gets_the_row(tmp_path, monkeypatch):
@@ -48,7 +49,7 @@ def test_demonstrations_are_right_and_show_their_work_or_do_not(rows):
             assert int(before) + int(change) == int(after), row
         if steps:                                           # every number of the prompt, in its order
             assert steps[0][0] + "".join(step[1] for step in steps) + "=?" == row["prompt"]
-    assert 0 < with_work / 3000 - (1 - sums.DIRECT) < 0.06         # repeated rows, more often short ones, are left out
+    assert 0 <= with_work / 3000 - (1 - sums.DIRECT) < 0.06     # rows that occur twice are dropped, often short ones
 
 
 def test_no_sum_of_test_occurs_elsewhere(rows):
@@ -60,7 +61,8 @@ def test_no_sum_of_test_occurs_elsewhere(rows):
 
 
 @pytest.mark.parametrize("answer, score", [
-    ("The answer is 7.", 1), ("3+5=8, 8-2=6, 6+1=7. The answer is 7.", 1), ("The answer is 8.", 0), ("7", 0), ("", 0),
+    ("The answer is 7.", 1), ("3+5=8, 8-2=6, 6+1=7. The answer is 7.", 1), ("The answer is 8.", 0), ("7", 0),
+    ("", 0),
     ("The answer is 77.", 0), ("The answer is 7", 0), ("The answer is 8. The answer is 7.", 1),
     ("The answer is 7. The answer is 8.", 0)])
 def test_right_reads_the_last_answer_that_is_stated(answer, score):

@@ -3,10 +3,10 @@
     toy/sums         {"prompt": "3+5-2+1=?", "answer": "7"}: prompts for RL and for evaluation
     toy/sums_chat    demonstrations, for the SFT stage before it
 
-Some demonstrations show their work, "3+5=8, 8-2=6, 6+1=7. The answer is 7."; others only state the answer, which is
-more than a model of this size finds without the steps. SFT imitates both kinds in their proportion, so most of
-its answers are guesses. RL with `right` as its reward has to find out that to show the work is what pays, and
-to make fewer mistakes in it.
+Some demonstrations show their work, "3+5=8, 8-2=6, 6+1=7. The answer is 7."; others only state the answer,
+which is hard for a model of this size without the steps. SFT imitates both kinds, so many of its answers are
+guesses. RL with `right` as its reward has to find out that to show the work is what pays, and to make fewer
+mistakes in it.
 
 All results, on the way too, lie in 0 .. 9. A sum belongs to one split: those of test occur in no other.
 
@@ -64,8 +64,6 @@ def demonstration(rng, split):
 
 
 def right(prompt, answer, row):
-    """The reward of toy/sums: 1.0 if the last "The answer is N." of an answer has the N of row["answer"], else
-    0.0.
-    """
+    """The reward of toy/sums: 1.0 if the last "The answer is N." has the N of row["answer"], else 0.0."""
     stated = ANSWER.findall(answer)
     return float(bool(stated) and stated[-1] == row["answer"])

@@ -35,7 +35,7 @@ SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferen
 SIZE = (2000, 200, 300)         # rows of train, valid, test of all others; fewer where fewer are possible
 SYMBOLS = 1 / 6                 # share of the corpus that is lists, JSON, code, conversations (symbols.py)
 TAU = 0.5                       # temperature of the noise on comparisons
-ASTRAY = 0.25                   # of ranked letters: the probability of another person's name; of another shop's
+ASTRAY = 0.25                   # probability of another person, and of another shop, in a ranked letter
 
 
 class Tasks(World):
@@ -149,14 +149,17 @@ class Tasks(World):
 
 
 class Stages(NamedTuple):
-    """What --task ppo does with prompts of the toy world from the base model on, unless flags say otherwise."""
+    """What --task ppo does with prompts of the toy world before RL from the base model, and its rewards."""
     demonstrations: tuple                                       # flags of the SFT stage
     reward: str = None                                          # None: a reward model, trained on rankings
     gold_reward: str = None                                     # only measured
 
 
-RL = {"toy/prompts": Stages(("--data", "toy/letters", "--epochs", "3"), gold_reward="data.toy:gold"),
-      "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "4"), reward="data.toy:right")}
+RL = {
+    "toy/prompts": Stages(("--data", "toy/letters", "--epochs", "3"), gold_reward="data.toy:gold"),
+    "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "4"),
+                       reward="data.toy:right"),
+}
 
 METHOD_NAMES = {"toy": "instruction", "toy/corpus": "text"}     # all others: the name behind "toy/"
 
