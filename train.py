@@ -50,6 +50,7 @@ import torch.nn as nn
 import lora
 import ppo
 import prompts
+from data import toy
 from data.batches import batching, few_shot, objectives
 from data.batches.examples import (BlockFlags, ClassifyFlags, Feed, Ranking, Text, TextFlags, Thumbs,
                                    TooLongFlags, size, targets, training_facts)
@@ -1722,10 +1723,11 @@ def tuned_role(ctx, model, prompt):
 
 
 def reward_of(cfg):
-    """The words of --reward as one text; None without."""
+    """The words of --reward as one text, or that of prompts of the toy world which a program checks; None
+    without."""
     if "reward" not in cfg:
         return None
-    return cfg.reward or None
+    return cfg.reward or (toy.RL[cfg.data].reward if cfg.data in toy.RL else None)
 
 
 def reward_words(cfg):
@@ -1881,7 +1883,7 @@ def gold_reward_of(cfg):
     """The word of --gold_reward; None without."""
     if "gold_reward" not in cfg:
         return None
-    return cfg.gold_reward or ("data.toy:gold" if cfg.data == "toy/prompts" else None)
+    return cfg.gold_reward or (toy.RL[cfg.data].gold_reward if cfg.data in toy.RL else None)
 
 
 @torch.no_grad()
@@ -1943,8 +1945,8 @@ def shared_blocks(ctx, cfg, base):
 def run_ppo(cfg):
     """--task ppo. Policy, critic and reward model are adapters of one frozen base, which is the reference;
     with --method full the policy changes it, so a copy stays behind."""
-    if (cfg.init, reward_of(cfg)) == ("data/base", None):
-        return run_three_stages(cfg)
+    if (cfg.init, cfg.reward) == ("data/base", None) and cfg.data in toy.RL:
+        return run_stages(cfg)
     rows, _, run, identity = open_run(cfg)
     return report_once(run, identity, lambda: train_policy(cfg, run, rows))
 
@@ -2123,24 +2125,28 @@ def best_rows(setup, split, answers, scores, cfg):
     return rows, len({b for b, _ in best})
 
 
-def run_three_stages(cfg):
-    """--task ppo from the base model: SFT on letters, a reward model of ranked letters, PPO on both."""
-    folders = []
-    for words in (["sft", "--data", "toy/letters", "--epochs", "1"], ["reward", "--init"]):
-        words = ["--task", *words, *folders, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype",
-                 cfg.dtype]
-        stage = parse(words)
-        log_progress("\npython train.py " + " ".join(words))
-        is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
-        if not is_finished and dist_state.size == 1:        # a measurement ends by each process's own clock
-            found = forecast_stage(stage)
-            log_progress(f"a stage before PPO, with steps of its own: {found.steps}, in all about "
-                         f"{forecast.format_range(found.total())}")
-        run_supervised(stage)
-        folders.append(default_out(stage))
-    log_progress(f"\npython train.py --task ppo --init {folders[0]} --reward {folders[1]}")
+def run_stages(cfg):
+    """--task ppo from the base model on prompts of the toy world: SFT on demonstrations, a reward model where
+    no program scores the answers, RL on both."""
+    policy = run_stage(cfg, "--task", "sft", *toy.RL[cfg.data].demonstrations)
+    reward = reward_of(cfg) or run_stage(cfg, "--task", "reward", "--init", policy)
+    log_progress(f"\npython train.py --task ppo --data {cfg.data} --init {policy} --reward {reward}")
     out = cfg.out or default_out(cfg)
-    return run_ppo(cfg.replace(init=folders[0], reward=folders[1], out=out))
+    return run_ppo(cfg.replace(init=policy, reward=reward, out=out))
+
+
+def run_stage(cfg, *words):
+    """A supervised run before RL, unless it is finished. Returns its folder."""
+    words = [*words, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype", cfg.dtype]
+    stage = parse(words)
+    log_progress("\npython train.py " + " ".join(words))
+    is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
+    if not is_finished and dist_state.size == 1:            # a measurement ends by each process's own clock
+        found = forecast_stage(stage)
+        log_progress(f"a stage before RL, with steps of its own: {found.steps}, in all about "
+                     f"{forecast.format_range(found.total())}")
+    run_supervised(stage)
+    return default_out(stage)
 
 
 def forecast_stage(cfg):

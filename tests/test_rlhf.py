@@ -145,9 +145,9 @@ def test_a_stage_before_ppo_says_how_long_it_takes(tmp_path, monkeypatch, capsys
     three_stages = train.run_ppo
     monkeypatch.setattr(train, "run_ppo", lambda cfg: 0)
     assert three_stages(train.parse(["--task", "ppo", "--steps", "2"])) == 0
-    said = "a stage before PPO, with steps of its own: 188, in all about 1.5-2.5 min"
+    said = "a stage before RL, with steps of its own: 188, in all about 1.5-2.5 min"
     assert capsys.readouterr().err.count(said) == 2
-    folder = tmp_path / train.default_out(train.parse(["--data", "toy/letters", "--epochs", "1"]))
+    folder = tmp_path / train.default_out(train.parse(["--data", "toy/letters", "--epochs", "3"]))
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")                       # this stage is done
     three_stages(train.parse(["--task", "ppo", "--steps", "2"]))

@@ -5,6 +5,7 @@ import json
 import pathlib
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ BASE = pathlib.Path(__file__).resolve().parent.parent / "data" / "base"
 
 ROW_TYPES = {"toy": "chat", "toy/sentiment": "label", "toy/spam": "label", "toy/entities": "tags",
          "toy/questions": "chat", "toy/chat": "chat", "toy/letters": "chat", "toy/preferences": "ranked",
-         "toy/prompts": "prompt", "toy/corpus": "text"}
+         "toy/prompts": "prompt", "toy/sums": "prompt", "toy/sums_chat": "chat", "toy/corpus": "text"}
 
 GOLDEN = {"toy": "78a0042d3fb1", "toy/questions": "3cee0b000048", "toy/corpus": "55c563c12df6"}
 
@@ -153,10 +154,31 @@ def test_gold_by_hand():
     assert toy.gold(wish, "Lovely.") < toy.gold(wish, praise)
     assert toy.gold(wish, praise + " It made my day.") > toy.gold(wish, praise + " It ruined my day.")
     assert toy.gold(wish, praise) == toy.gold(wish, praise.replace("kind", "there"))    # a mean, not a sum
-    assert toy.gold(wish, praise) == pytest.approx(1.5 + 1) and toy.gold(wish, plain) == pytest.approx(1)
+    assert toy.gold(wish, praise) == pytest.approx(1.5 + 1.5) and toy.gold(wish, plain) == pytest.approx(1.5)
     mixed = praise.replace("kind", "rude")
-    assert toy.gold(wish, mixed) == pytest.approx(1) and toy.gold(wish, scorn) == pytest.approx(-0.5)
-    assert toy.gold(wish, praise.replace("Cora", "Hugo")) == pytest.approx(2)
+    assert toy.gold(wish, mixed) == pytest.approx(1.5) and toy.gold(wish, scorn) == pytest.approx(0)
+
+
+def test_gold_prefers_the_names_that_were_asked_for_and_none_to_others():
+    wish = "Tell Cora about the tea at the Quiet Corner."
+    praise = "Cora, the tea at the Quiet Corner was lovely and the staff were kind to us."
+    person = [praise, praise.replace("Cora, ", "") + " We stayed.", praise.replace("Cora", "Hugo")]
+    assert [toy.gold(wish, answer) for answer in person] == pytest.approx([3, 2.5, 2])
+    assert toy.gold(wish, praise.replace("Cora", "Hugo, Cora")) == pytest.approx(2.5)       # 1 right, 1 wrong
+    shop = [praise, praise.replace("Quiet Corner", "place"), praise.replace("Quiet Corner", "Salty Dog")]
+    assert [toy.gold(wish, answer) for answer in shop] == pytest.approx([3, 2.5, 2])
+    thing = [praise, praise.replace("tea", "cake"), praise.replace("tea", "steak")]         # "tea" as a word
+    assert [toy.gold(wish, answer) for answer in thing] == pytest.approx([3, 2.5, 2.5])
+    assert toy.gold("Anything else?", praise) == pytest.approx(1.5)
+
+
+def test_the_rankings_hold_letters_with_other_names(rows):
+    """A reward model can learn what the gold reward says about names: a quarter has them wrong."""
+    answers = [(row["prompt"], answer) for row in rows["toy/preferences", "train"][:2000] for answer in row["responses"]]
+    named = {prompt: re.fullmatch(tasks.WISH, prompt) for prompt, _ in answers}
+    people = [[name for name in World().names if re.search(rf"\b{name}\b", answer)] for _, answer in answers]
+    wrong = [name != named[prompt][1] for (prompt, _), found in zip(answers, people) for name in found]
+    assert 0.2 < sum(wrong) / len(wrong) < 0.3 and len(wrong) > 0.6 * len(answers)
 
 
 def test_comparisons_are_as_noisy_as_they_say(rows):

@@ -7,13 +7,14 @@
     toy/preferences   four letters per prompt, ranked by gold(prompt, letter) / TAU plus Gumbel noise
                       (Plackett-Luce): P(a before b) = sigmoid((gold_a - gold_b) / TAU)
     toy/prompts       prompts alone, for RL
+    toy/sums          sums whose answers a program checks, for RL; toy/sums_chat: demonstrations (sums.py)
 
 The corpus holds the knowledge, the tasks the form: a base model knows the facts and has seen no question in
 the form of a task. No question, review or message of valid or test is in the corpus. The gold reward ranks
 the letters; neither the policy nor the reward model sees it. `python -m data.toy --out DIR` writes
 everything.
 
-Public: rows, gold, NAMES, SIZES, SIZE, TAU, SPLITS
+Public: rows, gold, NAMES, SIZES, SIZE, TAU, SPLITS, Stages, RL
 """
 import argparse
 import json
@@ -21,17 +22,20 @@ import math
 import os
 import random
 import re
+from typing import NamedTuple
 
 from data.toy import lexicon as lex
-from data.toy import symbols
+from data.toy import sums, symbols
 from data.toy.world import SPLITS, World, cap
 
 NAMES = ("toy", "toy/sentiment", "toy/spam", "toy/entities", "toy/questions", "toy/chat", "toy/letters",
-         "toy/preferences", "toy/prompts", "toy/corpus")
-SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferences": (10000, 200, 1200)}
+         "toy/preferences", "toy/prompts", "toy/sums", "toy/sums_chat", "toy/corpus")
+SIZES = {"toy": (3000, 200, 300), "toy/corpus": (18000, 300, 300), "toy/preferences": (9500, 200, 1200),
+         "toy/sums_chat": (3000, 200, 300)}
 SIZE = (2000, 200, 300)         # rows of train, valid, test of all others; fewer where fewer are possible
 SYMBOLS = 1 / 6                 # share of the corpus that is lists, JSON, code, conversations (symbols.py)
 TAU = 0.5                       # temperature of the noise on comparisons
+ASTRAY = 0.25                   # probability of another person, and of another shop, in a ranked letter
 
 
 class Tasks(World):
@@ -121,10 +125,15 @@ class Tasks(World):
 
     def preferences(self, rng, split):
         name, shop, item, prompt = self.wish(rng, split)
-        answers = [cap(self.letter(rng, split, name, shop, item, repeat=0.15)) for _ in range(4)]
-        if rng.random() < 0.3:                                  # one answer to another wish
+        answers = []
+        for _ in range(4):
             other_name, other_shop, other_item, _ = self.wish(rng, split)
-            answers[0] = cap(self.letter(rng, split, other_name, other_shop, other_item))
+            asked = [name, shop, item]
+            if rng.random() < ASTRAY:                           # a letter to somebody else
+                asked[0] = other_name
+            if rng.random() < ASTRAY:                           # about another shop, and what that one has
+                asked[1:] = other_shop, other_item
+            answers.append(cap(self.letter(rng, split, *asked, repeat=0.15)))
         scores = []
         for answer in answers:
             gumbel = -math.log(-math.log(rng.random()))
@@ -132,6 +141,25 @@ class Tasks(World):
         rank = [1 + sum(other > score for other in scores) for score in scores]
         return {"prompt": prompt, "responses": answers, "rank": rank}
 
+    def sums(self, rng, split):
+        return sums.problem(rng, split)
+
+    def sums_chat(self, rng, split):
+        return sums.demonstration(rng, split)
+
+
+class Stages(NamedTuple):
+    """What --task ppo does with prompts of the toy world before RL from the base model, and its rewards."""
+    demonstrations: tuple                                       # flags of the SFT stage
+    reward: str = None                                          # None: a reward model, trained on rankings
+    gold_reward: str = None                                     # only measured
+
+
+RL = {
+    "toy/prompts": Stages(("--data", "toy/letters", "--epochs", "3"), gold_reward="data.toy:gold"),
+    "toy/sums": Stages(("--data", "toy/sums_chat", "--method", "full", "--epochs", "4"),
+                       reward="data.toy:right"),
+}
 
 METHOD_NAMES = {"toy": "instruction", "toy/corpus": "text"}     # all others: the name behind "toy/"
 
@@ -159,18 +187,21 @@ def _signs(words_by_class, sign):
 SENTIMENT = _signs(lex.GOOD, 1) | _signs(lex.BAD, -1)
 ENDINGS = {**dict.fromkeys(lex.LIKED, 1), **dict.fromkeys(lex.HATED, -1)}
 SHOP_NAMES = re.compile("|".join(re.escape(shop.lower()) for shop in lex.SHOPS))
+PEOPLE = {name.lower() for name in lex.WOMEN + lex.MEN}
 NEGATIONS = {"not", "never", "hardly", "nobody"}
-WISH = r"Tell (\w+) about the \w+ at the (.+)\."
+WISH = r"Tell (\w+) about the (\w+) at the (.+)\."
 
 
 def gold(prompt, answer):
-    """The quality of an answer to a wish, about -3 to 3.
+    """The quality of an answer to a wish, about -4 to 3.
 
-        1.5 sentiment + mentions - 2 repeats - short - long
+        1.5 sentiment + person + shop + thing - 2 repeats - short - long
 
     sentiment   mean sign of good and bad words and endings; a negated clause counts with the opposite sign. A
                 mean, because a sum over clauses is beyond a model of this size
-    mentions    half a point each for the person and the shop that the wish names
+    person      half a point if the person of the wish is named, minus half a point if anybody else is
+    shop        likewise
+    thing       half a point if what the wish is about is mentioned
     repeats     the fraction of word triples that repeat an earlier one
     short, long a quarter point per word below 8, a tenth per word above 30
     """
@@ -181,14 +212,25 @@ def gold(prompt, answer):
         direction = -1 if NEGATIONS.intersection(clause_words) else 1
         signs += [direction * SENTIMENT[word] for word in clause_words if word in SENTIMENT]
     signs += [sign for ending, sign in ENDINGS.items() if ending.lower() in text]
-    wish = re.fullmatch(WISH, prompt)
-    mentions = sum(name.lower() in text for name in wish.groups()) / 2 if wish else 0
     words = re.findall(r"[a-z]+", text)
     triples = list(zip(words, words[1:], words[2:]))
     repeats = 1 - len(set(triples)) / max(len(triples), 1)
     short = max(0, 8 - len(words)) / 4
     long = max(0, len(words) - 30) / 10
-    return 1.5 * sum(signs) / max(len(signs), 1) + mentions - 2 * repeats - short - long
+    return 1.5 * sum(signs) / max(len(signs), 1) + mentions(prompt, text) / 2 - 2 * repeats - short - long
+
+
+def mentions(prompt, text):
+    """How well a text in lower case keeps to the person, the thing and the shop of a wish: -2 to 3."""
+    wish = re.fullmatch(WISH, prompt)
+    if not wish:
+        return 0
+    person, thing, shop = (word.lower() for word in wish.groups())
+    words = set(re.findall(r"\w+", text))
+    people = PEOPLE & words
+    shops = set(SHOP_NAMES.findall(text))
+    named = [person in people, shop in shops, thing in words]
+    return sum(named) - bool(people - {person}) - bool(shops - {shop})
 
 
 def main():
