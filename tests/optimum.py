@@ -309,7 +309,7 @@ ROWS = [
     rl_row("drgrpo --kl_place reward", "pi*", optimum, "RLOO but for the factor (k - 1) / k"),
     rl_row("dapo --kl_place reward", "pi*", optimum, "as GRPO; groups of equal returns are left out"),
     rl_row("gspo --kl_place reward", "pi*", optimum,
-           "one ratio for each answer; the narrow clip leaves about one step to each rollout"),
+           "one ratio for each answer; the narrow clip leaves one step to each rollout, so it arrives later"),
     rl_row("cispo --kl_place reward", "pi*", optimum, "on fresh rollouts its gradient is that of GRPO"),
     rl_row("grpo", "its own", aim_of_grpo,
            "k3 in the loss pays KL(ref to pi) state by state; the std makes beta mean beta x std of the scores; "
@@ -322,8 +322,10 @@ ROWS = [
            "no KL: it goes to one good answer, of those that the reference gives often enough to be found"),
     rl_row("dapo", "one answer", one_answer,
            "no KL; groups that agree are replaced, so that every group has a gradient"),
-    rl_row("gspo", "one answer", one_answer, "no KL; the narrow clip makes its way shorter in as many rollouts"),
-    rl_row("cispo", "one answer", one_answer, "no KL; no gradient is clipped away, so it goes furthest"),
+    rl_row("gspo", "one answer", one_answer,
+           "no KL; further steps on one rollout (table) are clipped away: there it is still on its way"),
+    rl_row("cispo", "one answer", one_answer,
+           "no KL; with few steps to each rollout hardly a weight is clipped: as DAPO"),
 ]
 
 

@@ -985,7 +985,7 @@ DEFAULTS = dict(
 
 def test_the_defaults_and_where_the_ranges_begin():
     values = dataclasses.asdict(ppo.PPOConfig())
-    del values["micro_batch_tokens"]
+    assert values.pop("micro_batch_tokens") == ppo.MICRO // 2
     assert values == DEFAULTS
     assert dataclasses.asdict(ppo.PreferenceConfig()) == dict(
         preference_loss="dpo", beta=0.1, label_smoothing=0.0, simpo_gamma=1.0, orpo_lambda=0.1,
@@ -1141,6 +1141,7 @@ def test_wrong_prompts_are_refused_in_a_sentence(prompts_, says):
     roles, state, _, _ = setup(cfg)
     with pytest.raises(UserError, match=says):
         next(ppo.train_ppo(cfg, roles, state, environment()._replace(prompts=prompts_)))
+    ppo.check_training(cfg, roles, state, environment()._replace(prompts=[[0], [11]]))    # both ends of the range
     if says.startswith("prompt") and isinstance(prompts_, list) and prompts_:
         with pytest.raises(UserError, match=says):
             ppo.collate_rollout(prompts_, [[1]] * len(prompts_))

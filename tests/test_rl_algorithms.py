@@ -414,7 +414,9 @@ def test_a_kl_in_the_loss_that_overflows_is_nothing_times_a_beta_of_0():
     m = ppo.update(cfg, roles, state, far)
     assert math.isfinite(m["policy_loss"]) and m["skipped"] == 0
     state.kl.beta = 0.1
-    assert not math.isfinite(ppo.update(cfg, roles, state, far)["policy_loss"])
+    before = weights(state)
+    m = ppo.update(cfg, roles, state, far)
+    assert not math.isfinite(m["policy_loss"]) and m["skipped"] == 1 and torch.equal(weights(state), before)
 
 
 def test_a_composed_algorithm_runs():
@@ -475,6 +477,13 @@ def test_dynamic_sampling_resumes_exactly():
     state.load_state_dict(saved)
     log += [m for m, _ in ppo.train_ppo(cfg, roles, state, ppo.Environment(MANY, half_equal, END, [PAD]))]
     assert timeless(log) == timeless(whole) and torch.equal(weights(state), weights(end))
+
+
+@pytest.mark.parametrize("algo", [name for name in NAMES if name not in ("ppo", "reinforce")])
+def test_a_group_is_two_answers_or_more(algo):
+    assert config(algo=algo, num_generations=2).num_generations == 2
+    with pytest.raises(UserError, match=f"--algo {algo} compares answers to one prompt"):
+        config(algo=algo, num_generations=1)
 
 
 def test_an_unknown_algorithm_fails_loudly():
