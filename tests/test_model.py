@@ -32,7 +32,7 @@ STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_fa
                original_max_position_embeddings=32)
 KINDS = {"gpt2": SMALL, "llama": SMALL.as_family("llama", n_kv_head=2, head_size=16, rope_scaling=STRETCH),
          "qwen3": SMALL.as_family("qwen3", n_kv_head=1, tied=False),
-         "glm4": SMALL.as_family("glm4", n_kv_head=2, head_size=16),
+         "glm4": SMALL.as_family("glm4", n_kv_head=2, head_size=16, tied=False),
          "gpt_neox": SMALL.as_family("gpt_neox", head_size=16, n_inner=64, tied=False)}
 ANY = pytest.mark.parametrize("kind", KINDS)
 
