@@ -236,12 +236,15 @@ class PtxFlags:
 class BestAnswersFlags:
     """sampling"""
     best_n: int = flag(1, "best answers to each prompt that are written out", low=1)
+    at_least: float = flag(None, "write out no answer that scores less; default: no limit", type=float)
 
     @staticmethod
     def check(cfg):
         if cfg.best_n > cfg.num_generations:
             raise UserError(f"--best_n {cfg.best_n} is more than --num_generations "
                             f"{cfg.num_generations}, the answers there are")
+        if cfg.at_least is not None and not math.isfinite(cfg.at_least):
+            raise UserError(f"--at_least {cfg.at_least} must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -2079,7 +2082,8 @@ def write_samples(cfg, run, rows):
         kept, answered = best_rows(setup, split, answers, scored["score"], cfg)
         without = len(prompt_ids) - answered
         if without:
-            log_progress(f"{split}: {without} prompts have no answer that ended, and no row")
+            limit = "" if cfg.at_least is None else f" with a score of {cfg.at_least:g} or more"
+            log_progress(f"{split}: {without} prompts have no answer that ended{limit}, and no row")
         write_rows(run.folder / f"{split}.jsonl", kept)
     del metrics["kl"]                                   # policy and reference are one here
     generations = {}
@@ -2115,7 +2119,8 @@ def best_rows(setup, split, answers, scores, cfg):
     n = cfg.num_generations
     text = setup.ctx.text
     cut = torch.tensor([y[-1] != text.end_token for y in answers]).view(-1, n)
-    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.best_n, torch.finfo().min)
+    at_least = torch.finfo().min if cfg.at_least is None else cfg.at_least
+    best = ppo.feedme(scores.masked_fill(cut, -math.inf), cfg.best_n, at_least)
     rows = []
     for b, i in best:
         turns = text.turns(setup.rows[split][b])[:-1]

@@ -2,7 +2,7 @@
 # RL with verifiable rewards on toy/sums: pass@1 to pass@64 after SFT, rejection sampling, GRPO, DAPO, RLOO and PPO,
 # each from the same SFT model and with about as many sampled answers (60 iterations of 64):  tests/sums.sh [OUT]
 # SEEDS, ALGOS: words, "1 2 3" and "grpo dapo rloo ppo"; PYTHON: the interpreter. A command that is finished is not run
-# again. Rejection sampling keeps the best of 8 answers to 480 prompts, and imitates it.
+# again. Rejection sampling answers 480 prompts 8 times, and imitates one right answer to each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -23,7 +23,7 @@ for seed in ${SEEDS:-1 2 3}; do
     train --data toy/sums_chat --method full --epochs 4 --out "$sft"
     measure sft
     "$python" train.py --task sample --data toy/sums --seed "$seed" --init "$sft" --num_generations 8 \
-        --eval_items 480 --out "$out/best-s$seed"
+        --eval_items 480 --at_least 1 --out "$out/best-s$seed"
     train --data "$out/best-s$seed" --init "$sft" --out "$out/rejection-s$seed"
     measure rejection
     for algo in ${ALGOS:-grpo dapo rloo ppo}; do

@@ -296,6 +296,11 @@ def test_samples_feed_sft(town, tmp_path, monkeypatch):
     assert all(row["score"] >= sum(map(str.isascii, row["completion"])) - 2 for row in rows)    # stripped
     m = r["metrics"]
     assert m["score_best_of_8"] > m["score"] and m["gold_best_of_8"] == m["score_best_of_8"]
+    limit = sorted(row["score"] for row in rows)[-5]
+    go(town, tmp_path / "few", "--task", "sample", "--data", town / "prompts", "--reward", "judges:letters",
+       "--num_generations", "8", "--max_new_tokens", "4", "--best_n", "2", "--at_least", limit)
+    few = [json.loads(line) for line in (tmp_path / "few" / "train.jsonl").read_text().splitlines()]
+    assert few == [row for row in rows if row["score"] >= limit] and 5 <= len(few) < 64
     rows = [row for row in rows if row["completion"].strip()]
     r = go(town, tmp_path / "sft", "--data", tmp_path / "s", "--steps", "2", "--forgetting_data", "none")
     assert r["status"] == "done"

@@ -1,12 +1,10 @@
 """toy/sums: sums whose answers a program checks, and the stages that `--task ppo` has on them."""
 import re
-import sys
 
 import pytest
 
 import train
 from data import toy
-from data.runtime.user_functions import load_reward
 from data.toy import sums
 
 WORK = re.compile(r"(\d)([+-]\d)=(\d)")
@@ -16,15 +14,6 @@ WORK = re.compile(r"(\d)([+-]\d)=(\d)")
 def rows():
     names = ("toy/sums", "toy/sums_chat")
     return {(name, split): toy.rows(name, split) for name in names for split in toy.SPLITS}
-
-
-def test_a_reward_of_three_arguments_gets_the_row(tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_rows.py").write_text("def equal(prompt, answer, row):\n"
-                                                 "    return float(answer == row['answer'])\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    score = load_reward("reward", "rewards_of_rows:equal")
-    assert score("1+1=?", "2", {"answer": "2"}) == 1 and score("1+1=?", "3", {"answer": "2"}) == 0
-    del sys.modules["rewards_of_rows"]
 
 
 def test_a_sum_by_hand():
