@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 import ppo
 from model import GPT, GPTConfig
-from test_ppo_optimum import BETA, EOS, Task, V, outcomes, tabular, trainable
+from optimum import BETA, EOS, Task, V, outcomes, tabular, trainable
 
 SEEDS = range(3)
 WHY = {

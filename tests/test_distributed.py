@@ -37,6 +37,7 @@ QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1
          "shard": f"--method full --shard --keep_best loss {SFT}",
          "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO,
          "generations": "--task eval --data chat --num_generations 3 --temperature 2 --max_new_tokens 4"}
+GROUPED = [algorithm.name for algorithm in ppo.ALGORITHMS if algorithm.compares_groups]
 RESUMED = f"{SFT} --save_every 2"
 SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "prompt": f"--method prompt_tuning --num_virtual_tokens 4 {SFT}",
