@@ -456,9 +456,9 @@ def test_votes_against_chosen_are_advice(town):                     # noqa: F811
     rows = [pair_row("a", "b", votes_for=4, votes_against=1), pair_row("a", "b", votes_for=1, votes_against=4),
             pair_row("a", "b", votes_for=2, votes_against=2), pair_row("a", "b")]
     assert formats.outvoted(rows) == rows[1:2]
-    advice = list(advice_on_rows(rows, "pairs", 0, 0))
+    advice = list(advice_on_rows(rows, "pairs", 0, 0, 0))
     assert advice[0].startswith("1 pairs have more votes against chosen than for it (x:1 is the first)")
-    assert not any("votes" in line for line in advice_on_rows(rows[:1], "pairs", 0, 0))
+    assert not any("votes" in line for line in advice_on_rows(rows[:1], "pairs", 0, 0, 0))
 
 
 def test_check_and_dry_run_show_thumbs(town, thumbs, tmp_path, capsys):             # noqa: F811
