@@ -602,7 +602,7 @@ class GPT(nn.Module):
         tensors = {name: t.contiguous() for name, t in stored_tensors(self).items()}
         widest = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
         write_tensors(os.path.join(folder, "model.safetensors"), tensors)
-        write_json(os.path.join(folder, "config.json"), hf_config(self.config, widest))     # loaders cast to it
+        write_json(os.path.join(folder, "config.json"), hf_config(self.config, widest))     # what loaders use
 
 
 def check_targets(targets, tokens):

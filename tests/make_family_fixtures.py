@@ -20,7 +20,8 @@ TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER
 GLM4_TOKENS = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
                "<|assistant|>", "<|observation|>"]
 # Tools and metadata as chat templates of this family treat them: absent here, and written as nothing.
-GLM4_CHAT = ("[gMASK]<sop>{% for m in messages %}{% if m['tools'] is defined %}{{ '<|system|>\n' + m['tools'] }}{% endif %}"
+GLM4_CHAT = ("[gMASK]<sop>{% for m in messages %}"
+             "{% if m['tools'] is defined %}{{ '<|system|>\n' + m['tools'] }}{% endif %}"
              "{{ '<|' + m['role'] + '|>' }}{{ m['metadata'] }}{{ '\n' + m['content'] }}{% endfor %}"
              "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 FAMILIES = {            # pre-tokenizer, normalizer, special tokens in front of the vocabulary, and behind it

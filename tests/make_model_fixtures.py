@@ -5,7 +5,8 @@
 
 For each case in CASES: `<case>.json` holds config.json as transformers 5 wrote it, the same in the dialect of
 transformers 4, and the name and shape of every tensor in the model.safetensors that it wrote; `logits.npz`
-has the logits, and greedy continuations of the first 6 ids. The weights are not stored: maker and test draw them by `draw`, from the tensor's name.
+has the logits, and greedy continuations of the first 6 ids. The weights are not stored: maker and test draw
+them by `draw`, from the tensor's name.
 Two folders are stored whole, just as `save_pretrained` left them: `gpt2/`, and `sharded/` with its index.
 """
 import json

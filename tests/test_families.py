@@ -15,9 +15,9 @@ import torch
 from test_matrix import METHODS, documented, outcome
 
 import lora
-from data.checkpoints.hf import from_stored, key_order, stored_tensors
+from data.checkpoints.hf import from_stored, key_order, parse_config, stored_tensors
 from data.checkpoints.safetensors import read_tensors
-from data.runtime.files import read_json
+from data.runtime.files import DataError, read_json
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate
 from prompts import PromptTuning, PrefixTuning, PTuning, PTuningV2, load_prompt, save_prompt
@@ -60,6 +60,39 @@ def far(a, b):
 
 def words(model):
     return ["q", "k", "v", "o", "up", "down"] + ["gate"] * (model.config.mlp == "swiglu")
+
+
+# ---- the published models ---------------------------------------------------------------------------------
+
+PYTHIA = dict(model_type="gpt_neox", hidden_act="gelu", hidden_size=512, intermediate_size=2048, layer_norm_eps=1e-5,
+              max_position_embeddings=2048, num_attention_heads=8, num_hidden_layers=6, rotary_emb_base=10000,
+              rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True, vocab_size=50304)
+GLM_4_9B = dict(model_type="glm", attention_bias=True, head_dim=128, hidden_act="silu", hidden_size=4096,
+                intermediate_size=13696, max_position_embeddings=131072, num_attention_heads=32, num_hidden_layers=40,
+                num_key_value_heads=2, rms_norm_eps=1.5625e-7, rope_theta=10000.0, tie_word_embeddings=False,
+                vocab_size=151552)
+MISTRAL_7B = dict(model_type="mistral", hidden_act="silu", hidden_size=4096, intermediate_size=14336,
+                  max_position_embeddings=32768, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8,
+                  rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False,
+                  vocab_size=32768)
+
+
+@pytest.mark.parametrize("config, parameters", [
+    (PYTHIA, 70_426_624),                                                               # Pythia 70M
+    (PYTHIA | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12), 162_322_944),
+    (GLM_4_9B, 9_399_951_360),                                                          # glm-4-9b
+    (GLM_4_9B | {"model_type": "glm4"}, 9_400_279_040),                                 # GLM-4-9B-0414
+    (MISTRAL_7B, 7_248_023_552)])                                                       # 7B v0.3
+def test_published_models_have_their_number_of_parameters(config, parameters):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**parse_config(config, "config.json")))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_windowed_mistral_is_refused():
+    with pytest.raises(DataError, match="sliding_window is 4096, shorter than the context of 32768, .*; "
+                                        "max_position_embeddings 4096 would do without one"):
+        parse_config(MISTRAL_7B | {"sliding_window": 4096}, "config.json")
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------

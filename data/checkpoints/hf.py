@@ -25,7 +25,8 @@ rows, exact for weights, biases and what an adapter has for each output; the sco
 Models are used through their attributes only (config, get_submodule, named_modules).
 
 Public: Family, FAMILIES, find_family, read_config, parse_config, hf_config, save_generation, read_weights,
-hf_names, live_names, grouped, stored_rows, to_stored, from_stored, key_order, read_stored, read_state, stored_tensors
+hf_names, live_names, grouped, stored_rows, to_stored, from_stored, key_order, read_stored, read_state,
+stored_tensors
 """
 import collections
 import json
@@ -51,7 +52,7 @@ class Family:
     names: dict                     # our module outside the blocks -> stored module
     block_path: str                 # stored path of block {i}
     block_names: dict               # our module inside a block -> stored module
-    rows: Callable = None           # (GPTConfig, our module) -> its rows of the stored one; None: all, in order
+    rows: Callable = None           # (GPTConfig, our module) -> its rows of the stored one; None: as they are
     key_order: Callable = None      # (GPTConfig) -> which numbers of a stored head make one of ours
     transposed: bool = False        # the matrices of the blocks are stored (in, out)
     optional_prefix: str = ""       # some files lack this in front of every name but the head's
@@ -287,7 +288,8 @@ def read_rope(reader, family, block_size):
     fraction = float(reader.take("partial_rotary_factor", float, outside, section=rope))
     if fraction > 1 or whole == 1 and fraction != 1:
         most = "rotates whole heads, which is 1" if whole == 1 else "can rotate 1 at most"
-        raise DataError(f"{reader.path}: partial_rotary_factor is {fraction}; a {reader.model_type} model {most}")
+        raise DataError(f"{reader.path}: partial_rotary_factor is {fraction}; a {reader.model_type} model "
+                        f"{most}")
     fields = dict(rope_theta=theta, rope_scaling=None, rotary_fraction=fraction)
     if rope_type == "default":
         return fields

@@ -12,9 +12,10 @@ lora_magnitude_vector (out); AdaLoRA adds lora_E (r, 1) and writes all three wit
 
 The parts of a fused module (GPT-2's c_attn, GPT-NeoX's query_key_value, GLM's gate_up_proj) become diagonal
 blocks: A stacked, B block-diagonal, rank the sum; where they share one A they are one plain adapter. What
-belongs to an output (a row of B, a magnitude, an ia3_l) stands where the family stores that row. A variant that peft does not have is written as its state dict,
-by our module paths, with the settings it was built with. What is missing, foreign or misshaped, or would
-change the mathematics, is refused by name, where peft warns or is silent.
+belongs to an output (a row of B, a magnitude, an ia3_l) stands where the family stores that row. A variant
+that peft does not have is written as its state dict, by our module paths, with the settings it was built
+with. What is missing, foreign or misshaped, or would change the mathematics, is refused by name, where peft
+warns or is silent.
 
 What an adapter file holds beside the adapter (modules_to_save) is `extra`: the head of a SEQ_CLS adapter,
 `score.weight` (labels, C), is a classifier's; anything else is refused by whoever would not use it.
@@ -58,8 +59,8 @@ OUTPUTS = ("lora_B", "lora_magnitude_vector", "ia3_l")          # they have a ro
 
 
 def fuse(pieces, shared):
-    """The adapters of a fused module's parts (or of one Linear) as one; each a dict of tensors by field, an absent one of
-    rank 0 (or with magnitudes, or ones, that do nothing). shared: all hold the very same A and E."""
+    """The adapters of a fused module's parts (or of one Linear) as one; each a dict of tensors by field, an
+    absent one of rank 0 (or with magnitudes, or ones, that do nothing). shared: all hold the very same A and E."""
     out = {}
     for f in pieces[0]:
         ts = [p[f] for p in pieces]

@@ -67,7 +67,7 @@ class ChatTemplate:
     separator: str = ""             # what stands behind an end token
     document: bool = False          # plain text that starts and ends as a document; only answers have an end
     own_start: bool = False         # a document starts as the tokenizer starts a text
-    opens_user: bool = False        # the end token of an answer opens the user's next turn; only answers have one
+    opens_user: bool = False        # only answers have an end token, and it opens the user's next turn
 
 
 class Style(NamedTuple):
@@ -398,9 +398,11 @@ def _pieces(messages, record, style, open_answer):
         pieces += _opening(record, role, previous, last)
         prefix = style.prefix if role == "system" and previous is None else ""
         pieces.append(Piece(prefix + record.content(message["content"], role, last), False, target))
-        following = messages[i + 1]["role"] if i + 1 < len(messages) else "assistant" if open_answer else "user"
         has_end = role == "assistant" or not record.document
         if record.opens_user:
+            following = "assistant" if open_answer else "user"          # of the last message
+            if i + 1 < len(messages):
+                following = messages[i + 1]["role"]
             has_end = role == "assistant" and following == "user"
         if has_end:
             pieces.append(Piece(style.end, True, target))
@@ -498,7 +500,7 @@ def _writes(source, record, style, tokenizer):
 
 # ---- length ------------------------------------------------------------------------------------------------
 def start_length(template, tokenizer):
-    """How many ids at the start of a conversation are kept when its prompt is cut: the start tokens, at least 1."""
+    """How many ids at the start of a prompt are kept when it is cut: its start tokens, and at least one."""
     record = _fitting(template, tokenizer)
     return max(1, len(_start_tokens(record, _style(record, tokenizer)[0])))
 
@@ -516,9 +518,9 @@ def fit_to_length(ids, mask, limit, too_long="truncate", location="an example", 
 
     too_long   "truncate", "drop" (returns None) or "error" (raises DataError) Truncation cuts the prompt
     (everything before the first target) on the left and the rest on the right. Each is guaranteed half of
-    the limit and may use what the other does not need, so that both keep some tokens. The first `start` tokens
-    are kept, because a model is trained with its start tokens. A cut answer has no end token. Raises UserError
-    for a limit below 2.
+    the limit and may use what the other does not need, so that both keep some tokens. The first `start`
+    tokens are kept, because a model is trained with its start tokens. A cut answer has no end token. Raises
+    UserError for a limit below 2.
     """
     if limit < 2:
         raise UserError(f"only {limit} tokens are left for an example, at least 2 are needed; use a larger "

@@ -190,8 +190,8 @@ def with_template(spec, config, chat_template, start):
     single, second = ([*({"SpecialToken": {"id": token, "type_id": n}} for token in start),
                        {"Sequence": {"id": name, "type_id": n}}] for n, name in enumerate("AB"))
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    first = {"type": "TemplateProcessing", "single": single, "pair": single + second,
-             "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in start}}
+    known = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in start}
+    first = {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": known}
     config.pop("add_bos_token", None)                   # with it transformers would make a rule of its own
     if config.get("bos_token") is None and len(start) == 1:
         config["bos_token"] = start[0]
