@@ -3,13 +3,17 @@
 Tests that need real data take the fixture `assets`; they are skipped, with the reason, when the folder is
 missing (environment variable ASSETS; the README says what it holds).
 """
+import contextlib
 import os
 import pathlib
 import signal
 import sys
 
+with contextlib.suppress(ImportError):                  # not on Windows
+    import readline                                     # noqa: F401   writes COLUMNS for the programs that follow
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: workers that spin get in the way
 os.environ.pop("COLUMNS", None)                         # lines are as long as in a pipe
+os.unsetenv("COLUMNS")                                  # also where Python has not seen it being set
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
