@@ -553,7 +553,7 @@ def test_a_curve_shows_the_loss_on_valid_beside_that_of_training(tmp_path):
 
     curves, title = drawn("exact_match", targets=7)
     assert curves == [[([1, 2], [1.0, 0.5]), ([2], [0.5])], [([2], [0.25])]]
-    assert title == "line: training, smoothed\nfilled: valid, hollow: test, 8 test items"
+    assert title == "line: training (1 run)\nfilled: valid, hollow: test, 8 test items"
     assert drawn("loss", targets=7)[0] == [[([1, 2], [1.0, 0.5]), ([2], [0.5])]]
     assert drawn("exact_match", macro_f1=1)[0][0] == [([1, 2], [1.0, 0.5])]         # per label, not per token
 

@@ -28,10 +28,11 @@ estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
                     majority@n that over prompts. It covers other items, not other seeds. Any other number has
                     no interval
 
-Public: gather, events, by_test_set, test_set, group_fields, distinguishing_fields, group, field_value,
+Public: gather, events, by_test_set, test_set, did_you_mean, group_fields, distinguishing_fields, group, field_value,
 display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
 measured_differently, estimate, item_values, is_proportion, lower_is_better, PROPORTIONS, VERSION_FIELDS
 """
+import difflib
 import glob
 import json
 import math
@@ -253,6 +254,12 @@ def display_value(value):
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return str(value).rstrip("/").split("/")[-1]
+
+
+def did_you_mean(name, known):
+    """The end of an error about an unknown name: the nearest of the known ones, or nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def group_key(run, fields):

@@ -12,7 +12,6 @@ left out    a folder that looks like a run and is not in the table is listed bel
 
 Public: TableFlags, show, best, table, matrix, format_size
 """
-import difflib
 import math
 import os
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from data.results.compare import compare
 from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
 from data.results.log_plots import logged_fields
 from data.results.metrics import summary
-from data.results.runs import (MISSING, by_test_set, display_value, estimate, events, field_value, gather,
-                               group, group_fields, known_fields, lower_is_better, main_metric,
+from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events, field_value,
+                               gather, group, group_fields, known_fields, lower_is_better, main_metric,
                                measured_differently, metric_names, metric_values, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
@@ -107,11 +106,6 @@ def check_fields(runs, fields, also=()):
     for name in fields:
         if name not in known:
             raise UserError(f"{name} is no field of these runs{did_you_mean(name, known)}")
-
-
-def did_you_mean(name, known):
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_metrics(runs, requested):
