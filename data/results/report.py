@@ -166,8 +166,11 @@ def report(result, folder):
     if result.get("next_command") is not None:
         print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
     if result.get("steps") and "seconds" in result:
-        print_result(f"{result['steps']:,} steps took {result['seconds']:,.1f} s, evaluation not included")
-    brief = {name: result[name] for name in BRIEF if name in result}
+        steps = "1 step" if result["steps"] == 1 else f"{result['steps']:,} steps"
+        print_result(f"{steps} took {result['seconds']:,.1f} s, evaluation not included")
+    # of training alone
+    shown = [name for name in BRIEF if result.get("steps") or name != "tokens_per_second"]
+    brief = {name: result[name] for name in shown if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
     line = " ".join(f"{name}={value}" for name, value in brief.items())
