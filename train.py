@@ -269,7 +269,7 @@ def parse(argv):
     """argv -> Config. Raises UserError."""
     cfg = command.parse(argv, PROGRAM)
     if find_task(cfg.task).reads_own_data and "data" not in cfg.given:
-        data = data_of(cfg.init)
+        data = setting_of(cfg.init, "data")
         if data is not None:
             log_progress(f"without --data, {cfg.init} is measured on the data of its run, {data}")
             return cfg.replace(data=data)
@@ -1322,12 +1322,29 @@ def open_data(cfg):
 
 
 def require_row_type(cfg, row_type):
-    """Raises DataError, which names the tasks that train on such rows, unless the task reads them."""
+    """Raises DataError, which names what reads such rows, unless the task does."""
     reads = find_task(cfg.task).reads
     if row_type not in reads:
+        if find_task(cfg.task).reads_own_data:
+            refuse_scored_rows(cfg, row_type)
         others = [task.name for task in TASKS if task.trains and row_type in task.reads]
         raise DataError(f"{cfg.data} holds {row_type} rows; --task {cfg.task} reads {' or '.join(reads)} rows; "
                         f"{row_type} rows are for --task {' or '.join(others)}")
+
+
+def refuse_scored_rows(cfg, row_type):
+    """Raises DataError, with the command that measures a model by a reward, for rows that one scores."""
+    scoring = [task.name for task in TASKS if task.scores_samples and not task.trains and row_type in task.reads]
+    if scoring:
+        words = ["--task", scoring[0], "--init", cfg.init, "--data", cfg.data]
+        reward = setting_of(cfg.init, "reward")
+        if reward is not None:
+            words += ["--reward", reward]
+        elif cfg.data not in toy.RL:                    # the toy world brings its own reward
+            words += ["--reward", "REWARD"]
+        measure = shlex.join(["python", "train.py", *words, "--num_generations", "16"])
+        raise DataError(f"{cfg.data} holds {row_type} rows, whose answers a reward scores; --task {cfg.task} reads "
+                        f"{' or '.join(find_task(cfg.task).reads)} rows, and this measures {row_type} rows: {measure}")
 
 
 FEW_ITEMS = 30                                      # with 30, an accuracy of 0.5 is known to +- 0.17
@@ -2222,7 +2239,7 @@ def run_show(cfg):
 def first_test_prompt(ctx, init):
     """The last message of the first test row that a run was measured on, or the beginning of its text; None if
     that is not known."""
-    data = data_of(init)
+    data = setting_of(init, "data")
     if data is None:
         return None
     row = formats.load_splits(data)["test"].rows[0]
@@ -2271,15 +2288,15 @@ def run_merge(cfg):
     print_result(f"largest logit difference after merging: {difference:.2g}")
     words = ["--task", "chat", "--init", cfg.out]
     if made_by and made_by.judges:                      # it scores, and does not answer
-        words = ["--task", "eval", "--init", cfg.out, "--data", data_of(cfg.init) or "FILE"]
+        words = ["--task", "eval", "--init", cfg.out, "--data", setting_of(cfg.init, "data") or "FILE"]
     print_result(shlex.join(["python", "train.py", *words]))
     return 0
 
 
-def data_of(name):
-    """The --data of the run that made a folder; None if it is not known."""
+def setting_of(name, flag):
+    """A flag's value in the run that made a folder; None if it is not known."""
     with contextlib.suppress(UserError):
-        return read_run_config(find(name))["config"].get("data")
+        return read_run_config(find(name))["config"].get(flag)
     return None
 
 

@@ -1,6 +1,7 @@
 """What a command says of itself: which data it reads, where it goes on, what its run cannot learn."""
 import json
 import os
+import shlex
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import tiny
 import train
 from data.results import report
 from data.runtime import run_folder
+from data.runtime.files import DataError
 
 SHORT = ["--steps", "4", "--batch", "4", "--eval_every", "100", "--forgetting_data", "none"]
 
@@ -40,6 +42,29 @@ def test_eval_reads_the_data_of_the_run(world, tmp_path, capsys):
     assert result(tmp_path / "own")["metrics"] == result(world / "words")["metrics"]
     assert train.main([*command, "--data", str(world / "label"), "--out", str(tmp_path / "own")]) == 0     # the same run
     assert "without --data" not in capsys.readouterr().err
+
+
+def test_eval_of_prompts_names_the_command_that_measures_them(tmp_path):
+    """A run of --task ppo on a data set of prompts: each word of the command that is named can be parsed."""
+    run = tmp_path / "ppo"
+    values = {"task": "ppo", "method": "lora", "data": "toy/sums", "reward": "data.toy:right"}
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"config": values}))
+    cfg = train.parse(["--task", "eval", "--init", str(run)])
+    assert cfg.data == "toy/sums"
+    with pytest.raises(DataError) as error:
+        train.require_row_type(cfg, "prompt")
+    command = (f"python train.py --task sample --init {run} --data toy/sums --reward data.toy:right "
+               "--num_generations 16")
+    assert str(error.value) == (
+        "toy/sums holds prompt rows, whose answers a reward scores; --task eval reads chat or label or tags or text or "
+        f"pairs or ranked rows, and this measures prompt rows: {command}")
+    parsed = train.parse(shlex.split(command)[2:])
+    assert parsed.reward == "data.toy:right" and parsed.num_generations == 16
+    train.require_row_type(parsed, "prompt")
+    base = train.parse(["--task", "eval", "--init", str(tmp_path), "--data", "mine.jsonl"])
+    with pytest.raises(DataError, match=f"--init {tmp_path} --data mine.jsonl --reward REWARD --num_generations 16"):
+        train.require_row_type(base, "prompt")          # no run that knows its reward
 
 
 def test_a_model_that_is_no_run_is_measured_on_the_toy(world, capsys):

@@ -10,6 +10,7 @@ import ppo
 import train
 from data.results import layout, log_plots, ppo_metrics
 from data.results.report import report
+from data.runtime.files import UserError
 from test_table import make, refused, shown
 from test_train import world  # noqa: F401
 from tiny import PAIRS, write
@@ -197,9 +198,59 @@ def test_a_field_against_another_is_the_mean_of_runs_at_their_common_steps():
     logs = {("lora",): [logged(tokens=[10, 20, 30], kl=[0.0, 1.0, 2.0]), logged(tokens=[12, 24], kl=[2.0, 3.0])]}
     (lines,), figure = drawn(logs, "tokens", ["kl"])
     assert lines == [([10, 20, 30], [0, 1, 2]), ([12, 24], [2, 3]), ([11, 22], [1, 2])]
-    assert figure.axes[0].get_title(loc="left") == "smoothed; mean of 2 runs, thin: each"
+    assert figure.axes[0].get_title(loc="left") == "mean of 2 runs, thin: each"
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("tokens", "kl")
     assert not figure.legends                                       # one line needs none
+
+
+def text_of(figure):
+    """(the title of the first axis, the label below the last one, whether its ticks are whole numbers)."""
+    last = figure.axes[-1]
+    figure.canvas.draw()
+    return (figure.axes[0].get_title(loc="left"), last.get_xlabel(),
+            all(float(tick).is_integer() for tick in last.get_xticks()))
+
+
+def test_a_plot_says_what_a_step_is_and_whether_it_is_smoothed():
+    few = logged(score=[0.0, 1.0, 0.5])
+    _, figure = drawn({("grpo",): [few]}, "step", ["score"])
+    assert text_of(figure) == ("1 run", "iteration", True)
+    _, figure = drawn({("grpo",): [logged(score=[0.0, 1.0] * 4 + [1.0])]}, "step", ["score"])
+    assert text_of(figure)[0] == "1 run"
+    many = logged(loss=[1.0, 2.0] * 5)
+    _, figure = drawn({("lora",): [many], ("full",): [many, many]}, "step", ["loss"])
+    assert text_of(figure) == ("smoothed; mean of 1 to 2 runs, thin: each", "optimiser step", True)
+    _, figure = drawn({("lora",): [many], ("grpo",): [few]}, "step", ["loss"])
+    assert text_of(figure)[1] == "optimiser step or iteration"
+    _, figure = drawn({("grpo",): [logged(score=[0.0, 1.0], kl=[0.0, 0.5])]}, "kl", ["score"])
+    assert text_of(figure) == ("1 run", "kl", False)
+
+
+def test_the_default_curves_say_the_same():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    log_plots.draw_steps(figure, {("grpo",): [logged(score=[0.0, 1.0, 0.5])]}, ["method"], "score")
+    assert text_of(figure) == ("line: training (1 run)", "iteration", True)
+    figure.clear()
+    long = logged(loss=[1.0, 2.0] * 5)
+    log_plots.draw_steps(figure, {("lora",): [long, long]}, ["method"], "loss")
+    assert text_of(figure) == ("line: training, smoothed (mean, range of 2 runs)", "optimiser step", True)
+
+
+def test_overoptimisation_without_a_gold_reward_is_named():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    plain = logged(score=[0.0, 1.0], sqrt_kl=[0.0, 0.5])
+    with pytest.raises(UserError, match="these runs logged no gold reward.*--gold_reward"):
+        log_plots.draw_overoptimisation(figure, {("grpo",): [plain]}, ["method"])
+    gold = logged(score=[0.0, 1.0], sqrt_kl=[0.0, 0.5], gold=[0.5, 0.25])
+    log_plots.draw_overoptimisation(figure, {("grpo",): [plain, gold, gold]}, ["method"])
+    assert text_of(figure)[0] == "2 runs; ring: the highest gold reward"
+
+
+def test_fields_that_no_event_has_together_are_named_without_a_list():
+    log = logged(kl=[1.0, None], score=[None, 2.0])
+    with pytest.raises(UserError) as error:
+        drawn({("lora",): [log]}, "kl", ["score"])
+    assert str(error.value).startswith("--x kl --y score: no run logged both together")
 
 
 def test_only_what_is_no_clock_is_smoothed():
@@ -246,7 +297,7 @@ def test_the_command_draws_any_logged_field(tmp_path, capsys):
         shown(tmp_path, capsys, "--plot", str(file), *words)
         assert file.stat().st_size > 5000
     file = str(tmp_path / "p.svg")
-    assert "--x step --y no: no run logged both together; logged are step tokens kl score" in refused(
-        tmp_path, "--plot", file, "--y", "no")
+    assert "--y no: no run logged it; logged are step tokens kl score" in refused(tmp_path, "--plot", file, "--y", "no")
+    assert refused(tmp_path, "--plot", file, "--y", "kl,scor") == "--y scor: no run logged it; did you mean score?"
     assert "did you mean tokens?" in refused(tmp_path, "--plot", file, "--x", "tokns")
     assert "--y kl is for a plot" in refused(tmp_path, "--y", "kl")

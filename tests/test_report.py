@@ -42,9 +42,14 @@ def test_a_run_that_only_measured(capsys):
     lines = capsys.readouterr().out.split("\n")
     assert [line[:28] for line in lines[:2]] == ["loss                  1.2500",
                                                                "forgetting            0.0000"]
-    assert not any(" took " in line for line in lines)
+    assert not any(" took " in line or "tokens_per_second" in line for line in lines)
     assert "  answer    c" in lines and "  before    " not in lines and "0 word" in lines
     assert not any(line.startswith("python") for line in lines)
+
+
+def test_one_step_is_no_plural(capsys):
+    report({**RESULT, "steps": 1}, "out/x")
+    assert "\n1 step took 1.5 s, evaluation not included\n" in capsys.readouterr().out
 
 
 def test_a_proportion_has_an_interval(capsys):

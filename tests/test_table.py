@@ -320,6 +320,43 @@ def test_a_matrix_has_a_column_for_each_value_of_a_field(tmp_path, capsys):
     assert "metod is no field of these runs; did you mean method?" in refused(tmp_path, "--across", "metod")
 
 
+def test_a_single_run_of_rl_has_students_interval_over_its_prompts(tmp_path, capsys):
+    """Of the values 1, 2, 3, 6: mean 3, sum of squares 14, so sd 2.1602 (n - 1) and half 3.1824 sd / 2."""
+    make(tmp_path / "a", {"score": 3.0, "score_std": math.sqrt(14 / 4), "kl": 1.0}, stored={"test_items": 4},
+         flags=["--task", "ppo"], main_metric="score")
+    run = grouped(tmp_path)[1][("lora",)]
+    _, _, low, high = runs.estimate(run, "score")
+    assert (low, high) == pytest.approx((3 - 3.1824 * 2.160247 / 2, 3 + 3.1824 * 2.160247 / 2), abs=1e-3)
+    assert math.isnan(runs.estimate(run, "kl")[2])
+    out = shown(tmp_path, capsys)
+    assert "[-0.437, 6.437]" in out and "rewards: Student's t" in " ".join(out.split())
+    for more in ({"score_std": 0.0}, {"score_std": math.nan}, {"score_std": "inf"}):        # all equal, or unknown: nothing is claimed
+        run[0]["result"]["metrics"].update(more)
+        assert math.isnan(runs.estimate(run, "score")[2])
+    run[0]["result"]["metrics"]["score_std"] = 1.0
+    run[0]["test_items"] = 1
+    assert math.isnan(runs.estimate(run, "score")[2])
+
+
+def test_several_answers_to_a_prompt_are_not_counted_as_prompts(tmp_path):
+    make(tmp_path / "a", {"score": 0.5, "score_std": 0.5, "mean@2": 0.5}, stored={"test_items": 4},
+         flags=["--task", "sample"], generations={"n": 2, "mean": [0.0, 0.5, 0.5, 1.0]})
+    run = grouped(tmp_path)[1][("lora",)]
+    assert math.isnan(runs.estimate(run, "score")[2]) and math.isfinite(runs.estimate(run, "mean@2")[2])
+
+
+def test_a_preference_accuracy_has_wilsons_interval_over_prompts(tmp_path, capsys):
+    make(tmp_path / "a", {"accuracy": 0.7, "prompts": 10, "loss": 0.5}, stored={"test_items": 10},
+         flags=["--task", "dpo"], main_metric="accuracy")
+    assert "[0.397, 0.892]" in shown(tmp_path, capsys)      # as wilson(7, 10)
+
+
+def test_the_interval_is_explained_where_there_is_one(tmp_path, capsys):
+    make(tmp_path / "a", {"loss": 0.5}, stored={"test_items": 10})
+    out = shown(tmp_path, capsys)
+    assert "mean ± sd over the runs of a row." in out and "95 %" not in out
+
+
 def test_the_interval_of_three_seeds_is_students(tmp_path, capsys):
     seeds(tmp_path, "a", [0.90, 0.91, 0.92])
     found, _ = runs.gather([str(tmp_path / "*")])
@@ -553,7 +590,7 @@ def test_a_curve_shows_the_loss_on_valid_beside_that_of_training(tmp_path):
 
     curves, title = drawn("exact_match", targets=7)
     assert curves == [[([1, 2], [1.0, 0.5]), ([2], [0.5])], [([2], [0.25])]]
-    assert title == "line: training, smoothed\nfilled: valid, hollow: test, 8 test items"
+    assert title == "line: training (1 run)\nfilled: valid, hollow: test, 8 test items"
     assert drawn("loss", targets=7)[0] == [[([1, 2], [1.0, 0.5]), ([2], [0.5])]]
     assert drawn("exact_match", macro_f1=1)[0][0] == [([1, 2], [1.0, 0.5])]         # per label, not per token
 

@@ -4,13 +4,13 @@ Each function draws into a matplotlib Figure. logs: {key of the group: [events o
 names of the key's values. The styles and labels of all plots are here, too.
 
 Public: draw_steps, draw_logged, logged_fields, draw_ranks, draw_overoptimisation, rlhf_events, group_label,
-style_of, add_legend
+style_of, add_legend, span_of
 """
 import math
 import re
 
 from data.results.metrics import unit
-from data.results.runs import display_value
+from data.results.runs import did_you_mean, display_value
 from data.runtime.files import UserError
 
 NAMED_BY_VALUE = ("method", "task", "init", "data")     # fields whose value needs no name in a label
@@ -46,7 +46,33 @@ def add_legend(figure, handles, labels):
                   handlelength=2.6, columnspacing=1.2)
 
 
+def span_of(numbers):
+    """Numbers as "3", or as "1 to 3"."""
+    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+
+
+def runs_of(groups):
+    """How many runs a line stands on, as "1 run" or "2 to 3 runs". groups: lists, an entry for each run."""
+    counts = [len(some) for some in groups if some]
+    return f"{span_of(counts)} run{'s' if max(counts) > 1 else ''}"
+
+
 # ------------------------------------------------------------------------------------------------ step curves
+
+def window_of(n):
+    """The width for `smooth` of n points: of fewer than ten it is 1, the points as they are."""
+    return 1 + n // 10
+
+
+def label_steps(axis, logs):
+    """Write below an axis what a step of these logs is, with ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+    trained = [event for log in logs for event in log if event["event"] == "train"]
+    names = {"optimiser step": any("loss" in event for event in trained),
+             "iteration": any("score" in event and "loss" not in event for event in trained)}     # RL
+    axis.set_xlabel(" or ".join(name for name, found in names.items() if found) or "step")
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
+
 
 def smooth(values, width):
     """Each value as the mean of those around it, about `width` of them, of fewer near both ends.
@@ -65,7 +91,7 @@ def over_seeds(logs, event, name, smoothed=False):
     """(steps, means, lows, highs) of `name` in the events of one type, at the steps that every log has."""
     curves = [{e["step"]: float(e[name]) for e in log if e["event"] == event and name in e} for log in logs]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    width = 1 + len(steps) // 10 if smoothed else 1
+    width = window_of(len(steps)) if smoothed else 1
     columns = list(zip(*(smooth([curve[step] for step in steps], width) for curve in curves)))
     means = [sum(column) / len(column) for column in columns]
     return steps, means, [min(column) for column in columns], [max(column) for column in columns]
@@ -86,23 +112,28 @@ def draw_steps(figure, logs, fields, metric, items=""):
     figure.set_size_inches(WIDTH, 4.2 if below else 2.5)
     axes = figure.subplots(2 if below else 1, 1, sharex=True, squeeze=False)[:, 0]
     handles = []
+    smoothed = False
     for i, some in enumerate(logs.values()):
         style = style_of(i, len(logs))
-        handle = draw_band(axes[0], over_seeds(some, "train", main, smoothed=True), {**style, "marker": ""})
+        curve = over_seeds(some, "train", main, smoothed=True)
+        smoothed = smoothed or window_of(len(curve[0])) > 1
+        handle = draw_band(axes[0], curve, {**style, "marker": ""})
         if beside:
             draw_points(axes[0], some, "loss", {**style, "linestyle": ""})
         if below:
             handle = draw_points(axes[1], some, metric, style)
         handles.append(handle)
-    most = max(map(len, logs.values()))
-    over = f" (mean, range of {most} runs)" if most > 1 else ""
+    over = runs_of(logs.values())
+    if max(map(len, logs.values())) > 1:
+        over = f"mean, range of {over}"
     points = "filled: valid, hollow: test" + (f", {items}" if items else "")
-    axes[0].set_title(f"line: training, smoothed{over}" + f"\n{points}" * beside, loc="left")
+    title = f"line: training{', smoothed' * smoothed} ({over})"
+    axes[0].set_title(title + f"\n{points}" * beside, loc="left")
     axes[0].set_ylabel("loss (nats)" if main == "loss" else "score")
     if below:
         axes[1].set_ylabel(metric.replace("_", " "))
         axes[1].set_title(points, loc="left")
-    axes[-1].set_xlabel("optimiser step")
+    label_steps(axes[-1], [log for some in logs.values() for log in some])
     add_legend(figure, handles, [group_label(key, fields) for key in logs])
 
 
@@ -151,7 +182,7 @@ def path_of(log, x, y):
 def smoothed_path(points, x):
     """[(x, y), ...] -> two lists, smoothed; a clock is not."""
     xs, ys = map(list, zip(*points))
-    width = 1 + len(points) // 10
+    width = window_of(len(points))
     return xs if x in CLOCKS else smooth(xs, width), smooth(ys, width)
 
 
@@ -159,10 +190,8 @@ def draw_logged(figure, logs, fields, x, ys):
     """The fields `ys` against the field x: of one group in one plot, of several in a plot for each y."""
     lines = {(key, y): [path_of(log, x, y) for log in some] for key, some in logs.items() for y in ys}
     lines = {line: [path for path in paths if path] for line, paths in lines.items()}
-    for y in ys:
-        if not any(lines[key, y] for key in logs):
-            known = logged_fields([log for some in logs.values() for log in some])
-            raise UserError(f"--x {x} --y {y}: no run logged both together; logged are {' '.join(known)}")
+    every = [log for some in logs.values() for log in some]
+    check_logged(every, x, ys, {y for (_, y), paths in lines.items() if paths})
     overlaid = len(logs) == 1
     figure.set_size_inches(WIDTH, 2.8 if overlaid else 0.6 + 1.9 * len(ys))
     axes = figure.subplots(1 if overlaid else len(ys), 1, sharex=True, squeeze=False)[:, 0]
@@ -176,10 +205,27 @@ def draw_logged(figure, logs, fields, x, ys):
     for axis, y in zip(axes, ys):
         if not overlaid or len(ys) == 1:                # else the legend names them
             axis.set_ylabel(spoken(y))
-    most = max(map(len, lines.values()))
-    axes[0].set_title(f"smoothed; mean of {most} runs, thin: each" if most > 1 else "smoothed", loc="left")
-    axes[-1].set_xlabel("optimiser step" if x == "step" else spoken(x))
+    drawn = [path for paths in lines.values() for path in paths]
+    title = runs_of(lines.values())
+    if max(map(len, lines.values())) > 1:
+        title = f"mean of {title}, thin: each"
+    axes[0].set_title("smoothed; " * any(window_of(len(path)) > 1 for path in drawn) + title, loc="left")
+    axes[-1].set_xlabel(spoken(x))
+    if x == "step":
+        label_steps(axes[-1], every)
     add_legend(figure, list(handles.values()), list(handles))
+
+
+def check_logged(logs, x, ys, drawn):
+    """Raises UserError for one of the fields `ys` that is not among those `drawn` against x."""
+    known = logged_fields(logs)
+    for y in ys:
+        if y not in known:
+            hint = did_you_mean(y, known) or f"; logged are {' '.join(known)}"
+            raise UserError(f"--y {y}: no run logged it{hint}")
+        if y not in drawn:
+            raise UserError(f"--x {x} --y {y}: no run logged both together; name others, or draw each "
+                            "against --x step")
 
 
 def draw_paths(axis, paths, x, style):
@@ -254,6 +300,10 @@ def draw_overoptimisation(figure, logs, fields):
     paths = {key: [rlhf_events(log) for log in some] for key, some in logs.items()}
     paths = {key: [path for path in some if path] for key, some in paths.items() if any(some)}
     if not paths:
+        seen = [event for some in logs.values() for log in some for event in log if event["event"] == "train"]
+        if any({"score", "sqrt_kl"} <= event.keys() for event in seen):
+            raise UserError("--x sqrt_kl: these runs logged no gold reward; train with --gold_reward "
+                            "MODULE:FUNCTION, or draw the score alone by --x sqrt_kl --y score")
         raise UserError("--x sqrt_kl: no run logged gold and sqrt_kl; these come with --task ppo")
     figure.set_size_inches(WIDTH, 4)
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -261,7 +311,7 @@ def draw_overoptimisation(figure, logs, fields):
     for i, some in enumerate(paths.values()):
         style = {**style_of(i, len(paths)), "marker": ""}
         for path in some:
-            width = 1 + len(path) // 10
+            width = window_of(len(path))
             x, gold, score = (smooth([float(event[name]) for event in path], width)
                               for name in ("sqrt_kl", "gold", "score"))
             line, = top.plot(x, gold, **style)
@@ -269,7 +319,9 @@ def draw_overoptimisation(figure, logs, fields):
             peak = gold.index(max(gold))
             top.plot(x[peak], gold[peak], marker="o", color=style["color"], markerfacecolor="white", zorder=3)
         handles.append(line)
-    top.set_title("smoothed; ring: the highest gold reward", loc="left")
+    smoothed = any(window_of(len(path)) > 1 for some in paths.values() for path in some)
+    title = f"{runs_of(paths.values())}; ring: the highest gold reward"
+    top.set_title("smoothed; " * smoothed + title, loc="left")
     top.set_ylabel("gold reward")
     bottom.set_ylabel("reward model's score")
     bottom.set_xlabel("√KL(policy ‖ reference), √nats")

@@ -25,7 +25,7 @@ LOWER_IS_BETTER names the metrics that improve downwards, here or elsewhere; all
 stand among the metrics of a run and are no scores; of these, a report leaves out HIDDEN.
 
 Public: normalise_space, exact_match, accuracy, confusion, macro_f1, spans, span_scores, span_f1, bleu,
-rouge_l, perplexity, wilson, summary, unit, main_metric, LOWER_IS_BETTER, COUNTS, HIDDEN, METRIC_ORDER
+rouge_l, perplexity, wilson, half_width, summary, unit, main_metric, LOWER_IS_BETTER, COUNTS, HIDDEN, METRIC_ORDER
 """
 import collections
 import math
@@ -240,6 +240,11 @@ def _student(df):
             + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * df ** 3))
 
 
+def half_width(sd, n):
+    """Half the 95 % Student interval of the mean of n > 1 values with the standard deviation sd (n - 1)."""
+    return _student(n - 1) * sd / math.sqrt(n)
+
+
 def summary(values):
     """(mean, sd, half): the 95 % interval is mean +- half. Of one value sd and half are nan, of none all."""
     values = list(values)
@@ -247,7 +252,7 @@ def summary(values):
     if len(values) < 2:
         return mean, math.nan, math.nan
     sd = statistics.stdev(values)
-    return mean, sd, _student(len(values) - 1) * sd / math.sqrt(len(values))
+    return mean, sd, half_width(sd, len(values))
 
 
 # ---- units -------------------------------------------------------------------------------------------------

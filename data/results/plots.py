@@ -2,9 +2,9 @@
 
 The axis (--x) decides what is drawn:
 
-step        training loss, smoothed over a tenth of the logged steps, beside it the loss on valid where it is
-            the same mean; and the metric on valid (filled) and on test (hollow), against optimiser steps. A
-            line is the mean over seeds, the band their range
+step        training loss, from ten logged steps on smoothed over a tenth of them, beside it the loss on
+            valid where it is the same mean; and the metric on valid (filled) and on test (hollow), against
+            optimiser steps, of RL iterations. A line is the mean over seeds, the band their range
 a number    the metric against a flag that was swept, with the 95 % intervals of data/results/runs.py; the
             axis is logarithmic where the values grow by factors. A group without the flag is a level line
 a word      the metric of each group as a dot with its interval
@@ -16,8 +16,8 @@ sqrt_kl     PPO: gold reward and reward model's score against the root of the KL
             (Gao et al. 2022, arXiv 2210.10760, figure 1). Overoptimisation is where the gold reward falls
             while the score rises
 
-Groups differ in brightness, dashes and markers at once. A title says on how many runs and test items a point
-stands. matplotlib is imported when a plot is drawn.
+Groups differ in brightness, dashes and markers at once. A title says on how many runs, and a metric's on how
+many test items, a point stands. matplotlib is imported when a plot is drawn.
 
 Runs of different data or test items never share a line or a mean: they have lines of their own.
 
@@ -28,7 +28,8 @@ import pathlib
 import warnings
 
 from data.results.log_plots import (WIDTH, add_legend, draw_logged, draw_overoptimisation, draw_ranks,
-                                    draw_steps, group_label, logged_fields, rlhf_events, style_of)
+                                    draw_steps, group_label, logged_fields, rlhf_events, runs_of, span_of,
+                                    style_of)
 from data.results.runs import display_value, estimate, events, field_value, group, is_proportion, test_set
 from data.runtime.files import UserError
 
@@ -149,16 +150,9 @@ def items_of(groups):
     return f"{span_of(counts)} test {' and '.join(units)}" if counts and counts[0] else ""
 
 
-def span_of(numbers):
-    """Sorted numbers as "3", or as "1 to 3"."""
-    return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
-
-
 def title_of(groups):
     """On how many runs and test items a point stands."""
-    counts = sorted(len(runs) for runs in groups.values())
-    runs = f"{span_of(counts)} run{'s' if counts[-1] > 1 else ''}"
-    return "a point: " + ", ".join(filter(None, [runs, items_of(groups)]))
+    return "a point: " + ", ".join(filter(None, [runs_of(groups.values()), items_of(groups)]))
 
 
 def error_bar(numbers):

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from data.batches.examples import display
 from data.results import cost_model
 from data.results.layout import print_wrapped, terminal_width, wrapped
-from data.results.metrics import HIDDEN, unit, wilson
+from data.results.metrics import HIDDEN, unit
 from data.results.pass_at_k import interval_of, is_shown
-from data.results.runs import PROPORTIONS
+from data.results.runs import PROPORTIONS, proportion_interval
 from data.runtime.run_folder import fit, log_progress, print_result
 from data.text.messages import as_text
 
@@ -166,8 +166,11 @@ def report(result, folder):
     if result.get("next_command") is not None:
         print_result("\n" + relocated(result["next_command"], result.get("out", folder), folder))
     if result.get("steps") and "seconds" in result:
-        print_result(f"{result['steps']:,} steps took {result['seconds']:,.1f} s, evaluation not included")
-    brief = {name: result[name] for name in BRIEF if name in result}
+        steps = "1 step" if result["steps"] == 1 else f"{result['steps']:,} steps"
+        print_result(f"{steps} took {result['seconds']:,.1f} s, evaluation not included")
+    # of training alone
+    shown = [name for name in BRIEF if result.get("steps") or name != "tokens_per_second"]
+    brief = {name: result[name] for name in shown if name in result}
     brief.update({name: round(value, 4) for name, value in after.items()})
     brief["out"] = folder
     line = " ".join(f"{name}={value}" for name, value in brief.items())
@@ -204,20 +207,15 @@ def without_hidden(metrics):
 
 def metric_notes(result):
     """{metric: its unit, and the 95 % interval of a proportion of test items or of a mean over prompts}."""
-    item_correct = result.get("item_correct", "")
     notes = {}
     for name in {**result.get("baseline_metrics", {}), **result["metrics"]}:
         parts = [unit(name, result["metrics"])]
-        if name in PROPORTIONS and name in result["metrics"] and item_correct:
-            low, high = wilson(item_correct.count("1"), len(item_correct))
-            parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
-        elif name in PROPORTIONS and {name, "prompts"} <= result["metrics"].keys():
-            n = result["metrics"]["prompts"]            # a prompt's own share varies no more than 0 and 1 do
-            low, high = wilson(n * result["metrics"][name], n)
-            parts.append(f"95 %: [{low:.3f}, {high:.3f}]")
-        of_prompts = interval_of(result.get("generations"), name)
-        if of_prompts:
-            parts.append("95 %: [{:.3f}, {:.3f}]".format(*of_prompts))
+        if name in PROPORTIONS:
+            found = proportion_interval(result, name)
+        else:
+            found = interval_of(result.get("generations"), name)
+        if found:
+            parts.append("95 %: [{:.3f}, {:.3f}]".format(*found))
         notes[name] = ", ".join(filter(None, parts))
     return notes
 

@@ -24,14 +24,18 @@ data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
 estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
                     There is none when a seed occurs twice: then other settings differ inside the group
-    one run         Wilson's interval, if the metric is a proportion of test items; of pass@k, mean@n and
-                    majority@n that over prompts. It covers other items, not other seeds. Any other number has
-                    no interval
+    one run         Wilson's interval, if the metric is a proportion of test items or a mean of shares of
+                    `prompts`; of pass@k, mean@n and majority@n that over prompts; of the score and the gold
+                    reward of one answer to each prompt Student's t, from NAME_std. It covers other items, not
+                    other seeds. Any other number has no interval
 
-Public: gather, events, by_test_set, test_set, group_fields, distinguishing_fields, group, field_value,
+Public: gather, events, by_test_set, test_set, did_you_mean, group_fields, distinguishing_fields, group,
+field_value,
 display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
-measured_differently, estimate, item_values, is_proportion, lower_is_better, PROPORTIONS, VERSION_FIELDS
+measured_differently, estimate, item_values, is_proportion, proportion_interval, lower_is_better,
+PROPORTIONS, VERSION_FIELDS
 """
+import difflib
 import glob
 import json
 import math
@@ -39,7 +43,7 @@ import pathlib
 import time
 
 from data.results import metrics
-from data.results.metrics import LOWER_IS_BETTER, summary, wilson    # noqa: F401
+from data.results.metrics import LOWER_IS_BETTER, half_width, summary, wilson
 from data.results.pass_at_k import interval_of, prompt_values
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
@@ -255,6 +259,12 @@ def display_value(value):
     return str(value).rstrip("/").split("/")[-1]
 
 
+def did_you_mean(name, known):
+    """The end of an error about an unknown name: the nearest of the known ones, or nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def group_key(run, fields):
     return tuple(field_value(run, name) for name in fields)
 
@@ -385,10 +395,36 @@ def item_values(run, metric):
 
 def item_interval(run, metric):
     """The 95 % interval over the test items of one run, (low, high); None where it keeps no values."""
+    result = run["result"]
     if metric in PROPORTIONS:
-        outcomes = item_values(run, metric)
-        return wilson(sum(outcomes), len(outcomes)) if outcomes else None
-    return interval_of(run["result"].get("generations"), metric)
+        return proportion_interval(result, metric)
+    if f"{metric}_std" in result.get("metrics", {}) and not result.get("generations"):
+        mean = float(result["metrics"][metric])         # inf may be a string
+        sd = float(result["metrics"][f"{metric}_std"])
+        return mean_interval(mean, sd, test_set(run)[0] or 0)
+    return interval_of(result.get("generations"), metric)
+
+
+def proportion_interval(result, metric):
+    """Wilson's interval of a metric of PROPORTIONS in result.json; None where it does not say of how many."""
+    found = result.get("metrics", {})
+    item_correct = result.get("item_correct")
+    if metric in found and item_correct:
+        return wilson(item_correct.count("1"), len(item_correct))
+    if {metric, "prompts"} <= found.keys():             # a prompt's own share varies no more than 0 and 1 do
+        return wilson(found["prompts"] * found[metric], found["prompts"])
+    return None
+
+
+def mean_interval(mean, sd, n):
+    """Student's interval of the mean of n values, sd that of the values alone (divided by n, not n - 1).
+
+    None where the values do not tell: one, or all equal.
+    """
+    if n < 2 or not 0 < sd < math.inf:
+        return None
+    half = half_width(sd * math.sqrt(n / (n - 1)), n)
+    return mean - half, mean + half
 
 
 def is_proportion(metric):

@@ -12,7 +12,6 @@ left out    a folder that looks like a run and is not in the table is listed bel
 
 Public: TableFlags, show, best, table, matrix, format_size
 """
-import difflib
 import math
 import os
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from data.results.compare import compare
 from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
 from data.results.log_plots import logged_fields
 from data.results.metrics import summary
-from data.results.runs import (MISSING, by_test_set, display_value, estimate, events, field_value, gather,
-                               group, group_fields, known_fields, lower_is_better, main_metric,
+from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events,
+                               field_value, gather, group, group_fields, known_fields, lower_is_better, main_metric,
                                measured_differently, metric_names, metric_values, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
@@ -107,11 +106,6 @@ def check_fields(runs, fields, also=()):
     for name in fields:
         if name not in known:
             raise UserError(f"{name} is no field of these runs{did_you_mean(name, known)}")
-
-
-def did_you_mean(name, known):
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_metrics(runs, requested):
@@ -306,19 +300,23 @@ def print_tables(runs, cfg):
     """A table for each test set, and below them what the numbers are."""
     tests = by_test_set(runs)
     starred = False
+    has_intervals = False
     dropped = {}
     for name, some in tests.items():
         if len(tests) > 1:
             print_result(f"{name}:" + "\n" * cfg.markdown)
         columns = print_table(some, cfg)
         starred |= any(column.best for column in columns)
+        has_intervals |= any(column.title == "95 %" for column in columns)
         if not cfg.markdown:
             dropped.update((column.title, 1) for column in left_out_columns(columns, terminal_width()))
         print_result()
     if dropped:
         print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: {', '.join(dropped)}.")
-    legend = ("mean ± sd over the runs of a row. 95 %: Student's t over seeds; of a single run over test items "
-              "(proportions: Wilson, pass@k: Student's t)")
+    legend = "mean ± sd over the runs of a row"
+    if has_intervals:
+        legend += (". 95 %: Student's t over seeds; of a single run over test items (proportions: Wilson, "
+                   "pass@k and rewards: Student's t)")
     if starred:
         legend += "; * the best of its table: its interval overlaps no other"
     print_wrapped(f"{legend}." if len(tests) > 1 else f"{name}; {legend}.")
