@@ -2499,7 +2499,7 @@ def main(argv=None):
     try:
         distributed.start()
         with defer_signals.installed():
-            task = find_task(command.word_after(argv, "task", "sft"))
+            task = command.choose_task(argv, PROGRAM)
             if dist_state.size > 1 and task.one_process:
                 raise UserError(f"--task {task.name} is work for one process: leave torchrun out")
             if task.parses_itself and not {"-h", "--help"} & set(argv):
