@@ -1279,7 +1279,8 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
         ctx, feed, steps, list(trainable.values()), optimizer,
         lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
         lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
-    return forecast.Forecast(steps, feed.tokens(steps), training, seconds)
+    data_pass = forecast.describe_pass(cfg, feed.steps_per_epoch)
+    return forecast.Forecast(steps, feed.tokens(steps), training, seconds, data_pass)
 
 
 def plan_of(ctx, cfg, trainable, examples, block):

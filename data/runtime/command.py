@@ -93,7 +93,7 @@ def choose_task(argv, program):
 
 
 def flag_of_record(name, program):
-    """"a --method", or "an --algo of --task ppo": what a name is, if it is one of another record; else None."""
+    """What a name is, "a --method" or "an --algo of --task ppo", if it is one of another record; else None."""
     if name in [method.name for method in program.methods]:
         return "a --method"
     for flag_name, records in program.selectors.items():
