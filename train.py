@@ -79,7 +79,7 @@ from data.results.ppo_metrics import (brief, health, health_line, new_warnings, 
 from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
                                  report)
 from data.results.trunk import open_trunk
-from data.runtime import command, distributed
+from data.runtime import cache, command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
@@ -90,7 +90,7 @@ from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
-from data.runtime.user_functions import is_function, load_reward, split_words, target
+from data.runtime.user_functions import is_function, load_reward, no_such_reward, split_words, target
 from data.text import chat, formats
 from data.text.messages import as_text
 from data.text.tokenizer import Tokenizer
@@ -1279,7 +1279,8 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
         ctx, feed, steps, list(trainable.values()), optimizer,
         lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
         lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
-    return forecast.Forecast(steps, feed.tokens(steps), training, seconds)
+    data_pass = forecast.describe_pass(cfg, feed.steps_per_epoch)
+    return forecast.Forecast(steps, feed.tokens(steps), training, seconds, data_pass)
 
 
 def plan_of(ctx, cfg, trainable, examples, block):
@@ -1402,6 +1403,7 @@ def report_once(run, identity, compute):
 
 def identity_of(cfg, rows):
     """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
+    require_rewards(cfg)
     identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
                 "base": "new" if cfg.init == "new" else hash_folder(cfg.init)}
     words = {"reward": reward_of(cfg), "gold_reward": gold_reward_of(cfg)}     # some data sets have their own
@@ -1754,6 +1756,16 @@ def reward_words(cfg):
     """The words of --reward, module:function or a folder each. Raises UserError."""
     words = reward_of(cfg)
     return split_words("reward", words) if words else []
+
+
+def require_rewards(cfg):
+    """Raises DataError for a word of --reward that names neither a function nor a model."""
+    for word in reward_words(cfg):
+        if not is_function(word) and word not in cache.MODELS:
+            try:
+                find(word)
+            except DataError:
+                raise DataError(no_such_reward("reward", word)) from None
 
 
 def parse_weights(text, words):
@@ -2505,7 +2517,7 @@ def main(argv=None):
     try:
         distributed.start()
         with defer_signals.installed():
-            task = find_task(command.word_after(argv, "task", "sft"))
+            task = command.choose_task(argv, PROGRAM)
             if dist_state.size > 1 and task.one_process:
                 raise UserError(f"--task {task.name} is work for one process: leave torchrun out")
             if task.parses_itself and not {"-h", "--help"} & set(argv):

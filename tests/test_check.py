@@ -1,5 +1,6 @@
 """--task check: each count by hand, the clean copy, the time of real steps, and what is refused."""
 import json
+import re
 import shlex
 
 import pytest
@@ -172,7 +173,7 @@ def test_check_foretells_the_command_that_follows(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task, extra", [("sft", "evaluation"), ("reward", "6 of valid before training"),
-                                         ("dpo", "30 examples prepared")])
+                                         ("dpo", "30 examples prepared (8 of train, 6 of valid, 8 of test twice)")])
 def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
     pairs = [{"prompt": f"{i}", "chosen": "ab", "rejected": "b"} for i in range(40)]
     chats = [{"prompt": f"{i}", "completion": "ab"} for i in range(40)]
@@ -186,6 +187,18 @@ def test_a_dry_run_of_every_loop(task, extra, base, tmp_path, capsys):
     assert f"  8 test items {before}after training, 6 of valid 2 times: " in out
     assert extra == "evaluation" or f"\n  {extra}: " in out          # dpo: 8 for two steps, 6 and 2 x 8 to measure
     assert not (tmp_path / "r").exists()
+
+
+def test_few_thumbs_say_how_they_become_one_step(base, tmp_path, capsys):
+    """40 rows in steps of 16 are 3 steps (16, 16, 8), of which --epochs 0.25 takes 0.75, rounded up."""
+    rows = [{"prompt": f"{i // 2}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(40)]
+    data = split_folder(tmp_path / "d", train=rows, valid=rows[:4], test=rows[:6])
+    out = checked(base, data, capsys)
+    used = re.search(r"\n  (\d+) examples prepared \((\d+) of train, 4 of valid, 6 of test twice\): ", out)
+    assert int(used[1]) == int(used[2]) + 4 + 2 * 6 and 8 <= int(used[2]) <= 16
+    assert "\n1 step of 16 examples, " in out and "1 steps" not in out
+    assert "\n  a pass over the training data: 3 steps; --epochs 0.25\n" in out
+    assert "\n  a pass over the training data: 3 steps\n" in checked(base, data, capsys, "--steps", "2")
 
 
 def test_text_is_priced_as_pretraining_trains_it(base, tmp_path, capsys):

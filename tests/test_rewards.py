@@ -159,6 +159,112 @@ def test_a_module_that_fails_is_named(functions):
         load_reward("reward", "broken_rewards:x")
 
 
+USERS = """import torch
+
+
+def short(prompt, answer):
+    return inner(answer)
+
+
+def inner(answer):
+    return answer.gone
+
+
+def column(prompts, answers):
+    return torch.ones(len(prompts), 1)
+
+
+def number(prompts, answers):
+    return torch.tensor(1.0)
+
+
+def nested(prompts, answers):
+    return [[1.0] for _ in prompts]
+
+
+def total(prompts, answers):
+    return [inner(answer) for answer in answers]
+
+
+@torch.no_grad()
+def wrapped(prompt, answer):
+    return torch.ones(2).view(3)
+
+
+def swapped(answer, prompt):
+    return 1.0
+
+
+def swapped_lists(answers, prompts):
+    return [1.0]
+
+
+def other(answer, question):
+    return 1.0
+
+
+def _hidden(prompt, answer):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    """A working directory with functions of the user's, which other tests do not import."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users_own.py").write_text(USERS)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "deep_own.py").write_text("def score(prompt, answer):\n    return 1.0\n")
+    (tmp_path / "fails_own.py").write_text("\n\nx = 1 / 0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    for name in ("users_own", "inner", "inner.deep_own"):
+        sys.modules.pop(name, None)
+
+
+def said(word):
+    with pytest.raises(UserError) as e:
+        load_reward("reward", word)(["p", "q"], ["a", "b"], [{}, {}])
+    return str(e.value)
+
+
+@pytest.mark.parametrize("word, says", [
+    ("users_own:short", "no attribute 'gone') at line 9 of users_own.py; it must be"),
+    ("users_own:total", "no attribute 'gone') at line 9 of users_own.py; its first parameter"),
+    ("users_own:wrapped", "at line 30 of users_own.py; it must be"),
+    ("fails_own:x", "(ZeroDivisionError: division by zero) at line 3 of fails_own.py; write module:function"),
+    ("users_own:column", "returned a Tensor of shape (2, 1) for 2 answers, the first with the prompt 'p' and the answer 'a'; "
+     "its shape must be (2,), one number for each answer"),
+    ("users_own:number", "returned a Tensor of shape () for 2 answers"),
+    ("users_own:shrt", "; write users_own:short; it must"), ("users_own.py:short", "; write users_own:short"),
+    ("users_own.py:shrt", "; write users_own:short"), ("inner/deep_own.py:score", "; write inner.deep_own:score"),
+    ("inner.deep_own:scor", "; write inner.deep_own:score"), ("users_own:zzzz", "; write module:function; it must"),
+    ("users_own:swapped", "--reward users_own:swapped calls its parameters answer, prompt, and gets the prompt first"),
+    ("users_own:swapped_lists", "write them as (prompts, answers)")])
+def test_the_sentence_on_a_users_own_function(word, says, users):
+    assert says in said(word) and "\n" not in said(word)
+
+
+def test_a_nested_list_is_not_told_to_rename_its_parameter(users):
+    assert "returned [1.0] (list)" in said("users_own:nested") and "a function of lists" not in said("users_own:nested")
+
+
+def test_only_swapped_names_are_refused(users):
+    assert load_reward("reward", "users_own:other")(["p"], ["a"], [{}]) == [1.0]
+
+
+@pytest.mark.parametrize("word, says", [
+    ("users_own", "in users_own.py there is users_own:short, users_own:inner, users_own:column, "),
+    ("users_own.py", "in users_own.py there is users_own:short, "),
+    ("inner/deep_own", "in inner/deep_own.py there is inner.deep_own:score\n"),
+    ("fails_own", "fails_own.py is there and has no public function\n"), ("absent", "or module:function\n")])
+def test_a_reward_without_its_function_is_answered_with_those_there_are(word, says, users, land, capsys):
+    run(land, users / "r", *SAMPLE, "--data", land / "verifiable", "--reward", word, code=65)
+    err = capsys.readouterr().err
+    assert f"--reward {word} is no folder; --reward takes a run of --task reward, or module:function" in err
+    assert says in err and "_hidden" not in err
+
+
 def test_the_words_of_a_list(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "rm-targetsq,v-s1").mkdir(parents=True)

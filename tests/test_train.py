@@ -148,6 +148,16 @@ def test_a_wrong_command_is_one_sentence(argv, says, capsys, tmp_path, monkeypat
     assert [line for line in err.splitlines() if line.startswith("train.py: ")] == [err.splitlines()[-1]]
 
 
+@pytest.mark.parametrize("word, says", [
+    ("grpo", "; grpo is an --algo of --task ppo"), ("kto", "; kto is a --preference_loss of --task dpo"),
+    ("lora", "; lora is a --method\n"), ("sfd", "; did you mean sft?"), ("zzz", " sft ")])
+def test_a_word_that_is_no_task_is_answered_with_its_flag(word, says, capsys):
+    assert train.main(["--task", word]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train.py: --task {word} is none of ") and says in err
+    assert word == "sfd" or "did you mean" not in err
+
+
 @pytest.mark.parametrize("old, new", flags.RENAMED.items())
 def test_an_old_flag_is_answered_with_its_new_name(old, new, capsys):
     assert new in all_fields(), "the new name is a flag"

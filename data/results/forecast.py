@@ -13,7 +13,8 @@ worst as long as those of the untrained model. Not included are reading files, l
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
 Public: Part, Forecast, BUDGET, evaluation_interval, valid_evaluations, evaluation_part, other_parts,
-forgetting_part, measure_training, measure_parts, describe_model, advice_on_steps, format_range, print_forecast
+forgetting_part, measure_training, measure_parts, describe_model, describe_pass, advice_on_steps,
+format_range, print_forecast
 """
 import math
 import time
@@ -56,6 +57,7 @@ class Forecast(NamedTuple):
     tokens: int
     training: tuple
     parts: dict                                         # {text: range}
+    data_pass: str = ""                                 # see describe_pass
 
     def total(self):
         ranges = [self.training, *self.parts.values()]
@@ -123,8 +125,14 @@ def other_parts(ctx, cfg, task, rows, examples, feed, steps):
                           lambda some: task.begin(ctx, cfg, {"valid": some})))
     if task.prepare:
         tests = 1 + task.baseline_metrics                       # before and after training
-        count = len(feed.used(steps)) + len(examples["valid"]) + tests * len(examples["test"])
-        parts.append(Part(f"{count:,} examples prepared", examples["train"], count,
+        used = len(feed.used(steps))
+        valid = len(examples["valid"])
+        test = len(examples["test"])
+        count = used + valid + tests * test
+        twice = " twice" if tests == 2 else ""
+        what = (f"{counted(count, 'example')} prepared ({used:,} of train, {valid:,} of valid, "
+                f"{test:,} of test{twice})")
+        parts.append(Part(what, examples["train"], count,
                           lambda some: task.prepare(ctx, cfg, some)))
     return parts
 
@@ -259,6 +267,17 @@ def describe_model(name, config):
             f"a context of {config.block_size:,} tokens)")
 
 
+def counted(n, what):
+    """"1 step", "1,200 steps"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def describe_pass(cfg, steps_per_epoch):
+    """How many steps a pass over the training data has, and how many passes --epochs makes."""
+    passes = f"; --epochs {cfg.epochs:g}" if cfg.get("steps") is None else ""
+    return f"a pass over the training data: {counted(steps_per_epoch, 'step')}{passes}"
+
+
 def advice_on_steps(cfg, steps):
     """A sentence about a run of so few steps that it cannot learn; "" for others, and without training."""
     if not 0 < steps < FEW_STEPS:
@@ -281,8 +300,11 @@ def print_forecast(forecast, batch, device):
     """Print steps, tokens and seconds of a run."""
     if forecast.steps:
         middle = sum(forecast.training) / 2
-        print_wrapped(f"{forecast.steps:,} steps of {batch} examples, {forecast.tokens:,} tokens; "
+        print_wrapped(f"{counted(forecast.steps, 'step')} of {counted(batch, 'example')}, "
+                      f"{counted(forecast.tokens, 'token')}; "
                       f"{forecast.tokens / max(middle, 1e-9):,.0f} tokens a second on {device}")
+        if forecast.data_pass:
+            print_result(f"  {forecast.data_pass}")
         print_result(f"  training: {format_range(forecast.training)}")
     for text, seconds in forecast.parts.items():
         print_wrapped(f"{text}: {format_range(seconds)}", "  ")

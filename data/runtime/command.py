@@ -9,7 +9,7 @@ trains, baseline, baseline_hint, new_model, templates, loss, scales_loss. A meth
 template_flags, defaults, refuses, trains, mergeable, and perhaps variants (their names are switches) and
 critic_lr. This file names none.
 
-Public: Program, parse, groups_of
+Public: Program, parse, choose_task, groups_of
 """
 from typing import Callable, NamedTuple
 
@@ -82,6 +82,28 @@ def chosen_variants(method, argv):
     return [v for v in getattr(method, "variants", ())[1:] if f"--{v.name}" in argv]
 
 
+def choose_task(argv, program):
+    """The task record of a command line. Raises UserError, which says whose name the word is instead."""
+    name = word_after(argv, "task", "sft")
+    known = [task.name for task in program.tasks]
+    hint = None if name in known else flag_of_record(name, program)
+    if hint:
+        raise UserError(f"--task {name} is none of {' '.join(known)}; {name} is {hint}")
+    return find_record(program.tasks, name)
+
+
+def flag_of_record(name, program):
+    """What a name is, "a --method" or "an --algo of --task ppo", if it is one of another record; else None."""
+    if name in [method.name for method in program.methods]:
+        return "a --method"
+    for flag_name, records in program.selectors.items():
+        if name in [record.name for record in records]:
+            tasks = [task.name for task in program.tasks if task.trains and any(
+                flag_name in fields_of(groups_of(program, task, m)) for m in program.methods if m.trains)]
+            return f"{'an' if flag_name[0] in 'aeiou' else 'a'} --{flag_name} of --task {' '.join(tasks)}"
+    return None
+
+
 def choose_method(argv, task, program):
     """The method record of a command line. Raises UserError for one that the task does not take."""
     word = word_after(argv, "method", None)
@@ -102,7 +124,7 @@ def choose_method(argv, task, program):
 def parse(argv, program):
     """argv -> Config. Raises UserError."""
     check_words(argv)
-    task = find_record(program.tasks, word_after(argv, "task", "sft"))
+    task = choose_task(argv, program)
     method = choose_method(argv, task, program)
     groups = groups_of(program, task, method)
     defaults = defaults_of(task, method, argv, program)

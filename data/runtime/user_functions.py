@@ -16,11 +16,14 @@ A WORD names such a function as module:function; or as module:make(TEXT), where 
 is everything up to the last parenthesis, unquoted. Several stand in one flag, separated by commas; the name
 of an existing folder may hold commas itself.
 
-Every error names the flag, the function, the prompt's and the answer's beginning, and what the function did.
+Every error names the flag, the function, the prompt's and the answer's beginning, and what the function did,
+an exception with its line in the user's file; a word that is written wrongly is answered with the right one.
 
-Public: load_reward, split_words, is_function, target, Reward
+Public: load_reward, split_words, is_function, target, no_such_reward, Reward
 """
+import ast
 import copy
+import difflib
 import importlib
 import inspect
 import math
@@ -28,6 +31,7 @@ import os
 import re
 import reprlib
 import sys
+import traceback
 from typing import Callable, NamedTuple
 
 from data.runtime.files import UserError, printable
@@ -37,6 +41,7 @@ EXPECTED = ("it must be a function of the texts of a prompt and an answer, and o
 EXPECTED_LIST = ("its first parameter is called prompts, so it gets lists of prompts and answers, and of "
                  "their rows if its third is called rows, and must return a list of as many finite numbers")
 LARGEST = 3.4e38                                        # scores are fp32
+SWAPPED = (("answer", "prompt"), ("answers", "prompts"))
 ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.S)     # \x, [...], or one character
 
 
@@ -92,6 +97,58 @@ def target(word):
     return word.partition("(")[0] if is_function(word) else word
 
 
+def no_such_reward(flag_name, word):
+    """The sentence for a word of --reward that is neither a function nor a folder."""
+    file = module_file(word)
+    functions = public_functions(file)
+    says = (f"--{flag_name} {word} is no folder; --{flag_name} takes a run of --task reward, or "
+            "module:function")
+    if functions:
+        module = module_name(word)
+        words = [f"{module}:{name}" for name in functions[:8]]
+        return f"{says}; in {file} there is {', '.join(words)}"
+    if file:
+        return f"{says}; {file} is there and has no public function"
+    return says
+
+
+def module_name(word):
+    """"rewards/mine.py" -> "rewards.mine": a module as Python imports it."""
+    return os.path.normpath(word).removesuffix(".py").replace(os.sep, ".")
+
+
+def module_file(word):
+    """The file of a module in the working directory, also of one that is written as a file; else None."""
+    path = module_name(word).replace(".", os.sep) + ".py"
+    return path if os.path.isfile(path) else None
+
+
+def public_functions(file):
+    """The names of the functions that a file defines, without those that begin with _; [] if it cannot be
+    read."""
+    if file is None:
+        return []
+    try:
+        with open(file, "rb") as f:
+            tree = ast.parse(f.read())
+    except (OSError, SyntaxError, ValueError):          # ValueError: NUL
+        return []
+    return [node.name for node in tree.body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
+def right_spelling(word):
+    """What a module:function that cannot be imported should be, or how one is written."""
+    module, _, name = word.partition(":")
+    file = module_file(module)
+    if file is None:                                    # not here: where Python found it
+        file = getattr(sys.modules.get(module), "__file__", None)
+    known = public_functions(file)
+    near = name if name in known else "".join(difflib.get_close_matches(name, known, 1))
+    right = f"{module_name(module)}:{near}"
+    return f"write {right}" if near and right != word else "write module:function"
+
+
 # ---- functions ---------------------------------------------------------------------------------------------
 class Reward(NamedTuple):
     """A function of the user's own and how it is called: Reward(...)(prompts, answers, rows) -> floats."""
@@ -99,6 +156,7 @@ class Reward(NamedTuple):
     function: Callable
     takes_lists: bool
     takes_rows: bool
+    files: tuple = ()                                   # the user's, for the line of an exception
 
     def __call__(self, prompts, answers, rows):
         """Lists of texts and of dicts -> a list of floats. Raises UserError, see load_reward."""
@@ -112,8 +170,8 @@ class Reward(NamedTuple):
         try:
             value = self.function(prompt, answer, row) if self.takes_rows else self.function(prompt, answer)
         except Exception as e:
-            raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)}); "
-                            f"{EXPECTED}") from e
+            raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)})"
+                            f"{line_of(e, self.files)}; {EXPECTED}") from e
         return self._number(value, prompt, answer, EXPECTED)
 
     def _call_with_lists(self, prompts, answers, rows):
@@ -125,7 +183,12 @@ class Reward(NamedTuple):
             values = self.function(*arguments)
         except Exception as e:
             raise UserError(f"{self.name} failed for {len(prompts)} answers, the first with {first} "
-                            f"({one_line(e)}); {EXPECTED_LIST}") from e
+                            f"({one_line(e)}){line_of(e, self.files)}; {EXPECTED_LIST}") from e
+        shape = getattr(values, "shape", None)
+        if isinstance(shape, tuple) and len(shape) != 1:
+            raise UserError(f"{self.name} returned a {type(values).__name__} of shape {tuple(shape)} for "
+                            f"{len(prompts)} answers, the first with {first}; its shape must be "
+                            f"({len(prompts)},), one number for each answer")
         found = _as_list(values)
         if found is None or len(found) != len(prompts):
             count = "" if found is None else f", a list of {len(found)},"
@@ -136,7 +199,7 @@ class Reward(NamedTuple):
     def _number(self, value, prompt, answer, expected):
         number = as_number(value)
         if number is None:
-            if isinstance(value, list):
+            if isinstance(value, list) and not self.takes_lists:
                 expected += "; a function of lists calls its first parameter prompts"
             raise UserError(f"{self.name} returned {shown(value)} for {_begin(prompt, answer)}; {expected}")
         return number
@@ -153,6 +216,26 @@ def shown(value):
 
 def one_line(error):
     return f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
+
+
+def line_of(error, files):
+    """" at line 3 of my.py": the last line in these files that an exception passed; "" if it passed none."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    if not lines:
+        return ""
+    inside = lines[-1].filename.startswith(os.getcwd() + os.sep)
+    file = os.path.relpath(lines[-1].filename) if inside else lines[-1].filename
+    return f" at line {lines[-1].lineno} of {printable(file)}"
+
+
+def files_of(word, function):
+    """The files of a module:function: where it is named, and where it is defined."""
+    files = [getattr(sys.modules.get(word.partition(":")[0]), "__file__", None)]
+    try:
+        files.append(inspect.getsourcefile(inspect.unwrap(function)))
+    except (TypeError, ValueError):                     # it is an object, or wrapped around itself
+        pass
+    return tuple(file for file in files if file)
 
 
 def as_number(value):
@@ -186,13 +269,19 @@ def load_reward(flag_name, word):
         function = _made(name, function, word)
     if not callable(function):
         raise UserError(f"{name} is no function but a value of type {type(function).__name__}; {EXPECTED}")
+    files = files_of(target(word), function)
     try:
         signature = inspect.signature(function)
     except ValueError:                                  # a function of a C module says nothing of itself
-        return Reward(name, function, False, False)
+        return Reward(name, function, False, False, files)
     positional = [p for p in signature.parameters.values()
                   if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     third = positional[2] if len(positional) > 2 else None
+    first_two = tuple(p.name for p in positional[:2])
+    if first_two in SWAPPED:
+        right = ", ".join(reversed(first_two))
+        raise UserError(f"{name} calls its parameters {', '.join(first_two)}, and gets the prompt first and "
+                        f"the answer second; write them as ({right})")
     takes_lists = bool(positional) and positional[0].name == "prompts"
     takes_rows = third is not None and (third.default is third.empty or third.name in ("row", "rows"))
     if takes_lists and takes_rows and third.name != "rows":
@@ -203,7 +292,7 @@ def load_reward(flag_name, word):
     except TypeError as e:
         raise UserError(f"{name} cannot be called with two texts, nor with two texts and a row ({e}); "
                         f"{EXPECTED}") from None
-    return Reward(name, function, takes_lists, takes_rows)
+    return Reward(name, function, takes_lists, takes_rows, files)
 
 
 def _made(name, make, word):
@@ -226,5 +315,7 @@ def import_function(name, word):
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as e:                              # whatever the module does while it is imported
-        raise UserError(f"{name} cannot be imported ({one_line(e)}); write module:function; "
-                        f"{EXPECTED}") from e
+        file = module_file(module)
+        files = (os.path.abspath(file),) if file else ()
+        raise UserError(f"{name} cannot be imported ({one_line(e)}){line_of(e, files)}; "
+                        f"{right_spelling(word)}; {EXPECTED}") from e
