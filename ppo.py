@@ -139,7 +139,7 @@ class Algorithm:
     place of the KL, normalisation, answers that are cut) are flags of PPOConfig, whose defaults it sets.
 
     advantage    (cfg, batch) -> advantages, returns, both (B, R), not normalised yet. batch.rewards is there;
-                 row i * k + j is answer j to prompt i
+                 row i * k + j is answer j to prompt i; an answer that does not count is off the mask
     policy_loss  (cfg, logp (B, R), batch) -> loss per token, 0 outside the mask, and where its clipping acted
                  (1 above, -1 below, 0 nowhere), both (B, R). logp: of the policy now; batch: the rollout's
                  logp, ref_logp, advantages, mask, lengths
@@ -270,7 +270,7 @@ class PPOConfig(RecordConfig, SamplingConfig):
     missing_eos_penalty: float = flag(1.0, "an answer without end scores so many std of the scores less than "
                                            "the worst that ends; none: its own score",
                                       type=penalty_or_none)
-    overlong: str = flag("none", "answers cut at --max_new_tokens: left out of the loss (mask); or the last "
+    overlong: str = flag("none", "answers cut at --max_new_tokens: as if never sampled (mask); or the last "
                                  "fifth of the length costs up to one std of the scores (penalty)",
                          choices=("none", "mask", "penalty"))
     dynamic_sampling: int = flag(0, "rounds in which groups of equal scores are replaced by answers to other "
@@ -327,6 +327,9 @@ class PPOConfig(RecordConfig, SamplingConfig):
             raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the "
                             "policy; it must be smaller")
         penalty = cfg.missing_eos_penalty
+        if cfg.overlong == "mask" and penalty is not None and cls.is_given(cfg, "missing_eos_penalty"):
+            raise UserError(f"--missing_eos_penalty {penalty} means nothing to --overlong mask, which learns "
+                            "nothing from answers without end; leave one of them out")
         if penalty is not None and not (penalty >= 0 and math.isfinite(penalty)):
             raise UserError(f"--missing_eos_penalty {penalty} is neither a number from 0 on nor None")
 
@@ -461,25 +464,35 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return adv, adv + values
 
 
-def rloo_advantage(returns):
-    """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt."""
-    k = returns.size(1)
-    centred = centre(returns, torch.ones_like(returns, dtype=torch.bool), 1)
-    return (centred * k / (k - 1)).to(returns.dtype)
+def rloo_advantage(returns, counted=None):
+    """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt. counted (B, k)
+    bool, None for all: the answers that a group consists of; 0 for the rest, and for one alone."""
+    counted = torch.ones_like(returns, dtype=torch.bool) if counted is None else counted
+    k = counted.sum(1, keepdim=True)
+    centred = centre(returns, counted, 1)
+    return (centred * k / (k - 1).clamp(min=1)).to(returns.dtype)
 
 
-def grpo_advantage(scores, std=True):
+def grpo_advantage(scores, std=True, counted=None):
     """scores (B, k) minus the prompt's mean, over its std (GRPO; the unbiased one, of k - 1) or not (Dr.
-    GRPO). Equal scores give 0."""
-    centred = centre(scores, torch.ones_like(scores, dtype=torch.bool), 1)
+    GRPO). Equal scores give 0. counted: as rloo_advantage takes it."""
+    counted = torch.ones_like(scores, dtype=torch.bool) if counted is None else counted
+    centred = centre(scores, counted, 1)
     if std:
-        centred = centred / root_mean_square(centred, max(scores.size(1) - 1, 1), 1)
+        centred = centred / root_mean_square(centred, (counted.sum(1, keepdim=True) - 1).clamp(min=1), 1)
     return centred.to(scores.dtype)
+
+
+def group_advantages(advantages, mask, k):
+    """Advantages (B, R), one number for each answer, over the std of its group; answers off the mask are no
+    part of one."""
+    of_answers = grpo_advantage(advantages[:, 0].view(-1, k), counted=mask[:, 0].view(-1, k))
+    return of_answers.view(-1, 1) * mask
 
 
 ADVANTAGE_NORMS = {
     "none": lambda advantages, mask, k: advantages.masked_fill(~mask, 0),
-    "group": lambda advantages, mask, k: grpo_advantage(advantages[:, 0].view(-1, k)).view(-1, 1) * mask,
+    "group": group_advantages,
     "batch": lambda advantages, mask, k: whiten(advantages, mask),
 }
 
@@ -515,13 +528,14 @@ def final_scores(scores, ended, lengths, limit, penalty=1.0, overlong="none"):
 
     overlong "penalty" takes up to one spread of the scores, see overlong_penalty. penalty: an answer without
     end scores the lowest of the finished ones, or its own score if that is lower, minus penalty spreads: no
-    reward makes an answer without end the best. None: its own score.
+    reward makes an answer without end the best. None, or overlong "mask", which does not learn from it: its
+    own score.
     """
     unit = spread(scores)
     result = scores
     if overlong == "penalty":
         result = scores + unit * overlong_penalty(lengths, limit)
-    if penalty is None or bool(ended.all()):
+    if penalty is None or overlong == "mask" or bool(ended.all()):
         return result
     lowest = result[ended].min() if bool(ended.any()) else scores.max()
     return result.where(ended, torch.minimum(scores, lowest) - penalty * unit)
@@ -717,12 +731,14 @@ def per_answer(advantage, batch):
 
 def advantage_leave_one_out(cfg, batch):
     """The reward of a whole answer against the mean of the other answers to its prompt."""
-    return per_answer(rloo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations)), batch)
+    groups = batch.rewards.sum(1).view(-1, cfg.num_generations)
+    return per_answer(rloo_advantage(groups, batch.mask.any(1).view_as(groups)), batch)
 
 
 def advantage_group_mean(cfg, batch):
     """The reward of a whole answer against the mean of all answers to its prompt."""
-    return per_answer(grpo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations), std=False), batch)
+    groups = batch.rewards.sum(1).view(-1, cfg.num_generations)
+    return per_answer(grpo_advantage(groups, False, batch.mask.any(1).view_as(groups)), batch)
 
 
 def clip_range(cfg):
@@ -1270,14 +1286,15 @@ class Units(NamedTuple):
         return (x - self.shift) / self.unit
 
 
-def measure_units(cfg, batch, scores, beta):
-    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None."""
+def measure_units(cfg, batch, scores, beta, counted=None):
+    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None. counted:
+    as compute_advantages takes it, one at least."""
     def mean_and_std(x):
         centred = centre(x, mask, (0, 1))
         return ((x.to(centred.dtype).masked_fill(~mask, 0).sum() / count).item(),
                 (centred.square().sum() / count).sqrt().item())
 
-    mask = batch.mask
+    mask = batch.mask if counted is None else batch.mask & counted[:, None]
     count = mask.sum()
     rewards = reward_tokens(cfg, batch, scores, beta)
     _, returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, 1.0)
@@ -1555,7 +1572,7 @@ def collect(cfg, roles, environment, step, device):
     first = sample_and_score(cfg, roles, environment, chosen, generator, device)
     if not cfg.dynamic_sampling:
         return first, first
-    found = [keep_informative_groups(first, cfg.num_generations)]
+    found = [keep_informative_groups(cfg, first)]
     asked = set(chosen)
     sampled = len(first.answers)
     for turn in range(1, cfg.dynamic_sampling + 1):
@@ -1569,15 +1586,16 @@ def collect(cfg, roles, environment, step, device):
         more = sample_and_score(cfg, roles, environment, chosen, generator, device)
         for name in ("tokens", "seconds_rollout", "seconds_score"):
             first.metrics[name] += more.metrics[name]
-        found.append(keep_informative_groups(more, cfg.num_generations))
+        found.append(keep_informative_groups(cfg, more))
         sampled += len(more.answers)
     first.metrics["answers_sampled"] = sampled
     return first, join_experiences(found)
 
 
-def keep_informative_groups(experience, k):
-    """The groups of k answers whose scores differ: an Experience, perhaps without any answer."""
-    differs = ~equal_groups(experience.scores, k).repeat_interleave(k)
+def keep_informative_groups(cfg, experience):
+    """The groups in which scores of answers that count differ: an Experience, perhaps without any answer."""
+    k = cfg.num_generations
+    differs = ~equal_groups(experience.scores, k, counted_answers(cfg, experience)).repeat_interleave(k)
     rows = differs.nonzero()[:, 0].tolist()
     answers = [experience.answers[i] for i in rows]
     batch = experience.batch.take(rows) if rows else None
@@ -1600,15 +1618,17 @@ def reward_tokens(cfg, batch, scores, beta):
     return token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
 
 
-def compute_advantages(cfg, batch, scores, beta, units=Units()):
+def compute_advantages(cfg, batch, scores, beta, units=Units(), counted=None):
     """A rollout and its scores (B,) -> the Batch with rewards, values in the reward's units, advantages and
-    returns."""
+    returns. counted (B,) bool, None for all: the rest is in no baseline and no spread, its advantages and
+    returns are 0."""
     algorithm = find_record(ALGORITHMS, cfg.algo)
     batch = batch._replace(rewards=reward_tokens(cfg, batch, scores, beta))
     if batch.values is not None:
         batch = batch._replace(values=units.value(batch.values).masked_fill(~batch.mask, 0))
-    adv, returns = algorithm.advantage(cfg, batch)
-    adv = normalise_advantages(adv, batch.mask, cfg.advantage_norm, cfg.num_generations)
+    mask = batch.mask if counted is None else batch.mask & counted[:, None]
+    adv, returns = algorithm.advantage(cfg, batch._replace(mask=mask))
+    adv = normalise_advantages(adv, mask, cfg.advantage_norm, cfg.num_generations)
     return batch._replace(advantages=adv, returns=returns)
 
 
@@ -1762,17 +1782,19 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         metrics = {"step": state.step + 1, "beta": beta}
         batch = None
         if experience.batch is not None:
-            if not state.units.scale:
-                state.units = measure_units(cfg, experience.batch, experience.scores, beta)
-            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units)
+            counted = counted_answers(cfg, experience)
+            if not state.units.scale and counted.any():
+                state.units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
+            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
-        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations))
+        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
+                                counted_answers(cfg, first)))
         metrics["objective"] = metrics["score"] - beta * metrics["kl"]
         metrics.update(first.metrics)
 
         started = time.perf_counter()
         scale = lr_scale(state.step, cfg.steps)
-        rows = learnt_rows(cfg, experience)
+        rows = counted_answers(cfg, experience).nonzero()[:, 0].tolist()
         metrics["answers_learnt"] = len(rows)
         if rows:
             order = rng(cfg.seed, "order", state.step)
@@ -1787,8 +1809,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         yield metrics, shown if batch is None else batch
 
 
-def learnt_rows(cfg, experience):
-    """Indices of the answers that the losses see: with --overlong mask not those that were cut."""
+def counted_answers(cfg, experience):
+    """(B,) bool, the answers that baselines and losses see: with --overlong mask not those that were cut."""
     if cfg.overlong != "mask":
-        return list(range(len(experience.answers)))
-    return experience.ended.nonzero()[:, 0].tolist()
+        return torch.ones_like(experience.ended)
+    return experience.ended

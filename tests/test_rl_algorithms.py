@@ -235,9 +235,12 @@ def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
     m, whole = next(ppo.train_ppo(cfg, roles, state, environment()))
     last = seen[0].tokens.gather(1, (seen[0].lengths - 1)[:, None])
     assert 0 < len(last) == m["answers_learnt"] == round(32 * m["eos_rate"]) < 32 and (last == END).all()
-    assert len(whole.mask) == 32                            # which count in their group's mean all the same
+    assert len(whole.mask) == 32
+    ended = (whole.tokens.gather(1, (whole.lengths - 1)[:, None]) == END).view(-1, 4)
     group = whole.advantages[:, 0].view(-1, 4)
-    torch.testing.assert_close(group.mean(1), torch.zeros(8), atol=1e-6, rtol=0)
+    assert (ended.any(1) & ~ended.all(1)).any()             # the mean of a group is that of its finished answers
+    torch.testing.assert_close((group * ended).sum(1), torch.zeros(8), atol=1e-6, rtol=0)
+    assert (group[~ended] == 0).all()
     cfg = config(steps=2, max_new_tokens=1, batch=8, overlong="mask", missing_eos_penalty=None)
     roles, state, _, _ = setup(cfg)
     before = weights(state)
@@ -247,7 +250,58 @@ def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
     assert any("no answer was learnt from" in line for line in health(log[0]))
 
 
+MASKED = torch.tensor([True, True, False, True, False, False, True, False])     # two groups of four
+
+
+@pytest.mark.parametrize("algo, want", [
+    ("grpo", [-1, 0, 0, 1, 0, 0, 0, 0]), ("drgrpo", [-2, 0, 0, 2, 0, 0, 0, 0]),
+    ("rloo", [-3, 0, 0, 3, 0, 0, 0, 0])])
+def test_a_masked_answer_is_in_no_baseline_and_no_spread(algo, want):
+    """Finished are 1 3 5, of mean 3 and std 2, beside a cut 99; and one alone, whose group has no other."""
+    cfg = config(algo=algo, batch=8, num_generations=4, overlong="mask", max_new_tokens=2)
+    batch = ppo.collate_rollout([[1]] * 8, [[2] * n for n in (1, 2, 3, 1, 2, 1, 1, 2)])
+    zero = torch.zeros(batch.mask.shape, dtype=F64)
+    batch = batch._replace(logp=zero, ref_logp=zero)
+    s = t([1.0, 3.0, 99.0, 5.0, -9.0, 4.0, 7.0, 9.0])[0]
+    kept = ppo.final_scores(s, MASKED, batch.mask.sum(1), 2, 1.0, "mask")
+    assert torch.equal(kept, s)                             # no penalty for the missing end
+    done = ppo.compute_advantages(cfg, batch, s, 0.1, counted=MASKED)
+    torch.testing.assert_close(done.advantages[:, 0], t(want)[0], atol=1e-12, rtol=0)
+    alone = ppo.compute_advantages(dataclasses.replace(cfg, batch=6, num_generations=3, minibatches=2),
+                                   batch.take([0, 1, 3]), s[[0, 1, 3]], 0.1)
+    assert torch.equal(done.advantages[[0, 1, 3], :2], alone.advantages)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_masked_answer_is_in_no_mean_of_the_batch(algo):
+    cfg = config(algo=algo, batch=8, overlong="mask")
+    mask, (logp, ref, v, s, *_) = ragged(B=8)
+    batch = ppo.collate_rollout([[1]] * 8, [[2] * int(n) for n in mask.sum(1)])
+    batch = batch._replace(logp=logp, ref_logp=ref, values=v if algo == "ppo" else None)
+    rows = MASKED.nonzero()[:, 0].tolist()
+    done = ppo.compute_advantages(cfg, batch, s[:, 0], 0.1, counted=MASKED).take(rows)
+    alone = ppo.compute_advantages(cfg, batch.take(rows), s[rows, 0], 0.1)
+    torch.testing.assert_close(done.advantages, alone.advantages)
+    torch.testing.assert_close(done.returns, alone.returns)
+    units = ppo.measure_units(cfg, batch, s[:, 0], 0.1, MASKED)
+    assert units == pytest.approx(ppo.measure_units(cfg, batch.take(rows), s[rows, 0], 0.1))
+
+
+def test_groups_differ_by_their_finished_answers_alone():
+    s = t([1.0, 1.0, 9.0, 1.0, 3.0, 4.0, 5.0, 6.0])[0]
+    assert equal_groups(s, 4).tolist() == [False, False]
+    assert equal_groups(s, 4, MASKED).tolist() == [True, True]
+    batch = ppo.collate_rollout([[1]] * 8, [[2]] * 8)
+    some = ppo.Experience([[2]] * 8, batch, s, MASKED, {})
+    cfg = config(algo="dapo", batch=8, num_generations=4, overlong="mask")
+    assert ppo.keep_informative_groups(cfg, some).answers == []
+    cfg = dataclasses.replace(cfg, overlong="none")
+    assert len(ppo.keep_informative_groups(cfg, some).answers) == 8
+
+
 @pytest.mark.parametrize("words, says", [
+    (["--overlong", "mask", "--missing_eos_penalty", "1"],
+     "--missing_eos_penalty 1.0 means nothing to --overlong mask"),
     (["--missing_eos_score", "-1"], "--missing_eos_score is now called --missing_eos_penalty"),
     (["--missing_eos_penalty", "no"], "--missing_eos_penalty no is neither a number from 0 on nor the word"),
     (["--missing_eos_penalty", "nan"], "nan is neither a number"),
