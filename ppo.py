@@ -82,6 +82,8 @@ the loss at 0.2 to 0.3; with the KL in the reward every algorithm here ends at p
  - "mean over tokens" is 1 / N of a minibatch's own tokens, so a token weighs more in one of short answers
  - GRPO's std is the unbiased one (k - 1), without the 1e-4 that its implementations add; the paper says std
  - Adam has betas 0.9 and 0.95 and eps 1e-5, its rate falls to 0 on a straight line
+ - every algorithm with a KL adapts beta (--adaptive_kl_target 6; 0: fixed), as Ziegler et al. do: GRPO, RLOO
+   and REINFORCE++ too, whose papers keep it fixed
  - beta changes by at most a fifth per iteration, however large a batch is against --kl_horizon
  - KTO pairs a prompt with the answers of the example half the data further on, not with those of the next one
    in the batch: then their reference log-probabilities never change, and one pass before training finds them,
@@ -126,7 +128,7 @@ from data.runtime.device import MICRO
 from data.runtime.files import UserError
 from data.runtime.flags import check_ranges, fields_of, flag
 from data.runtime.progress import track
-from data.runtime.records import RecordConfig, find_record
+from data.runtime.records import RecordConfig, check_types, find_record
 from model import generate, past_length, token_logprobs
 
 
@@ -231,6 +233,7 @@ class SamplingConfig:
     micro_batch_tokens: int = flag(MICRO // 2, "padded tokens per forward: memory and time, no result", low=1)
 
     def __post_init__(self):
+        check_types(type(self).__name__, vars(self), fields_of([type(self)]))
         check_ranges(vars(self), fields_of([type(self)]))
         self.check(self)
 
@@ -326,6 +329,10 @@ class PPOConfig(RecordConfig, SamplingConfig):
         if 0 < cfg.steps <= cfg.value_warmup:
             raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the "
                             "policy; it must be smaller")
+        reads_high = "cliprange_high" not in algorithm.unused
+        if reads_high and "cliprange" in algorithm.unused and cfg.cliprange_high == 0:
+            raise UserError(f"--cliprange_high 0 stands for --cliprange, which --algo {cfg.algo} does not "
+                            "read; it must be above 0")
         penalty = cfg.missing_eos_penalty
         if cfg.overlong == "mask" and penalty is not None and cls.is_given(cfg, "missing_eos_penalty"):
             raise UserError(f"--missing_eos_penalty {penalty} means nothing to --overlong mask, which learns "
@@ -1251,7 +1258,8 @@ class Experience(NamedTuple):
     """One rollout with its scores."""
     answers: list                               # B lists of ids, num_generations for each prompt
     batch: Batch
-    scores: torch.Tensor                        # (B,)
+    scores: torch.Tensor                        # (B,)      what is learnt from, see final_scores
+    rewarded: torch.Tensor                      # (B,)      what the reward gave, before any penalty
     ended: torch.Tensor                         # (B,)      bool: the answer ends with an end token
     metrics: dict
 
@@ -1287,8 +1295,8 @@ class Units(NamedTuple):
 
 
 def measure_units(cfg, batch, scores, beta, counted=None):
-    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None. counted:
-    as compute_advantages takes it, one at least."""
+    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None.
+    counted: as compute_advantages takes it, one at least."""
     def mean_and_std(x):
         centred = centre(x, mask, (0, 1))
         return ((x.to(centred.dtype).masked_fill(~mask, 0).sum() / count).item(),
@@ -1550,9 +1558,10 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     rolled_out = time.perf_counter()
 
     values = environment.reward(prompts, answers, rows)
-    s = checked_scores(values, len(answers), device)
+    rewarded = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
-    s = final_scores(s, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty, cfg.overlong)
+    s = final_scores(rewarded, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty,
+                     cfg.overlong)
     metrics = part_means(values)
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
@@ -1560,7 +1569,7 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
-    return Experience(answers, batch, s, ended, metrics)
+    return Experience(answers, batch, s, rewarded, ended, metrics)
 
 
 def collect(cfg, roles, environment, step, device):
@@ -1600,7 +1609,7 @@ def keep_informative_groups(cfg, experience):
     answers = [experience.answers[i] for i in rows]
     batch = experience.batch.take(rows) if rows else None
     return experience._replace(answers=answers, batch=batch, scores=experience.scores[rows],
-                               ended=experience.ended[rows])
+                               rewarded=experience.rewarded[rows], ended=experience.ended[rows])
 
 
 def join_experiences(parts):
@@ -1609,6 +1618,7 @@ def join_experiences(parts):
     return Experience([answer for part in parts for answer in part.answers],
                       join_batches(batches) if batches else None,
                       torch.cat([part.scores for part in parts]),
+                      torch.cat([part.rewarded for part in parts]),
                       torch.cat([part.ended for part in parts]), {})
 
 
@@ -1788,8 +1798,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
             batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
         metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
-                                counted_answers(cfg, first)))
-        metrics["objective"] = metrics["score"] - beta * metrics["kl"]
+                                counted_answers(cfg, first), first.rewarded))
+        metrics["objective"] = metrics.get("score_penalised", metrics["score"]) - beta * metrics["kl"]
         metrics.update(first.metrics)
 
         started = time.perf_counter()

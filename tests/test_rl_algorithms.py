@@ -3,6 +3,7 @@ the best, groups without variance are replaced; each published loss against a na
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -292,16 +293,50 @@ def test_groups_differ_by_their_finished_answers_alone():
     assert equal_groups(s, 4).tolist() == [False, False]
     assert equal_groups(s, 4, MASKED).tolist() == [True, True]
     batch = ppo.collate_rollout([[1]] * 8, [[2]] * 8)
-    some = ppo.Experience([[2]] * 8, batch, s, MASKED, {})
+    some = ppo.Experience([[2]] * 8, batch, s, s, MASKED, {})
     cfg = config(algo="dapo", batch=8, num_generations=4, overlong="mask")
     assert ppo.keep_informative_groups(cfg, some).answers == []
     cfg = dataclasses.replace(cfg, overlong="none")
     assert len(ppo.keep_informative_groups(cfg, some).answers) == 8
 
 
+@pytest.mark.parametrize("changes", [dict(missing_eos_penalty=2.0), dict(overlong="penalty")])
+def test_the_logged_score_is_the_reward_before_penalties(changes):
+    given = []
+
+    def reward(prompts, answers, rows=None):
+        given.extend(toy_reward(prompts, answers))
+        return given
+    cfg = config(steps=1, max_new_tokens=3, batch=32, **changes)
+    roles, state, _, _ = setup(cfg)
+    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(reward)))
+    raw = torch.tensor(given)
+    assert m["score"] == pytest.approx(raw.mean().item(), abs=1e-6)
+    assert m["score_std"] == pytest.approx(raw.std(unbiased=False).item(), abs=1e-6)
+    learnt = batch.rewards.sum(1).mean().item() + m["beta"] * m["kl"]
+    assert m["score_penalised"] == pytest.approx(learnt, abs=1e-5) and learnt < m["score"] - 0.05
+    assert m["objective"] == pytest.approx(learnt - m["beta"] * m["kl"], abs=1e-5)
+    cfg = config(steps=1, max_new_tokens=3, batch=32, missing_eos_penalty=None)
+    roles, state, _, _ = setup(cfg)
+    assert "score_penalised" not in next(ppo.train_ppo(cfg, roles, state, environment()))[0]
+
+
+def test_equal_rewards_with_a_penalty_are_something_to_learn_from():
+    cfg = config(steps=1, max_new_tokens=3, batch=32)
+    roles, state, _, _ = setup(cfg)
+    for penalty, silent in ((1.0, True), (None, False)):
+        cfg = dataclasses.replace(cfg, missing_eos_penalty=penalty)
+        m = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [2.0] * len(y))))[0]
+        state.step = 0
+        assert m["score"] == 2 and m["score_std"] == 0
+        assert silent != any("nothing to learn from" in line for line in health(m))
+
+
 @pytest.mark.parametrize("words, says", [
     (["--overlong", "mask", "--missing_eos_penalty", "1"],
      "--missing_eos_penalty 1.0 means nothing to --overlong mask"),
+    (["--algo", "cispo", "--cliprange_high", "0"],
+     "--cliprange_high 0 stands for --cliprange, which --algo cispo does not read; it must be above 0"),
     (["--missing_eos_score", "-1"], "--missing_eos_score is now called --missing_eos_penalty"),
     (["--missing_eos_penalty", "no"], "--missing_eos_penalty no is neither a number from 0 on nor the word"),
     (["--missing_eos_penalty", "nan"], "nan is neither a number"),
@@ -538,6 +573,29 @@ def test_a_group_is_two_answers_or_more(algo):
     assert config(algo=algo, num_generations=2).num_generations == 2
     with pytest.raises(UserError, match=f"--algo {algo} compares answers to one prompt"):
         config(algo=algo, num_generations=1)
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(steps="5"), "PPOConfig takes a whole number as steps, not '5'"),
+    (dict(steps=2.5), "PPOConfig takes a whole number as steps, not 2.5"),
+    (dict(steps=None), "PPOConfig takes a whole number as steps, not None"),
+    (dict(num_generations=True), "PPOConfig takes a whole number as num_generations, not True"),
+    (dict(lr="1e-3"), "PPOConfig takes a number as lr, not '1e-3'"),
+    (dict(lr=False), "PPOConfig takes a number as lr, not False"),
+    (dict(missing_eos_penalty="none"), "PPOConfig takes a number or None as missing_eos_penalty, not 'none'"),
+    (dict(temprature=1.0), "PPOConfig has no field temprature; did you mean temperature?")])
+def test_a_value_of_another_type_is_refused_in_a_sentence(given, says):
+    with pytest.raises(UserError, match="^" + re.escape(says) + "$"):
+        ppo.PPOConfig(**given)
+
+
+def test_a_float_takes_an_int_and_a_penalty_none():
+    cfg = ppo.PPOConfig(lr=1, missing_eos_penalty=None, gamma=1)
+    assert cfg.lr == 1 and cfg.missing_eos_penalty is None
+    with pytest.raises(UserError, match="SamplingConfig takes a whole number as max_new_tokens, not 4.0"):
+        ppo.SamplingConfig(max_new_tokens=4.0)
+    with pytest.raises(UserError, match="PreferenceConfig takes a number as beta, not '0.1'"):
+        ppo.PreferenceConfig(beta="0.1")
 
 
 def test_an_unknown_algorithm_fails_loudly():
