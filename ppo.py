@@ -82,6 +82,8 @@ the loss at 0.2 to 0.3; with the KL in the reward every algorithm here ends at p
  - "mean over tokens" is 1 / N of a minibatch's own tokens, so a token weighs more in one of short answers
  - GRPO's std is the unbiased one (k - 1), without the 1e-4 that its implementations add; the paper says std
  - Adam has betas 0.9 and 0.95 and eps 1e-5, its rate falls to 0 on a straight line
+ - every algorithm with a KL adapts beta (--adaptive_kl_target 6; 0: fixed), as Ziegler et al. do: GRPO, RLOO
+   and REINFORCE++ too, whose papers keep it fixed
  - beta changes by at most a fifth per iteration, however large a batch is against --kl_horizon
  - KTO pairs a prompt with the answers of the example half the data further on, not with those of the next one
    in the batch: then their reference log-probabilities never change, and one pass before training finds them,
@@ -126,7 +128,7 @@ from data.runtime.device import MICRO
 from data.runtime.files import UserError
 from data.runtime.flags import check_ranges, fields_of, flag
 from data.runtime.progress import track
-from data.runtime.records import RecordConfig, find_record
+from data.runtime.records import RecordConfig, check_types, find_record
 from model import generate, past_length, token_logprobs
 
 
@@ -139,7 +141,7 @@ class Algorithm:
     place of the KL, normalisation, answers that are cut) are flags of PPOConfig, whose defaults it sets.
 
     advantage    (cfg, batch) -> advantages, returns, both (B, R), not normalised yet. batch.rewards is there;
-                 row i * k + j is answer j to prompt i
+                 row i * k + j is answer j to prompt i; an answer that does not count is off the mask
     policy_loss  (cfg, logp (B, R), batch) -> loss per token, 0 outside the mask, and where its clipping acted
                  (1 above, -1 below, 0 nowhere), both (B, R). logp: of the policy now; batch: the rollout's
                  logp, ref_logp, advantages, mask, lengths
@@ -231,6 +233,7 @@ class SamplingConfig:
     micro_batch_tokens: int = flag(MICRO // 2, "padded tokens per forward: memory and time, no result", low=1)
 
     def __post_init__(self):
+        check_types(type(self).__name__, vars(self), fields_of([type(self)]))
         check_ranges(vars(self), fields_of([type(self)]))
         self.check(self)
 
@@ -270,7 +273,7 @@ class PPOConfig(RecordConfig, SamplingConfig):
     missing_eos_penalty: float = flag(1.0, "an answer without end scores so many std of the scores less than "
                                            "the worst that ends; none: its own score",
                                       type=penalty_or_none)
-    overlong: str = flag("none", "answers cut at --max_new_tokens: left out of the loss (mask); or the last "
+    overlong: str = flag("none", "answers cut at --max_new_tokens: as if never sampled (mask); or the last "
                                  "fifth of the length costs up to one std of the scores (penalty)",
                          choices=("none", "mask", "penalty"))
     dynamic_sampling: int = flag(0, "rounds in which groups of equal scores are replaced by answers to other "
@@ -326,7 +329,14 @@ class PPOConfig(RecordConfig, SamplingConfig):
         if 0 < cfg.steps <= cfg.value_warmup:
             raise UserError(f"--value_warmup {cfg.value_warmup} leaves none of --steps {cfg.steps} to the "
                             "policy; it must be smaller")
+        reads_high = "cliprange_high" not in algorithm.unused
+        if reads_high and "cliprange" in algorithm.unused and cfg.cliprange_high == 0:
+            raise UserError(f"--cliprange_high 0 stands for --cliprange, which --algo {cfg.algo} does not "
+                            "read; it must be above 0")
         penalty = cfg.missing_eos_penalty
+        if cfg.overlong == "mask" and penalty is not None and cls.is_given(cfg, "missing_eos_penalty"):
+            raise UserError(f"--missing_eos_penalty {penalty} means nothing to --overlong mask, which learns "
+                            "nothing from answers without end; leave one of them out")
         if penalty is not None and not (penalty >= 0 and math.isfinite(penalty)):
             raise UserError(f"--missing_eos_penalty {penalty} is neither a number from 0 on nor None")
 
@@ -461,25 +471,35 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return adv, adv + values
 
 
-def rloo_advantage(returns):
-    """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt."""
-    k = returns.size(1)
-    centred = centre(returns, torch.ones_like(returns, dtype=torch.bool), 1)
-    return (centred * k / (k - 1)).to(returns.dtype)
+def rloo_advantage(returns, counted=None):
+    """returns (B, k) -> (B, k): each minus the mean of the other k - 1 answers to its prompt. counted (B, k)
+    bool, None for all: the answers that a group consists of; 0 for the rest, and for one alone."""
+    counted = torch.ones_like(returns, dtype=torch.bool) if counted is None else counted
+    k = counted.sum(1, keepdim=True)
+    centred = centre(returns, counted, 1)
+    return (centred * k / (k - 1).clamp(min=1)).to(returns.dtype)
 
 
-def grpo_advantage(scores, std=True):
+def grpo_advantage(scores, std=True, counted=None):
     """scores (B, k) minus the prompt's mean, over its std (GRPO; the unbiased one, of k - 1) or not (Dr.
-    GRPO). Equal scores give 0."""
-    centred = centre(scores, torch.ones_like(scores, dtype=torch.bool), 1)
+    GRPO). Equal scores give 0. counted: as rloo_advantage takes it."""
+    counted = torch.ones_like(scores, dtype=torch.bool) if counted is None else counted
+    centred = centre(scores, counted, 1)
     if std:
-        centred = centred / root_mean_square(centred, max(scores.size(1) - 1, 1), 1)
+        centred = centred / root_mean_square(centred, (counted.sum(1, keepdim=True) - 1).clamp(min=1), 1)
     return centred.to(scores.dtype)
+
+
+def group_advantages(advantages, mask, k):
+    """Advantages (B, R), one number for each answer, over the std of its group; answers off the mask are no
+    part of one."""
+    of_answers = grpo_advantage(advantages[:, 0].view(-1, k), counted=mask[:, 0].view(-1, k))
+    return of_answers.view(-1, 1) * mask
 
 
 ADVANTAGE_NORMS = {
     "none": lambda advantages, mask, k: advantages.masked_fill(~mask, 0),
-    "group": lambda advantages, mask, k: grpo_advantage(advantages[:, 0].view(-1, k)).view(-1, 1) * mask,
+    "group": group_advantages,
     "batch": lambda advantages, mask, k: whiten(advantages, mask),
 }
 
@@ -515,13 +535,14 @@ def final_scores(scores, ended, lengths, limit, penalty=1.0, overlong="none"):
 
     overlong "penalty" takes up to one spread of the scores, see overlong_penalty. penalty: an answer without
     end scores the lowest of the finished ones, or its own score if that is lower, minus penalty spreads: no
-    reward makes an answer without end the best. None: its own score.
+    reward makes an answer without end the best. None, or overlong "mask", which does not learn from it: its
+    own score.
     """
     unit = spread(scores)
     result = scores
     if overlong == "penalty":
         result = scores + unit * overlong_penalty(lengths, limit)
-    if penalty is None or bool(ended.all()):
+    if penalty is None or overlong == "mask" or bool(ended.all()):
         return result
     lowest = result[ended].min() if bool(ended.any()) else scores.max()
     return result.where(ended, torch.minimum(scores, lowest) - penalty * unit)
@@ -717,12 +738,14 @@ def per_answer(advantage, batch):
 
 def advantage_leave_one_out(cfg, batch):
     """The reward of a whole answer against the mean of the other answers to its prompt."""
-    return per_answer(rloo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations)), batch)
+    groups = batch.rewards.sum(1).view(-1, cfg.num_generations)
+    return per_answer(rloo_advantage(groups, batch.mask.any(1).view_as(groups)), batch)
 
 
 def advantage_group_mean(cfg, batch):
     """The reward of a whole answer against the mean of all answers to its prompt."""
-    return per_answer(grpo_advantage(batch.rewards.sum(1).view(-1, cfg.num_generations), std=False), batch)
+    groups = batch.rewards.sum(1).view(-1, cfg.num_generations)
+    return per_answer(grpo_advantage(groups, False, batch.mask.any(1).view_as(groups)), batch)
 
 
 def clip_range(cfg):
@@ -1235,7 +1258,8 @@ class Experience(NamedTuple):
     """One rollout with its scores."""
     answers: list                               # B lists of ids, num_generations for each prompt
     batch: Batch
-    scores: torch.Tensor                        # (B,)
+    scores: torch.Tensor                        # (B,)      what is learnt from, see final_scores
+    rewarded: torch.Tensor                      # (B,)      what the reward gave, before any penalty
     ended: torch.Tensor                         # (B,)      bool: the answer ends with an end token
     metrics: dict
 
@@ -1270,14 +1294,15 @@ class Units(NamedTuple):
         return (x - self.shift) / self.unit
 
 
-def measure_units(cfg, batch, scores, beta):
-    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None."""
+def measure_units(cfg, batch, scores, beta, counted=None):
+    """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None.
+    counted: as compute_advantages takes it, one at least."""
     def mean_and_std(x):
         centred = centre(x, mask, (0, 1))
         return ((x.to(centred.dtype).masked_fill(~mask, 0).sum() / count).item(),
                 (centred.square().sum() / count).sqrt().item())
 
-    mask = batch.mask
+    mask = batch.mask if counted is None else batch.mask & counted[:, None]
     count = mask.sum()
     rewards = reward_tokens(cfg, batch, scores, beta)
     _, returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, 1.0)
@@ -1533,9 +1558,10 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     rolled_out = time.perf_counter()
 
     values = environment.reward(prompts, answers, rows)
-    s = checked_scores(values, len(answers), device)
+    rewarded = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
-    s = final_scores(s, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty, cfg.overlong)
+    s = final_scores(rewarded, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty,
+                     cfg.overlong)
     metrics = part_means(values)
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
@@ -1543,7 +1569,7 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
-    return Experience(answers, batch, s, ended, metrics)
+    return Experience(answers, batch, s, rewarded, ended, metrics)
 
 
 def collect(cfg, roles, environment, step, device):
@@ -1555,7 +1581,7 @@ def collect(cfg, roles, environment, step, device):
     first = sample_and_score(cfg, roles, environment, chosen, generator, device)
     if not cfg.dynamic_sampling:
         return first, first
-    found = [keep_informative_groups(first, cfg.num_generations)]
+    found = [keep_informative_groups(cfg, first)]
     asked = set(chosen)
     sampled = len(first.answers)
     for turn in range(1, cfg.dynamic_sampling + 1):
@@ -1569,20 +1595,21 @@ def collect(cfg, roles, environment, step, device):
         more = sample_and_score(cfg, roles, environment, chosen, generator, device)
         for name in ("tokens", "seconds_rollout", "seconds_score"):
             first.metrics[name] += more.metrics[name]
-        found.append(keep_informative_groups(more, cfg.num_generations))
+        found.append(keep_informative_groups(cfg, more))
         sampled += len(more.answers)
     first.metrics["answers_sampled"] = sampled
     return first, join_experiences(found)
 
 
-def keep_informative_groups(experience, k):
-    """The groups of k answers whose scores differ: an Experience, perhaps without any answer."""
-    differs = ~equal_groups(experience.scores, k).repeat_interleave(k)
+def keep_informative_groups(cfg, experience):
+    """The groups in which scores of answers that count differ: an Experience, perhaps without any answer."""
+    k = cfg.num_generations
+    differs = ~equal_groups(experience.scores, k, counted_answers(cfg, experience)).repeat_interleave(k)
     rows = differs.nonzero()[:, 0].tolist()
     answers = [experience.answers[i] for i in rows]
     batch = experience.batch.take(rows) if rows else None
     return experience._replace(answers=answers, batch=batch, scores=experience.scores[rows],
-                               ended=experience.ended[rows])
+                               rewarded=experience.rewarded[rows], ended=experience.ended[rows])
 
 
 def join_experiences(parts):
@@ -1591,6 +1618,7 @@ def join_experiences(parts):
     return Experience([answer for part in parts for answer in part.answers],
                       join_batches(batches) if batches else None,
                       torch.cat([part.scores for part in parts]),
+                      torch.cat([part.rewarded for part in parts]),
                       torch.cat([part.ended for part in parts]), {})
 
 
@@ -1600,15 +1628,17 @@ def reward_tokens(cfg, batch, scores, beta):
     return token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
 
 
-def compute_advantages(cfg, batch, scores, beta, units=Units()):
+def compute_advantages(cfg, batch, scores, beta, units=Units(), counted=None):
     """A rollout and its scores (B,) -> the Batch with rewards, values in the reward's units, advantages and
-    returns."""
+    returns. counted (B,) bool, None for all: the rest is in no baseline and no spread, its advantages and
+    returns are 0."""
     algorithm = find_record(ALGORITHMS, cfg.algo)
     batch = batch._replace(rewards=reward_tokens(cfg, batch, scores, beta))
     if batch.values is not None:
         batch = batch._replace(values=units.value(batch.values).masked_fill(~batch.mask, 0))
-    adv, returns = algorithm.advantage(cfg, batch)
-    adv = normalise_advantages(adv, batch.mask, cfg.advantage_norm, cfg.num_generations)
+    mask = batch.mask if counted is None else batch.mask & counted[:, None]
+    adv, returns = algorithm.advantage(cfg, batch._replace(mask=mask))
+    adv = normalise_advantages(adv, mask, cfg.advantage_norm, cfg.num_generations)
     return batch._replace(advantages=adv, returns=returns)
 
 
@@ -1762,17 +1792,19 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         metrics = {"step": state.step + 1, "beta": beta}
         batch = None
         if experience.batch is not None:
-            if not state.units.scale:
-                state.units = measure_units(cfg, experience.batch, experience.scores, beta)
-            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units)
+            counted = counted_answers(cfg, experience)
+            if not state.units.scale and counted.any():
+                state.units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
+            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
-        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations))
-        metrics["objective"] = metrics["score"] - beta * metrics["kl"]
+        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
+                                counted_answers(cfg, first), first.rewarded))
+        metrics["objective"] = metrics.get("score_penalised", metrics["score"]) - beta * metrics["kl"]
         metrics.update(first.metrics)
 
         started = time.perf_counter()
         scale = lr_scale(state.step, cfg.steps)
-        rows = learnt_rows(cfg, experience)
+        rows = counted_answers(cfg, experience).nonzero()[:, 0].tolist()
         metrics["answers_learnt"] = len(rows)
         if rows:
             order = rng(cfg.seed, "order", state.step)
@@ -1787,8 +1819,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         yield metrics, shown if batch is None else batch
 
 
-def learnt_rows(cfg, experience):
-    """Indices of the answers that the losses see: with --overlong mask not those that were cut."""
+def counted_answers(cfg, experience):
+    """(B,) bool, the answers that baselines and losses see: with --overlong mask not those that were cut."""
     if cfg.overlong != "mask":
-        return list(range(len(experience.answers)))
-    return experience.ended.nonzero()[:, 0].tolist()
+        return torch.ones_like(experience.ended)
+    return experience.ended

@@ -940,8 +940,9 @@ def test_a_new_algorithm_is_one_record(monkeypatch):
     cfg = ppo.PPOConfig(algo="sapo", lr=1e-2, batch=16, steps=12, max_new_tokens=8, minibatches=1)
     roles, state, _, _ = setup(cfg)
     log = train(cfg, roles, state)
-    assert log[0]["ratio_first"] < 1e-5 and log[0]["beta"] == 0 and log[0]["objective"] == log[0]["score"]
-    assert log[-1]["score"] > log[0]["score"] + 0.1 and log[-1]["clipfrac"] == 0
+    assert log[0]["ratio_first"] < 1e-5 and log[0]["beta"] == 0
+    assert log[0]["objective"] == log[0]["score_penalised"]                     # beta is 0
+    assert log[-1]["objective"] > log[0]["objective"] + 0.1 and log[-1]["clipfrac"] == 0
     with pytest.raises(UserError, match="--cliprange means nothing to --algo sapo"):
         ppo.PPOConfig(algo="sapo", cliprange=0.3)
 
@@ -1312,11 +1313,12 @@ def test_health_of_a_run_and_metrics_of_a_rollout():
     ended = torch.tensor([y[-1] == END for y in answers])
     lowest = torch.minimum(own, own[ended].min())
     s = own.where(ended, lowest - own.std(unbiased=False))
-    assert abs(m["score"] - s.mean()) < 1e-6 and abs(m["length"] - lengths.mean()) < 1e-6
+    assert abs(m["score"] - own.mean()) < 1e-6 and abs(m["score_penalised"] - s.mean()) < 1e-6
+    assert abs(m["length"] - lengths.mean()) < 1e-6
     assert abs(m["score_length_corr"] - torch.corrcoef(torch.stack((s, lengths)))[0, 1]) < 1e-5
     assert abs(m["entropy_answer"] + batch.logp.sum(1).mean()) < 1e-5
     assert m["unique"] == len(set(map(tuple, answers))) / 16
-    assert m["objective"] == m["score"] and m["entropy"] > 0 and m["seconds_rollout"] > 0
+    assert m["objective"] == m["score_penalised"] and m["entropy"] > 0 and m["seconds_rollout"] > 0
     one = describe(batch, [[1, 2, 1, 2, 1, 2, 1, 2]] * 16, s, torch.ones(16))
     assert abs(one["repeat4"] - (1 - 2 / 5)) < 1e-9                              # five 4-grams, two different
 

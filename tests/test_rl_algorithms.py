@@ -3,6 +3,7 @@ the best, groups without variance are replaced; each published loss against a na
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -235,9 +236,12 @@ def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
     m, whole = next(ppo.train_ppo(cfg, roles, state, environment()))
     last = seen[0].tokens.gather(1, (seen[0].lengths - 1)[:, None])
     assert 0 < len(last) == m["answers_learnt"] == round(32 * m["eos_rate"]) < 32 and (last == END).all()
-    assert len(whole.mask) == 32                            # which count in their group's mean all the same
+    assert len(whole.mask) == 32
+    ended = (whole.tokens.gather(1, (whole.lengths - 1)[:, None]) == END).view(-1, 4)
     group = whole.advantages[:, 0].view(-1, 4)
-    torch.testing.assert_close(group.mean(1), torch.zeros(8), atol=1e-6, rtol=0)
+    assert (ended.any(1) & ~ended.all(1)).any()             # the mean of a group is that of its finished answers
+    torch.testing.assert_close((group * ended).sum(1), torch.zeros(8), atol=1e-6, rtol=0)
+    assert (group[~ended] == 0).all()
     cfg = config(steps=2, max_new_tokens=1, batch=8, overlong="mask", missing_eos_penalty=None)
     roles, state, _, _ = setup(cfg)
     before = weights(state)
@@ -247,7 +251,92 @@ def test_answers_that_are_cut_can_be_left_out_of_the_loss(monkeypatch):
     assert any("no answer was learnt from" in line for line in health(log[0]))
 
 
+MASKED = torch.tensor([True, True, False, True, False, False, True, False])     # two groups of four
+
+
+@pytest.mark.parametrize("algo, want", [
+    ("grpo", [-1, 0, 0, 1, 0, 0, 0, 0]), ("drgrpo", [-2, 0, 0, 2, 0, 0, 0, 0]),
+    ("rloo", [-3, 0, 0, 3, 0, 0, 0, 0])])
+def test_a_masked_answer_is_in_no_baseline_and_no_spread(algo, want):
+    """Finished are 1 3 5, of mean 3 and std 2, beside a cut 99; and one alone, whose group has no other."""
+    cfg = config(algo=algo, batch=8, num_generations=4, overlong="mask", max_new_tokens=2)
+    batch = ppo.collate_rollout([[1]] * 8, [[2] * n for n in (1, 2, 3, 1, 2, 1, 1, 2)])
+    zero = torch.zeros(batch.mask.shape, dtype=F64)
+    batch = batch._replace(logp=zero, ref_logp=zero)
+    s = t([1.0, 3.0, 99.0, 5.0, -9.0, 4.0, 7.0, 9.0])[0]
+    kept = ppo.final_scores(s, MASKED, batch.mask.sum(1), 2, 1.0, "mask")
+    assert torch.equal(kept, s)                             # no penalty for the missing end
+    done = ppo.compute_advantages(cfg, batch, s, 0.1, counted=MASKED)
+    torch.testing.assert_close(done.advantages[:, 0], t(want)[0], atol=1e-12, rtol=0)
+    alone = ppo.compute_advantages(dataclasses.replace(cfg, batch=6, num_generations=3, minibatches=2),
+                                   batch.take([0, 1, 3]), s[[0, 1, 3]], 0.1)
+    assert torch.equal(done.advantages[[0, 1, 3], :2], alone.advantages)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_masked_answer_is_in_no_mean_of_the_batch(algo):
+    cfg = config(algo=algo, batch=8, overlong="mask")
+    mask, (logp, ref, v, s, *_) = ragged(B=8)
+    batch = ppo.collate_rollout([[1]] * 8, [[2] * int(n) for n in mask.sum(1)])
+    batch = batch._replace(logp=logp, ref_logp=ref, values=v if algo == "ppo" else None)
+    rows = MASKED.nonzero()[:, 0].tolist()
+    done = ppo.compute_advantages(cfg, batch, s[:, 0], 0.1, counted=MASKED).take(rows)
+    alone = ppo.compute_advantages(cfg, batch.take(rows), s[rows, 0], 0.1)
+    torch.testing.assert_close(done.advantages, alone.advantages)
+    torch.testing.assert_close(done.returns, alone.returns)
+    units = ppo.measure_units(cfg, batch, s[:, 0], 0.1, MASKED)
+    assert units == pytest.approx(ppo.measure_units(cfg, batch.take(rows), s[rows, 0], 0.1))
+
+
+def test_groups_differ_by_their_finished_answers_alone():
+    s = t([1.0, 1.0, 9.0, 1.0, 3.0, 4.0, 5.0, 6.0])[0]
+    assert equal_groups(s, 4).tolist() == [False, False]
+    assert equal_groups(s, 4, MASKED).tolist() == [True, True]
+    batch = ppo.collate_rollout([[1]] * 8, [[2]] * 8)
+    some = ppo.Experience([[2]] * 8, batch, s, s, MASKED, {})
+    cfg = config(algo="dapo", batch=8, num_generations=4, overlong="mask")
+    assert ppo.keep_informative_groups(cfg, some).answers == []
+    cfg = dataclasses.replace(cfg, overlong="none")
+    assert len(ppo.keep_informative_groups(cfg, some).answers) == 8
+
+
+@pytest.mark.parametrize("changes", [dict(missing_eos_penalty=2.0), dict(overlong="penalty")])
+def test_the_logged_score_is_the_reward_before_penalties(changes):
+    given = []
+
+    def reward(prompts, answers, rows=None):
+        given.extend(toy_reward(prompts, answers))
+        return given
+    cfg = config(steps=1, max_new_tokens=3, batch=32, **changes)
+    roles, state, _, _ = setup(cfg)
+    m, batch = next(ppo.train_ppo(cfg, roles, state, environment(reward)))
+    raw = torch.tensor(given)
+    assert m["score"] == pytest.approx(raw.mean().item(), abs=1e-6)
+    assert m["score_std"] == pytest.approx(raw.std(unbiased=False).item(), abs=1e-6)
+    learnt = batch.rewards.sum(1).mean().item() + m["beta"] * m["kl"]
+    assert m["score_penalised"] == pytest.approx(learnt, abs=1e-5) and learnt < m["score"] - 0.05
+    assert m["objective"] == pytest.approx(learnt - m["beta"] * m["kl"], abs=1e-5)
+    cfg = config(steps=1, max_new_tokens=3, batch=32, missing_eos_penalty=None)
+    roles, state, _, _ = setup(cfg)
+    assert "score_penalised" not in next(ppo.train_ppo(cfg, roles, state, environment()))[0]
+
+
+def test_equal_rewards_with_a_penalty_are_something_to_learn_from():
+    cfg = config(steps=1, max_new_tokens=3, batch=32)
+    roles, state, _, _ = setup(cfg)
+    for penalty, silent in ((1.0, True), (None, False)):
+        cfg = dataclasses.replace(cfg, missing_eos_penalty=penalty)
+        m = next(ppo.train_ppo(cfg, roles, state, environment(lambda p, y, rows: [2.0] * len(y))))[0]
+        state.step = 0
+        assert m["score"] == 2 and m["score_std"] == 0
+        assert silent != any("nothing to learn from" in line for line in health(m))
+
+
 @pytest.mark.parametrize("words, says", [
+    (["--overlong", "mask", "--missing_eos_penalty", "1"],
+     "--missing_eos_penalty 1.0 means nothing to --overlong mask"),
+    (["--algo", "cispo", "--cliprange_high", "0"],
+     "--cliprange_high 0 stands for --cliprange, which --algo cispo does not read; it must be above 0"),
     (["--missing_eos_score", "-1"], "--missing_eos_score is now called --missing_eos_penalty"),
     (["--missing_eos_penalty", "no"], "--missing_eos_penalty no is neither a number from 0 on nor the word"),
     (["--missing_eos_penalty", "nan"], "nan is neither a number"),
@@ -484,6 +573,29 @@ def test_a_group_is_two_answers_or_more(algo):
     assert config(algo=algo, num_generations=2).num_generations == 2
     with pytest.raises(UserError, match=f"--algo {algo} compares answers to one prompt"):
         config(algo=algo, num_generations=1)
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(steps="5"), "PPOConfig takes a whole number as steps, not '5'"),
+    (dict(steps=2.5), "PPOConfig takes a whole number as steps, not 2.5"),
+    (dict(steps=None), "PPOConfig takes a whole number as steps, not None"),
+    (dict(num_generations=True), "PPOConfig takes a whole number as num_generations, not True"),
+    (dict(lr="1e-3"), "PPOConfig takes a number as lr, not '1e-3'"),
+    (dict(lr=False), "PPOConfig takes a number as lr, not False"),
+    (dict(missing_eos_penalty="none"), "PPOConfig takes a number or None as missing_eos_penalty, not 'none'"),
+    (dict(temprature=1.0), "PPOConfig has no field temprature; did you mean temperature?")])
+def test_a_value_of_another_type_is_refused_in_a_sentence(given, says):
+    with pytest.raises(UserError, match="^" + re.escape(says) + "$"):
+        ppo.PPOConfig(**given)
+
+
+def test_a_float_takes_an_int_and_a_penalty_none():
+    cfg = ppo.PPOConfig(lr=1, missing_eos_penalty=None, gamma=1)
+    assert cfg.lr == 1 and cfg.missing_eos_penalty is None
+    with pytest.raises(UserError, match="SamplingConfig takes a whole number as max_new_tokens, not 4.0"):
+        ppo.SamplingConfig(max_new_tokens=4.0)
+    with pytest.raises(UserError, match="PreferenceConfig takes a number as beta, not '0.1'"):
+        ppo.PreferenceConfig(beta="0.1")
 
 
 def test_an_unknown_algorithm_fails_loudly():

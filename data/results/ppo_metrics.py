@@ -8,11 +8,14 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     length_*   mean length of the right and of the wrong answers. Where all scores of finished answers are 0
                or 1, right is 1. Else right is above the mean score of the group of answers to that prompt,
                wrong below it; of a prompt with one answer: of the rollout. Equal to it: neither
-    frac_reward_zero_std    share of groups in which all scores are equal
-    objective  score - beta kl: what PPO maximises, so it rises, up to noise
+    frac_reward_zero_std    share of groups in which all scores are equal, of answers that are learnt from
+    score      the mean of the reward itself, as in the results before and after training, and score_std its
+               standard deviation; score_penalised, where it differs: the mean of what is learnt from, after
+               --missing_eos_penalty and --overlong. All other numbers about scores are of that
+    objective  score_penalised - beta kl: what PPO maximises, so it rises, up to noise
     clipfrac_low, clipfrac_high   tokens whose gradient the clip took, below and above; clipfrac: both
     answers_learnt    answers that the losses saw; answers_sampled: with --dynamic_sampling, of all rounds
-    score_cut, score_ended   means over answers without and with an end token
+    score_cut, score_ended   means over answers without and with an end token, where both are learnt from
     ratio_*    largest |new / old - 1|; ratio_first is taken before the first optimiser step: 0 to rounding
 
 B answers  R response columns  K ranked answers
@@ -51,20 +54,25 @@ def right_and_wrong(scores, ended, num_generations=1):
     return above > 0, above < 0
 
 
-def equal_groups(scores, k):
+def equal_groups(scores, k, counted=None):
     """scores (B,), k answers to each prompt side by side -> (B / k,) bool: all scores of a group are equal,
-    but for rounding."""
+    but for rounding. counted (B,) bool, None for all: the answers that the groups consist of."""
     groups = scores.view(-1, k)
-    rounding = 8 * torch.finfo(scores.dtype).eps * groups.abs().amax(1)
-    return groups.amax(1) - groups.amin(1) <= rounding
+    rest = torch.zeros_like(groups, dtype=torch.bool) if counted is None else ~counted.view(-1, k)
+    rounding = 8 * torch.finfo(scores.dtype).eps * groups.masked_fill(rest, 0).abs().amax(1)
+    return groups.masked_fill(rest, -math.inf).amax(1) - groups.masked_fill(rest, math.inf).amin(1) <= rounding
 
 
-def describe(batch, answers, scores, ended, num_generations=1):
+def describe(batch, answers, scores, ended, num_generations=1, counted=None, rewarded=None):
     """Metrics of a rollout, {name: float}.
 
-    batch: ppo.Batch; answers: B lists of ids; scores (B,); ended (B,), whether an answer has its end token;
-    num_generations: answers per prompt, which stand side by side.
+    batch: ppo.Batch; answers: B lists of ids; scores (B,), what is learnt from; rewarded (B,), the reward
+    before penalties, None: the same; ended (B,), whether an answer has its end token;
+    num_generations: answers per prompt, which stand side by side; counted (B,) bool, None for all: those that
+    are learnt from.
     """
+    counted = torch.ones_like(ended, dtype=torch.bool) if counted is None else counted
+    rewarded = scores if rewarded is None else rewarded
     mask = batch.mask
     n = mask.sum(1).float()                                                     # (B,)
     k1 = (batch.logp - batch.ref_logp).masked_fill(~mask, 0)                    # (B, R)
@@ -73,7 +81,7 @@ def describe(batch, answers, scores, ended, num_generations=1):
     k3 = ((-k1).exp() - 1 + k1).sum(1)                                          # (B,)
     grams = [[tuple(answer[i:i + 4]) for i in range(len(answer) - 3)] for answer in answers]
     repeats = sum(len(some) - len(set(some)) for some in grams)
-    metrics = {"score": scores.mean(), "score_std": scores.std(unbiased=False),
+    metrics = {"score": rewarded.mean(), "score_std": rewarded.std(unbiased=False),
                "kl": kl.mean(), "kl_k2": k2.mean(), "kl_k3": k3.mean(),
                "kl_stderr": kl.std(unbiased=False) / len(kl) ** 0.5,
                "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
@@ -82,16 +90,19 @@ def describe(batch, answers, scores, ended, num_generations=1):
                "score_length_corr": correlation(scores, n),
                "unique": len(set(map(tuple, answers))) / len(answers),
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
+    if not torch.equal(scores, rewarded):
+        metrics["score_penalised"] = scores.mean()
     if num_generations > 1:
-        metrics["frac_reward_zero_std"] = equal_groups(scores, num_generations).float().mean()
+        metrics["frac_reward_zero_std"] = equal_groups(scores, num_generations, counted).float().mean()
     right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
     for name, chosen in (("length_right", right), ("length_wrong", wrong)):
         if chosen.any():
             metrics[name] = n[chosen.to(n.device)].mean()
-    if 0 < ended.sum() < len(ended):
+    if 0 < ended.sum() < len(ended) and counted.all():      # else a masked one could seem to be rewarded
         ended = ended.bool()
         metrics.update({"score_ended": scores[ended].mean(), "score_cut": scores[~ended].mean()})
-    if batch.values is not None:                            # return - value: the advantage before whitening
+    mask = mask & counted.to(mask.device)[:, None]
+    if batch.values is not None and mask.any():             # return - value: the advantage before whitening
         advantage = (batch.returns - batch.values)[mask]
         metrics.update({"value": batch.values[mask].mean(), "return": batch.returns[mask].mean(),
                         "advantage": advantage.mean(), "advantage_std": advantage.std(unbiased=False),
@@ -148,7 +159,8 @@ def health(metrics, tolerance=1e-4):
         (m["kl"] > 25,
          "KL is {kl:.0f} nats: the policy is far from the reference; raise --kl_coef, or lower "
          "--adaptive_kl_target"),
-        (m["score_std"] == 0, "every answer scores {score:.3g}: there is nothing to learn from"),
+        (m["score_std"] == 0 and "score_penalised" not in metrics,
+         "every answer scores {score:.3g}: there is nothing to learn from"),
         (m["frac_reward_zero_std"] > 0.5,
          "{frac_reward_zero_std:.0%} of the prompts have answers of one score and give no gradient"),
         (m["step"] == 1 and metrics.get("grad_norm_policy", 1.0) == 0,

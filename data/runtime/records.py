@@ -8,9 +8,11 @@ A record is a frozen dataclass instance in a tuple, such as ppo.ALGORITHMS. Its 
     own_flags   flags that only this record reads, or those that list them too
     unused      other flags that it does not read
 
-Public: find_record, unused_flags, RecordConfig
+Public: find_record, unused_flags, RecordConfig, check_types
 """
 import dataclasses
+import difflib
+import numbers
 
 from data.runtime.files import UserError
 from data.runtime.flags import check_ranges, fields_of, unknown_choice
@@ -37,19 +39,23 @@ class RecordConfig:
 
     Config(algo="grpo", steps=100): fields that are not given take the record's defaults, then their own. A
     subclass defines the static method records(), the tuple, and check_values(cfg, record) for its exclusions.
-    Raises UserError for an unknown record or field, a value out of range, a flag the record does not read.
+    Raises UserError for an unknown record or field, a value of another type or out of range, and a flag that
+    the record does not read.
     """
 
     def __init__(self, **given):
         fields = fields_of([type(self)])
         for name in given:
             if name not in fields:
-                raise UserError(f"{type(self).__name__} has no field {name}; it has {' '.join(fields)}")
+                near = difflib.get_close_matches(name, fields, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {' '.join(fields)}"
+                raise UserError(f"{type(self).__name__} has no field {name}; {hint}")
         selector = self.records()[0].selected_by
         record = find_record(self.records(), given.get(selector, fields[selector].default))
         for name, field in fields.items():
             value = given.get(name, record.defaults.get(name, field.default))
             object.__setattr__(self, name, value)
+        check_types(type(self).__name__, dataclasses.asdict(self), fields)
         check_ranges(dataclasses.asdict(self), fields)
         check_choices(dataclasses.asdict(self), fields)
         self.check(self)
@@ -88,6 +94,23 @@ class RecordConfig:
         if given is not None:
             return name in given
         return getattr(cfg, name) != cls.record_of(cfg).defaults.get(name, fields_of([cls])[name].default)
+
+
+ACCEPTED = {bool: ((bool,), "True or False"), int: ((numbers.Integral,), "a whole number"),
+            float: ((numbers.Real,), "a number"), str: ((str,), "a string")}
+
+
+def check_types(owner, values, fields):
+    """Raises UserError for a value that is not of the type its field declares. A float takes an int, neither
+    takes a bool; None is accepted where the flag reads a word as None: a type of its own."""
+    for name, field in fields.items():
+        value = values[name]
+        types, words = ACCEPTED[field.type]
+        own_type = field.metadata["type"] is not field.type
+        if value is None and own_type:
+            continue
+        if not isinstance(value, types) or isinstance(value, bool) and field.type is not bool:
+            raise UserError(f"{owner} takes {words}{' or None' if own_type else ''} as {name}, not {value!r}")
 
 
 def check_choices(values, fields):
