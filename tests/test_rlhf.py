@@ -250,7 +250,7 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--reward", "no/such"], "no such folder"), (["--reward", "judges:nothing"], "module:function"),
+    (["--reward", "no/such"], "is no folder; --reward takes a run of --task reward, or module:function"), (["--reward", "judges:nothing"], "module:function"),
     (["--reward", "judges:broken"], "finite"), ([], "needs --reward"),
     (["--reward", "BASE"], "no reward model"),
     (["--reward", "judges:letters", "--batch", "6", "--num_generations", "4", "--algo", "rloo"], "multiple"),
