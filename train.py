@@ -311,17 +311,20 @@ def load(folder, dtype=torch.float32):
     An adapter names its base, which may be an adapter again: that one is merged in here. The head of a
     classifier or reward model is read by `read_head(folder)`. Raises DataError.
     """
-    folder, *below = folders(folder)
-    if not below:
-        return GPT.from_pretrained(folder, dtype).eval(), None, Tokenizer.from_pretrained(folder)
-    base = below[0]
-    model, prompt, tokenizer = load(base)
-    if prompt is not None:
-        raise DataError(f"{folder} stands on {base}, a soft prompt, which cannot be merged into a model")
-    model = merged(model).to(dtype)
-    method = method_of(folder)
-    loaded = method.load(model, folder, settings(folder))
-    return model.eval(), None if method.mergeable else loaded.eval(), tokenizer
+    *adapters, plain = folders(folder)
+    model = GPT.from_pretrained(plain, torch.float32 if adapters else dtype)
+    tokenizer = Tokenizer.from_pretrained(plain)
+    prompt = None
+    below = plain
+    for adapter in reversed(adapters):
+        if prompt is not None:
+            raise DataError(f"{adapter} stands on {below}, a soft prompt, which cannot be merged into a model")
+        model = merged(model).to(dtype if adapter == adapters[0] else torch.float32)
+        method = method_of(adapter)
+        loaded = method.load(model, adapter, settings(adapter))
+        prompt = None if method.mergeable else loaded.eval()
+        below = adapter
+    return model.eval(), prompt, tokenizer
 
 
 def merged(model):
