@@ -156,19 +156,24 @@ def run_tabular(seed=0, R=4, shift=0.0, **changes):
     return task, policy, log
 
 
-def network(seed, steps, **changes):
-    """8 prompts of 1 to 4 tokens, in symbols that may not be answered; a taste per prompt and a favourite
-    length."""
+def transformer_task(seed, count, longest, R):
+    """`count` prompts of 1 to `longest` tokens, in symbols that may not be answered, with answers of up to R; a
+    taste per prompt and a favourite length."""
     torch.manual_seed(seed)
     ref = GPT(GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_embd=32))
     for p in ref.parameters():
         p.data.mul_(8 if p.dim() == 2 else 1)                       # a reference with opinions
-    prompts = [tuple(torch.randint(V, 8, (1 + i % 4,)).tolist()) for i in range(8)]
+    prompts = [tuple(torch.randint(V, 8, (1 + i % longest,)).tolist()) for i in range(count)]
     taste = torch.randn(8, V).tolist()
     scores = [[sum(taste[p[-1]][a] for a in y) / 2 - (len(y) - len(p) / 2) ** 2 / 8 if y[-1] == EOS else -1.0
-               for y in outcomes(4)] for p in prompts]
-    task = Task(ref, torch.tensor(scores), prompts, banned=range(V, 8))
-    policy, critic = copy.deepcopy(ref), copy.deepcopy(ref)
+               for y in outcomes(R)] for p in prompts]
+    return Task(ref, torch.tensor(scores), prompts, R, banned=range(V, 8))
+
+
+def network(seed, steps, **changes):
+    """The transformer task with 8 prompts of 1 to 4 tokens, trained: (task, policy, log)."""
+    task = transformer_task(seed, count=8, longest=4, R=4)
+    policy, critic = copy.deepcopy(task.ref), copy.deepcopy(task.ref)
     cfg = config(lr=3e-3, steps=steps, seed=seed, grad_clip=1.0, ppo_epochs=1, minibatches=8, **changes)
     log = task.train(cfg, policy, critic, ppo.ScalarHead(32, zero=True))
     return task, policy, log

@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-from model import GPT, GPTConfig
-from optimum import BETA, EOS, Task, V, outcomes, tabular, trainable
+from optimum import BETA, tabular, trainable, transformer_task
 
 SEEDS = range(3)
 WHY = {
@@ -196,17 +195,9 @@ def measures(task, log_pi, aim):
 
 
 def transformer(seed):
-    """40 answers to each of 4 prompts, scored by a taste per prompt and a favourite length. Returns the task and the
-    policy, a copy of the reference."""
-    torch.manual_seed(seed)
-    ref = GPT(GPTConfig(vocab_size=8, block_size=8, n_layer=2, n_head=2, n_embd=32))
-    for p in ref.parameters():
-        p.data.mul_(8 if p.dim() == 2 else 1)                       # a reference with opinions
-    prompts = [tuple(torch.randint(V, 8, (1 + i % 3,)).tolist()) for i in range(4)]
-    taste = torch.randn(8, V).tolist()
-    scores = [[sum(taste[p[-1]][a] for a in y) / 2 - (len(y) - len(p) / 2) ** 2 / 8 if y[-1] == EOS else -1.0
-               for y in outcomes(3)] for p in prompts]
-    return Task(ref, torch.tensor(scores), prompts, R=3, banned=range(V, 8)), copy.deepcopy(ref)
+    """The task with 40 answers to each of 4 prompts, and the policy, a copy of its reference."""
+    task = transformer_task(seed, count=4, longest=3, R=3)
+    return task, copy.deepcopy(task.ref)
 
 
 WORLDS = {"table": (tabular, dict(steps=400, lr=1.0)), "transformer": (transformer, dict(steps=120, lr=3e-3))}

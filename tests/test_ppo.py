@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -379,11 +380,7 @@ def setup(cfg, seed=0, dialect="gpt2", dropout=0.0):
     head = ppo.ScalarHead(16)
 
     def adapter(name):
-        @contextlib.contextmanager
-        def enter():
-            with lora.use_adapter(model, name):
-                yield model, None
-        return enter
+        return tiny.adapter_role(model, name)
     roles, learns = ppo.Roles(adapter("policy"), adapter(None)), {}
     if ppo.find_record(ppo.ALGORITHMS, cfg.algo).needs_critic:
         roles = roles._replace(critic=adapter("value"), value_head=copy.deepcopy(head))

@@ -3,7 +3,6 @@
 A forward pass in two parts is the forward pass; a prompt that is asked often is read once; roles whose adapters
 begin at block k share what enters it.
 """
-import contextlib
 import json
 
 import pytest
@@ -122,11 +121,7 @@ def train_roles(algo, shared, kind="llama", names=("policy", "value"), steps=2):
         lora.inject(model, ("q", "v", "up"), rank=2, alpha=4, layers=(2, 3), name=name, seed=seed)
 
     def role(name):
-        @contextlib.contextmanager
-        def enter():
-            with lora.use_adapter(model, name):
-                yield model, None
-        return enter
+        return tiny.adapter_role(model, name)
     cfg = ppo.PPOConfig(algo=algo, lr=1e-2, batch=16, steps=steps, max_new_tokens=6, minibatches=2, micro_batch_tokens=64,
                         num_generations=2, missing_eos_penalty=None, temperature=3.0)
     roles = ppo.Roles(role("policy"), role(None), shared_blocks=shared)

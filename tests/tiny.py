@@ -1,10 +1,12 @@
 """A base model of two layers over bytes, rows of every kind: all that a run needs; and how to cut a run."""
+import contextlib
 import json
 import time
 
 import pytest
 import torch
 
+import lora
 from data.results import evaluate
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -17,6 +19,15 @@ ROWS = {"chat": [{"prompt": ab, "completion": ab[0]} for ab in PAIRS],
         "text": [{"text": "abcd efgh " * 20}] * 12,
         "tags": [{"tokens": list(ab), "tags": ["B-X" if c < "e" else "O" for c in ab]} for ab in PAIRS],
         "pairs": [{"prompt": ab, "chosen": ab[0], "rejected": ab[1]} for ab in PAIRS if ab[0] != ab[1]]}
+
+
+def adapter_role(model, name):
+    """A role of ppo.py: the model with this adapter active; None: as it is without."""
+    @contextlib.contextmanager
+    def enter():
+        with lora.use_adapter(model, name):
+            yield model, None
+    return enter
 
 
 class Stop(Exception):
