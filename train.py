@@ -2556,6 +2556,11 @@ def run_and_exit():
     code = main()
     if code in (0, 75):                                 # nccl would wait for a process that is gone
         distributed.end()
+    if dist_state.size > 1:
+        with contextlib.suppress(OSError):              # whoever read the output is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)                                  # gloo's threads may abort while the interpreter ends
     sys.exit(code)
 
 

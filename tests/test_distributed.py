@@ -304,3 +304,11 @@ def test_a_row_with_its_own_uniforms_does_not_depend_on_its_neighbours(world):
     assert len(set(map(len, whole))) > 1                                        # some rows finish early
     for i in (2, 0, 1):
         assert generate(model, prompts[i:i + 1], 6, eos=range(100), uniforms=uniforms[i:i + 1]) == whole[i:i + 1]
+
+
+def test_threads_of_gloo_cannot_fail_a_run_that_has_ended(tmp_path):
+    """What aborts while the interpreter ends comes too late to be the exit code; what was printed is there."""
+    program = ("import atexit, os\nimport train\natexit.register(os.abort)\ntrain.main = lambda: print('done') or 0\n"
+               "train.distributed.end = lambda: None\ntrain.dist_state.size = 2\ntrain.run_and_exit()")
+    p = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (p.returncode, p.stdout) == (0, "done\n"), p.stderr
