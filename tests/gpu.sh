@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks on a machine with a CUDA device, in less than 8 minutes:  tests/gpu.sh [OUT]
-# The tests of the GPU path, a few real commands, and how fast they were. OUT keeps the log and the results.
+# The tests of the GPU path, a few real commands, speed and memory of GPT-2 124M and a Llama of 1.1 billion. OUT keeps
+# the log, the results and speed.json.
 # PYTHON names the interpreter (default python3). Exit code: 0 if everything passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -40,9 +41,15 @@ check 50 "${train[@]}" --steps 100 --out "$out/lora"
 check 30 "${train[@]}" --method full --steps 100 --dtype bf16 --gradient_checkpointing --out "$out/full"
 check 30 "${train[@]}" --method p_tuning_v2 --steps 100 --out "$out/p_tuning_v2"
 check 30 "${train[@]}" --quant nf4 --steps 20 --out "$out/nf4"
+check 30 "${train[@]}" --dtype fp16 --steps 100 --out "$out/fp16"
+check 60 "${train[@]}" --compile --steps 50 --out "$out/compile"
 check 60 "${train[@]}" --task ppo --data toy/prompts --init data/base --reward data.toy:gold --steps 3 --out "$out/ppo"
 check 30 "${train[@]}" --task eval --init "$out/lora" --eval_items 64 --out "$out/eval"
 check 20 "${train[@]}" --task chat --init "$out/lora" --prompt "Where does Fay live?" --temperature 0
+
+# What time is left, for speed and memory beside their estimates; with PEERS=PYTHON beside peft.
+left=$((440 - SECONDS))
+"$python" tests/gpu_speed.py --device "$device" --out "$out/speed.json" --seconds "$((left > 30 ? left : 30))" || failed=1
 
 rm -f "$out/last.log"
 echo "$SECONDS seconds, $([ $failed = 0 ] && echo all passed || echo something failed)"

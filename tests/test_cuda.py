@@ -25,6 +25,7 @@ from data.checkpoints.safetensors import read_tensors
 from data.runtime.files import UserError, read_json
 from data.runtime.command import groups_of
 from data.runtime.flags import fields_of
+from data.checkpoints.model_folders import ROOT
 from data.checkpoints.quantization import QuantizedWeight
 from model import GPT, GPTConfig, generate
 
@@ -302,3 +303,17 @@ def test_compiled_is_the_same(line, world, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
     assert lora.adapters(train.load(tmp_path / "compiled")[0]) or "lora" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["gpt2 lora fp32", "gpt2 generate", "gpt2 ppo"])
+def test_the_measurement_of_speed_runs(only, tmp_path):
+    """tests/gpu_speed.py with tiny models on the CPU: training, generation, PPO."""
+    words = ["--device", "cpu", "--tiny", "--only", only, "--out", str(tmp_path / "speed.json")]
+    program = [sys.executable, str(ROOT / "tests" / "gpu_speed.py")]
+    p = subprocess.run([*program, *words], capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout + p.stderr
+    line, = read_json(tmp_path / "speed.json")
+    assert line["tokens_per_second"] > 0 and line["peak_mb"] is None
+    assert ("share" in line) == ("lora" in only)
+    assert p.stdout.count("\n") == 3 and f"| {line['name']} |" in p.stdout
