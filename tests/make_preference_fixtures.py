@@ -12,7 +12,6 @@ cpo_loss of CPOTrainer ("simpo"), odds_ratio_loss of ORPOTrainer, kto_loss of KT
 import ast
 import pathlib
 import sys
-import textwrap
 import types
 import zipfile
 
@@ -23,17 +22,26 @@ import torch.nn.functional as F
 OUT = pathlib.Path(__file__).parent / "fixtures" / "preferences" / "trl.npz"
 
 
-def method(wheel, file, name):
-    """A method of a trainer as a function (self, ...); annotations are dropped, they name types of TRL."""
-    source = zipfile.ZipFile(wheel).read(f"trl/trainer/{file}.py").decode()
-    [node] = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == name]
+def definition(wheel, file, name):
+    """The syntax tree of a function, a method or CLASS.METHOD of trl/FILE.py in a wheel."""
+    found = ast.parse(zipfile.ZipFile(wheel).read(f"trl/{file}.py"))
+    for part in name.split("."):
+        [found] = [node for node in ast.walk(found)
+                   if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part]
+    return found
+
+
+def method(wheel, file, name, **names):
+    """A function, or a method of a trainer as a function (self, ...); annotations are dropped, they name types of
+    TRL. names: what else its text names."""
+    node = definition(wheel, file, name)
     node.returns = None
     for arg in node.args.args:
         arg.annotation = None
-    names = {"torch": torch, "F": F, "FDivergenceType": types.SimpleNamespace(
+    names |= {"torch": torch, "F": F, "FDivergenceType": types.SimpleNamespace(
         ALPHA_DIVERGENCE=types.SimpleNamespace(value="alpha"), JS_DIVERGENCE=types.SimpleNamespace(value="js"))}
-    exec(textwrap.dedent(ast.unparse(node)), names)
-    return names[name]
+    exec(ast.unparse(node), names)
+    return names[node.name]
 
 
 def main(wheel):
@@ -49,15 +57,15 @@ def main(wheel):
     def trainer(**settings):
         return types.SimpleNamespace(accelerator=accelerator, reference_free=False, f_divergence_type=None,
                                      calculate_KL=True, **settings)
-    dpo = method(wheel, "dpo_trainer", "dpo_loss")
+    dpo = method(wheel, "trainer/dpo_trainer", "dpo_loss")
     data["dpo"] = dpo(trainer(loss_type="sigmoid", beta=0.3, label_smoothing=0.0), c, r, rc, rr)[0]
     data["cdpo"] = dpo(trainer(loss_type="sigmoid", beta=0.3, label_smoothing=0.2), c, r, rc, rr)[0]
     data["ipo"] = dpo(trainer(loss_type="ipo", beta=0.3), c, r, rc, rr)[0]
     m = c / lengths[0], r / lengths[1]
-    data["simpo"] = method(wheel, "cpo_trainer", "cpo_loss")(
+    data["simpo"] = method(wheel, "trainer/cpo_trainer", "cpo_loss")(
         trainer(loss_type="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=0.0), *m)[0]
-    data["odds"] = method(wheel, "orpo_trainer", "odds_ratio_loss")(trainer(beta=0.25), *m)[0]
-    both, _, _, mean = method(wheel, "kto_trainer", "kto_loss")(
+    data["odds"] = method(wheel, "trainer/orpo_trainer", "odds_ratio_loss")(trainer(beta=0.25), *m)[0]
+    both, _, _, mean = method(wheel, "trainer/kto_trainer", "kto_loss")(
         trainer(loss_type="kto", beta=0.3, desirable_weight=1.25, undesirable_weight=0.75), c, r, kl + 2, rc, rr, ref_kl)
     data["kto_good"], data["kto_bad"] = both.chunk(2)
     data["kl_mean"] = mean

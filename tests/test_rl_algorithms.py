@@ -1,10 +1,13 @@
 """RL algorithms: a run does not depend on the zero or the scale of its reward, an answer without end is never
-the best, groups without variance are replaced; each published loss against a naive loop."""
+the best, groups without variance are replaced; each published loss against a naive loop and against TRL."""
+import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from data.runtime.files import UserError
 from test_ppo import END, F64, NAMES, PAD, PROMPTS, config, environment, leaves, ragged, rolled, setup, t, \
     timeless, toy_reward, train, weights
 
+TRL = pathlib.Path(__file__).parent / "fixtures" / "rl" / "trl.npz"
 GROUPED = [algorithm.name for algorithm in ppo.ALGORITHMS if algorithm.compares_groups]
 # beta stands beside the score, or beside advantages that have no scale
 SCALES_BETA = [a.name for a in ppo.ALGORITHMS if a.defaults.get("kl_place", "reward") == "reward"]
@@ -465,6 +469,134 @@ def test_each_published_loss_equals_a_naive_loop(algo, seed):
     got = (ppo.token_weights(mask.double(), cfg.token_mean, cfg.max_new_tokens) * loss).sum().item()
     assert abs(got - naive_loss(algo, mask, logp, old, ref, s[:, 0], 4, 9)) < 1e-10
     assert not clipped[~mask].any() and clipped.any() == (algo != "cispo")
+
+
+# ------------------------------------------------------------------------- TRL's numbers (make_rl_fixtures.py)
+
+ALIKE = {"rtol": 0, "atol": 1e-10}
+TRL_BETA = 0.3
+TRL_CASES = {                                   # flags of ours that are the settings of the fixture's case
+    "grpo": dict(algo="grpo"), "grpo_corrected": dict(algo="grpo", kl_place="none"), "drgrpo": dict(algo="drgrpo"),
+    "dapo": dict(algo="dapo", overlong="none"), "gspo": dict(algo="gspo"), "cispo": dict(algo="cispo"),
+    "ppo": dict(algo="ppo", gamma=0.97, lam=0.9), "reinforce": dict(algo="reinforce", gamma=0.97)}
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return {name: torch.from_numpy(x) for name, x in np.load(TRL).items()}
+
+
+def trl_batch(trl, advantages=None):
+    """The fixture's rollout; advantages (8,) or (8, 7)."""
+    mask = trl["mask"].bool()
+    batch = ppo.collate_rollout([[1]] * 8, [[2] * int(n) for n in mask.sum(1)])
+    batch = batch._replace(logp=trl["old"], ref_logp=trl["ref"], values=trl["values"])
+    if advantages is None:
+        return batch
+    return batch._replace(advantages=advantages.view(8, -1).expand(8, 7) * mask)
+
+
+def step_of(monkeypatch, cfg, logp, batch):
+    """policy_step of a policy that gives the answers these log-probabilities: its metrics, and the gradient."""
+    logp = logp.clone().requires_grad_()
+    monkeypatch.setattr(ppo, "PolicyDistribution", lambda *given: None)
+    monkeypatch.setattr(ppo, "logprobs", lambda policy, part, past: logp)
+    weights = ppo.token_weights(batch.mask.double(), cfg.token_mean, cfg.max_new_tokens)
+    roles = ppo.Roles(lambda: contextlib.nullcontext((None, None)), None)
+    metrics = ppo.policy_step(cfg, roles, batch._replace(weights=weights), TRL_BETA, batch.mask.sum())
+    return metrics, logp.grad
+
+
+def group_std(x):
+    return x.view(2, 4).std(1, keepdim=True).expand(2, 4).flatten()
+
+
+@pytest.mark.parametrize("algo", NAMES)
+def test_the_advantages_are_trls(algo, trl):
+    """TRL adds 1e-4 to a group's std, and whitens by the unbiased variance + 1e-8. Nothing else differs."""
+    cfg = config(batch=8, num_generations=4, max_new_tokens=9, **{"algo": algo, **TRL_CASES.get(algo, {})})
+    batch = trl_batch(trl)
+    if algo != "ppo":
+        batch = batch._replace(values=None)
+    got = ppo.compute_advantages(cfg, batch, trl["scores"], TRL_BETA)
+    mask = batch.mask
+    want = trl[f"{algo}_advantages"]
+    if algo in ("ppo", "reinforce"):
+        raw = trl[f"{algo}_returns"] - (trl["values"] * mask if algo == "ppo" else 0)
+        unbiased = raw[mask].var()
+        biased = raw[mask].var(unbiased=False)
+        torch.testing.assert_close(got.rewards, trl["ppo_rewards"] * mask, **ALIKE)
+        torch.testing.assert_close(got.returns * mask, trl[f"{algo}_returns"] * mask, **ALIKE)
+        want = (want * ((unbiased + 1e-8) / biased).sqrt()) * mask
+    else:
+        if cfg.advantage_norm == "group":
+            std = group_std(trl["scores"])
+            want = want * (std + 1e-4) / std
+        want = want[:, None] * mask
+    torch.testing.assert_close(got.advantages, want, **ALIKE)
+
+
+@pytest.mark.parametrize("case", TRL_CASES)
+def test_losses_and_gradients_are_trls(case, trl, monkeypatch):
+    """On TRL's advantages. grpo_corrected: TRL's default multiplies k3 by the ratio, and has its gradient too."""
+    cfg = config(batch=8, num_generations=4, max_new_tokens=9, **TRL_CASES[case])
+    batch = trl_batch(trl, trl[f"{case}_advantages"])
+    metrics, grad = step_of(monkeypatch, cfg, trl[f"{case}_logp"], batch)
+    loss = metrics["policy_loss"]
+    if case == "grpo_corrected":
+        logp = trl["grpo_corrected_logp"].clone().requires_grad_()
+        k3 = (logp - batch.logp).exp() * ppo.kl_estimate(logp, batch.ref_logp, "k3")
+        extra = (TRL_BETA * k3 * ppo.token_weights(batch.mask.double(), "sequence")).sum()
+        loss = loss + extra.detach()
+        grad = grad + torch.autograd.grad(extra, logp)[0]
+        assert (loss - trl["grpo_loss"]).abs() > 1e-2               # what it is without
+    torch.testing.assert_close(loss, trl[f"{case}_loss"], **ALIKE)
+    torch.testing.assert_close(grad, trl[f"{case}_grad"], **ALIKE)
+    assert trl[f"{case}_grad"].abs().max() > 1e-3
+    if f"{case}_low" in trl and cfg.ratio_level == "token":
+        for side in ("low", "high"):
+            assert metrics[f"clipfrac_{side}"] == pytest.approx(trl[f"{case}_{side}"].item(), abs=1e-6)
+            assert trl[f"{case}_{side}"] > 0.1
+    if case == "grpo":
+        k3 = ppo.kl_estimate(trl["grpo_logp"], batch.ref_logp, "k3")
+        assert ppo.masked_mean(k3, batch.mask) == pytest.approx(trl["grpo_kl"].item(), abs=1e-6)
+
+
+def test_a_minibatch_is_averaged_over_its_own_tokens_and_in_trls_dapo_over_those_of_the_rollout(trl, monkeypatch):
+    cfg = config(algo="dapo", batch=8, num_generations=4, max_new_tokens=9, overlong="none")
+    batch = trl_batch(trl, trl["dapo_advantages"])._replace(values=None)
+    half = ppo.Batch(*(None if x is None else x[:4] for x in batch))
+    metrics, grad = step_of(monkeypatch, cfg, trl["dapo_logp"][:4], half)
+    share = half.mask.sum() / (batch.mask.sum().double() / 2)       # its tokens over those of the mean minibatch
+    assert (share - 1).abs() > 0.03
+    torch.testing.assert_close(metrics["policy_loss"] * share, trl["dapo_half_loss"], **ALIKE)
+    torch.testing.assert_close(grad * share, trl["dapo_half_grad"], **ALIKE)
+
+
+def test_trls_rloo_has_one_ratio_for_the_whole_answer(trl, monkeypatch):
+    """The product of the token ratios, and a mean over answers. Before the first step all ratios are 1, and the
+    gradients are in proportion: a token weighs 1 / N here and 1 / B there."""
+    cfg = config(algo="rloo", batch=8, num_generations=4, max_new_tokens=9)
+    batch = trl_batch(trl, trl["rloo_advantages"])
+    _, grad = step_of(monkeypatch, cfg, trl["rloo_first_logp"], batch)
+    torch.testing.assert_close(grad * batch.mask.sum() / 8, trl["rloo_first_grad"], **ALIKE)
+    logp = trl["rloo_logp"].clone().requires_grad_()
+    new, old = ((x * batch.mask).sum(1, keepdim=True) for x in (logp, batch.logp))
+    loss = ppo.ppo_policy_loss(new, old, trl["rloo_advantages"][:, None], torch.ones(8, 1).bool()).mean()
+    torch.testing.assert_close(loss, trl["rloo_loss"], **ALIKE)
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], trl["rloo_grad"], **ALIKE)
+
+
+def test_the_value_loss_is_trls(trl):
+    values = trl["new_values"].clone().requires_grad_()
+    mask = trl["mask"].bool()
+    loss = ppo.masked_mean(ppo.ppo_value_loss(values, trl["values"] * mask, trl["ppo_returns"], mask), mask)
+    torch.testing.assert_close(loss, trl["ppo_value_loss"], **ALIKE)
+    torch.testing.assert_close(torch.autograd.grad(loss, values)[0], trl["ppo_value_grad"], **ALIKE)
+
+
+def test_the_overlong_penalty_is_trls_with_a_fifth_of_the_limit_as_its_buffer(trl):
+    torch.testing.assert_close(ppo.overlong_penalty(trl["lengths"].double(), 20), trl["overlong"], **ALIKE)
 
 
 def test_the_gradient_of_cispo_stays_where_its_weight_is_clipped():
