@@ -209,17 +209,21 @@ def table(choices, fields, metrics, cfg):
     """The Columns, a row for each Choice."""
     columns = key_columns(choices, fields)
     columns.append(Column(cfg.select, [display_value(choice.value) for choice in choices]))
-    columns.append(Column(f"on {cfg.on}", aligned([choice.scores[choice.value] for choice in choices])))
+    scores = [choice.scores[choice.value] for choice in choices]
+    decimals = 3 if any(abs(score) >= 0.1 for score in scores) else 5
+    columns.append(Column(f"on {cfg.on}", cells_of(scores, decimals)))
     if is_ordered(choices):
         for title, step in (("below", -1), ("above", 1)):
-            columns.append(Column(title, aligned([regret(choice, step, metrics[0]) for choice in choices]), 1))
+            regrets = [regret(choice, step, metrics[0]) for choice in choices]
+            columns.append(Column(title, cells_of(regrets, decimals), 1))
     columns.append(Column("seeds", [str(len(choice.reported)) for choice in choices]))
     for metric in metrics:
         estimates = [estimate(choice.reported, metric) for choice in choices]
         cells = [format_estimate(some) if math.isfinite(some[0]) else ("nan", MISSING) for some in estimates]
-        columns.append(Column(metric, [mean for mean, _ in cells]))
-        if any(interval != MISSING for _, interval in cells):
-            columns.append(Column("95 %", [interval for _, interval in cells], 2))
+        means, intervals = zip(*cells)
+        columns.append(Column(metric, list(means)))
+        if any(interval != MISSING for interval in intervals):
+            columns.append(Column("95 %", list(intervals), 2))
     return columns
 
 
@@ -228,11 +232,8 @@ def key_columns(choices, fields):
             for i, name in enumerate(fields) if name != "folder"]
 
 
-def aligned(values):
-    """Cells with the same decimals, more of them where all numbers are small."""
-    largest = max((abs(x) for x in values if math.isfinite(x)), default=1)
-    decimals = 3 if largest >= 0.1 or largest == 0 else 5
-    return [MISSING if math.isnan(x) else f"{x + 0.0:.{decimals}f}" for x in values]
+def cells_of(numbers, decimals):
+    return [MISSING if math.isnan(x) else f"{x + 0.0:.{decimals}f}" for x in numbers]
 
 
 def is_ordered(choices):
