@@ -7,7 +7,7 @@ import os
 import pytest
 import tiny
 
-from data.results import compare, log_plots, plots, runs, tables
+from data.results import choose, compare, log_plots, plots, runs, tables
 from data.runtime.files import UserError, read_json
 from data.runtime.flags import parse
 from data.runtime.run_folder import Run, RunError
@@ -19,7 +19,7 @@ def config(flags):
     """The stored flags of a run: each method has its own rate, and only two of these have a rank."""
     given = dict(zip((word.removeprefix("--") for word in flags[::2]), flags[1::2]))
     values = {"task": "sft", "method": "lora", "init": "data/base", "data": "toy", "seed": 1, **given}
-    values["lr"] = RATES[values["method"]]
+    values.setdefault("lr", RATES[values["method"]])
     if values["method"] in ("lora", "adalora"):
         values.setdefault("rank", 8)
     return values
@@ -541,6 +541,215 @@ def test_results_that_keep_accepted_are_named(tmp_path, capsys):
     assert "a is from before a change of code, accepted by --keep: lora.py: LoRA.forward" in out
 
 
+# --------------------------------------------------------------------------------------------------- choosing
+
+def swept(tmp_path, method, numbers, flags=(), **more):
+    """Runs of {rate: [(exact match on valid, on test) of seed 1, 2, ...]}; None: the seed did not run the rate."""
+    for rate, some in numbers.items():
+        for seed, pair in enumerate(some, 1):
+            if pair:
+                log = [dict(event="valid", step=10, exact_match=0.99, loss=0.0),
+                       dict(event="valid", step=20, exact_match=pair[0], loss=1 - pair[0])]
+                make(tmp_path / f"{method}-{rate}-{seed}", {"exact_match": pair[1], "loss": 1 - pair[1]}, log=log,
+                     steps=20, flags=["--method", method, "--lr", rate, "--seed", seed, "--eval_every", 10, *flags],
+                     **{"stored": {"test_items": 40, "test_sha256": "t"}, **more})
+
+
+LORA = {1e-3: [(0.5, 0.9), (0.9, 0.5), (0.9, 0.5)], 3e-3: [(0.8, 0.1), (0.1, 0.6), (0.1, 0.8)],
+        1e-2: [(0.7, 0.9), (0.9, 0.5), (0.9, 0.5)]}
+
+
+def selected(tmp_path, capsys, *flags):
+    return shown(tmp_path, capsys, "--select", "lr", *flags)
+
+
+def test_a_rate_is_chosen_on_valid_by_the_first_seed_and_reported_on_test_by_the_others(tmp_path, capsys, monkeypatch):
+    swept(tmp_path, "lora", LORA)
+    swept(tmp_path, "full", {1e-4: [(0.2, 0.1), (0.1, 0.9), (0.1, 0.9)],
+                             3e-4: [(0.6, 0.3), (0.1, 0.5), (0.1, 0.6)],
+                             1e-3: [(0.5, 0.3), (0.9, 0.9), (0.9, 0.9)]})
+    monkeypatch.setenv("COLUMNS", "80")
+    out = selected(tmp_path, capsys, "--by", "method")
+    assert max(map(len, out.splitlines())) <= 80
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == "method lr on valid below above seeds exact_match 95 %".split()
+    assert lines[1][:9] == "lora 0.003 0.800 0.300 0.100 2 0.700 ± 0.141".split()
+    assert lines[2][:9] == "full 0.0003 0.600 0.400 0.100 2 0.550 ± 0.071".split()
+    words = " ".join(out.split())
+    assert "lr: the best by exact_match on valid, seed 1;" in words and "40 test items of toy; lr" in words
+    assert "Groups have different grids of lr: lora 0.001 0.003 0.01; full 0.0001 0.0003 0.001." in words
+    assert "exact_match against lora, paired by seed (more is better):" in words
+    row = next(line for line in lines if line[:2] == ["full", "2"])     # -0.1, -0.2: one degree of freedom
+    assert row[2:] == ["-0.1500", "[-0.7853,", "+0.4853]"]
+    assert "tried" not in words and "favoured" not in words and "numbers of seeds" not in words
+    lines = selected(tmp_path, capsys, "--metric", "loss,exact_match", "--markdown").splitlines()
+    assert lines[0].startswith("| method | lr | on valid | below | above | seeds | loss | 95 % | exact_match |")
+    assert lines[2].startswith("| lora | 0.003 | 0.200 | 0.300 | 0.100 | 2 | 0.300 ± 0.141 |")
+    assert "loss against lora, paired by seed (less is better):" in lines
+
+
+@pytest.mark.parametrize("ran, chooses, values", [
+    ({1: "ab"}, [1], "ab"), ({1: "ab", 2: "ab"}, [1], "ab"), ({3: "ab", 1: "ab", 2: "ab"}, [1], "ab"),
+    ({s: "ab" for s in range(5)}, [0, 1], "ab"), ({1: "abc", 2: "b", 3: "b", 4: "b"}, [1], "abc"),
+    ({1: "a", 2: "ab", 3: "ab"}, [2], "ab"), ({1: "ab", 2: "bc", 3: "ab", 4: "ab"}, [1, 3], "ab")])
+def test_half_of_the_seeds_choose_of_those_that_ran_most_of_the_grid(ran, chooses, values):
+    cells = {(value, seed): {} for seed, some in ran.items() for value in some}
+    assert choose.choosing_seeds(cells) == (chooses, set(values))
+
+
+def test_a_grid_with_one_seed_and_its_best_with_more_is_enough(tmp_path, capsys):
+    swept(tmp_path, "lora", {1e-3: [(0.5, 0.9)], 3e-3: [(0.8, 0.1), (0.1, 0.5), (0.1, 0.6), (0.1, 0.7)],
+                             1e-2: [(0.7, 0.9)]})
+    out = selected(tmp_path, capsys)
+    assert out.splitlines()[1].split()[:9] == "lora 0.003 0.800 0.300 0.100 3 0.600 ± 0.100".split()
+
+
+def test_a_choice_of_one_seed_says_that_its_number_is_favoured(tmp_path, capsys):
+    swept(tmp_path, "lora", {rate: some[:1] for rate, some in LORA.items()})
+    out = " ".join(selected(tmp_path, capsys).split())
+    assert "lora 0.003 0.800 0.300 0.100 1 0.100" in out
+    assert "lora: no other seed ran lr 0.003, so its number is that of the seeds that chose, and favoured" in out
+
+
+def test_what_makes_a_choice_less_fair_is_said(tmp_path, capsys):
+    swept(tmp_path, "lora", {1e-3: [(0.5, 0.9)] * 2, 3e-3: [(0.8, 0.1)] * 2})
+    swept(tmp_path, "full", {1e-4: [(0.6, 0.1)] * 3, 3e-4: [(0.8, 0.1)] * 3, 1e-3: [(0.8, 0.1)] * 3,
+                             3e-3: [(0.5, 0.1)] * 3})
+    swept(tmp_path, "ia3", {1e-4: [(math.nan, 0.1)] * 2, 3e-4: [(math.nan, 0.1)] * 2})
+    swept(tmp_path, "adalora", {1e-3: [(0.5, 0.9), (0.4, 0.9)], 3e-3: [None, (0.3, 0.1)],
+                                1e-2: [(0.2, 0.1), None]}, ["--rank", 2])
+    swept(tmp_path, "prefix_tuning", {1e-3: [(0.5, 0.9)] * 2}, ["--rank", 3])
+    make(tmp_path / "more", {"exact_match": 0.1}, steps=20, stored={"test_items": 40, "test_sha256": "t"},
+         flags=["--method", "prefix_tuning", "--seed", 3, "--rank", 4, "--lr", 1e-3, "--eval_every", 10])
+    out = " ".join(selected(tmp_path, capsys, "--by", "method").split())
+    assert "lora 0.003 0.800 0.300 - 1 0.100" in out
+    assert "lora: lr 0.003 is the largest that was tried; a larger one may be better." in out
+    assert "adalora: lr 0.001 is the smallest that was tried; a smaller one may be better." in out
+    assert "full: equally good on valid are lr 0.0003 0.001; the smallest stands." in out and "full: lr" not in out
+    assert "ia3: exact_match on valid is finite at no lr, so nothing was chosen; the smallest stands." in out
+    assert "adalora: lr 0.003 could not be chosen, because no seed that chooses ran it." in out
+    assert "Groups have different grids of lr, and more values are more chances: " in out
+    assert "Groups report different numbers of seeds: " in out and "prefix_tuning 2" in out and "ia3 1" in out
+    assert "Beside lr, rank differs inside groups; --by method,rank tells them apart." in out
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--select", "rte"], "--select rte is no flag of these runs; did you mean rate?"),
+    (["--select", "seed"], "--select seed: it is no flag that is chosen"),
+    (["--select", "code"], "--select code: it is no flag that is chosen"),
+    (["--select", "rate", "--by", "method,rate"], "a flag is either chosen or tells groups apart"),
+    (["--select", "rate", "--by", "metod"], "metod is no field of these runs; did you mean method?"),
+    (["--select", "rate", "--sort", "best"], "leave --sort out"),
+    (["--select", "rate", "--across", "method"], "leave --across out"),
+    (["--select", "rate", "--on", "train"], "--on train is none of valid test"),
+    (["--on", "test"], "name a flag by --select"),
+    (["--select", "batch"], "no group of --by rate has measured runs of more than one value"),
+    (["--select", "rate", "--metric", "before.loss"], "has no before.loss on valid, where it has exact_match, loss; "),
+    (["--select", "rate", "--metric", "f1"], "--metric f1: no run has it")])
+def test_what_select_cannot_choose(flags, sentence, tmp_path):
+    for rate in (1, 2):
+        make(tmp_path / str(rate), {"exact_match": 0.5, "loss": 1}, steps=20, baseline_metrics={"loss": 2},
+             log=[dict(event="valid", step=20, exact_match=0.5, loss=1)], flags=["--rate", rate, "--batch", 4])
+    assert sentence in refused(tmp_path, *flags)
+
+
+@pytest.mark.parametrize("flags, more, events, sentence", [
+    (["--eval_every", 0], dict(steps=0), [], "because it made no step (--steps); choose by --on test"),
+    (["--task", "ppo"], dict(steps=20), [], "because --task ppo measures none; choose by --on test"),
+    (["--eval_every", 15], dict(steps=20), [(15, 0.5)], "run it again with --fresh --eval_every 20, or choose by --on test"),
+    (["--eval_every", 15], dict(steps=20, best_valid=7), [(15, 0.5)], "--fresh --eval_every 20"),
+    (["--eval_every", 5], dict(steps=20, best_valid={"step": 10}), [(20, 0.5)], "--fresh --eval_every 20"),
+    (["--eval_every", 5], dict(steps=20), [(20, "x")], "where it has loss; name one of these by --metric")])
+def test_a_run_without_a_number_on_valid_is_named_with_the_flag_that_makes_it(flags, more, events, sentence,
+                                                                              tmp_path, capsys):
+    swept(tmp_path, "lora", {1e-3: [(0.5, 0.9)], 3e-3: [(0.8, 0.1)]})
+    log = [dict(event="valid", step=step, exact_match=number, loss=1.0) for step, number in events]
+    make(tmp_path / "bare", {"exact_match": 0.3, "loss": 1}, log=log, flags=[*flags, "--lr", 1e-2],
+         stored={"test_items": 40, "test_sha256": "t"}, **more)
+    said = refused(tmp_path, "--select", "lr", "--by", "method")
+    assert f"{tmp_path}/bare has no exact_match on valid" in said and sentence in said
+    make(tmp_path / "tag", {"f1": 0.3}, flags=["--task", "tag"], stored={"test_items": 40, "test_sha256": "t"})
+    out = selected(tmp_path, capsys, "--by", "method", "--on", "test", "--metric", "exact_match")
+    assert "Runs without exact_match, which are not in this table: 1." in out
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["method", "lr", "on", "test"] and lines[1].split()[:3] == ["lora", "0.001", "0.900"]
+
+
+def test_the_weights_that_were_kept_are_those_that_choose(tmp_path):
+    log = [dict(event="valid", step=step, exact_match=number)
+           for step, number in ((10, 0.9), (20, 0.5), (20, 0.4))]
+    for best, number in ((None, 0.4), ({"metric": "exact_match", "value": 0.9, "step": 10}, 0.9)):
+        folder = make(tmp_path / str(number), {"exact_match": 0.1}, log=log, steps=20, best_valid=best)
+        assert runs.valid_metrics(runs.read_run(folder)) == {"exact_match": number}
+
+
+def test_runs_that_are_damaged_of_other_code_or_of_other_items_do_not_choose(tmp_path, capsys):
+    swept(tmp_path, "lora", LORA, stored={"test_items": 40, "test_sha256": "t", "code": "ab12"})
+    swept(tmp_path / "new", "lora", {1e-3: [(0.9, 0.2)] * 2, 3e-3: [(0.1, 0.9)] * 2},
+          stored={"test_items": 40, "test_sha256": "t", "code": "cd34"})
+    swept(tmp_path / "few", "lora", {1e-3: [(0.1, 0.2)] * 2, 3e-3: [(0.2, 0.9)] * 2}, ["--eval_items", 3],
+          stored={"test_items": 3, "test_sha256": "u", "code": "ab12"})
+    swept(tmp_path / "few", "full", {1e-3: [(0.1, 0.2)] * 2}, ["--eval_items", 3],
+          stored={"test_items": 3, "test_sha256": "u", "code": "ab12"})
+    (tmp_path / "lora-0.003-1" / "result.json").write_text("{")
+    capsys.readouterr()
+    folders = map(str, (tmp_path / "*", tmp_path / "new", tmp_path / "few"))
+    assert tables.show(parse(["--runs", *folders, "--select", "lr", "--by", "method"], [tables.TableFlags], {},
+                             "", str)) == 0
+    first, second = capsys.readouterr().out.split("3 test items of toy:\n")
+    assert first.startswith("40 test items of toy:\n")
+    rows = [line.split() for line in first.splitlines()]
+    assert rows[1][:3] == ["method", "code", "lr"]
+    # seed 1 has lost 0.003, so seed 2 chooses
+    assert ["lora", "ab12", "0.001", "0.900"] in [row[:4] for row in rows]
+    assert ["lora", "cd34", "0.001", "0.900"] in [row[:4] for row in rows]
+    assert "seed 2 of lora, code ab12" in " ".join(first.split()) and "full" not in first
+    rows = [line.split()[:2] for line in second.splitlines()]
+    assert ["lora", "0.003"] in rows and ["full", "0.001"] in rows and "Not in the table, 1:" in second
+    assert "more values are more chances: lora 0.001 0.003; full 0.001." in " ".join(second.split())
+    for rate in ("0.001", "0.01"):
+        for seed in (1, 2, 3):
+            (tmp_path / f"lora-{rate}-{seed}" / "config.json").write_text("[")
+    with pytest.raises(UserError, match="nothing to choose"):
+        table(tmp_path / "lora-*", "--select", "lr")
+    assert "Not in the table, 7:" in capsys.readouterr().out        # the reason why there is nothing
+
+
+def test_what_is_not_the_same_is_not_chosen_from(tmp_path):
+    swept(tmp_path / "a", "lora", LORA)
+    make(tmp_path / "a" / "other", {"exact_match": 0.3, "loss": 1}, flags=["--lr", 1e-3, "--seed", 1, "--rank", 2,
+         "--eval_every", 10], steps=20, stored={"test_items": 40, "test_sha256": "t"})
+    assert "lora-0.001-1 and " in refused(tmp_path / "a", "--select", "lr", "--by", "method")
+    assert refused(tmp_path / "a", "--select", "lr", "--by", "method").endswith(
+        "a/other differ in rank and stand in one group; add rank to --by")
+    for data, rate in (("d", 1e-3), ("else", 3e-3)):
+        swept(tmp_path / "b" / data, "lora", {rate: [(0.5, 0.5)]}, data=data)
+    assert "measured on other items of valid, because their data differ; add data to --by" in refused(
+        tmp_path / "b", "--runs", *(str(tmp_path / "b" / data / "*") for data in ("d", "else")),
+        "--select", "lr", "--by", "method")
+    for beta in (1, 2):
+        make(tmp_path / "c" / str(beta), {"loss": 0.5}, flags=["--task", "dpo", "--beta", beta])
+    assert "--select beta: loss means something else in some of these runs, because beta differs" in refused(
+        tmp_path / "c", "--select", "beta")
+
+
+def test_a_word_can_be_chosen_and_chosen_runs_compared(tmp_path, capsys):
+    for method, sign in (("lora", 1), ("full", -1)):
+        for schedule, x in (("cosine", 0.5), ("linear", 0.6)):
+            for seed in (1, 2, 3):
+                correct = "1" * (5 + sign * seed) + "0" * (5 - sign * seed)
+                make(tmp_path / f"{method}-{schedule}-{seed}", {"exact_match": correct.count("1") / 10}, correct,
+                     steps=20, log=[dict(event="valid", step=20, exact_match=x)],
+                     flags=["--method", method, "--schedule", schedule, "--seed", seed])
+    out = shown(tmp_path, capsys, "--select", "schedule", "--compare", "full", "lora")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == "method schedule on valid seeds exact_match 95 %".split()
+    assert lines[1][:6] == "lora linear 0.600 2 0.750 ±".split() and "was tried" not in out
+    row = next(line for line in lines if line[:2] == ["full", "2"])     # -0.4, -0.6; of items -1, -0.5 or 0
+    assert row[2:] == ["-0.5000", "[-1.7706,", "+0.7706]", "[-0.8372,", "-0.1628]"]
+    assert "full - lora, exact_match (more is better), pairs of runs: 2" in out and "by seed  -0.5000" in out
+
+
 # --------------------------------------------------------------------------------------------------- plots
 
 def curve(seed, rank=8, **last):
@@ -607,7 +816,7 @@ def test_a_picture_says_on_how_many_runs_and_items_a_point_stands(tmp_path):
 def test_a_plot_never_averages_or_joins_other_data(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "draw", lambda path, groups, fields, metric, x, y: drawn.append((groups, fields, x)))
+    monkeypatch.setattr(plots, "draw", lambda path, groups, fields, metric, x, *_: drawn.append((groups, fields, x)))
     items = {"test_items": 4, "test_sha256": "t"}
     for rank in (1, 2):
         for data in ("d1", "d2"):
@@ -627,6 +836,39 @@ def test_a_plot_never_averages_or_joins_other_data(tmp_path, capsys, monkeypatch
     seeds(tmp_path / "same", "a", [0.5, 0.6])
     table(tmp_path / "same" / "*", "--plot", str(tmp_path / "p.svg"), "--by", "method", "--x", "step")
     assert drawn.pop()[1] == ["method"]
+
+
+def test_the_picture_of_a_choice_has_a_ring_and_a_dot_for_each_seed(tmp_path, capsys):
+    figures = pytest.importorskip("matplotlib.figure")
+    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    swept(tmp_path, "lora", {rate: [(0.5, 0.5 + i / 20), (0.5, 0.55 + i / 20)] for i, rate in enumerate(rates)})
+    swept(tmp_path, "full", {rate: [(0.5, 0.1), (0.5, 0.2)] for rate in rates[:3]})
+    fields, groups = grouped(tmp_path, ["method", "lr"])
+
+    def drawn(groups):
+        figure = figures.Figure(layout="constrained")
+        plots.draw_sweep(figure, groups, fields, "exact_match", "lr", {("lora",): 3e-3})
+        return figure, figure.axes[0]
+
+    figure, axis = drawn(groups)
+    rings = [line.get_xydata().tolist() for line in axis.lines if line.get_markersize() == 9]
+    assert rings == [[pytest.approx([3e-3, 0.675])]]
+    dots = [line.get_xydata().tolist() for line in axis.lines if line.get_markersize() == 3]
+    assert len(dots) == 10 and [pytest.approx([3e-3, 0.65]), pytest.approx([3e-3, 0.7])] in dots
+    assert axis.get_xscale() == "log"
+    assert [text.get_text() for text in axis.get_xticklabels()] == "0.0001 0.001 0.01 0.1".split()
+    assert sorted(text.get_text() for text in axis.texts) == ["full", "lora"] and not figure.legends
+    assert axis.get_title(loc="left") == "a point: 2 runs, 40 test items\nsmall: one seed; ring: the chosen lr"
+    for number in range(6):                             # on top of each other: no label has room
+        groups.update({(f"method{number}", key[1]): some for key, some in groups.items() if key[0] == "lora"})
+    figure, axis = drawn(groups)
+    assert not axis.texts and len(figure.legends) == 1
+    file = tmp_path / "p.svg"
+    shown(tmp_path, capsys, "--select", "lr", "--by", "method", "--plot", str(file))
+    assert file.stat().st_size > 5000
+    make(tmp_path / "few", {"exact_match": 0.5}, flags=["--lr", 1e-3],
+         stored={"test_items": 3, "test_sha256": "u"})
+    assert "select one by --runs" in refused(tmp_path, "--select", "lr", "--by", "method", "--plot", str(file))
 
 
 def test_the_axis_that_is_chosen(tmp_path):

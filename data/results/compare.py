@@ -9,7 +9,7 @@ by item     for a proportion of test items, from result.json's "item_correct", a
 code        a field: `code=ab12` selects it. Unless A or B fixes it, runs of different code are never paired.
             Pairs of more than one code are an error, and sides of different code are reported in a line
 
-Public: compare, select, sign_test
+Public: compare, select, seed_difference, item_differences, sign_test
 """
 import math
 
@@ -106,9 +106,22 @@ def check_pairs(pairs, runs, a, b, metric):
                             f"{', '.join(names)} differs; name another --metric")
 
 
+def seed_difference(pairs, metric):
+    """(mean, sd, half) of the difference over pairs of runs; the 95 % interval is mean +- half."""
+    return summary(metric_values([x], metric)[0] - metric_values([y], metric)[0] for x, y in pairs)
+
+
+def item_differences(pairs, metric):
+    """The difference of each test item, a mean over the pairs; None where the runs keep no outcomes."""
+    outcomes = [(item_values(x, metric), item_values(y, metric)) for x, y in pairs]
+    if not all(x and y and len(x) == len(y) for x, y in outcomes):
+        return None
+    return [sum(x[i] - y[i] for x, y in outcomes) / len(pairs) for i in range(len(outcomes[0][0]))]
+
+
 def by_seed(pairs, metric):
     """One line: the mean difference over pairs and its interval."""
-    mean, sd, half = summary(metric_values([x], metric)[0] - metric_values([y], metric)[0] for x, y in pairs)
+    mean, sd, half = seed_difference(pairs, metric)
     if len(pairs) < 2:
         return f"  by seed  {mean:+.4f} (one pair has no interval)"
     interval = f"[{mean - half:+.4f}, {mean + half:+.4f}]"
@@ -117,16 +130,14 @@ def by_seed(pairs, metric):
 
 def by_item(pairs, metric):
     """One line: the mean difference over test items, its interval and the sign test."""
-    outcomes = [(item_values(x, metric), item_values(y, metric)) for x, y in pairs]
-    if not all(x and y and len(x) == len(y) for x, y in outcomes):
+    differences = item_differences(pairs, metric)
+    if differences is None:
         return f"  by item  unknown: the runs keep no outcome per item for {metric}"
-    items = range(len(outcomes[0][0]))
-    differences = [sum(x[i] - y[i] for x, y in outcomes) / len(pairs) for i in items]
     mean, _, half = summary(differences)
     better = sum(d > 0 for d in differences)
     worse = sum(d < 0 for d in differences)
     interval = f"[{mean - half:+.4f}, {mean + half:+.4f}]"
-    return (f"  by item  {mean:+.4f}           95 % {interval}, t over {len(items)} items; better on "
+    return (f"  by item  {mean:+.4f}           95 % {interval}, t over {len(differences)} items; better on "
             f"{better}, worse on {worse}, sign test p {sign_test(better, worse):.2g}")
 
 

@@ -4,7 +4,7 @@ Each function draws into a matplotlib Figure. logs: {key of the group: [events o
 names of the key's values. The styles and labels of all plots are here, too.
 
 Public: draw_steps, draw_logged, logged_fields, draw_ranks, draw_overoptimisation, rlhf_events, group_label,
-style_of, add_legend, span_of
+style_of, add_legend, label_lines, span_of
 """
 import math
 import re
@@ -44,6 +44,58 @@ def add_legend(figure, handles, labels):
     columns = max(1, int(66 / (max(map(len, labels)) + 9)))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)),
                   handlelength=2.6, columnspacing=1.2)
+
+
+# Where a label may stand: at which point of its line, offset in points, alignment. The first free place counts.
+LABEL_PLACES = ((max, "x", (6, 0), "left", "center"), (max, "y", (0, 7), "center", "bottom"),
+                (min, "x", (-6, 0), "right", "center"), (min, "y", (0, -7), "center", "top"))
+
+
+def label_lines(figure, axis, handles):
+    """Write the label of each line beside it; False, and no label, where one would touch a line or a label."""
+    figure.draw_without_rendering()                     # places the axes
+    points = [drawn_points(line) for line in axis.lines]
+    taken = []
+    texts = []
+    for handle in handles:
+        text = place_label(axis, handle, points, taken)
+        if text is None:
+            for written in texts:
+                written.remove()
+            return False
+        texts.append(text)
+        taken.append(text.get_window_extent())
+    return True
+
+
+def place_label(axis, handle, points, taken):
+    """The label of a line as a text at the first free one of LABEL_PLACES; None if none is free."""
+    data = [(x, y) for x, y in zip(*handle.get_data()) if math.isfinite(y)]
+    if handle.get_transform() != axis.transData or not data:            # a level has no ends
+        return None
+    for pick, name, offset, side, height in LABEL_PLACES:
+        point = pick(data, key=lambda point: point["xy".index(name)])
+        text = axis.annotate(handle.get_label(), point, offset, textcoords="offset points", ha=side, va=height,
+                             fontsize=8)
+        box = text.get_window_extent()
+        inside = axis.bbox.count_contains(box.corners()) == 4
+        free = not any(box.overlaps(other) for other in taken)
+        if inside and free and not any(box.contains(x, y) for some in points for x, y in some):
+            return text
+        text.remove()
+    return None
+
+
+def drawn_points(line):
+    """Points of a line in pixels, about one a pixel."""
+    corners = [(x, y) for x, y in line.get_transform().transform(line.get_xydata()) if math.isfinite(y)]
+    found = list(corners) if line.get_marker() not in ("", "None") else []
+    if line.get_linestyle() in ("", "None"):
+        return found
+    for (x, y), (x_next, y_next) in zip(corners, corners[1:]):
+        count = max(1, int(max(abs(x_next - x), abs(y_next - y))))
+        found += [(x + (x_next - x) * i / count, y + (y_next - y) * i / count) for i in range(count + 1)]
+    return found
 
 
 def span_of(numbers):

@@ -6,7 +6,8 @@ step        training loss, from ten logged steps on smoothed over a tenth of the
             valid where it is the same mean; and the metric on valid (filled) and on test (hollow), against
             optimiser steps, of RL iterations. A line is the mean over seeds, the band their range
 a number    the metric against a flag that was swept, with the 95 % intervals of data/results/runs.py; the
-            axis is logarithmic where the values grow by factors. A group without the flag is a level line
+            axis is logarithmic where the values grow by factors. A group without the flag is a level line.
+            With --select the mean as a line, a dot for each seed, and a ring around the chosen value
 a word      the metric of each group as a dot with its interval
 ranks       AdaLoRA: the rank that each module kept, layers across
 k           pass@k against k, with 95 % bands: runs of --task eval or sample with --num_generations
@@ -28,9 +29,10 @@ import pathlib
 import warnings
 
 from data.results.log_plots import (WIDTH, add_legend, draw_logged, draw_overoptimisation, draw_ranks,
-                                    draw_steps, group_label, logged_fields, rlhf_events, runs_of, span_of,
-                                    style_of)
-from data.results.runs import display_value, estimate, events, field_value, group, is_proportion, test_set
+                                    draw_steps, group_label, label_lines, logged_fields, rlhf_events, runs_of,
+                                    span_of, style_of)
+from data.results.runs import (display_value, estimate, events, field_value, group, is_proportion,
+                               metric_values, test_set)
 from data.runtime.files import UserError
 
 SPECIAL_AXES = ("step", "ranks", "sqrt_kl", "k")        # what --x takes besides a field
@@ -39,10 +41,11 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
          "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True}
 
 
-def draw(path, groups, fields, metric, x=None, y=None):
+def draw(path, groups, fields, metric, x=None, y=None, chosen=None):
     """Write one plot of {values of `fields`: runs} to a .svg, .png or .pdf file. Raises UserError.
 
     x, y: of --x and --y; y is a string of logged fields, "kl,length".
+    chosen: {values of `fields` without x: the value of x that --select chose}
     """
     try:
         import matplotlib
@@ -54,7 +57,7 @@ def draw(path, groups, fields, metric, x=None, y=None):
     x = x or ("step" if y else choose_axis(groups, fields))
     with matplotlib.rc_context(STYLE):
         figure = Figure(layout="constrained", dpi=200)
-        draw_axis(figure, groups, fields, metric, x, y)
+        draw_axis(figure, groups, fields, metric, x, y, chosen or {})
         try:
             with warnings.catch_warnings():             # too many labels for the layout: they overlap
                 warnings.simplefilter("ignore", UserWarning)
@@ -63,14 +66,14 @@ def draw(path, groups, fields, metric, x=None, y=None):
             raise UserError(f"--plot {path} cannot be written ({e.strerror})") from e
 
 
-def draw_axis(figure, groups, fields, metric, x, y=None):
+def draw_axis(figure, groups, fields, metric, x, y=None, chosen={}):
     """Call the function that draws the axis x."""
     if x == "k" and not y:
         draw_pass_at_k(figure, groups, fields)
     elif x in fields and not y:
         values = [key[fields.index(x)] for key in groups]
         if all(value is None or is_number(value) for value in values):
-            draw_sweep(figure, groups, fields, metric, x)
+            draw_sweep(figure, groups, fields, metric, x, chosen)
         else:
             draw_dots(figure, groups, fields, metric)
     else:
@@ -166,36 +169,43 @@ def limits(low, high, metric):
     return (max(0, low), min(1, high)) if is_proportion(metric) else (low, high)
 
 
-def draw_sweep(figure, groups, fields, metric, x):
-    """The metric against the numbers of the field x, a line for each value of the other fields."""
+def draw_sweep(figure, groups, fields, metric, x, chosen={}):
+    """The metric against the numbers of the field x, a line for each value of the other fields.
+
+    chosen: {values of the other fields: the value of x to mark}; then dots are seeds, in place of intervals.
+    """
     figure.set_size_inches(WIDTH, 2.8)
     axis = figure.subplots()
     i = fields.index(x)
     values = sorted({key[i] for key in groups if key[i] is not None})
     lines = {}
     for key, runs in groups.items():
-        lines.setdefault((*key[:i], None, *key[i + 1:]), {})[key[i]] = estimate(runs, metric)
+        lines.setdefault((*key[:i], *key[i + 1:]), {})[key[i]] = runs
+    others = [name for name in fields if name != x]
     handles = []
-    labels = []
     for number, (key, points) in enumerate(lines.items()):
         style = style_of(number, len(lines))
-        label = group_label(key, fields, without=x)
         if None in points:
-            handles.append(draw_level(axis, points.pop(None), style))
-            labels.append(label)
+            handles.append(draw_level(axis, estimate(points.pop(None), metric), style))
+            handles[-1].set_label(group_label(key, others))
         if points:
-            shift = 0.015 * (number - (len(lines) - 1) / 2)     # side by side: no interval hides another
-            handles.append(draw_line(axis, points, values, shift, style))
-            labels.append(label)
+            if chosen:
+                handles.append(draw_seeds(axis, points, metric, chosen.get(key), style))
+            else:
+                shift = 0.015 * (number - (len(lines) - 1) / 2)     # side by side: no interval hides another
+                estimates = {value: estimate(runs, metric) for value, runs in points.items()}
+                handles.append(draw_line(axis, estimates, values, shift, style))
+            handles[-1].set_label(group_label(key, others))
     if grows_by_factors(values):
         axis.set_xscale("log")
-    axis.set_xticks(values, [display_value(value) for value in values])
-    axis.set_xticks([], minor=True)
+    set_ticks(axis, values)
     axis.set_xlabel(x)
-    axis.set_ylabel(metric_label(groups, metric))
+    axis.set_ylabel(metric.replace("_", " ") if chosen else metric_label(groups, metric))
     axis.set_ylim(*limits(*axis.get_ylim(), metric))
-    axis.set_title(title_of(groups), loc="left")
-    add_legend(figure, handles, labels)
+    ring = f"\nsmall: one seed; ring: the chosen {x}" if chosen else ""
+    axis.set_title(title_of(groups) + ring, loc="left")
+    if len(handles) > 1 and not label_lines(figure, axis, handles):
+        add_legend(figure, handles, [handle.get_label() for handle in handles])
 
 
 def draw_level(axis, numbers, style):
@@ -204,6 +214,29 @@ def draw_level(axis, numbers, style):
     if math.isfinite(low):
         axis.axhspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
     return axis.axhline(mean, **{**style, "marker": ""})
+
+
+def set_ticks(axis, values):
+    """A tick at each value; of more than six, where the axis is logarithmic, at each power of ten."""
+    if axis.get_xscale() == "log" and len(values) > 6:
+        powers = range(math.ceil(math.log10(values[0]) - 1e-9), math.floor(math.log10(values[-1]) + 1e-9) + 1)
+        if len(powers) > 1:
+            values = [10.0 ** power for power in powers]
+    axis.set_xticks(values, [display_value(value) for value in values])
+    axis.set_xticks([], minor=True)
+
+
+def draw_seeds(axis, points, metric, chosen, style):
+    """points: {value: runs}. The means as a line, each run as a dot, a ring at `chosen`. Returns the line."""
+    means = {value: estimate(runs, metric)[0] for value, runs in points.items()}
+    for value, runs in points.items():
+        numbers = metric_values(runs, metric)
+        axis.plot([value] * len(numbers), numbers, **{**style, "linestyle": "", "alpha": 0.5}, markersize=3,
+                  markeredgewidth=0)
+    if chosen in means:
+        axis.plot(chosen, means[chosen], marker="o", markersize=9, markerfacecolor="none", markeredgewidth=1.1,
+                  color="black", zorder=3)
+    return axis.plot(list(means), list(means.values()), **style)[0]
 
 
 def draw_line(axis, points, values, shift, style):

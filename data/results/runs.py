@@ -30,10 +30,9 @@ estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
                     other seeds. Any other number has no interval
 
 Public: gather, events, by_test_set, test_set, did_you_mean, group_fields, distinguishing_fields, group,
-field_value,
-display_value, sort_key, known_fields, settings_of, metric_names, metric_values, main_metric,
-measured_differently, estimate, item_values, is_proportion, proportion_interval, lower_is_better,
-PROPORTIONS, VERSION_FIELDS
+field_value, display_value, sort_key, known_fields, settings_of, mixed_fields, metric_names, metric_values,
+valid_metrics, main_metric, measured_differently, estimate, format_estimate, item_values, is_proportion,
+proportion_interval, lower_is_better, PROPORTIONS, VERSION_FIELDS
 """
 import difflib
 import glob
@@ -47,7 +46,8 @@ from data.results.metrics import LOWER_IS_BETTER, half_width, summary, wilson
 from data.results.pass_at_k import interval_of, prompt_values
 from data.runtime.code_hash import changed, short_hash
 from data.runtime.files import DataError
-from data.runtime.run_files import failure_reason, read_events, read_result, read_run_config, resume_step
+from data.runtime.run_files import (failure_reason, is_number, read_events, read_result, read_run_config,
+                                    resume_step)
 
 MISSING = "-"
 PROPORTIONS = ("exact_match", "accuracy")               # means of result.json's "item_correct"
@@ -269,10 +269,15 @@ def group_key(run, fields):
     return tuple(field_value(run, name) for name in fields)
 
 
-def distinguishing_fields(runs):
-    """The fields in which runs differ; each one separates runs that the fields before it leave together."""
+def distinguishing_fields(runs, without=None):
+    """The fields in which runs differ; each one separates runs that the fields before it leave together.
+
+    without: a field that is not among them.
+    """
     fields = []
     for name in settings_of(runs):
+        if name == without:
+            continue
         finer = [*fields, name]
         groups_before = {group_key(run, fields) for run in runs}
         groups_after = {group_key(run, finer) for run in runs}
@@ -310,6 +315,16 @@ def group_fields(runs, requested=None):
     return fields
 
 
+def mixed_fields(runs, groups):
+    """The flags, other than the seed, in which the runs of a group differ."""
+    mixed = []
+    for name in settings_of(runs):
+        values = [{display_value(field_value(run, name)) for run in some} for some in groups.values()]
+        if any(len(some) > 1 for some in values):
+            mixed.append(name)
+    return mixed
+
+
 def sort_key(value):
     """Sorts "-" first, then numbers by size, then words by letters."""
     if value is None:
@@ -343,6 +358,18 @@ def number_of(run, name):
     if name.startswith(BEFORE):
         return result.get("baseline_metrics", {}).get(name.removeprefix(BEFORE))
     return result.get("metrics", {}).get(name, result.get(name))
+
+
+def valid_metrics(run):
+    """{metric: value} on valid of the weights that a run saved; {} where valid was not measured at their step.
+
+    That is its last step, or, with --keep_best, the best one.
+    """
+    best = run["result"].get("best_valid")
+    step = best.get("step") if isinstance(best, dict) else run["result"].get("steps")
+    at_step = [event for event in events(run["folder"]) if event["event"] == "valid" and event["step"] == step]
+    return {name: float(value) for event in at_step for name, value in event.items()
+            if is_number(value) and name not in ("step", "tokens", "seconds")}
 
 
 def metric_names(runs):
@@ -450,3 +477,18 @@ def estimate(runs, metric):
     if len(seeds) < len(runs):
         half = math.nan
     return mean, sd, mean - half, mean + half
+
+
+def format_estimate(numbers):
+    """(mean, sd, low, high) -> "mean ± sd" and "[low, high]", with the same decimals."""
+    mean, sd, low, high = numbers
+    if abs(mean) >= 100:
+        decimals = 1
+    elif 0 < abs(mean) < 0.1:
+        decimals = 5
+    else:
+        decimals = 3
+    text = f"{round(mean, decimals) + 0.0:.{decimals}f}"      # + 0.0 turns -0.0 into 0.0
+    if math.isfinite(sd):
+        text += f" ± {sd:.{decimals}f}"
+    return text, f"[{low:.{decimals}f}, {high:.{decimals}f}]" if math.isfinite(low) else MISSING

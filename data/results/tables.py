@@ -7,6 +7,7 @@ Runs that were measured on different test items stand in different tables, each 
             (bold in Markdown). None where a metric is defined differently in some rows: a note below names them
 --sort      rows ordered by a column, best metric or latest date first, and the folders of each row
 --across    a matrix: the values of one field are the columns, and a cell is one number
+--select    another table: a value of a flag is chosen for each group on valid (data/results/choose.py)
 width       what a terminal has no room for is left out or wrapped (data/results/layout.py)
 left out    a folder that looks like a run and is not in the table is listed below it with the reason
 
@@ -16,14 +17,15 @@ import math
 import os
 from dataclasses import dataclass
 
-from data.results import plots
+from data.results import choose, plots
 from data.results.compare import compare
 from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
 from data.results.log_plots import logged_fields
 from data.results.metrics import summary
 from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events,
-                               field_value, gather, group, group_fields, known_fields, lower_is_better, main_metric,
-                               measured_differently, metric_names, metric_values, settings_of, sort_key)
+                               field_value, format_estimate, gather, group, group_fields, known_fields,
+                               lower_is_better, main_metric, measured_differently, metric_names, metric_values,
+                               mixed_fields, settings_of, sort_key)
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import print_result
@@ -43,6 +45,9 @@ class TableFlags:
                        type=str)
     compare: list = flag(None, "paired difference of two groups: lora full, or rank=1 rank=8, or "
                          "method=lora,rank=1 full", type=str, nargs=2)
+    select: str = flag(None, "choose a value of this flag for each group, as lr: the best on valid; test is "
+                       "reported over other seeds", type=str)
+    on: str = flag("valid", "the items that --select chooses on", choices=choose.SPLITS)
     markdown: bool = flag(False, "the table in Markdown")
     plot: str = flag(None, "draw a plot into this .svg, .png or .pdf file", type=str)
     x: str = flag(None, "the plot's axis: step, ranks, sqrt_kl, k, a field, or what runs logged, as tokens; "
@@ -53,6 +58,12 @@ class TableFlags:
     def check(cfg):
         if cfg.y and not cfg.plot:
             raise UserError(f"--y {cfg.y} is for a plot; name its file by --plot")
+        if "on" in cfg.given and not cfg.select:
+            raise UserError(f"--on {cfg.on} says what --select chooses on; name a flag by --select, as lr")
+        for name in ("sort", "across"):
+            if cfg.select and cfg.get(name):
+                raise UserError(f"--select {cfg.select} makes a table of its own, the best group first; leave "
+                                f"--{name} out")
 
 
 def show(cfg):
@@ -66,30 +77,58 @@ def show(cfg):
     metrics = shown_metrics(runs, cfg.metric)
     if (cfg.compare or cfg.plot) and not metrics:
         raise UserError("no finished run has a metric, so there is nothing to compare or to plot")
-    if cfg.plot and not cfg.by and len(by_test_set(runs)) > 1:
+    if cfg.plot and (cfg.select or not cfg.by) and len(by_test_set(runs)) > 1:
         tests = ", ".join(by_test_set(runs))
-        raise UserError(f"--plot would compare runs on different test items ({tests}); select one by --runs, or "
-                        "name in --by what tells them apart")
-    if cfg.across and runs:
+        raise UserError(f"--plot would compare runs on different test items ({tests}); select one by --runs"
+                        + ("" if cfg.select else ", or name in --by what tells them apart"))
+    choices = []
+    if cfg.select and runs:
+        choices = print_choices(runs, left_out, cfg)
+    elif cfg.across and runs:
         print_matrix(runs, fields, cfg)
     elif runs:
         print_tables(runs, cfg)
     print_kept(runs)
     if cfg.compare:
-        print_result("\n" + "\n".join(compare(runs, *cfg.compare, fields, metrics[0])))
+        compared = [run for choice in choices for run in choice.reported] or runs
+        print_result("\n" + "\n".join(compare(compared, *cfg.compare, fields, metrics[0])))
     if left_out:
         print_left_out(left_out)
     if cfg.plot:
-        x = cfg.x or ("step" if cfg.y else plots.choose_axis(group(runs, fields), fields))
-        fields = plots.separating_fields(runs, fields, x)
-        plots.draw(cfg.plot, group(runs, fields), fields, metrics[0], x, cfg.y)
+        draw_plot(runs, fields, metrics[0], choices, cfg)
         print_result(f"\n{cfg.plot}")
     return 0
 
 
+def print_choices(runs, left_out, cfg):
+    """choose.print_choices; where it raises UserError, the folders that are left out may be the reason."""
+    try:
+        return choose.print_choices(runs, lambda some: shown_metrics(some, cfg.metric), cfg)
+    except UserError:
+        if left_out:
+            print_left_out(left_out)
+        raise
+
+
+def draw_plot(runs, fields, metric, choices, cfg):
+    """The plot of --plot. With --select its axis is that flag unless --x says otherwise."""
+    if cfg.select:
+        fields = [*fields, cfg.select]
+    x = cfg.x or ("step" if cfg.y else cfg.select or plots.choose_axis(group(runs, fields), fields))
+    fields = plots.separating_fields(runs, fields, x)
+    chosen = {choice.key: choice.value for choice in choices} if x == cfg.select else {}
+    plots.draw(cfg.plot, group(runs, fields), fields, metric, x, cfg.y, chosen)
+
+
 def requested_fields(runs, cfg):
     """The fields of --by, or the default ones, and that of --across. Raises UserError for one no run has."""
-    fields = group_fields(runs, cfg.by and cfg.by.split(","))
+    requested = cfg.by and cfg.by.split(",")
+    if cfg.select and runs:
+        check_fields(runs, requested or ())
+        choose.check_select(runs, cfg.by, cfg.select)
+        fields = choose.fields_of(runs, cfg.by, cfg.select)
+    else:
+        fields = group_fields(runs, requested)
     if cfg.across and cfg.across not in fields:
         fields = group_fields(runs, [*fields, cfg.across])
     if runs:
@@ -191,21 +230,6 @@ def best(groups, metric):
         first, *others = sorted(rivals, key=lambda rival: -rival[1][0])
         wins = all(first[1][2] > high for _, (_, _, _, high) in others)
     return {first[0]} if wins else set()
-
-
-def format_estimate(numbers):
-    """(mean, sd, low, high) -> "mean ± sd" and "[low, high]", with the same decimals."""
-    mean, sd, low, high = numbers
-    if abs(mean) >= 100:
-        decimals = 1
-    elif 0 < abs(mean) < 0.1:
-        decimals = 5
-    else:
-        decimals = 3
-    text = f"{round(mean, decimals) + 0.0:.{decimals}f}"      # + 0.0 turns -0.0 into 0.0
-    if math.isfinite(sd):
-        text += f" ± {sd:.{decimals}f}"
-    return text, f"[{low:.{decimals}f}, {high:.{decimals}f}]" if math.isfinite(low) else MISSING
 
 
 def format_size(n):
@@ -349,11 +373,7 @@ def print_matrix(runs, fields, cfg):
 
 def print_mixed_fields(runs, groups, fields):
     """Name the flags, other than the seed, in which the runs of a row differ."""
-    mixed = []
-    for name in settings_of(runs):
-        values = [{display_value(field_value(run, name)) for run in some} for some in groups.values()]
-        if any(len(some) > 1 for some in values):
-            mixed.append(name)
+    mixed = mixed_fields(runs, groups)
     if mixed:
         finer = ",".join([*fields, mixed[0]])
         print_wrapped(f"Rows average over {', '.join(mixed)}; --by {finer} splits them.")
