@@ -576,6 +576,7 @@ def test_a_rate_is_chosen_on_valid_by_the_first_seed_and_reported_on_test_by_the
     assert lines[1][:9] == "lora 0.003 0.800 0.300 0.100 2 0.700 ± 0.141".split()
     assert lines[2][:9] == "full 0.0003 0.600 0.400 0.100 2 0.550 ± 0.071".split()
     words = " ".join(out.split())
+    assert "luck" not in words
     assert "lr: the best by exact_match on valid, seed 1;" in words and "40 test items of toy; lr" in words
     assert "Groups have different grids of lr: lora 0.001 0.003 0.01; full 0.0001 0.0003 0.001." in words
     assert "exact_match against lora, paired by seed (more is better):" in words
@@ -671,6 +672,7 @@ def test_a_run_without_a_number_on_valid_is_named_with_the_flag_that_makes_it(fl
     make(tmp_path / "tag", {"f1": 0.3}, flags=["--task", "tag"], stored={"test_items": 40, "test_sha256": "t"})
     out = selected(tmp_path, capsys, "--by", "method", "--on", "test", "--metric", "exact_match")
     assert "Runs without exact_match, which are not in this table: 1." in out
+    assert "Chosen on the items that are reported, so their luck favours every number here." in " ".join(out.split())
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["method", "lr", "on", "test"] and lines[1].split()[:3] == ["lora", "0.001", "0.900"]
 

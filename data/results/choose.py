@@ -269,6 +269,8 @@ def notes(choices, fields, runs, metric, cfg):
     """Sentences about what makes the choices of a table less fair."""
     select = cfg.select
     out = []
+    if cfg.on == "test":
+        out.append("Chosen on the items that are reported, so their luck favours every number here.")
     for choice in choices:
         label = group_label(choice.key, fields)
         value = display_value(choice.value)
