@@ -609,7 +609,10 @@ def test_a_choice_of_one_seed_says_that_its_number_is_favoured(tmp_path, capsys)
     swept(tmp_path, "lora", {rate: some[:1] for rate, some in LORA.items()})
     out = " ".join(selected(tmp_path, capsys).split())
     assert "lora 0.003 0.800 0.300 0.100 1 0.100" in out
-    assert "lora: no other seed ran lr 0.003, so its number is that of the seeds that chose, and favoured" in out
+    assert "No other seed ran the chosen lr of lora, so the number is that of the seeds that chose, and" in out
+    make(tmp_path / "one", {"exact_match": 0.05, "loss": 1}, flags=["--method", "full"], log=[],
+         stored={"test_items": 40, "test_sha256": "t"})
+    assert "the chosen lr of lora, so" in " ".join(selected(tmp_path, capsys, "--by", "method").split())
 
 
 def test_what_makes_a_choice_less_fair_is_said(tmp_path, capsys):
@@ -627,6 +630,7 @@ def test_what_makes_a_choice_less_fair_is_said(tmp_path, capsys):
     assert "lora: lr 0.003 is the largest that was tried; a larger one may be better." in out
     assert "adalora: lr 0.001 is the smallest that was tried; a smaller one may be better." in out
     assert "full: equally good on valid are lr 0.0003 0.001; the smallest stands." in out and "full: lr" not in out
+    assert "ia3: lr" not in out
     assert "ia3: exact_match on valid is finite at no lr, so nothing was chosen; the smallest stands." in out
     assert "adalora: lr 0.003 could not be chosen, because no seed that chooses ran it." in out
     assert "Groups have different grids of lr, and more values are more chances: " in out
