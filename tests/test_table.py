@@ -248,6 +248,15 @@ def test_a_loss_that_means_something_else_is_neither_starred_nor_averaged(tmp_pa
     assert "loss means something else" in refused(tmp_path, "--compare", "lm", "head", "--metric", "loss")
 
 
+def test_the_modules_that_lora_adapts_do_not_define_a_loss(tmp_path, capsys):
+    for method, loss, flags in (("full", 0.5, []), ("lora", 0.7, ["--targets", "q,v"])):
+        for seed in (1, 2):
+            make(tmp_path / f"{method}{seed}", {"accuracy": 0.5, "loss": loss},
+                 flags=["--task", "classify", "--method", method, "--seed", seed, *flags])
+    out = shown(tmp_path, capsys, "--metric", "loss", "--compare", "full", "lora")
+    assert "not the same" not in out and "by seed  -0.2000" in out
+
+
 def test_which_run_is_best_is_one_command(tmp_path, capsys):
     for name, rank, x, steps in (("a", 2, 0.5, 400), ("b", 4, 0.9, None), ("c", 8, 0.7, 100)):
         folder = make(tmp_path / name, {"exact_match": x, "loss": x}, flags=["--rank", rank, "--steps", steps],
