@@ -248,6 +248,15 @@ def test_a_loss_that_means_something_else_is_neither_starred_nor_averaged(tmp_pa
     assert "loss means something else" in refused(tmp_path, "--compare", "lm", "head", "--metric", "loss")
 
 
+def test_the_modules_that_lora_adapts_do_not_define_a_loss(tmp_path, capsys):
+    for method, loss, flags in (("full", 0.5, []), ("lora", 0.7, ["--targets", "q,v"])):
+        for seed in (1, 2):
+            make(tmp_path / f"{method}{seed}", {"accuracy": 0.5, "loss": loss},
+                 flags=["--task", "classify", "--method", method, "--seed", seed, *flags])
+    out = shown(tmp_path, capsys, "--metric", "loss", "--compare", "full", "lora")
+    assert "not the same" not in out and "by seed  -0.2000" in out
+
+
 def test_which_run_is_best_is_one_command(tmp_path, capsys):
     for name, rank, x, steps in (("a", 2, 0.5, 400), ("b", 4, 0.9, None), ("c", 8, 0.7, 100)):
         folder = make(tmp_path / name, {"exact_match": x, "loss": x}, flags=["--rank", rank, "--steps", steps],
@@ -576,6 +585,7 @@ def test_a_rate_is_chosen_on_valid_by_the_first_seed_and_reported_on_test_by_the
     assert lines[1][:9] == "lora 0.003 0.800 0.300 0.100 2 0.700 ± 0.141".split()
     assert lines[2][:9] == "full 0.0003 0.600 0.400 0.100 2 0.550 ± 0.071".split()
     words = " ".join(out.split())
+    assert "luck" not in words
     assert "lr: the best by exact_match on valid, seed 1;" in words and "40 test items of toy; lr" in words
     assert "Groups have different grids of lr: lora 0.001 0.003 0.01; full 0.0001 0.0003 0.001." in words
     assert "exact_match against lora, paired by seed (more is better):" in words
@@ -608,7 +618,10 @@ def test_a_choice_of_one_seed_says_that_its_number_is_favoured(tmp_path, capsys)
     swept(tmp_path, "lora", {rate: some[:1] for rate, some in LORA.items()})
     out = " ".join(selected(tmp_path, capsys).split())
     assert "lora 0.003 0.800 0.300 0.100 1 0.100" in out
-    assert "lora: no other seed ran lr 0.003, so its number is that of the seeds that chose, and favoured" in out
+    assert "No other seed ran the chosen lr of lora, so the number is that of the seeds that chose, and" in out
+    make(tmp_path / "one", {"exact_match": 0.05, "loss": 1}, flags=["--method", "full"], log=[],
+         stored={"test_items": 40, "test_sha256": "t"})
+    assert "the chosen lr of lora, so" in " ".join(selected(tmp_path, capsys, "--by", "method").split())
 
 
 def test_what_makes_a_choice_less_fair_is_said(tmp_path, capsys):
@@ -626,6 +639,7 @@ def test_what_makes_a_choice_less_fair_is_said(tmp_path, capsys):
     assert "lora: lr 0.003 is the largest that was tried; a larger one may be better." in out
     assert "adalora: lr 0.001 is the smallest that was tried; a smaller one may be better." in out
     assert "full: equally good on valid are lr 0.0003 0.001; the smallest stands." in out and "full: lr" not in out
+    assert "ia3: lr" not in out
     assert "ia3: exact_match on valid is finite at no lr, so nothing was chosen; the smallest stands." in out
     assert "adalora: lr 0.003 could not be chosen, because no seed that chooses ran it." in out
     assert "Groups have different grids of lr, and more values are more chances: " in out
@@ -671,6 +685,7 @@ def test_a_run_without_a_number_on_valid_is_named_with_the_flag_that_makes_it(fl
     make(tmp_path / "tag", {"f1": 0.3}, flags=["--task", "tag"], stored={"test_items": 40, "test_sha256": "t"})
     out = selected(tmp_path, capsys, "--by", "method", "--on", "test", "--metric", "exact_match")
     assert "Runs without exact_match, which are not in this table: 1." in out
+    assert "Chosen on the items that are reported, so their luck favours every number here." in " ".join(out.split())
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["method", "lr", "on", "test"] and lines[1].split()[:3] == ["lora", "0.001", "0.900"]
 

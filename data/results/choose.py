@@ -46,7 +46,7 @@ class Choice(NamedTuple):
     not_chosen_from: list       # values of the grid that no choosing seed ran
     choosing: list              # the seeds that chose
     reported: list              # the runs whose test counts
-    favoured: bool              # these are runs of the choosing seeds
+    favoured: bool              # these are runs of the seeds that chose between several values
 
 
 def check_select(runs, by, select):
@@ -89,7 +89,7 @@ def choose(key, runs, select, metric, split):
     others = [run for (value, seed), run in cells.items() if value == equal[0] and seed not in choosing]
     reported = others or [cells[equal[0], seed] for seed in choosing]
     return Choice(key, equal[0], scores, equal, [value for value in grid if value not in ran], choosing,
-                  reported, not others)
+                  reported, not others and len(grid) > 1)
 
 
 def choosing_seeds(cells):
@@ -210,7 +210,8 @@ def table(choices, fields, metrics, cfg):
     columns = key_columns(choices, fields)
     columns.append(Column(cfg.select, [display_value(choice.value) for choice in choices]))
     scores = [choice.scores[choice.value] for choice in choices]
-    decimals = 3 if any(abs(score) >= 0.1 for score in scores) else 5
+    largest = max((abs(score) for score in scores if math.isfinite(score)), default=0)
+    decimals = 5 if 0 < largest < 0.1 else 3
     columns.append(Column(f"on {cfg.on}", cells_of(scores, decimals)))
     if is_ordered(choices):
         for title, step in (("below", -1), ("above", 1)):
@@ -261,30 +262,33 @@ def legend(choices, fields, metrics, cfg):
     text = f"{cfg.select}: the best by {metrics[0]} on {cfg.on}, {chose}"
     if is_ordered(choices):
         text += f"; below, above: how much worse it is there at the next {cfg.select}"
-    return (f"{text}. {', '.join(metrics)}: on test, mean ± sd over the other seeds, 95 % by Student's t; of a "
-            "single run over test items.")
+    return (f"{text}. {', '.join(metrics)}: on test, mean ± sd over the other seeds, 95 % by Student's t; of "
+            "a single run over test items.")
 
 
 def notes(choices, fields, runs, metric, cfg):
     """Sentences about what makes the choices of a table less fair."""
     select = cfg.select
     out = []
+    if cfg.on == "test":
+        out.append("Chosen on the items that are reported, so their luck favours every number here.")
     for choice in choices:
         label = group_label(choice.key, fields)
-        value = display_value(choice.value)
         if math.isinf(badness(choice.scores[choice.value], metric)) and len(grid_of(choice)) > 1:
             out.append(f"{label}: {metric} on {cfg.on} is finite at no {select}, so nothing was chosen; the "
                        "smallest stands.")
         elif len(choice.equal) > 1:
             out.append(f"{label}: equally good on {cfg.on} are {select} {words(choice.equal)}; the smallest "
                        "stands.")
-        out += edge_note(choice, label, select)
+        else:
+            out += edge_note(choice, label, select)
         if choice.not_chosen_from:
             out.append(f"{label}: {select} {words(choice.not_chosen_from)} could not be chosen, because no "
                        "seed that chooses ran it.")
-        if choice.favoured:
-            out.append(f"{label}: no other seed ran {select} {value}, so its number is that of the seeds that "
-                       "chose, and favoured by the choice; run it with another --seed, too.")
+    favoured = [group_label(choice.key, fields) for choice in choices if choice.favoured]
+    if favoured:
+        out.append(f"No other seed ran the chosen {select} of {', '.join(favoured)}, so the number is that of "
+                   "the seeds that chose, and favoured by the choice; run it with another --seed, too.")
     return out + differing_grids(choices, fields, select) + differing_seeds(choices, fields) + mixed_note(
         choices, fields, runs, select)
 

@@ -47,8 +47,8 @@ def add_legend(figure, handles, labels):
 
 
 # Where a label may stand: at which point of its line, offset in points, alignment. The first free place counts.
-LABEL_PLACES = ((max, "x", (6, 0), "left", "center"), (max, "y", (0, 7), "center", "bottom"),
-                (min, "x", (-6, 0), "right", "center"), (min, "y", (0, -7), "center", "top"))
+LABEL_PLACES = ((max, "x", (7, 0), "left", "center"), (max, "y", (0, 7), "center", "bottom"),
+                (min, "x", (-7, 0), "right", "center"), (min, "y", (0, -7), "center", "top"))
 
 
 def label_lines(figure, axis, handles):

@@ -387,8 +387,8 @@ def definition(run, metric):
     """{name: value} of what a metric depends on in this run, besides its test items."""
     found = {}
     for name in DEFINED_BY.get(metric.removeprefix(BEFORE).partition("@")[0], ()):
-        value = number_of(run, name)                    # "targets" is a flag of LoRA, too
-        if value is None:
+        value = number_of(run, name)
+        if value is None and name != "targets":         # the flag of that name is LoRA's
             value = run.get(name, run["config"].get(name))
         if value is not None:
             found[name] = value
