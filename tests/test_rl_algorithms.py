@@ -628,6 +628,13 @@ def test_clip_shares_are_logged_apart():
             assert m["clipfrac"] == pytest.approx(m["clipfrac_low"] + m["clipfrac_high"])
 
 
+@pytest.mark.parametrize("algo", NAMES)
+def test_beta_is_0_where_no_kl_stands(algo):
+    cfg = config(algo=algo)
+    beta = ppo.PPOState(cfg, {"w": torch.nn.Parameter(torch.zeros(1))}).kl.beta
+    assert beta == (0.0 if cfg.kl_place == "none" else cfg.kl_coef) and cfg.kl_coef > 0
+
+
 def test_a_kl_in_the_loss_that_overflows_is_nothing_times_a_beta_of_0():
     cfg = config(algo="grpo", kl_coef=0.0, minibatches=1, ppo_epochs=1)
     roles, state, batch, _ = rolled(cfg)
