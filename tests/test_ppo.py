@@ -920,6 +920,14 @@ def test_impossible_settings_are_refused_in_a_sentence(changes, says):
         config(**changes)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(temperature=1e-3), dict(batch=4, minibatches=4), dict(steps=3, value_warmup=2), dict(steps=0),
+    dict(missing_eos_penalty=0.0), dict(algo="cispo", cliprange_high=1e-6), dict(algo="grpo", num_generations=2)])
+def test_settings_at_the_edge_of_what_is_possible_are_taken(changes):
+    cfg = config(**changes)
+    assert all(getattr(cfg, name) == value for name, value in changes.items())
+
+
 # -------------------------------------------------------------------------------------- records and arguments
 
 def gated(cfg, logp, batch):
