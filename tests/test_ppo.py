@@ -466,6 +466,15 @@ def test_sampling_and_scoring_are_one_distribution():
     check_sampling_is_scored()
 
 
+def test_banned_tokens_are_impossible_whatever_the_shape():
+    hidden = torch.randn(2, 3, 4, 16)
+    policy = ppo.PolicyDistribution(gpt(1), 0.7, [PAD, 2])
+    logits = policy.logits(hidden)
+    assert logits.shape == (2, 3, 4, 12) and (logits[..., [PAD, 2]] == -torch.inf).all()
+    assert logits.isfinite().sum() == 2 * 3 * 4 * 10
+    torch.testing.assert_close(logits[1, 2], policy.logits(hidden[1, 2]))
+
+
 @pytest.mark.parametrize("bug", [dict(temperature=1 / 0.7), dict(top_k=3)])
 def test_another_temperature_or_top_k_in_the_sampler_is_seen(bug, monkeypatch):
     monkeypatch.setattr(ppo, "generate", lambda *a, **kw: generate(*a, **{**kw, **bug}))
