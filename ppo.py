@@ -1075,15 +1075,21 @@ class Ranked(NamedTuple):
     length: torch.Tensor                        # (B, K)    tokens, end token included
 
 
+def check_labels(examples, name):
+    """Raises UserError for an example without answers, or without as many ranks or labels (`name`) as answers."""
+    for i, (_, answers, labels, *_) in enumerate(examples):
+        if not len(answers) or len(answers) != len(labels):
+            raise UserError(f"example {i} has {len(answers)} answers and {len(labels)} {name}s; it needs one "
+                            f"answer or more, and a {name} for each")
+
+
 def collate_ranked(examples, device):
     """Examples -> Ranked. Raises UserError for an example without as many ranks as answers."""
+    check_labels(examples, "rank")
     prompts = []
     answers = []
     ranks = []
-    for i, (prompt, some, their_ranks, *_) in enumerate(examples):
-        if not len(some) or len(some) != len(their_ranks):
-            raise UserError(f"example {i} has {len(some)} answers and {len(their_ranks)} ranks; it needs one "
-                            "answer or more, and a rank for each")
+    for prompt, some, their_ranks, *_ in examples:
         prompts += [prompt] * len(some)
         answers += some
         ranks += their_ranks
@@ -1183,9 +1189,11 @@ def kto_step(adapter_context, examples, cfg, z0=0.0):
     """A loss on answers that are good or bad, averaged per prompt.
 
     examples  [(prompt, answers, [good?, ...], log-probabilities of the answers under the reference), ...]
-    cfg, result and errors as in dpo_step; z0: of the whole step, see mismatched_log_ratios. The metrics
-    good_logp and bad_logp have an entry for each such answer.
+    cfg and result as in dpo_step; z0: of the whole step, see mismatched_log_ratios. The metrics good_logp and
+    bad_logp have an entry for each such answer. Raises UserError for an example without as many labels as
+    answers, and for a missing reference.
     """
+    check_labels(examples, "label")
     record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
     logp = answer_logprobs(adapter_context, examples)                                           # (N,)
     good = torch.tensor([label for example in examples for label in example[2]], device=logp.device)

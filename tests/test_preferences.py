@@ -208,6 +208,9 @@ def test_a_kto_step_is_the_mean_over_the_answers_of_each_prompt():
             assert step(role(model), examples, cfg)[0].item() == zero != loss.item()
     with pytest.raises(UserError, match="--preference_loss kto needs a reference"):
         ppo.preference_step(role(model), [e[:3] for e in examples], cfg)
+    for answers, good in (([[1, END], [2, END]], [True]), ([], [])):
+        with pytest.raises(UserError, match=f"example 0 has {len(answers)} answers and {len(good)} labels"):
+            ppo.preference_step(role(model), [([1], answers, good, [-1.0] * len(answers))], cfg)
 
 
 def test_mismatched_log_ratios_by_a_loop():

@@ -165,6 +165,15 @@ def test_equal_scores_teach_nothing_whatever_their_size(x):
         assert ppo.spread(same.flatten()) == 1.0 and equal_groups(same.flatten(), 5).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_what_counts_as_rounding_is_eight_units_of_the_largest_number(dtype):
+    eps = torch.finfo(dtype).eps
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for units, counts in ((16, False), (18, True)):         # the mean lies in the middle
+        x = torch.tensor([[1.0, 1 + units * eps]], dtype=dtype)
+        assert ppo.centre(x, mask, 1).any() == ppo.centre(-2.0 ** 20 * x, mask, 1).any() == counts
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-5, 1.0, 1e6])
 def test_advantages_have_no_scale_of_their_own(scale):
     scores = t([0, 1, 1, 5], [2, 2, 2, 3])
@@ -626,6 +635,13 @@ def test_clip_shares_are_logged_apart():
         for m in train(cfg, roles, state):
             assert m["clipfrac_high"] > 0 and (m["clipfrac_low"] > 0) == low
             assert m["clipfrac"] == pytest.approx(m["clipfrac_low"] + m["clipfrac_high"])
+
+
+@pytest.mark.parametrize("algo", NAMES)
+def test_beta_is_0_where_no_kl_stands(algo):
+    cfg = config(algo=algo)
+    beta = ppo.PPOState(cfg, {"w": torch.nn.Parameter(torch.zeros(1))}).kl.beta
+    assert beta == (0.0 if cfg.kl_place == "none" else cfg.kl_coef) and cfg.kl_coef > 0
 
 
 def test_a_kl_in_the_loss_that_overflows_is_nothing_times_a_beta_of_0():
