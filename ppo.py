@@ -981,7 +981,11 @@ def values(model, head, batch, past=None):
 def scores(model, head, batch, past=None):
     """The reward model's score of whole rows, (B,), at the last real token (by length, not by pad id)."""
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-    return head(model.hidden_states(batch.tokens, past, select=(rows, batch.lengths - 1))[0])
+    select = rows, batch.lengths - 1
+    if batch.trunk is None:
+        return head(model.hidden_states(batch.tokens, past, select=select)[0])
+    hidden, layer = batch.trunk
+    return head(model.hidden_states(hidden, past, select=select, start_layer=layer)[0])
 
 
 class ScalarHead(nn.Module):
@@ -1042,20 +1046,27 @@ def run_trunk(model, batch, layer, tokens):
     return Trunk(inference(enter, batch, tokens, batch.tokens.size(1)), layer)
 
 
-def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
-    """A reward model as the reward of an Environment: (prompts, answers, rows) -> scores (B,); rows are not read."""
-    def reward(prompts, answers, rows=None):
+def model_reward(adapter_context, head, micro_batch_tokens=MICRO, shared_blocks=0):
+    """A reward model as the reward of an Environment: (prompts, answers, rows, batch) -> scores (B,); rows are not
+    read.
+
+    shared_blocks: how many of its lowest blocks compute the same as those of the roles. If the trunk of `batch`,
+    the rollout of these prompts and answers, ends there or below, the reward model goes on from it.
+    """
+    def reward(prompts, answers, rows=None, batch=None):
         with adapter_context() as (model, past):
-            batch = collate_rollout(prompts, answers, model.wte.weight.device)
+            if batch is None or batch.trunk is None or batch.trunk.layer > shared_blocks:
+                batch = collate_rollout(prompts, answers, model.wte.weight.device)
             s = inference(lambda part: scores(model, head, part, past)[:, None], batch, micro_batch_tokens)
             return s[:, 0]                                                 # (B, 1) -> (B,)
     return reward
 
 
 def combine_rewards(parts):
-    """The sum of weight x reward as one reward, which returns Scores. parts: {name: (weight, reward)}."""
-    def reward(prompts, answers, rows=None):
-        found = {name: checked_scores(part(prompts, answers, rows), len(answers), "cpu")
+    """The sum of weight x reward as one reward, which returns Scores. parts: {name: (weight, reward)}. A batch that
+    it is given is given to all parts."""
+    def reward(prompts, answers, rows=None, *batch):
+        found = {name: checked_scores(part(prompts, answers, rows, *batch), len(answers), "cpu")
                  for name, (_, part) in parts.items()}
         total = sum(weight * found[name].double() for name, (weight, _) in parts.items())
         return Scores(total, found)
@@ -1241,6 +1252,7 @@ class Environment(NamedTuple):
     prompts      non-empty lists of token ids
     reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,), or
                  Scores
+    reward_takes_batch   whether the reward takes their Batch, too, as a fourth argument: see model_reward
     eos          an id, or ids, that end an answer
     banned       ids never sampled and given no probability (pads)
     gold_reward  None, or another reward, which is only logged
@@ -1252,6 +1264,7 @@ class Environment(NamedTuple):
     banned: tuple = ()
     gold_reward: Callable = None
     rows: list = None
+    reward_takes_batch: bool = False
 
 
 class Experience(NamedTuple):
@@ -1557,7 +1570,7 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
     rolled_out = time.perf_counter()
 
-    values = environment.reward(prompts, answers, rows)
+    values = environment.reward(prompts, answers, rows, *([batch] if environment.reward_takes_batch else []))
     rewarded = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
     s = final_scores(rewarded, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty,

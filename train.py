@@ -1807,7 +1807,7 @@ def reward_function(flag_name, word, ctx):
     """module:function -> a reward for ppo.py, of ids and of rows as open_data returns them."""
     score_texts = load_reward(flag_name, word)
 
-    def score(prompt_ids, answers, rows):
+    def score(prompt_ids, answers, rows, batch=None):
         def call():                                     # it may draw random numbers, or ask another program
             asked_texts = [as_text(ctx.text.turns(row)[:-1]) for row in rows]
             answer_texts = [ctx.text.decode_answer(y) for y in answers]
@@ -1856,6 +1856,7 @@ def open_reward_model(cfg, ctx, base, word, rows):
             name += "_2"
         lora.load_adapter(base, folder, name, trainable=False)
         adapter = enter_model(ctx, base, name)
+        shared = lora.first_adapted_block(base, (name,))
         room = base.config.block_size
         tokenizer = ctx.text.tokenizer
     else:
@@ -1863,9 +1864,10 @@ def open_reward_model(cfg, ctx, base, word, rows):
         adapter = tuned_role(ctx, model.to(ctx.device).requires_grad_(False).eval(), prompt)
         room = model.config.block_size - (prompt.prefix_len if prompt is not None else 0)
         folder = None
+        shared = 0
     stored = settings(word)
     own = Text(tokenizer, stored.get("template") or chat.guess_template(tokenizer), stored.get("system"))
-    score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens)
+    score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens, shared)
     if reward_models.same_tokens(ctx.text, own, rows):
         score = reward_models.within(score, room)
     else:
@@ -1931,7 +1933,7 @@ def evaluate_policy(setup, roles, split, n=1):
     generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
     batch, answers = ppo.rollout(roles._replace(critic=None), repeated, {end}, setup.config, setup.banned,
                                  generator)
-    values = setup.reward(repeated, answers, rows)
+    values = setup.reward(repeated, answers, rows, batch)
     scored = {"score": ppo.checked_scores(values, len(answers), "cpu")}
     if setup.gold_reward:
         scored["gold"] = ppo.checked_scores(setup.gold_reward(repeated, answers, rows), len(answers), "cpu")
@@ -2063,7 +2065,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
     warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
-                                  setup.banned, setup.gold_reward, setup.rows["train"])
+                                  setup.banned, setup.gold_reward, setup.rows["train"], reward_takes_batch=True)
     with Progress("iteration", config.steps, trained.step, "it") as progress:
         for metrics, _ in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:

@@ -131,8 +131,10 @@ def our_ppo(folder, layers):
     value = lora.adapter_parameters(model, "value") | {f"head.{k}": p for k, p in head.named_parameters()}
     state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
     asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    environment = ppo.Environment(asked, ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
-    roles = ppo.Roles(role("policy"), role(None), role("value"), head, min(layers or [0]))
+    shared = min(layers or [0])
+    reward = ppo.model_reward(role("reward"), ppo.ScalarHead(width), shared_blocks=shared)
+    environment = ppo.Environment(asked, reward, 1, reward_takes_batch=True)
+    roles = ppo.Roles(role("policy"), role(None), role("value"), head, shared)
     loop = ppo.train_ppo(cfg, roles, state, environment)
 
     def repeat(i):
