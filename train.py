@@ -78,7 +78,7 @@ from data.results.ppo_metrics import (brief, health, health_line, new_warnings, 
                                      reward_report)
 from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
                                  report)
-from data.results.trunk import open_trunk
+from data.results.trunk import Trunk
 from data.runtime import cache, command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -1119,18 +1119,21 @@ def train(ctx, cfg, run, rows, row_type, state):
     examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
     feed, total = open_feed(ctx, cfg, examples["train"], row_type)
+    ctx.trunk = open_trunk(ctx, cfg, feed)
     if task.prepare:
         with Progress("before training"):
             prepare_examples(ctx, cfg, feed, total, examples)
+    if ctx.trunk:
+        if total > feed.steps_per_epoch:
+            ctx.trunk.read(ctx, feed.examples)
+        ctx.trunk.describe()
     count = count_numbers(trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
     if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
         require_metric(ctx, cfg, rows["valid"], examples["valid"])
-    ctx.trunk = open_trunk(ctx, shared_blocks(ctx, cfg, ctx.model), feed, total)
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
-    ctx.trunk = None
     distributed.reshard(ctx.model)
     loop.best.restore(trainable)
     if ctx.prompt is not None:
@@ -1139,6 +1142,7 @@ def train(ctx, cfg, run, rows, row_type, state):
         if task.end:
             task.end(ctx, cfg, rows, state)
         metrics, answers = task.evaluate(ctx, cfg, rows["test"], examples["test"])
+    ctx.trunk = None
     if forgetting:
         metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
     return loop, trainable, Outcome(metrics, answers[:3], evaluate.item_correct(ctx, rows["test"], answers))
@@ -1147,6 +1151,13 @@ def train(ctx, cfg, run, rows, row_type, state):
 def encode_rows(ctx, cfg, rows):
     """{split: rows} -> {split: examples} of this run's length."""
     return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
+
+
+def open_trunk(ctx, cfg, feed):
+    """An empty Trunk of what enters the lowest adapter's block, or None: nothing below, or a stream of windows,
+    each of which is read once."""
+    layer = shared_blocks(ctx, cfg, ctx.model)
+    return Trunk(layer) if layer and feed.stride is None else None
 
 
 def open_feed(ctx, cfg, examples, row_type):
@@ -1521,13 +1532,14 @@ def answer_loss(ctx, cfg, batch, past):
 
 def reward_loss(ctx, cfg, batch, past):
     """The ranking loss of a reward model, summed over prompts."""
-    return ppo.reward_step(adapter_context(ctx, past), ctx.head, batch)[0]
+    return ppo.reward_step(adapter_context(ctx, past), ctx.head, batch, ctx.find_trunk)[0]
 
 
 def preference_loss(ctx, cfg, batch, past):
     """--preference_loss, summed over prompts."""
     z0 = batch[0].z0 if preference_record(cfg).unpaired else 0.0
-    return ppo.preference_step(adapter_context(ctx, past), batch, preference_config(cfg), z0)[0]
+    config = preference_config(cfg)
+    return ppo.preference_step(adapter_context(ctx, past), batch, config, z0, ctx.find_trunk)[0]
 
 
 def preference_config(cfg):
@@ -1578,7 +1590,7 @@ def evaluate_reward(ctx, cfg, rows, examples, shots=()):
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, list(map(size, examples)), "scores"):
             loss, _, scored = ppo.reward_step(adapter_context(ctx, past), ctx.head,
-                                              [examples[i] for i in part])
+                                              [examples[i] for i in part], ctx.find_trunk)
             total += loss.item()
             steps.append(scored)
             for i, scores in zip(part, scored[0].tolist()):
@@ -1603,7 +1615,8 @@ def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
     z0 = find_z0(ctx, cfg, batches("answers to other prompts"), past) if unpaired else 0.0
     with ctx.autocast():
         for batch in batches("preferences"):
-            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0)
+            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0,
+                                                  ctx.find_trunk)
             total += loss.item()
             parts.append({name: x.cpu() for name, x in values.items()})
     total = sum(distributed.gather(total))
@@ -1618,9 +1631,9 @@ def find_z0(ctx, cfg, batches, past, idle_batches=()):
     context = adapter_context(ctx, past)
     with ctx.autocast():
         for batch in batches:
-            sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch)))
+            sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk))
         for batch in idle_batches:                      # sharded: equal numbers of forwards
-            ppo.mismatched_log_ratios(context, mismatched_pairs(batch))
+            ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk)
     total, count = map(sum, zip((0.0, 0), *sum(distributed.gather(sums), [])))
     return ppo.kto_z0(total, count, cfg.beta)
 
@@ -1654,6 +1667,8 @@ def add_reference_logprobs(ctx, cfg, examples):
     reference."""
     if not preference_record(cfg).needs_reference:
         return examples
+    if ctx.trunk:                                       # training reads them again
+        ctx.trunk.read(ctx, examples)
     answers = [[*e.answers, *(e.mismatched if isinstance(e, Thumbs) else ())] for e in examples]
     lengths = [sum(len(e.prompt) + len(ids) for ids in some) for e, some in zip(examples, answers)]
     found = {}
@@ -1661,7 +1676,7 @@ def add_reference_logprobs(ctx, cfg, examples):
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, lengths, "reference log-probabilities"):
             some = [(examples[i].prompt, answers[i]) for i in part]
-            logp = ppo.answer_logprobs(adapter_context(ctx, past), some)
+            logp = ppo.answer_logprobs(adapter_context(ctx, past), some, ctx.find_trunk)
             for i, values in zip(part, logp.split([len(answers[i]) for i in part])):
                 found[i] = values.tolist()
     done = []

@@ -259,11 +259,15 @@ TASKS = {
     "sft": ["--data", "chat"],
     "classify": ["--data", "label", "--classifier", "head"],
     "tag": ["--data", "tags"],
+    "reward": ["--data", "pairs", "--max_new_tokens", "3"],
+    "dpo": ["--data", "pairs"],
+    "kto": ["--data", "pairs", "--preference_loss", "kto"],
+    "simpo": ["--data", "pairs", "--preference_loss", "simpo"],
 }
 
 
 def command(world, task, out, *more):
-    words = ["--task", task, "--init", str(world / "base"), "--out", str(out), "--batch", "24", "--lr", "3e-3",
+    words = ["--task", "dpo" if task in ("kto", "simpo") else task, "--init", str(world / "base"), "--out", str(out), "--batch", "24", "--lr", "3e-3",
              "--layers", "1", "--epochs", "3", *TASKS[task], *more]
     words[words.index("--data") + 1] = str(world / words[words.index("--data") + 1])
     return words
@@ -286,10 +290,61 @@ def test_a_supervised_run_is_the_same_with_what_it_keeps(task, world, tmp_path, 
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
-def test_an_interrupted_run_ends_in_the_same_bits(world, tmp_path, monkeypatch):
-    assert train.main(command(world, "sft", tmp_path / "whole")) == 0
-    words = command(world, "sft", tmp_path / "cut", "--save_every", "2")
-    tiny.stopped(monkeypatch, 6, lambda: train.main(words))
+@pytest.mark.parametrize("task, epochs, known", [
+    ("dpo", "0.5", True), ("kto", "0.5", True), ("simpo", "2", True), ("simpo", "1", False), ("reward", "1", False)])
+def test_answers_pass_the_lower_blocks_once(task, epochs, known, world, tmp_path, monkeypatch):
+    found = []
+    real = ppo.collate_rollout
+
+    def collate(*args, **kw):
+        batch = real(*args, **kw)
+        found.append((torch.is_grad_enabled(), batch.trunk is not None))
+        return batch
+    monkeypatch.setattr(ppo, "collate_rollout", collate)
+    words = command(world, task, tmp_path / "r", "--forgetting_data", "none")
+    words[words.index("--epochs") + 1] = epochs
+    assert train.main(words) == 0
+    assert {one for with_grad, one in found if with_grad} == {known}
+    if known and task != "simpo":                       # from the pass of the reference on, and not before
+        first = found.index((False, True))
+        assert not any(one for _, one in found[:first]) and all(one for _, one in found[first:])
+
+
+def test_answers_are_found_by_their_tokens(world):
+    ctx = train.open_context(train.parse(["--init", str(world / "base"), "--task", "dpo"]))
+    a, b, c = [1, 2], [3], [4, 5, 6]
+    kept = trunk.Trunk(1)
+    kept.read(ctx, [trunk.Thumbs(a, [b, c], [True, False], mismatched=(a,))])
+    kept.read(ctx, [trunk.Ranking(a, [c, b], [0, 1]), trunk.Ranking(b, [c], [0])])
+    assert kept.bytes == (3 + 5 + 4 + 4) * 32 * 4 and len(kept.hidden) == 4
+    hidden, layer = kept.find_answers([a, b], [c, c])
+    whole, _ = ctx.model.hidden_states(torch.tensor([a + c, b + c + [0]]), stop_layer=1)
+    assert layer == 1 and torch.allclose(hidden[0], whole[0]) and torch.allclose(hidden[1, :4], whole[1, :4])
+    assert kept.find_answers([b], [a]) is None and kept.find([a]) is None
+
+
+def cut_preferences(monkeypatch, at, go):
+    """go(), cut in the middle of step `at` of a preference loss."""
+    steps = []
+    real = ppo.preference_step
+
+    def step(*args, **kw):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == at and torch.is_grad_enabled():
+            raise tiny.Stop
+        return real(*args, **kw)
+    with monkeypatch.context() as patch, pytest.raises(tiny.Stop):
+        patch.setattr(ppo, "preference_step", step)
+        go()
+
+
+@pytest.mark.parametrize("task, cut, more", [
+    ("sft", tiny.stopped, []),
+    ("kto", cut_preferences, ["--dtype", "bf16", "--gradient_checkpointing"])])
+def test_an_interrupted_run_ends_in_the_same_bits(task, cut, more, world, tmp_path, monkeypatch):
+    assert train.main(command(world, task, tmp_path / "whole", *more)) == 0
+    words = command(world, task, tmp_path / "cut", "--save_every", "2", *more)
+    cut(monkeypatch, 6, lambda: train.main(words))
     assert train.main(words) == 0
     whole, cut = (read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)

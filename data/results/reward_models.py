@@ -3,9 +3,9 @@
     policy's ids ---------------------------------------> reward model      same tokens, template and system
     row, text of the answer --Text of the reward model--> reward model      another of them: rendered anew
 
-A reward here is (prompts, answers, rows, batch) -> scores (B,): lists of ids, the rows that the prompts are from,
-and what the rollout has computed of them (ppo.model_reward). A reward model that reads other tokens than the
-policy, or a prompt that was cut, cannot use the last. Where prompt and answer do not fit the context, they are cut as in training (row_types.py): the
+A reward here is (prompts, answers, rows, batch) -> scores (B,): lists of ids, the rows that the prompts are
+from, and the rollout (ppo.model_reward). A reward model that reads other tokens than the policy has no use for
+the rollout. Where prompt and answer do not fit the context, they are cut as in training (row_types.py): the
 answer on the right, down to half of the context, then the prompt on the left behind its first token.
 
 Public: same_tokens, in_own_tokens, within, checked
