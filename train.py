@@ -78,7 +78,7 @@ from data.results.ppo_metrics import (brief, health, health_line, new_warnings, 
                                      reward_report)
 from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
                                  report)
-from data.results.trunk import Trunk
+from data.results.trunk import Trunk, bytes_per_token, count_tokens, memory_limit
 from data.runtime import cache, command, distributed
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
@@ -1124,8 +1124,7 @@ def train(ctx, cfg, run, rows, row_type, state):
         with Progress("before training"):
             prepare_examples(ctx, cfg, feed, total, examples)
     if ctx.trunk:
-        if total > feed.steps_per_epoch:
-            ctx.trunk.read(ctx, feed.examples)
+        ctx.trunk.read(ctx, kept_examples(cfg, feed, total))
         ctx.trunk.describe()
     count = count_numbers(trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
@@ -1158,6 +1157,14 @@ def open_trunk(ctx, cfg, feed):
     each of which is read once."""
     layer = shared_blocks(ctx, cfg, ctx.model)
     return Trunk(layer) if layer and feed.stride is None else None
+
+
+def kept_examples(cfg, feed, total):
+    """The training examples that a run of `total` steps reads twice: what its task does before counts."""
+    reads_before = find_task(cfg.task).reads_before
+    if total > feed.steps_per_epoch or (reads_before and reads_before(cfg)):
+        return [feed.examples[i] for i in feed.used(total)]
+    return []
 
 
 def open_feed(ctx, cfg, examples, row_type):
@@ -1266,6 +1273,9 @@ def preview(ctx, cfg, rows, row_type, shown=0):
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
+        trunk, kept = planned_trunk(ctx, cfg, *open_feed(ctx, cfg, examples["train"], row_type))
+        if kept:
+            plan = plan._replace(shared_blocks=trunk.layer, kept_tokens=count_tokens(kept))
         describe_plan(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
     if dist_state.size > 1:                             # a measurement ends by each process's own clock
         print_result("\nthe time is measured by one process only: leave torchrun out")
@@ -1283,18 +1293,39 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
         parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, 0)]
         return forecast.Forecast(0, 0, (0.0, 0.0), forecast.measure_parts(parts, budget))
     feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+    ctx.trunk, kept = planned_trunk(ctx, cfg, feed, steps)
     parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, steps),
              *forecast.other_parts(ctx, cfg, task, rows, examples, feed, steps),
              forecast.forgetting_part(ctx, forgetting_examples(cfg, ctx))]
+    if kept and not (task.reads_before and task.reads_before(cfg)):     # which counts the same blocks
+        parts.append(forecast.trunk_part(ctx, kept))
     seconds = forecast.measure_parts(parts, budget / 2)
     make = find_record(OPTIMIZERS, cfg.optimizer).make
     optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
     training = forecast.measure_training(
         ctx, feed, steps, list(trainable.values()), optimizer,
         lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
-        lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
+        lambda some: prepared_micro_batch(ctx, cfg, some), budget / 2)
+    ctx.trunk = None
     data_pass = forecast.describe_pass(cfg, feed.steps_per_epoch)
     return forecast.Forecast(steps, feed.tokens(steps), training, seconds, data_pass)
+
+
+def planned_trunk(ctx, cfg, feed, steps):
+    """(an empty Trunk, the training examples that it will hold); None, [] where a run has none."""
+    trunk = open_trunk(ctx, cfg, feed)
+    kept = kept_examples(cfg, feed, steps) if trunk else []
+    fits = count_tokens(kept) * bytes_per_token(ctx) <= memory_limit(ctx.device)
+    return (trunk, kept) if kept and fits else (None, [])
+
+
+def prepared_micro_batch(ctx, cfg, examples):
+    """Examples as the steps of a run take them: prepared by the task, known to the trunk."""
+    prepare = find_task(cfg.task).prepare
+    examples = prepare(ctx, cfg, examples) if prepare else examples
+    if ctx.trunk:
+        ctx.trunk.read(ctx, examples)
+    return examples
 
 
 def plan_of(ctx, cfg, trainable, examples, block):
@@ -1550,6 +1581,10 @@ def preference_record(cfg):
     return find_record(ppo.PREFERENCE_LOSSES, cfg.preference_loss)
 
 
+def needs_reference(cfg):
+    return preference_record(cfg).needs_reference
+
+
 def check_preferences(cfg, row_type):
     """Raises DataError for rows that --preference_loss cannot compare."""
     record = preference_record(cfg)
@@ -1665,7 +1700,7 @@ def prepare_preferences(ctx, cfg, examples):
 def add_reference_logprobs(ctx, cfg, examples):
     """Examples with the log-probabilities of their answers as they are now: the policy begins as its
     reference."""
-    if not preference_record(cfg).needs_reference:
+    if not needs_reference(cfg):
         return examples
     if ctx.trunk:                                       # training reads them again
         ctx.trunk.read(ctx, examples)
@@ -2409,6 +2444,7 @@ class Task:
     metric: str = None                              # what it is about; None: what its rows are about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
+    reads_before: Callable = None                   # (cfg) -> whether prepare runs the model on examples
     prepare_step: Callable = None                   # of a step: as the function prepare_step
     check_data: Callable = None                     # (cfg, row type): DataError for rows its flags do not read
     flags_for_rows: Callable = None                 # (row type) -> words that such rows need, for --task check
@@ -2482,7 +2518,8 @@ TASKS = (
          defaults=dict(data="toy/preferences", epochs=0.25), lr_scale=0.1, generates=True,
          reads_templates=False, needs_causal=True,
          loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", prepare=prepare_preferences,
-         prepare_step=add_z0, check_data=check_preferences, flags_for_rows=preference_words),
+         reads_before=needs_reference, prepare_step=add_z0, check_data=check_preferences,
+         flags_for_rows=preference_words),
     Task("ppo", "RL: PPO with a KL penalty to the reference, and relatives (--algo)", run_ppo, reads=PROMPTS,
          flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags, RawTextFlags),
          config=ppo.PPOConfig,

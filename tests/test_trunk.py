@@ -369,6 +369,26 @@ def test_every_example_passes_the_lower_blocks_once(world, tmp_path, monkeypatch
     assert rows == [64]
 
 
+@pytest.mark.parametrize("task, said", [
+    ("sft", "64 examples through blocks 0 to 0, once: "), ("simpo", "56 examples through blocks 0 to 0, once: "),
+    ("kto", "77 examples prepared (56 of train, 7 of valid, 7 of test twice): ")])
+def test_a_forecast_measures_what_a_run_does(task, said, world, tmp_path, monkeypatch, capsys):
+    timed = []
+    real = train.forecast.timed_backward
+
+    def count(ctx, micro_batch, params, loss):
+        run = type(ctx.model.blocks[0]).forward
+        with monkeypatch.context() as patch:
+            patch.setattr(type(ctx.model.blocks[0]), "forward",
+                          lambda self, *args: timed.append(self is ctx.model.blocks[0]) or run(self, *args))
+            return real(ctx, micro_batch, params, loss)
+    monkeypatch.setattr(train.forecast, "timed_backward", count)
+    monkeypatch.setattr(train.forecast, "BUDGET", 1.0)
+    assert train.main([*command(world, task, tmp_path / "r"), "--dry_run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert timed and not any(timed) and said in out and " MB that enter block 1" in out
+
+
 @pytest.mark.parametrize("more", [["--epochs", "1"], ["--layers", "0-1"], ["--method", "prompt_tuning"]])
 def test_what_does_not_pay_is_not_kept(more, world, tmp_path, monkeypatch):
     monkeypatch.setattr(trunk.Trunk, "read", None)

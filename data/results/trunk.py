@@ -11,7 +11,7 @@ Of preferences, each answer is a row of its own, its prompt in front; KTO has th
 rows are always read in the same batches, so a run that continues has the same bits.
 
 C width  T tokens  B batch
-Public: Trunk, memory_limit
+Public: Trunk, count_tokens, bytes_per_token, memory_limit
 """
 import os
 
@@ -107,6 +107,11 @@ def keyed(examples):
 def inputs(example):
     """How many tokens of an example the model reads: of an (ids, mask) pair the last is only a target."""
     return len(example.ids) if isinstance(example, Example) else max(1, len(example[0]) - 1)
+
+
+def count_tokens(examples):
+    """The tokens that a Trunk of these examples keeps something of."""
+    return sum(map(inputs, keyed(examples).values()))
 
 
 def bytes_per_token(ctx):
