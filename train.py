@@ -80,6 +80,7 @@ from data.results.report import (describe_plan, describe_virtual_tokens, print_v
                                  report)
 from data.results.trunk import Trunk, bytes_per_token, count_tokens, memory_limit
 from data.runtime import cache, command, distributed
+from data.runtime.baselines import remembered
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
@@ -971,10 +972,10 @@ def run_supervised(cfg):
     if cfg.get("dry_run"):
         return dry_run(cfg, *open_data(cfg))
     rows, row_type, run, identity = open_run(cfg)
-    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type))
+    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type, identity))
 
 
-def train_and_measure(cfg, run, rows, row_type):
+def train_and_measure(cfg, run, rows, row_type, identity):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
@@ -988,14 +989,17 @@ def train_and_measure(cfg, run, rows, row_type):
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
+    known = baseline_key(ctx, cfg, identity)
     if "baseline" not in state:
-        state = measure_baseline(ctx, cfg, run, rows, shots[0])
+        if windows is not None:
+            say_if_few({"test": windows}, "window")
+        state = measure_baseline(ctx, cfg, run, rows, shots[0], known)
     outcome = Outcome(dict(state["baseline"]), state["before"], state["item_correct"],
                       state.get("generations", {}))
     loop = None
     trainable = {}
     if find_method(cfg.method).trains:
-        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
+        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state, known)
     elif len(shots) > 1:
         outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
@@ -1081,14 +1085,41 @@ def drop_equal_answers(ctx, cfg, rows):
     return kept
 
 
-def measure_baseline(ctx, cfg, run, rows, shots):
-    """What the model does before training, as the first state of a run."""
+def baseline_key(ctx, cfg, identity):
+    """All that decides what a base does before training, for data/runtime/baselines.py: no flag of the method or
+    of training. None where it is not shared: a new model has a seed, and without training it is the result."""
+    if cfg.init == "new" or not find_method(cfg.method).trains:
+        return None
+    read = fields_of([CommonFlags, *find_task(cfg.task).flags]).keys() - {"seed", "method"}
+    flag_values = {name: value for name, value in cfg.identity().items() if name in read}
+    machine = [str(ctx.device), str(ctx.dtype), str(ctx.model.wte.weight.dtype), torch.__version__,
+               torch.get_num_threads(), dist_state.size, bool(cfg.get("shard"))]
+    return [identity, flag_values, machine]
+
+
+def measure_once(run, key, what, measure):
+    """measure(), or what it has given another run of this key (data/runtime/baselines.py); None: no key."""
+    return remembered(run, key, what, measure) if key else measure()
+
+
+def measure_baseline(ctx, cfg, run, rows, shots, known):
+    """What the model does before training, as the first state of a run. known: its baseline_key."""
+    state = measure_once(run, known, "test before training",
+                         lambda: measure_untrained(ctx, cfg, rows, shots))
+    task = find_task(cfg.task)
+    if task.begin:
+        with Progress("before training"):
+            state.update(task.begin(ctx, cfg, rows))
+    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **state["baseline"])
+    return state
+
+
+def measure_untrained(ctx, cfg, rows, shots):
+    """{"baseline": metrics on test, and "before", "item_correct": the answers}, as JSON can hold them."""
     task = find_task(cfg.task)
     test = rows["test"]
     if task.baseline_metrics:
         examples = encode_rows(ctx, cfg, {"test": test})
-        if "text" in test[0] and "label" not in test[0]:
-            say_if_few({"test": len(examples["test"])}, "window")
         if task.prepare:
             examples["test"] = task.prepare(ctx, cfg, examples["test"])
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
@@ -1101,19 +1132,17 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if cfg.get("num_generations", 1) > 1:
         sampled, state["generations"] = evaluate_generations(ctx, cfg, test, rows["train"][:shots])
         metrics.update(sampled)
-    if task.begin:
-        with Progress("before training"):
-            state.update(task.begin(ctx, cfg, rows))
-    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return state
 
 
-def train(ctx, cfg, run, rows, row_type, state):
+def train(ctx, cfg, run, rows, row_type, state, known):
     """Apply the method, run the loop, measure. Returns (LoopState, {name: parameter}, Outcome)."""
     task = find_task(cfg.task)
     forgetting = forgetting_examples(cfg, ctx)
     if "forgetting_before" not in state:
-        state["forgetting_before"] = forgetting_loss(ctx, forgetting)
+        key = known and [known, forgetting]
+        state.update(measure_once(run, key, "forgetting before training",
+                                  lambda: {"forgetting_before": forgetting_loss(ctx, forgetting)}))
     total_params = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
