@@ -900,9 +900,10 @@ def join_batches(batches):
     return Batch(*joined, Trunk(hidden, trunks[0].layer))
 
 
-def collate_rollout(prompts, answers, device="cpu", pad=0):
+def collate_rollout(prompts, answers, device="cpu", pad=0, find_trunk=None):
     """Lists of token ids -> Batch. Lengths, never the pad id, mark the real tokens.
 
+    find_trunk   None, or (prompts, answers) -> the fields of their rows' Trunk, or None where it is not known
     Raises UserError for a prompt that is empty or text.
     """
     check_prompts(prompts)
@@ -912,7 +913,8 @@ def collate_rollout(prompts, answers, device="cpu", pad=0):
     tokens = torch.tensor([row + [pad] * (T - len(row)) for row in rows], device=device)
     start = torch.tensor([len(prompt) for prompt in prompts], device=device)
     n = torch.tensor([len(answer) for answer in answers], device=device)
-    return Batch(tokens, start, torch.arange(R, device=device) < n[:, None])
+    known = find_trunk(prompts, answers) if find_trunk else None
+    return Batch(tokens, start, torch.arange(R, device=device) < n[:, None], trunk=known and Trunk(*known))
 
 
 def check_prompts(prompts):
@@ -981,7 +983,11 @@ def values(model, head, batch, past=None):
 def scores(model, head, batch, past=None):
     """The reward model's score of whole rows, (B,), at the last real token (by length, not by pad id)."""
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-    return head(model.hidden_states(batch.tokens, past, select=(rows, batch.lengths - 1))[0])
+    select = rows, batch.lengths - 1
+    if batch.trunk is None:
+        return head(model.hidden_states(batch.tokens, past, select=select)[0])
+    hidden, layer = batch.trunk
+    return head(model.hidden_states(hidden, past, select=select, start_layer=layer)[0])
 
 
 class ScalarHead(nn.Module):
@@ -1042,20 +1048,27 @@ def run_trunk(model, batch, layer, tokens):
     return Trunk(inference(enter, batch, tokens, batch.tokens.size(1)), layer)
 
 
-def model_reward(adapter_context, head, micro_batch_tokens=MICRO):
-    """A reward model as the reward of an Environment: (prompts, answers, rows) -> scores (B,); rows are not read."""
-    def reward(prompts, answers, rows=None):
+def model_reward(adapter_context, head, micro_batch_tokens=MICRO, shared_blocks=0):
+    """A reward model as the reward of an Environment: (prompts, answers, rows, batch) -> scores (B,); rows are
+    not read.
+
+    shared_blocks: how many of its lowest blocks compute the same as those of the roles. If the trunk of
+    `batch`, the rollout of these prompts and answers, ends there or below, the reward model goes on from it.
+    """
+    def reward(prompts, answers, rows=None, batch=None):
         with adapter_context() as (model, past):
-            batch = collate_rollout(prompts, answers, model.wte.weight.device)
+            if batch is None or batch.trunk is None or batch.trunk.layer > shared_blocks:
+                batch = collate_rollout(prompts, answers, model.wte.weight.device)
             s = inference(lambda part: scores(model, head, part, past)[:, None], batch, micro_batch_tokens)
             return s[:, 0]                                                 # (B, 1) -> (B,)
     return reward
 
 
 def combine_rewards(parts):
-    """The sum of weight x reward as one reward, which returns Scores. parts: {name: (weight, reward)}."""
-    def reward(prompts, answers, rows=None):
-        found = {name: checked_scores(part(prompts, answers, rows), len(answers), "cpu")
+    """The sum of weight x reward as one reward, which returns Scores. parts: {name: (weight, reward)}. A batch
+    that it is given is given to all parts."""
+    def reward(prompts, answers, rows=None, *batch):
+        found = {name: checked_scores(part(prompts, answers, rows, *batch), len(answers), "cpu")
                  for name, (_, part) in parts.items()}
         total = sum(weight * found[name].double() for name, (weight, _) in parts.items())
         return Scores(total, found)
@@ -1065,7 +1078,7 @@ def combine_rewards(parts):
 # -------------------------------------------------------------- supervised steps: reward models, preferences
 # One micro-batch in; a sum and a count out, so that a step can divide by the count of all its parts.
 # examples: [(prompt, [answer, ...], [rank, ...], ...), ...], ids; smaller rank = better. A comparison has the
-# ranks 0 and 1, or 0 and the margin of votes.
+# ranks 0 and 1, or 0 and the margin of votes. find_trunk: as collate_rollout takes it.
 
 class Ranked(NamedTuple):
     """The answers of B examples."""
@@ -1083,7 +1096,7 @@ def check_labels(examples, name):
                             f"answer or more, and a {name} for each")
 
 
-def collate_ranked(examples, device):
+def collate_ranked(examples, device, find_trunk=None):
     """Examples -> Ranked. Raises UserError for an example without as many ranks as answers."""
     check_labels(examples, "rank")
     prompts = []
@@ -1093,33 +1106,33 @@ def collate_ranked(examples, device):
         prompts += [prompt] * len(some)
         answers += some
         ranks += their_ranks
-    flat = collate_rollout(prompts, answers, device)
+    flat = collate_rollout(prompts, answers, device, find_trunk=find_trunk)
     n = torch.tensor([len(example[1]) for example in examples], device=device)
     mask = torch.arange(int(n.max()), device=device) < n[:, None]               # (B, K)
     rank = torch.tensor(ranks, dtype=torch.get_default_dtype(), device=device)
     return Ranked(flat, scatter_to_mask(rank, mask), mask, scatter_to_mask(flat.mask.sum(1), mask))
 
 
-def reward_step(adapter_context, head, examples):
+def reward_step(adapter_context, head, examples, find_trunk=None):
     """One forward scores all answers; the pairs of a prompt stay together: spread over batches they overfit
     in an epoch (InstructGPT, section 3.5). Returns the loss summed over prompts, how many of them hold a
     pair, and (scores, rank, mask, answer length), each (B, K), for ppo_metrics.reward_report. Raises
     UserError for an example without as many ranks as answers.
     """
     with adapter_context() as (model, past):
-        ranked = collate_ranked(examples, model.wte.weight.device)
+        ranked = collate_ranked(examples, model.wte.weight.device, find_trunk)
         s = scatter_to_mask(scores(model, head, ranked.flat, past), ranked.mask)                # (B, K)
     loss, pairs = rank_loss(s, ranked.rank, ranked.mask)
     return loss.sum(), (pairs > 0).sum(), (s.detach(), ranked.rank, ranked.mask, ranked.length)
 
 
-def answer_logprobs(adapter_context, examples):
+def answer_logprobs(adapter_context, examples, find_trunk=None):
     """Log-probabilities of all answers, one example behind the other, summed over their tokens: (N,).
     examples: [(prompt, [answer, ...], ...), ...]."""
     prompts = [example[0] for example in examples for _ in example[1]]
     answers = [answer for example in examples for answer in example[1]]
     with adapter_context() as (model, past):
-        batch = collate_rollout(prompts, answers, model.wte.weight.device)
+        batch = collate_rollout(prompts, answers, model.wte.weight.device, find_trunk=find_trunk)
         return logprobs(PolicyDistribution(model), batch, past).sum(1)
 
 
@@ -1134,15 +1147,15 @@ def reference_logprobs(record, examples, like):
     return torch.tensor([x for example in examples for x in example[3]], device=like.device, dtype=like.dtype)
 
 
-def preference_step(adapter_context, examples, cfg, z0=0.0):
+def preference_step(adapter_context, examples, cfg, z0=0.0, find_trunk=None):
     """The preference loss that cfg, a PreferenceConfig, names: dpo_step, or for answers without a partner
     kto_step, which reads z0."""
     if find_record(PREFERENCE_LOSSES, cfg.preference_loss).unpaired:
-        return kto_step(adapter_context, examples, cfg, z0)
-    return dpo_step(adapter_context, examples, cfg)
+        return kto_step(adapter_context, examples, cfg, z0, find_trunk)
+    return dpo_step(adapter_context, examples, cfg, find_trunk)
 
 
-def dpo_step(adapter_context, examples, cfg):
+def dpo_step(adapter_context, examples, cfg, find_trunk=None):
     """A loss on pairs: all pairs of unequal ranks among a prompt's answers, averaged per prompt.
 
     examples  [(prompt, answers, ranks, log-probabilities of the answers under the reference), ...]. The last
@@ -1155,7 +1168,7 @@ def dpo_step(adapter_context, examples, cfg):
     """
     record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
     with adapter_context() as (model, past):
-        ranked = collate_ranked(examples, model.wte.weight.device)
+        ranked = collate_ranked(examples, model.wte.weight.device, find_trunk)
         logp = logprobs(PolicyDistribution(model), ranked.flat, past).sum(1)                    # (N,)
     pair = ranked_pairs(ranked.rank, ranked.mask)                                               # (B, K, K)
     count = pair.sum((1, 2))                                                                    # (B,)
@@ -1185,7 +1198,7 @@ def ranked_right(margin):
     return margin.sign() / 2 + 0.5
 
 
-def kto_step(adapter_context, examples, cfg, z0=0.0):
+def kto_step(adapter_context, examples, cfg, z0=0.0, find_trunk=None):
     """A loss on answers that are good or bad, averaged per prompt.
 
     examples  [(prompt, answers, [good?, ...], log-probabilities of the answers under the reference), ...]
@@ -1195,7 +1208,7 @@ def kto_step(adapter_context, examples, cfg, z0=0.0):
     """
     check_labels(examples, "label")
     record = find_record(PREFERENCE_LOSSES, cfg.preference_loss)
-    logp = answer_logprobs(adapter_context, examples)                                           # (N,)
+    logp = answer_logprobs(adapter_context, examples, find_trunk)                               # (N,)
     good = torch.tensor([label for example in examples for label in example[2]], device=logp.device)
     thumbs = ThumbLogprobs(logp, reference_logprobs(record, examples, logp), good, z0)
     loss, margin = record.loss(cfg, thumbs)
@@ -1210,7 +1223,7 @@ def kto_step(adapter_context, examples, cfg, z0=0.0):
 
 
 @torch.no_grad()
-def mismatched_log_ratios(adapter_context, examples):
+def mismatched_log_ratios(adapter_context, examples, find_trunk=None):
     """(sum of log(pi / ref) of answers to other prompts, how many): what kto_z0 takes, of all parts of a step.
 
     examples: [(prompt, answers to other prompts, their log-probabilities under the reference), ...].
@@ -1218,7 +1231,7 @@ def mismatched_log_ratios(adapter_context, examples):
     examples = [example for example in examples if len(example[1])]
     if not examples:
         return 0.0, 0
-    logp = answer_logprobs(adapter_context, examples)
+    logp = answer_logprobs(adapter_context, examples, find_trunk)
     ref = [x for example in examples for x in example[2]]
     return logp.sum(dtype=torch.float64).item() - math.fsum(ref), len(ref)
 
@@ -1249,6 +1262,7 @@ class Environment(NamedTuple):
     prompts      non-empty lists of token ids
     reward       (prompts, answers, rows), lists of ids and what `rows` has -> a score per answer, (B,), or
                  Scores
+    reward_takes_batch   whether the reward takes their Batch, too, as a fourth argument: see model_reward
     eos          an id, or ids, that end an answer
     banned       ids never sampled and given no probability (pads)
     gold_reward  None, or another reward, which is only logged
@@ -1260,6 +1274,7 @@ class Environment(NamedTuple):
     banned: tuple = ()
     gold_reward: Callable = None
     rows: list = None
+    reward_takes_batch: bool = False
 
 
 class Experience(NamedTuple):
@@ -1565,7 +1580,7 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     batch, answers = rollout(roles, prompts, eos, cfg, environment.banned, generator)
     rolled_out = time.perf_counter()
 
-    values = environment.reward(prompts, answers, rows)
+    values = environment.reward(prompts, answers, rows, *([batch] if environment.reward_takes_batch else []))
     rewarded = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
     s = final_scores(rewarded, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty,

@@ -78,8 +78,9 @@ from data.results.ppo_metrics import (brief, health, health_line, new_warnings, 
                                      reward_report)
 from data.results.report import (describe_plan, describe_virtual_tokens, print_virtual_tokens, prompt_text,
                                  report)
-from data.results.trunk import open_trunk
+from data.results.trunk import Trunk, bytes_per_token, count_tokens, memory_limit
 from data.runtime import cache, command, distributed
+from data.runtime.baselines import remembered
 from data.runtime.code_hash import code_hashes, function_hashes, hash_json
 from data.runtime.device import MICRO, compiles, peak_memory_mb, pick_device, pick_dtype, pick_threads
 from data.runtime.distributed import dist_state
@@ -971,10 +972,10 @@ def run_supervised(cfg):
     if cfg.get("dry_run"):
         return dry_run(cfg, *open_data(cfg))
     rows, row_type, run, identity = open_run(cfg)
-    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type))
+    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type, identity))
 
 
-def train_and_measure(cfg, run, rows, row_type):
+def train_and_measure(cfg, run, rows, row_type, identity):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
     check_rows(ctx, cfg, rows, row_type)
@@ -988,14 +989,17 @@ def train_and_measure(cfg, run, rows, row_type):
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
+    known = baseline_key(ctx, cfg, identity)
     if "baseline" not in state:
-        state = measure_baseline(ctx, cfg, run, rows, shots[0])
+        if windows is not None:
+            say_if_few({"test": windows}, "window")
+        state = measure_baseline(ctx, cfg, run, rows, shots[0], known)
     outcome = Outcome(dict(state["baseline"]), state["before"], state["item_correct"],
                       state.get("generations", {}))
     loop = None
     trainable = {}
     if find_method(cfg.method).trains:
-        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state)
+        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state, known)
     elif len(shots) > 1:
         outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
@@ -1081,14 +1085,41 @@ def drop_equal_answers(ctx, cfg, rows):
     return kept
 
 
-def measure_baseline(ctx, cfg, run, rows, shots):
-    """What the model does before training, as the first state of a run."""
+def baseline_key(ctx, cfg, identity):
+    """All that decides what a base does before training, for data/runtime/baselines.py: no flag of the method or
+    of training. None where it is not shared: a new model has a seed, and without training it is the result."""
+    if cfg.init == "new" or not find_method(cfg.method).trains:
+        return None
+    read = fields_of([CommonFlags, *find_task(cfg.task).flags]).keys() - {"seed", "method"}
+    flag_values = {name: value for name, value in cfg.identity().items() if name in read}
+    machine = [str(ctx.device), str(ctx.dtype), str(ctx.model.wte.weight.dtype), torch.__version__,
+               torch.get_num_threads(), dist_state.size, bool(cfg.get("shard"))]
+    return [identity, flag_values, machine]
+
+
+def measure_once(run, key, what, measure):
+    """measure(), or what it has given another run of this key (data/runtime/baselines.py); None: no key."""
+    return remembered(run, key, what, measure) if key else measure()
+
+
+def measure_baseline(ctx, cfg, run, rows, shots, known):
+    """What the model does before training, as the first state of a run. known: its baseline_key."""
+    state = measure_once(run, known, "test before training",
+                         lambda: measure_untrained(ctx, cfg, rows, shots))
+    task = find_task(cfg.task)
+    if task.begin:
+        with Progress("before training"):
+            state.update(task.begin(ctx, cfg, rows))
+    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **state["baseline"])
+    return state
+
+
+def measure_untrained(ctx, cfg, rows, shots):
+    """{"baseline": metrics on test, and "before", "item_correct": the answers}, as JSON can hold them."""
     task = find_task(cfg.task)
     test = rows["test"]
     if task.baseline_metrics:
         examples = encode_rows(ctx, cfg, {"test": test})
-        if "text" in test[0] and "label" not in test[0]:
-            say_if_few({"test": len(examples["test"])}, "window")
         if task.prepare:
             examples["test"] = task.prepare(ctx, cfg, examples["test"])
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
@@ -1101,36 +1132,36 @@ def measure_baseline(ctx, cfg, run, rows, shots):
     if cfg.get("num_generations", 1) > 1:
         sampled, state["generations"] = evaluate_generations(ctx, cfg, test, rows["train"][:shots])
         metrics.update(sampled)
-    if task.begin:
-        with Progress("before training"):
-            state.update(task.begin(ctx, cfg, rows))
-    run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return state
 
 
-def train(ctx, cfg, run, rows, row_type, state):
+def train(ctx, cfg, run, rows, row_type, state, known):
     """Apply the method, run the loop, measure. Returns (LoopState, {name: parameter}, Outcome)."""
     task = find_task(cfg.task)
     forgetting = forgetting_examples(cfg, ctx)
     if "forgetting_before" not in state:
-        state["forgetting_before"] = forgetting_loss(ctx, forgetting)
+        key = known and [known, forgetting]
+        state.update(measure_once(run, key, "forgetting before training",
+                                  lambda: {"forgetting_before": forgetting_loss(ctx, forgetting)}))
     total_params = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
     feed, total = open_feed(ctx, cfg, examples["train"], row_type)
+    ctx.trunk = open_trunk(ctx, cfg, feed)
     if task.prepare:
         with Progress("before training"):
             prepare_examples(ctx, cfg, feed, total, examples)
+    if ctx.trunk:
+        ctx.trunk.read(ctx, kept_examples(cfg, feed, total))
+        ctx.trunk.describe()
     count = count_numbers(trainable.values())
     log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
     run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
     if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
         require_metric(ctx, cfg, rows["valid"], examples["valid"])
-    ctx.trunk = open_trunk(ctx, shared_blocks(ctx, cfg, ctx.model), feed, total)
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
                       lambda: task.evaluate(ctx, cfg, rows["valid"], examples["valid"])[0])
-    ctx.trunk = None
     distributed.reshard(ctx.model)
     loop.best.restore(trainable)
     if ctx.prompt is not None:
@@ -1139,6 +1170,7 @@ def train(ctx, cfg, run, rows, row_type, state):
         if task.end:
             task.end(ctx, cfg, rows, state)
         metrics, answers = task.evaluate(ctx, cfg, rows["test"], examples["test"])
+    ctx.trunk = None
     if forgetting:
         metrics["forgetting"] = forgetting_loss(ctx, forgetting) - state["forgetting_before"]
     return loop, trainable, Outcome(metrics, answers[:3], evaluate.item_correct(ctx, rows["test"], answers))
@@ -1147,6 +1179,21 @@ def train(ctx, cfg, run, rows, row_type, state):
 def encode_rows(ctx, cfg, rows):
     """{split: rows} -> {split: examples} of this run's length."""
     return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
+
+
+def open_trunk(ctx, cfg, feed):
+    """An empty Trunk of what enters the lowest adapter's block, or None: nothing below, or a stream of windows,
+    each of which is read once."""
+    layer = shared_blocks(ctx, cfg, ctx.model)
+    return Trunk(layer) if layer and feed.stride is None else None
+
+
+def kept_examples(cfg, feed, total):
+    """The training examples that a run of `total` steps reads twice: what its task does before counts."""
+    reads_before = find_task(cfg.task).reads_before
+    if total > feed.steps_per_epoch or (reads_before and reads_before(cfg)):
+        return [feed.examples[i] for i in feed.used(total)]
+    return []
 
 
 def open_feed(ctx, cfg, examples, row_type):
@@ -1255,6 +1302,9 @@ def preview(ctx, cfg, rows, row_type, shown=0):
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
+        trunk, kept = planned_trunk(ctx, cfg, *open_feed(ctx, cfg, examples["train"], row_type))
+        if kept:
+            plan = plan._replace(shared_blocks=trunk.layer, kept_tokens=count_tokens(kept))
         describe_plan(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
     if dist_state.size > 1:                             # a measurement ends by each process's own clock
         print_result("\nthe time is measured by one process only: leave torchrun out")
@@ -1272,18 +1322,39 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
         parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, 0)]
         return forecast.Forecast(0, 0, (0.0, 0.0), forecast.measure_parts(parts, budget))
     feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+    ctx.trunk, kept = planned_trunk(ctx, cfg, feed, steps)
     parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, steps),
              *forecast.other_parts(ctx, cfg, task, rows, examples, feed, steps),
              forecast.forgetting_part(ctx, forgetting_examples(cfg, ctx))]
+    if kept and not (task.reads_before and task.reads_before(cfg)):     # which counts the same blocks
+        parts.append(forecast.trunk_part(ctx, kept))
     seconds = forecast.measure_parts(parts, budget / 2)
     make = find_record(OPTIMIZERS, cfg.optimizer).make
     optimizer = make(param_groups(ctx, cfg, trainable), cfg, ctx.device)
     training = forecast.measure_training(
         ctx, feed, steps, list(trainable.values()), optimizer,
         lambda batch, past: task.loss(ctx, cfg, prepare_step(ctx, cfg, [batch], [], past)[0], past),
-        lambda some: task.prepare(ctx, cfg, some) if task.prepare else some, budget / 2)
+        lambda some: prepared_micro_batch(ctx, cfg, some), budget / 2)
+    ctx.trunk = None
     data_pass = forecast.describe_pass(cfg, feed.steps_per_epoch)
     return forecast.Forecast(steps, feed.tokens(steps), training, seconds, data_pass)
+
+
+def planned_trunk(ctx, cfg, feed, steps):
+    """(an empty Trunk, the training examples that it will hold); None, [] where a run has none."""
+    trunk = open_trunk(ctx, cfg, feed)
+    kept = kept_examples(cfg, feed, steps) if trunk else []
+    fits = count_tokens(kept) * bytes_per_token(ctx) <= memory_limit(ctx.device)
+    return (trunk, kept) if kept and fits else (None, [])
+
+
+def prepared_micro_batch(ctx, cfg, examples):
+    """Examples as the steps of a run take them: prepared by the task, known to the trunk."""
+    prepare = find_task(cfg.task).prepare
+    examples = prepare(ctx, cfg, examples) if prepare else examples
+    if ctx.trunk:
+        ctx.trunk.read(ctx, examples)
+    return examples
 
 
 def plan_of(ctx, cfg, trainable, examples, block):
@@ -1521,13 +1592,14 @@ def answer_loss(ctx, cfg, batch, past):
 
 def reward_loss(ctx, cfg, batch, past):
     """The ranking loss of a reward model, summed over prompts."""
-    return ppo.reward_step(adapter_context(ctx, past), ctx.head, batch)[0]
+    return ppo.reward_step(adapter_context(ctx, past), ctx.head, batch, ctx.find_trunk)[0]
 
 
 def preference_loss(ctx, cfg, batch, past):
     """--preference_loss, summed over prompts."""
     z0 = batch[0].z0 if preference_record(cfg).unpaired else 0.0
-    return ppo.preference_step(adapter_context(ctx, past), batch, preference_config(cfg), z0)[0]
+    config = preference_config(cfg)
+    return ppo.preference_step(adapter_context(ctx, past), batch, config, z0, ctx.find_trunk)[0]
 
 
 def preference_config(cfg):
@@ -1536,6 +1608,10 @@ def preference_config(cfg):
 
 def preference_record(cfg):
     return find_record(ppo.PREFERENCE_LOSSES, cfg.preference_loss)
+
+
+def needs_reference(cfg):
+    return preference_record(cfg).needs_reference
 
 
 def check_preferences(cfg, row_type):
@@ -1578,7 +1654,7 @@ def evaluate_reward(ctx, cfg, rows, examples, shots=()):
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, list(map(size, examples)), "scores"):
             loss, _, scored = ppo.reward_step(adapter_context(ctx, past), ctx.head,
-                                              [examples[i] for i in part])
+                                              [examples[i] for i in part], ctx.find_trunk)
             total += loss.item()
             steps.append(scored)
             for i, scores in zip(part, scored[0].tolist()):
@@ -1603,7 +1679,8 @@ def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
     z0 = find_z0(ctx, cfg, batches("answers to other prompts"), past) if unpaired else 0.0
     with ctx.autocast():
         for batch in batches("preferences"):
-            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0)
+            loss, _, values = ppo.preference_step(adapter_context(ctx, past), batch, config, z0,
+                                                  ctx.find_trunk)
             total += loss.item()
             parts.append({name: x.cpu() for name, x in values.items()})
     total = sum(distributed.gather(total))
@@ -1618,9 +1695,9 @@ def find_z0(ctx, cfg, batches, past, idle_batches=()):
     context = adapter_context(ctx, past)
     with ctx.autocast():
         for batch in batches:
-            sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch)))
+            sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk))
         for batch in idle_batches:                      # sharded: equal numbers of forwards
-            ppo.mismatched_log_ratios(context, mismatched_pairs(batch))
+            ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk)
     total, count = map(sum, zip((0.0, 0), *sum(distributed.gather(sums), [])))
     return ppo.kto_z0(total, count, cfg.beta)
 
@@ -1652,8 +1729,10 @@ def prepare_preferences(ctx, cfg, examples):
 def add_reference_logprobs(ctx, cfg, examples):
     """Examples with the log-probabilities of their answers as they are now: the policy begins as its
     reference."""
-    if not preference_record(cfg).needs_reference:
+    if not needs_reference(cfg):
         return examples
+    if ctx.trunk:                                       # training reads them again
+        ctx.trunk.read(ctx, examples)
     answers = [[*e.answers, *(e.mismatched if isinstance(e, Thumbs) else ())] for e in examples]
     lengths = [sum(len(e.prompt) + len(ids) for ids in some) for e, some in zip(examples, answers)]
     found = {}
@@ -1661,7 +1740,7 @@ def add_reference_logprobs(ctx, cfg, examples):
     with ctx.autocast():
         for part in evaluate.length_batches(ctx, lengths, "reference log-probabilities"):
             some = [(examples[i].prompt, answers[i]) for i in part]
-            logp = ppo.answer_logprobs(adapter_context(ctx, past), some)
+            logp = ppo.answer_logprobs(adapter_context(ctx, past), some, ctx.find_trunk)
             for i, values in zip(part, logp.split([len(answers[i]) for i in part])):
                 found[i] = values.tolist()
     done = []
@@ -1807,7 +1886,7 @@ def reward_function(flag_name, word, ctx):
     """module:function -> a reward for ppo.py, of ids and of rows as open_data returns them."""
     score_texts = load_reward(flag_name, word)
 
-    def score(prompt_ids, answers, rows):
+    def score(prompt_ids, answers, rows, batch=None):
         def call():                                     # it may draw random numbers, or ask another program
             asked_texts = [as_text(ctx.text.turns(row)[:-1]) for row in rows]
             answer_texts = [ctx.text.decode_answer(y) for y in answers]
@@ -1856,6 +1935,7 @@ def open_reward_model(cfg, ctx, base, word, rows):
             name += "_2"
         lora.load_adapter(base, folder, name, trainable=False)
         adapter = enter_model(ctx, base, name)
+        shared = lora.first_adapted_block(base, (name,))
         room = base.config.block_size
         tokenizer = ctx.text.tokenizer
     else:
@@ -1863,9 +1943,10 @@ def open_reward_model(cfg, ctx, base, word, rows):
         adapter = tuned_role(ctx, model.to(ctx.device).requires_grad_(False).eval(), prompt)
         room = model.config.block_size - (prompt.prefix_len if prompt is not None else 0)
         folder = None
+        shared = 0
     stored = settings(word)
     own = Text(tokenizer, stored.get("template") or chat.guess_template(tokenizer), stored.get("system"))
-    score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens)
+    score = ppo.model_reward(adapter, head, cfg.micro_batch_tokens, shared)
     if reward_models.same_tokens(ctx.text, own, rows):
         score = reward_models.within(score, room)
     else:
@@ -1931,7 +2012,7 @@ def evaluate_policy(setup, roles, split, n=1):
     generator = ppo.rng(setup.seed, "look", device=setup.ctx.device)
     batch, answers = ppo.rollout(roles._replace(critic=None), repeated, {end}, setup.config, setup.banned,
                                  generator)
-    values = setup.reward(repeated, answers, rows)
+    values = setup.reward(repeated, answers, rows, batch)
     scored = {"score": ppo.checked_scores(values, len(answers), "cpu")}
     if setup.gold_reward:
         scored["gold"] = ppo.checked_scores(setup.gold_reward(repeated, answers, rows), len(answers), "cpu")
@@ -2063,7 +2144,7 @@ def iterate(cfg, run, setup, roles, trained, state):
     tolerance = 1e-4 if setup.ctx.dtype == torch.float32 else 0.5
     warnings = []
     environment = ppo.Environment(setup.prompts["train"], setup.reward, setup.ctx.text.end_token,
-                                  setup.banned, setup.gold_reward, setup.rows["train"])
+                                  setup.banned, setup.gold_reward, setup.rows["train"], reward_takes_batch=True)
     with Progress("iteration", config.steps, trained.step, "it") as progress:
         for metrics, _ in ppo.train_ppo(config, roles, trained, environment, ptx_batches(cfg, setup)):
             with defer_signals:
@@ -2392,6 +2473,7 @@ class Task:
     metric: str = None                              # what it is about; None: what its rows are about
     baseline_metrics: bool = True                   # there is something to measure before training
     prepare: Callable = None                        # (ctx, cfg, examples) -> examples, before the loop
+    reads_before: Callable = None                   # (cfg) -> whether prepare runs the model on examples
     prepare_step: Callable = None                   # of a step: as the function prepare_step
     check_data: Callable = None                     # (cfg, row type): DataError for rows its flags do not read
     flags_for_rows: Callable = None                 # (row type) -> words that such rows need, for --task check
@@ -2465,7 +2547,8 @@ TASKS = (
          defaults=dict(data="toy/preferences", epochs=0.25), lr_scale=0.1, generates=True,
          reads_templates=False, needs_causal=True,
          loss=preference_loss, evaluate=evaluate_preferences, metric="accuracy", prepare=prepare_preferences,
-         prepare_step=add_z0, check_data=check_preferences, flags_for_rows=preference_words),
+         reads_before=needs_reference, prepare_step=add_z0, check_data=check_preferences,
+         flags_for_rows=preference_words),
     Task("ppo", "RL: PPO with a KL penalty to the reference, and relatives (--algo)", run_ppo, reads=PROMPTS,
          flags=(*RUN, SaveFlags, TextFlags, EvalFlags, ppo.PPOConfig, RewardFlags, PtxFlags, RawTextFlags),
          config=ppo.PPOConfig,

@@ -21,7 +21,8 @@ peak of each side's own process. Without SMOLLM2 the model is a small random Lla
             trl==1.12.0`)
 
 The start-up times are our own, and so is `--only growth`: one step of LoRA (or of P virtual tokens) as one
-number of a base cell is changed, and the share of the machine's own matmul rate that the step reaches.
+number of a base cell is changed, and the share of the machine's own matmul rate that the step reaches; and with
+adapters from block k of 12 up, in the first epoch (plain) and in those that go on from the trunk.
 """
 import argparse
 import json
@@ -131,8 +132,10 @@ def our_ppo(folder, layers):
     value = lora.adapter_parameters(model, "value") | {f"head.{k}": p for k, p in head.named_parameters()}
     state = ppo.PPOState(cfg, lora.adapter_parameters(model, "policy"), value)
     asked = torch.randint(3, 1000, (512, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    environment = ppo.Environment(asked, ppo.model_reward(role("reward"), ppo.ScalarHead(width)), 1)
-    roles = ppo.Roles(role("policy"), role(None), role("value"), head, min(layers or [0]))
+    shared = min(layers or [0])
+    reward = ppo.model_reward(role("reward"), ppo.ScalarHead(width), shared_blocks=shared)
+    environment = ppo.Environment(asked, reward, 1, reward_takes_batch=True)
+    roles = ppo.Roles(role("policy"), role(None), role("value"), head, shared)
     loop = ppo.train_ppo(cfg, roles, state, environment)
 
     def repeat(i):
@@ -271,9 +274,12 @@ def cell(job):
 
     import train
     from data.results import evaluate
+    from data.results.trunk import Trunk
     from data.runtime.device import peak_memory_mb
     how = (["--method", "p_tuning_v2", "--num_virtual_tokens", str(job["P"])] if "P" in job else
            ["--method", "lora", "--targets", "q,v", "--rank", str(job["rank"])])
+    if job.get("k"):
+        how += ["--layers", f"{job['k']}-{job['layers'] - 1}"]
     cfg = train.parse(["--init", job["model"], "--dtype", "fp32", "--device", "cpu", *how])
     ctx = train.open_context(cfg)
     trainable = train.apply_method(ctx, cfg)
@@ -284,6 +290,9 @@ def cell(job):
     rows = [([r.randrange(c.vocab_size) for _ in range(T)], [i >= 2 / 3 * T for i in range(T)])
             for _ in range(job["batch"])]
     each = max(1, cfg.micro_batch_tokens // T)
+    if job.get("trunk"):
+        ctx.trunk = Trunk(job["k"])
+        ctx.trunk.read(ctx, rows)
     for _ in range(5):
         began = time.process_time()
         for i in range(0, len(rows), each):
@@ -299,7 +308,10 @@ def cell(job):
     dense = sum(p.numel()
                 for n, p in ctx.model.blocks.named_parameters() if n.endswith("weight") and p.dim() > 1)
     # forward and the gradient of the input, 2 flops a weight each; attention is causal, its backward twice it
-    flops = 4 * dense + 4 * c.vocab_size * c.n_embd / 3 + 6 * c.n_layer * c.n_head * c.head_size * T
+    back = 1 - job.get("k", 0) / c.n_layer                  # the share of the blocks
+    forward = back if job.get("trunk") else 1
+    attention = 2 * c.n_layer * c.n_head * c.head_size * T
+    flops = (2 * dense + attention) * forward + (2 * dense + 2 * attention) * back + 4 * c.vocab_size * c.n_embd / 3
     seconds = statistics.median(times[1:])
     print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(ctx.device),
                           share=flops * T * len(rows) / seconds / max(rate))))
@@ -362,8 +374,10 @@ def growth(args, folder, small):
     print(f"{'a step of LoRA on q and v':32} {'CPU s':>7} {'over base':>10} {'peak MB':>10} {'over base':>10}"
           f" {'share of peak':>14}")
     first = None
-    for name, value in [("", None), *((name, v) for name, values in changes.items() for v in values)]:
-        job = {**base, **({name: value} if name else {})}
+    cells = [("", None, {}), *((name, v, {}) for name, values in changes.items() for v in values)]
+    cells += [("k", k, dict(layers=12, trunk=trunk)) for k in (3, 6, 9) for trunk in (False, True)]
+    for name, value, more in cells:
+        job = {**base, **more, **({name: value} if name else {})}
         job["model"], file = small(job["layers"]), folder / "cell.json"
         file.write_text(json.dumps(job))
         side = [sys.executable, __file__, "--side", "cell", "--job", file, "--threads", str(args.threads)]
@@ -371,6 +385,8 @@ def growth(args, folder, small):
         first = first or found
         what = f"{name} {value}" + " virtual tokens, no LoRA" * (name == "P") if name else \
             ", ".join(f"{k} {v}" for k, v in base.items())
+        if name == "k":
+            what = f"layers 12, adapters from {value}" + (", trunk" if job["trunk"] else "")
         print(f"{what:32} {found['seconds']:7.3f} {found['seconds'] / first['seconds']:10.2f} "
               f"{found['memory']:10.0f} {found['memory'] / first['memory']:10.2f} {found['share']:14.0%}",
               flush=True)

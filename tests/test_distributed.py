@@ -37,6 +37,8 @@ QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1
          "shard": f"--method full --shard --keep_best loss {SFT}",
          "reward": f"--task reward {PAIRS} --max_new_tokens 4", "ppo": PPO,
          "generations": "--task eval --data chat --num_generations 3 --temperature 2 --max_new_tokens 4"}
+UPPER = "--layers 1 --targets q,up"
+RLOO = f"{PPO} --algo rloo --num_generations 2 --batch 8"
 GROUPED = [algorithm.name for algorithm in ppo.ALGORITHMS if algorithm.compares_groups]
 RESUMED = f"{SFT} --save_every 2"
 SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
@@ -46,6 +48,8 @@ SLOW = {"adalora": f"--method adalora {SFT}", "ia3": f"--method ia3 {SFT}",
         "dpo": f"--task dpo {PAIRS}", "simpo": f"--task dpo --preference_loss simpo {PAIRS}",
         "kto": f"--task dpo --preference_loss kto --micro_batch_tokens 20 {PAIRS}",
         "kto_full": f"--task dpo --preference_loss kto --method full --beta 0.9 {PAIRS}",
+        "upper": f"{UPPER} {SFT.replace('--steps 5', '--steps 15')}", "dpo_upper": f"--task dpo {UPPER} {PAIRS}",
+        "kto_upper": f"--task dpo --preference_loss kto {UPPER} {PAIRS}", "rloo_upper": f"{UPPER} {RLOO}",
         "words": f"--task classify --data label {HEAD}",
         "head": f"--task classify --classifier head --data label --method full {HEAD}",
         "tag": f"--task tag --data tags {HEAD}",

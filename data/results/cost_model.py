@@ -3,15 +3,19 @@
     memory  = weights + trainable + activations + the larger of logits and one block's gradients     (bytes)
     weights     2 or 4 bytes each as stored; int8 8.5 bits, nf4 4.5. Full tuning in half precision: 2 each,
                 for casts
-    trainable   16 bytes for each fp32 number that is trained: itself, its gradient, Adam's two moments
+    trainable   16 bytes for each fp32 number that is trained: itself, its gradient, Adam's two moments. The
+                gradients of a soft prompt in front of the text come when activations are freed
     activations what backward needs of a block (`activation_bytes`), times blocks, times padded tokens of a
-                micro-batch. With --gradient_checkpointing: the input of each block, and one block whole
+                micro-batch; the lowest of frozen blocks needs less (`unneeded_bytes`).
+                With --gradient_checkpointing: the input of each block, and one block whole
+    trunk       what enters the lowest adapter's block, of examples that are read again (data/results/trunk.py)
     logits      12 bytes x vocabulary x supervised tokens (log-probabilities, their gradient, its product);
                 under a frozen head 128 tokens at a time
     --shard     `trainable` is divided by the processes; two blocks and the embeddings are whole on each, at 8
                 bytes a number
     flops   = per weight of a Linear and token: 2 forward, 2 back through it, 2 for its own gradient if it is
-              trained, 2 more with --gradient_checkpointing; attention 4 S Q a block forward, twice that back.
+              trained, 2 more with --gradient_checkpointing; attention 4 S Q a block forward, twice that back;
+              nothing of the blocks below a trunk.
               Left out is the encoder of a soft prompt, which runs once a step
     PPO     = N (1 + 9 p) numbers: one base; policy and critic 4 p each, the reward model p (Santacroce et al.
               2023, arXiv 2309.00754). Generation: 2 L nkv hs numbers of cache for each token of each row
@@ -25,7 +29,7 @@ workspace and fragmentation.
 C width   Q = nh hs   K = nkv hs   I width of the MLP   V vocabulary   L blocks   S columns a query attends to
 
 Public: COSTS, KINDS, Shape, Plan, planned, linears, count_numbers, count_weights, count_lora,
-activation_bytes, memory, flops, cache_bytes
+activation_bytes, unneeded_bytes, memory, flops, cache_bytes
 """
 from typing import NamedTuple
 
@@ -74,6 +78,8 @@ class Plan(NamedTuple):
     device: str = "cuda"            # a CPU keeps more: norms in fp32, scores of attention in bf16
     processes: int = 1
     shard: bool = False
+    shared_blocks: int = 0          # blocks that run once per example, before the first step
+    kept_tokens: int = 0            # of these examples together
 
 
 def planned(ctx, cfg, trainable, examples, block_size, costs, logits_on_answers=False):
@@ -202,6 +208,28 @@ def attention_bytes(c, plan):
     return n * (Q + 2 * K * S / plan.row) + kept
 
 
+def unneeded_bytes(c, plan):
+    """What backward does not need of the lowest block, for each padded token; see ends_before."""
+    unused = ends_before(c, plan)
+    if not unused:
+        return 0
+    n = plan.bytes_each
+    stream = 4 if c.norm == "rmsnorm" and plan.device == "cpu" else n
+    unneeded = c.n_embd * stream
+    if "up" in unused:
+        unneeded += n * c.n_inner * (3 if c.mlp == "swiglu" else 1)
+    return unneeded
+
+
+def ends_before(c, plan):
+    """The Linears of the lowest block through which no gradient goes, because it would end in a frozen embedding
+    or a trunk. With a parallel residual an MLP without adapters is among them."""
+    if plan.kind == "full" or (plan.kind == "prompt" and not plan.prefix_len):      # virtual tokens in the text
+        return ()
+    mlp = [word for word in linears(c) if word not in "qkvo"]
+    return ("q", "k", "v", *(mlp if c.parallel_residual and not {*mlp} & {*plan.targets} else ()))
+
+
 def full_bytes(c, plan, share_of):
     """Inputs that Linears with trainable weights keep, for each padded token."""
     n = plan.bytes_each
@@ -251,12 +279,15 @@ def memory(c, plan):
         activations = depth * plan.tokens * C * (4 if full else plan.bytes_each)
         peak = max(logits, block + gradients)
     else:
-        activations = depth * block - skipped
+        activations = depth * block - skipped - unneeded_bytes(c, plan) * plan.tokens
         peak = max(logits, gradients)
     if full:                                            # the head's own gradient, before it is added up
         peak += 4 * head
-    parts = {"weights": weight_bytes(c, plan), "activations": activations, "peak": peak,
-             "trainable": 16 * plan.trainable / (plan.processes if plan.shard else 1)}
+    trainable = 16 * plan.trainable / (plan.processes if plan.shard else 1)
+    if plan.prefix_len:
+        trainable -= min(4 * plan.trainable, activations + peak)
+    parts = {"weights": weight_bytes(c, plan), "activations": activations, "peak": peak, "trainable": trainable,
+             "trunk": plan.kept_tokens * C * plan.bytes_each}
     return {**parts, "total": sum(parts.values())}
 
 
@@ -302,8 +333,9 @@ def flops(c, plan):
     backwards = 2 if plan.kind == "full" else 1
     block = 2 * blocks / L
     supervised_share = min(1.0, plan.supervised / plan.tokens)
-    work = L * (block + attention)
+    work = (L - plan.shared_blocks) * (block + attention)
     work += depth * ((forwards - 1) * (block + attention) + backwards * block + 2 * attention)
+    work -= 2 * sum(a * b for word, (a, b) in linears(c).items() if word in ends_before(c, plan))
     after_attention = sum(a * b for word, (a, b) in linears(c).items() if word not in "qkv")
     work -= (forwards + backwards) * (1 - supervised_share) * 2 * after_attention       # of the last block
     work += 2 * head * (1 + backwards)

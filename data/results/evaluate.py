@@ -128,8 +128,13 @@ class ModelContext:
         if shared is None:
             hidden, past = self.hidden_states(x.to(self.device), past, select=select, **attention)
         else:
-            hidden, past = self.hidden_states(shared, past, select=select, start_layer=self.trunk.layer, **attention)
+            hidden, past = self.hidden_states(shared, past, select=select, start_layer=self.trunk.layer,
+                                              **attention)
         return hidden, y if select is None else y[select], past
+
+    def find_trunk(self, prompts, answers):
+        """What is known of answers behind their prompts, lists of ids, as ppo.collate_rollout takes it."""
+        return self.trunk and self.trunk.find_answers(prompts, answers)
 
     def run_prompts(self, prompts, past):
         """Lists of ids -> (hidden states at their last tokens (B, C), past)."""

@@ -1,7 +1,7 @@
 """data/results/forecast.py: how long a command will take, measured on a sample of what it does.
 
     training     micro-batches of its first steps, forward and backward: seconds per token x tokens of all
-                 steps; an optimiser step: seconds x steps
+                 steps; an optimiser step: seconds x steps. With a trunk (data/results/trunk.py), from there on
     other parts  the evaluations before, during and after training, and what a task prepares (Part): seconds
                  for each of a few items, spread over all of them, x items
 
@@ -13,7 +13,7 @@ worst as long as those of the untrained model. Not included are reading files, l
 All measurements together take about BUDGET seconds; a single micro-batch or item may take longer.
 
 Public: Part, Forecast, BUDGET, evaluation_interval, valid_evaluations, evaluation_part, other_parts,
-forgetting_part, measure_training, measure_parts, describe_model, describe_pass, advice_on_steps,
+trunk_part, forgetting_part, measure_training, measure_parts, describe_model, describe_pass, advice_on_steps,
 format_range, print_forecast
 """
 import math
@@ -28,6 +28,7 @@ from data.batches.few_shot import parse_shots
 from data.batches.row_types import row_type_of
 from data.results.evaluate import mean_loss
 from data.results.layout import print_wrapped
+from data.results.trunk import Trunk
 from data.runtime.progress import Progress, format_seconds
 from data.runtime.run_folder import print_result
 
@@ -97,6 +98,8 @@ def evaluation_part(ctx, cfg, task, rows, examples, steps):
             longest = max(map(targets, examples["test"]))
             brief = replace(ctx, max_new_tokens=min(longest, ctx.max_new_tokens))
             at_best = evaluation_of(brief, cfg, task, shots)
+        elif ctx.trunk and task.reads_before:           # which keeps what test and valid pass through
+            at_best = evaluation_of(ctx, cfg, task, shots)
 
     def prepare(pairs):
         if not task.prepare:
@@ -104,7 +107,8 @@ def evaluation_part(ctx, cfg, task, rows, examples, steps):
         some, encoded = zip(*pairs)
         return list(zip(some, task.prepare(ctx, cfg, list(encoded))))
     items = list(zip(test, examples["test"]))
-    return Part(what, items, count, evaluation_of(ctx, cfg, task, shots), after, at_best, prepare)
+    return Part(what, items, count, evaluation_of(replace(ctx, trunk=None), cfg, task, shots), after, at_best,
+                prepare)
 
 
 def evaluation_of(ctx, cfg, task, shots):
@@ -133,8 +137,19 @@ def other_parts(ctx, cfg, task, rows, examples, feed, steps):
         what = (f"{counted(count, 'example')} prepared ({used:,} of train, {valid:,} of valid, "
                 f"{test:,} of test{twice})")
         parts.append(Part(what, examples["train"], count,
-                          lambda some: task.prepare(ctx, cfg, some)))
+                          lambda some: task.prepare(with_empty_trunk(ctx), cfg, some)))
     return parts
+
+
+def trunk_part(ctx, examples):
+    """What a Trunk reads before the first step, as a Part."""
+    what = f"{counted(len(examples), 'example')} through blocks 0 to {ctx.trunk.layer - 1}, once"
+    return Part(what, examples, len(examples), lambda some: with_empty_trunk(ctx).trunk.read(ctx, some))
+
+
+def with_empty_trunk(ctx):
+    """A context that knows no example yet: a measurement does not profit from the one before."""
+    return replace(ctx, trunk=ctx.trunk and Trunk(ctx.trunk.layer))
 
 
 def forgetting_part(ctx, examples):

@@ -41,11 +41,12 @@ def describe_plan(ctx, plan, base, examples):
     examples  of data/batches/examples.py; targets are printed as [[targets]]
     """
     size = {part: f"{n / 1e6:,.0f} MB" for part, n in cost_model.memory(ctx.model.config, plan).items()}
+    trunk = f" + {size['trunk']} that enter block {plan.shared_blocks}" if plan.kept_tokens else ""
     gflops = cost_model.flops(ctx.model.config, plan) / 1e9
     print_result(f"{plan.trainable:,} of {base:,} parameters are trainable ({plan.trainable / base:.2%})")
     print_wrapped(f"memory, about: {size['total']} = {size['weights']} frozen + {size['trainable']} trainable "
                   f"(with gradients and moments) + {size['activations']} activations + {size['peak']} logits "
-                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}")
+                  f"or gradients, of {plan.tokens:,} tokens in rows of {plan.row}{trunk}")
     print_result(f"arithmetic, about: {gflops:.3g} GFLOP for each token trained on")
     for example in examples:
         for title, ids, mask in display(example):

@@ -3,8 +3,9 @@
     policy's ids ---------------------------------------> reward model      same tokens, template and system
     row, text of the answer --Text of the reward model--> reward model      another of them: rendered anew
 
-A reward here is (prompts, answers, rows) -> scores (B,): lists of ids and the rows that the prompts are from,
-as in ppo.py. Where prompt and answer do not fit the context, they are cut as in training (row_types.py): the
+A reward here is (prompts, answers, rows, batch) -> scores (B,): lists of ids, the rows that the prompts are
+from, and the rollout (ppo.model_reward). A reward model that reads other tokens than the policy has no use for
+the rollout. Where prompt and answer do not fit the context, they are cut as in training (row_types.py): the
 answer on the right, down to half of the context, then the prompt on the left behind its first token.
 
 Public: same_tokens, in_own_tokens, within, checked
@@ -32,7 +33,7 @@ def same_tokens(text, own, rows):
 
 def in_own_tokens(reward, text, own, room):
     """A reward of the policy's ids, for a reward model that reads those of `own`, `room` at most."""
-    def rendered(prompts, answers, rows):
+    def rendered(prompts, answers, rows, batch=None):       # the batch has the policy's tokens
         mine = [own.prompt_ids(row) for row in rows]
         theirs = [_answer(text, own, answer) for answer in answers]
         return within(reward, room)(mine, theirs, rows)
@@ -47,7 +48,9 @@ def _answer(text, own, answer):
 
 def within(reward, room):
     """A reward of ids, of a reward model whose context holds `room` tokens of text."""
-    def cut(prompts, answers, rows=None):
+    def cut(prompts, answers, rows=None, batch=None):
+        if batch is not None and batch.tokens.size(1) <= room:
+            return reward(prompts, answers, rows, batch)
         answers = [answer[:max(room // 2, room - len(prompt))] for prompt, answer in zip(prompts, answers)]
         prompts = [chat.truncate_left(prompt, room - len(answer)) for prompt, answer in zip(prompts, answers)]
         return reward(prompts, answers, rows)
@@ -56,8 +59,8 @@ def within(reward, room):
 
 def checked(reward, word, text):
     """A reward whose scores are finite: raises UserError that names --reward `word`, prompt and answer."""
-    def finite(prompts, answers, rows=None):
-        scores = reward(prompts, answers, rows)
+    def finite(prompts, answers, rows=None, batch=None):
+        scores = reward(prompts, answers, rows, batch)
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:
             i = bad[0]
