@@ -601,10 +601,13 @@ def test_other_data_under_an_interrupted_run_starts_anew(world, tmp_path, capsys
 
 # -------------------------------------------------------------------------------------- signals, kills, disks
 
-def launch(world, out, *flags):
-    args = [sys.executable, str(ROOT / "train.py"), *command(world, out, *flags)]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def launch(python, world):
+    """launch(out, *flags): a run in a process of its own."""
+    def launch(out, *flags):
+        args = [python, str(ROOT / "train.py"), *command(world, out, *flags)]
+        return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return launch
 
 
 @pytest.fixture(scope="module")
@@ -616,9 +619,9 @@ def whole(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_the_same_command_goes_on(number, world, whole, tmp_path):
+def test_a_signal_saves_and_the_same_command_goes_on(number, world, launch, whole, tmp_path):
     flags = ["--steps", "150", "--save_every", "5"]
-    p = launch(world, tmp_path / "cut", *flags)
+    p = launch(tmp_path / "cut", *flags)
     wait_for(tmp_path / "cut" / "state.pt", p)
     p.send_signal(number)
     _, err = p.communicate(timeout=300)
@@ -630,13 +633,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, world, whole, tmp_p
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(world, tmp_path):
+def test_kill_9_at_random_moments(world, launch, tmp_path):
     flags = ["--steps", "300", "--save_every", "1"]
     run(world, tmp_path / "whole", *flags)
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
-        p = launch(world, tmp_path / "cut", *flags)
-        time.sleep(3 + 3 * torch.rand(1, generator=generator).item())
+        p = launch(tmp_path / "cut", *flags)
+        time.sleep(1 + 3 * torch.rand(1, generator=generator).item())
         p.kill()
         p.communicate()
     assert train.main(command(world, tmp_path / "cut", *flags)) == 0
@@ -688,8 +691,8 @@ def test_a_file_where_the_folder_should_be(world, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_closed_pipe_does_not_end_the_run(world, tmp_path):
-    p = launch(world, tmp_path / "r")
+def test_a_closed_pipe_does_not_end_the_run(launch, tmp_path):
+    p = launch(tmp_path / "r")
     p.stdout.close()
     assert p.wait(timeout=300) == 0, p.stderr.read()
     assert (tmp_path / "r" / "result.json").exists()
