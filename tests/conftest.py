@@ -21,7 +21,10 @@ import fork_server                                      # noqa: E402
 import pytest                                           # noqa: E402
 import torch                                            # noqa: E402
 
+import kept_syntax                                      # noqa: E402
+
 torch.set_num_threads(1)
+kept_syntax.install()
 # Under nohup, or in the background of a script, these are ignored, and so they would be in the programs of tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -38,12 +38,13 @@ CLIENT = """#!{python} -IS
 import array, json, os, signal, socket, sys
 
 words = sys.argv[1:]
-if not words or words[0].startswith("-") and words[0] not in ("-c", "-m", "-u"):        # -u SCRIPT, as torchrun says
+if not words or words[0].startswith("-") and words[0] not in ("-c", "-m", "-u"):       # torchrun says -u SCRIPT
     os.execv({python!r}, [{python!r}, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 command = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
-server.sendmsg([b"%12d" % len(command)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+files = array.array("i", [0, 1, 2])
+server.sendmsg([b"%12d" % len(command)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
 server.sendall(command)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:
@@ -67,8 +68,8 @@ def running(folder):
     client = folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              start_new_session=True)
+    server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert server.stdout.readline() == b"ready\n", "the fork server did not start"
         yield str(client)
@@ -120,8 +121,8 @@ def serve(address):
                 command, files = receive(connection)
                 pid = os.fork()
                 if not pid:
-                    become(command, files, [woken, wakes, listener.fileno(), selector.fileno(), connection.fileno(),
-                                            *(other.fileno() for other in clients.values())])
+                    open_here = [listener, selector, connection, *clients.values()]
+                    become(command, files, [woken, wakes, *(one.fileno() for one in open_here)])
                 for descriptor in files:
                     os.close(descriptor)
                 clients[pid] = connection
