@@ -224,7 +224,8 @@ def test_tf32_only_where_it_is_asked_for():
 LINES = [("chat", "--method lora --dropout 0.1"), ("chat", "--method adalora --steps 8"),
          ("chat", "--method lora --quant nf4 --double_quant --gradient_checkpointing"),
          ("chat", "--method p_tuning --prompt_template front"),
-         ("chat", "--task ppo --reward data.toy:gold --gold_reward data.toy:gold --ema 0.9 --max_new_tokens 3"),
+         ("chat", "--task ppo --reward data.toy:gold --gold_reward data.toy:gold --ema 0.9 --max_new_tokens 3 "
+                  "--minibatches 1"),
          ("chat", "--method full"), ("chat", "--method lora --dora"), ("chat", "--method ia3"),
          ("chat", "--method prompt_tuning"), ("chat", "--method prefix_tuning"),
          ("chat", "--method p_tuning_v2 --prompt_init gated --micro_batch_tokens 32"),
