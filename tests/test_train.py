@@ -343,7 +343,7 @@ def test_every_method_overfits_a_fixed_batch(method, most, world, tmp_path):
     """The loss must fall to this share of its start: the methods differ in reach, but all of them learn."""
     flags = ["--targets", "q,k,v,o,up,down"] if method in ("lora", "adalora") else []
     write(tmp_path, {"one": [{"prompt": f"{a}{b}", "completion": a} for a in "abcd" for b in "efgh"]}, every=1)
-    r = run(world, tmp_path / "r", "--method", method, "--steps", "120", "--batch", "16", "--data", tmp_path / "one", "--lr",
+    r = run(world, tmp_path / "r", "--method", method, "--steps", "60", "--batch", "16", "--data", tmp_path / "one", "--lr",
             {"full": 3e-3, "lora": 2e-2, "adalora": 3e-2}.get(method, 5e-2), *flags)
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     losses = [e["loss"] for e in log if e["event"] == "train"]
