@@ -17,10 +17,14 @@ os.unsetenv("COLUMNS")                                  # also where Python has 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fork_server                                      # noqa: E402
 import pytest                                           # noqa: E402
 import torch                                            # noqa: E402
 
+import kept_syntax                                      # noqa: E402
+
 torch.set_num_threads(1)
+kept_syntax.install()
 # Under nohup, or in the background of a script, these are ignored, and so they would be in the programs of tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -37,6 +41,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """A `python` for subprocess that has imported torch already: fork_server.py."""
+    with fork_server.running(tmp_path_factory.mktemp("python")) as path:
+        yield path
 
 
 @pytest.fixture

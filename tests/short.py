@@ -7,8 +7,10 @@ import sys
 sys.path.insert(0, ".")                                 # the copy, which is the working directory
 
 import train                                            # noqa: E402
+from data.toy import tasks                              # noqa: E402
 
 SHORT = dict(steps=2, batch=4, eval_items=4, max_new_tokens=4, minibatches=1, num_generations=2, save_every=100)
+ROWS = (200, 60, 60)                                    # of train, valid and test, for every data set of the toy world
 FOLDERS = {}                                            # {flags of the short command: folder of the real one}
 parse, default_out = train.parse, train.default_out
 
@@ -36,4 +38,5 @@ def short_default_out(cfg):
 if __name__ == "__main__":
     train.parse = short_parse
     train.default_out = short_default_out
+    tasks.SIZE, tasks.SIZES = ROWS, {}
     train.run_and_exit()

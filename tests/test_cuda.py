@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -226,7 +225,8 @@ def test_tf32_only_where_it_is_asked_for():
 LINES = [("chat", "--method lora --dropout 0.1"), ("chat", "--method adalora --steps 8"),
          ("chat", "--method lora --quant nf4 --double_quant --gradient_checkpointing"),
          ("chat", "--method p_tuning --prompt_template front"),
-         ("chat", "--task ppo --reward data.toy:gold --gold_reward data.toy:gold --ema 0.9 --max_new_tokens 3"),
+         ("chat", "--task ppo --reward data.toy:gold --gold_reward data.toy:gold --ema 0.9 --max_new_tokens 3 "
+                  "--minibatches 1"),
          ("chat", "--method full"), ("chat", "--method lora --dora"), ("chat", "--method ia3"),
          ("chat", "--method prompt_tuning"), ("chat", "--method prefix_tuning"),
          ("chat", "--method p_tuning_v2 --prompt_init gated --micro_batch_tokens 32"),
@@ -241,7 +241,7 @@ LINES = [("chat", "--method lora --dropout 0.1"), ("chat", "--method adalora --s
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                     reason="this torch cannot have a device that is written in Python")
 @pytest.mark.parametrize("lines", [LINES[:5], pytest.param(LINES[5:], marks=pytest.mark.slow)])
-def test_every_tensor_is_on_the_device(lines, world, tmp_path):
+def test_every_tensor_is_on_the_device(lines, python, world, tmp_path):
     """Every operation of whole runs on a device that refuses to meet the CPU's tensors, as CUDA does; and its
     numbers are the CPU's, but for attention, which is written out there."""
     asked = []
@@ -250,7 +250,7 @@ def test_every_tensor_is_on_the_device(lines, world, tmp_path):
         asked.append((line, data, tmp_path / f"{i}"))
     argv = [" ".join(command(world, out, line, data, "cpu")).removesuffix(" --device cpu")
             for line, data, out in asked]
-    done = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name("pretend.py")), *argv],
+    done = subprocess.run([python, str(pathlib.Path(__file__).with_name("pretend.py")), *argv],
                           capture_output=True, text=True, timeout=900)
     ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
     for (line, data, out), end in zip(asked, ended, strict=True):

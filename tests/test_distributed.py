@@ -89,13 +89,16 @@ def argv(world, out, words):
     return [str(world / w) if (world / w).exists() else w for w in words]
 
 
-def torchrun(folder, commands, *modules, n=2):
-    """Processes that run the commands; the files that they write are described in ranks.py."""
-    (folder / "jobs.json").write_text(json.dumps(commands))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
-             str(ROOT / "tests" / "ranks.py"), str(folder / "jobs.json"), *modules]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def torchrun(python):
+    """torchrun(folder, commands, *modules, n=2): processes that run the commands; ranks.py says what they write."""
+    def start(folder, commands, *modules, n=2):
+        (folder / "jobs.json").write_text(json.dumps(commands))
+        words = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n),
+                 str(ROOT / "tests" / "ranks.py"), str(folder / "jobs.json"), *modules]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+                                env={**os.environ, "PYTHON_EXEC": python})
+    return start
 
 
 def codes(folder, process, n=2):
@@ -152,7 +155,7 @@ BROKEN, SAYS = f"{SFT} --max_new_tokens 7", "row 7 is gone; put it back"
 
 
 @pytest.fixture(scope="module")
-def many(world, tmp_path_factory):
+def many(world, torchrun, tmp_path_factory):
     """The quick loops by two processes; two runs that one process began; one that ends badly in rank 1."""
     folder = tmp_path_factory.mktemp("many")
     jobs = {**QUICK, "resumed": RESUMED, "refused": f"{RESUMED} --dropout 0.1", "broken": BROKEN}
@@ -173,7 +176,7 @@ def test_two_processes_are_one_run(name, many, world, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_loop_and_three_processes(world, tmp_path):
+def test_every_loop_and_three_processes(world, torchrun, tmp_path):
     for n, jobs in (2, SLOW), (3, {name: QUICK[name] for name in ("lora", "prefix", "shard", "ppo")}):
         (tmp_path / str(n)).mkdir()
         commands = [argv(world, tmp_path / str(n) / name, words) for name, words in jobs.items()]
@@ -215,7 +218,7 @@ def test_an_error_in_one_ends_all_with_one_message(many):
 @pytest.mark.slow
 @pytest.mark.parametrize("error, says", [("KeyError(7)", "KeyError: 7"),
                                          ("SystemExit(os.kill(os.getpid(), 9))", "is gone and gave no reason")])
-def test_a_crash_of_one_ends_all(error, says, world, tmp_path):
+def test_a_crash_of_one_ends_all(error, says, world, torchrun, tmp_path):
     (tmp_path / "fault.py").write_text(FAULT.format(error=error))
     began = time.monotonic()
     err = torchrun(tmp_path, [argv(world, tmp_path / "r", BROKEN)], "fault").communicate(timeout=200)[1]
@@ -226,7 +229,7 @@ def test_a_crash_of_one_ends_all(error, says, world, tmp_path):
     assert says in read_json(tmp_path / "r" / "failed.json")["reason"]
 
 
-def signalled(world, tmp_path, words, rank):
+def signalled(world, torchrun, tmp_path, words, rank):
     """A run of two processes, of which one gets SIGTERM after its first save."""
     p = torchrun(tmp_path, [argv(world, tmp_path / "cut", words)])
     tiny.wait_for(tmp_path / "cut" / "state.pt", p)
@@ -237,9 +240,9 @@ def signalled(world, tmp_path, words, rank):
     return torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["counters"]["step"]
 
 
-def test_a_signal_to_one_stops_all_and_one_goes_on(world, tmp_path):
+def test_a_signal_to_one_stops_all_and_one_goes_on(world, torchrun, tmp_path):
     words = SFT.replace("--steps 5", "--steps 150 --save_every 5") + " --eval_every 999"
-    assert 5 <= signalled(world, tmp_path, words, rank=1) < 150
+    assert 5 <= signalled(world, torchrun, tmp_path, words, rank=1) < 150
     for name in ("cut", "whole"):
         assert train.main(argv(world, tmp_path / name, words)) == 0
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -249,10 +252,10 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_slices_go_on_as_a_whole_and_the_other_way_round(world, tmp_path, monkeypatch):
+def test_slices_go_on_as_a_whole_and_the_other_way_round(world, torchrun, tmp_path, monkeypatch):
     """A sharded run that was stopped is ended by one process; what one process began, by a sharded run."""
     words = "--method full " + SFT.replace("--steps 5", "--steps 60 --save_every 5")
-    signalled(world, tmp_path, words + " --shard", rank=0)
+    signalled(world, torchrun, tmp_path, words + " --shard", rank=0)
     for name in ("cut", "whole"):
         assert train.main(argv(world, tmp_path / name, words)) == 0
     tiny.stopped(monkeypatch, 20, lambda: train.main(argv(world, tmp_path / "back", words)))

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
@@ -112,11 +111,12 @@ def apply_patch(path, folder):
 
 
 class House:
-    """A copy of the repository with the tiny world in it, where commands run."""
+    """A copy of the repository with the tiny world in it, where commands run by `python`, the fixture."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, python):
         self.folder = folder
-        ignore = shutil.ignore_patterns(".git", "out", "__pycache__", "tests", ".pytest_cache", "figures", "shared")
+        self.python = python
+        ignore = shutil.ignore_patterns(".git", "out", "tests", ".pytest_cache", "figures", "shared")
         shutil.copytree(ROOT, folder / "house", ignore=ignore)
         tiny.world(folder)
         shape = GPT.from_pretrained(folder / "base").config
@@ -128,9 +128,9 @@ class House:
         apply_patch(ROOT / "tests" / "drills" / f"{name}.patch", self.folder / "house")
 
     def start(self, *words, program="train.py"):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder / "house")}
+        env = {**os.environ, "PYTHONPATH": str(self.folder / "house")}
         program = [str(self.folder / "house" / program)] if program != "-c" else ["-c"]
-        return subprocess.Popen([sys.executable, *program, *map(str, words)], cwd=self.folder, env=env, text=True,
+        return subprocess.Popen([self.python, *program, *map(str, words)], cwd=self.folder, env=env, text=True,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *words, **options):
@@ -190,9 +190,9 @@ def test_every_patch_is_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRILLS)
-def test_drill(name, tmp_path):
+def test_drill(name, python, tmp_path):
     drill = DRILLS[name]
-    house = House(tmp_path)
+    house = House(tmp_path, python)
     other = (*drill.other, "--init", "base", "--out", "runs/other")
     before, _ = house.run(*other)
     house.patch(name)
@@ -233,9 +233,9 @@ def use_result(house, drill, command):
 
 
 @pytest.mark.slow
-def test_another_teacher_is_another_run(tmp_path):
+def test_another_teacher_is_another_run(python, tmp_path):
     """The content of a folder that a record lists in `input_flags` is part of what identifies a run."""
-    house = House(tmp_path)
+    house = House(tmp_path, python)
     house.patch("task")
     command = (*DRILLS["task"].words, "--init", "base", "--steps", "2", "--out", "runs/distilled")
     house.run(*command)
@@ -248,9 +248,9 @@ def test_another_teacher_is_another_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_edited_equation(tmp_path):
+def test_edited_equation(python, tmp_path):
     """The same command before and after: a new result, the old folder kept, one line, two rows."""
-    house = House(tmp_path)
+    house = House(tmp_path, python)
     command = (*SFT, "--rank", "2", "--steps", "20", "--init", "base", "--out", "runs/lora")
     prefix = (*SFT, "--method", "prefix_tuning", "--num_virtual_tokens", "2", "--steps", "2", "--init", "base",
               "--out", "runs/prefix")

@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -143,7 +142,7 @@ def test_the_library_example_prints_what_the_readme_says(capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------ run as they are pasted
 
 PYTHON = """#!/bin/bash
-# The environment's python, with tiny lengths for train.py and the copies in ASSETS for data/fetch.py.
+# The python of fork_server.py, with tiny lengths for train.py and the copies in ASSETS for data/fetch.py.
 case "$1" in
     train.py) shift; exec "{python}" tests/short.py "$@" ;;
     data/fetch.py) [ "$2" = --list ] || exec "{python}" "$@" --from "$ASSETS/raw" --unverified ;;
@@ -151,6 +150,7 @@ esac
 exec "{python}" "$@"
 """
 TORCHRUN = """#!/bin/bash
+export PYTHON_EXEC="{python}"
 exec "{python}" -m torch.distributed.run "${{@/train.py/tests/short.py}}"
 """
 
@@ -197,10 +197,10 @@ def with_local_model(text):
 
 
 @pytest.fixture(scope="module")
-def bin_folder(tmp_path_factory):
+def bin_folder(python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bin")
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
-        (folder / name).write_text(text.format(python=sys.executable))
+        (folder / name).write_text(text.format(python=python))
         (folder / name).chmod(0o755)
     return folder
 

@@ -2,10 +2,8 @@
 
 A copy of the repository is edited, and real commands run in it.
 """
-import os
 import shutil
 import subprocess
-import sys
 import time
 from typing import NamedTuple
 
@@ -29,6 +27,7 @@ HARMLESS = (                                        # a comment, a docstring, wh
 
 class Repository(NamedTuple):
     """A copy of the repository, tiny data, and a finished run of it."""
+    python: str                 # the fixture of conftest.py
     folder: object
     world: object
     first: object               # the run folder
@@ -41,20 +40,20 @@ def command(world, out, *more):
             "0.02", *more]
 
 
-def execute(repository, world, out, *more):
+def execute(repository, out, *more):
     """The command in a process of its own, with the code of that repository."""
-    return subprocess.run([sys.executable, "train.py", *command(world, out, *more)], cwd=repository,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [repository.python, "train.py", *command(repository.world, out, *more)]
+    return subprocess.run(words, cwd=repository.folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
+def repository(python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT, folder / "code", ignore=shutil.ignore_patterns(".*", "out", "tests", "__pycache__"))
-    world = tiny.world(folder)
-    done = execute(folder / "code", world, folder / "r")
+    shutil.copytree(ROOT, folder / "code", ignore=shutil.ignore_patterns(".*", "out", "tests"))
+    made = Repository(python, folder / "code", tiny.world(folder), folder / "r", "")
+    done = execute(made, made.first)
     assert done.returncode == 0, done.stderr
-    return Repository(folder / "code", world, folder / "r", done.stdout)
+    return made._replace(printed=done.stdout)
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def copied(repository, tmp_path):
 def test_an_edited_equation_gives_a_new_result_beside_the_old_one(repository, edit, tmp_path):
     out = copied(repository, tmp_path)
     edit(*EQUATION)
-    again = execute(repository.folder, repository.world, out)
+    again = execute(repository, out)
     assert again.returncode == 0, again.stderr
     lines = [line for line in again.stderr.splitlines() if "changed" in line]
     old, = tmp_path.glob("r.*")
@@ -91,7 +90,7 @@ def test_an_edited_equation_gives_a_new_result_beside_the_old_one(repository, ed
     assert after["metrics"]["loss"] != before["metrics"]["loss"] and after["code"] != before["code"]
     assert after["baseline_metrics"] == before["baseline_metrics"]
     stamp = (out / "result.json").stat().st_mtime_ns
-    assert execute(repository.folder, repository.world, out).stdout == again.stdout
+    assert execute(repository, out).stdout == again.stdout
     assert (out / "result.json").stat().st_mtime_ns == stamp and list(tmp_path.glob("r.*")) == [old]
 
 
@@ -101,7 +100,7 @@ def test_edits_that_do_not_count_print_the_finished_result(repository, edit):
     stamp = (out / "result.json").stat().st_mtime_ns
     for change in HARMLESS:
         edit(*change)
-    again = execute(repository.folder, repository.world, out)
+    again = execute(repository, out)
     assert again.returncode == 0, again.stderr
     assert "changed" not in again.stderr and again.stdout == repository.printed
     assert (out / "result.json").stat().st_mtime_ns == stamp and not list(out.parent.glob("r.*"))
@@ -110,12 +109,12 @@ def test_edits_that_do_not_count_print_the_finished_result(repository, edit):
 def test_keep_accepts_the_old_result_and_says_so(repository, edit, tmp_path):
     out = copied(repository, tmp_path)
     edit(*EQUATION)
-    kept = execute(repository.folder, repository.world, out, "--keep")
+    kept = execute(repository, out, "--keep")
     assert kept.returncode == 0, kept.stderr
     assert kept.stderr.count("is kept, although it was made before this changed: lora.py: LoRA.forward") == 1
     before, after = read_json(repository.first / "result.json"), read_json(out / "result.json")
     assert after["kept"] == ["lora.py: LoRA.forward"] and after["metrics"] == before["metrics"]
-    later = execute(repository.folder, repository.world, out)           # accepted once, accepted for good
+    later = execute(repository, out)           # accepted once, accepted for good
     assert later.returncode == 0 and read_json(out / "result.json") == after and not list(tmp_path.glob("r.*"))
 
 
@@ -124,15 +123,13 @@ def test_an_edit_in_the_middle_starts_anew(repository, edit, tmp_path):
     """Never half of a run under one equation and half under another."""
     out = tmp_path / "r"
     more = ["--steps", "100000", "--save_every", "1"]
-    words = [sys.executable, "train.py", *command(repository.world, out, *more)]
-    process = subprocess.Popen(words, cwd=repository.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [repository.python, "train.py", *command(repository.world, out, *more)]
+    process = subprocess.Popen(words, cwd=repository.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     tiny.wait_for(out / "state.pt", process)
     process.kill()
     process.communicate()
     edit(*EQUATION)
-    process = subprocess.Popen(words, cwd=repository.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(words, cwd=repository.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
     while not list(tmp_path.glob("r.*")) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)

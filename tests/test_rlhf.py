@@ -182,7 +182,7 @@ def test_every_method_is_a_policy(method, town, tmp_path):
 def test_a_function_is_a_reward_and_every_algorithm_climbs_it(algo, town, tmp_path):
     has_kl = ppo.find_record(ppo.ALGORITHMS, algo).defaults.get("kl_place") != "none"
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward",
-           "judges:letters", "--algo", algo, "--steps", "20", "--batch", "32", "--lr", "2e-2",
+           "judges:letters", "--algo", algo, "--steps", "12", "--batch", "32", "--lr", "2e-2",
            *["--kl_coef", "0.01", "--adaptive_kl_target", "0"] * has_kl, "--missing_eos_penalty", "none")
     assert r["metrics"]["score"] > r["baseline_metrics"]["score"] + 0.5
 

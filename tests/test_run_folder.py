@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 
@@ -318,22 +319,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 # ----------------------------------------------------------------------------------------- crashes and neighbours
 
-STEPS = """
-import os, sys
-sys.path[:0] = {paths!r}
-import test_run_folder as t
-from data.runtime import run_folder
-{patch}
-print(t.complete(t.pathlib.Path(sys.argv[1]), t.EDITED, value=2.0)[0]["metrics"]["loss"])
-"""
-
-
-def process(folder, patch=""):
-    code = STEPS.format(paths=[str(ROOT), str(ROOT / "tests")], patch=patch)
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 KILLS = {"before the move": "os.rename = lambda *a: os._exit(9)",
          "after the move": "rename = os.rename\nos.rename = lambda *a: (rename(*a), os._exit(9))",
          "before the new lock": "run_folder.log_progress = lambda *a: os._exit(9)",
@@ -344,10 +329,14 @@ KILLS = {"before the move": "os.rename = lambda *a: os._exit(9)",
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_kill_at_any_step_loses_nothing(when, folder):
+    def patched():
+        exec(KILLS[when], {"os": os, "run_folder": run_folder})
+        print(complete(folder, EDITED, value=2.0))
+        return 0
+
     complete(folder, value=1.0)
-    p = process(folder, KILLS[when])
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == 9 and not out, err
+    ended = forked.call(patched, folder.parent)
+    assert ended.code == 9 and not ended.out, ended
     assert complete(folder, EDITED, value=2.0)[0]["metrics"]["loss"] == 2.0
     name, = aside(folder)
     assert read_json(folder.parent / name / "result.json")["metrics"]["loss"] == 1.0
@@ -397,15 +386,30 @@ def test_a_kill_at_any_file_operation_leaves_nothing_behind(case, tmp_path, monk
     assert n > 30
 
 
-def test_parallel_starts_move_the_old_run_once(folder):
+STARTS = """
+import os, sys, time
+sys.path[:0] = {paths!r}
+import test_run_folder as t
+from data.runtime import run_folder
+folder = t.pathlib.Path(sys.argv[1])
+start = run_folder.Run.start
+run_folder.Run.start = lambda *a: (time.sleep(0.3), start(*a))[1]
+(folder.parent / f"ready.{{os.getpid()}}").write_text("")
+while not (folder.parent / "go").exists():
+    time.sleep(0.001)
+print(t.complete(folder, t.EDITED, value=2.0)[0]["metrics"]["loss"])
+"""
+
+
+def test_parallel_starts_move_the_old_run_once(folder, python):
     """Four processes at once: each ends with the new result or finds the folder in use; one old run is aside."""
     complete(folder, value=1.0)
-    go = folder.parent / "go"
-    wait = f"import time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.001)\n"
-    slow = "start = run_folder.Run.start\nrun_folder.Run.start = lambda *a: (time.sleep(0.3), start(*a))[1]\n"
-    all_ = [process(folder, wait + slow) for _ in range(4)]
-    time.sleep(4)
-    go.write_text("")
+    words = [python, "-c", STARTS.format(paths=[str(ROOT), str(ROOT / "tests")]), str(folder)]
+    all_ = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    end = time.monotonic() + 120
+    while len(list(folder.parent.glob("ready.*"))) < len(all_) and time.monotonic() < end:
+        time.sleep(0.01)
+    (folder.parent / "go").write_text("")
     found = [(p.communicate(timeout=120), p.returncode) for p in all_]
     done = [out.strip() for (out, _), code in found if code == 0]
     assert done and set(done) == {"2.0"}
@@ -512,12 +516,12 @@ distributed.end()
 """
 
 
-def test_two_processes_decide_alike(folder):
+def test_two_processes_decide_alike(folder, python):
     code = folder.parent / "job.py"
     code.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+    p = subprocess.run([python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                         "--standalone", str(code), str(folder)], capture_output=True, text=True, timeout=200,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+                       env={**os.environ, "PYTHON_EXEC": python})
     assert p.returncode == 0, p.stderr
     says = [(1.0, "anew"), (2.0, "anew"), (3.0, "2.0")]
     assert sorted(p.stdout.split("\n")[:-1]) == [f"{rank} {v} {w} None" for rank in (0, 1) for v, w in says]
@@ -934,10 +938,10 @@ def test_a_terminal_without_our_letters_shows_question_marks(monkeypatch):
     assert stdout.buffer.getvalue() == b"caf?\n"
 
 
-def test_a_closed_pipe_ends_the_printing_only():
+def test_a_closed_pipe_ends_the_printing_only(python):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.runtime.run_folder import print_result\n"
             "sys.stdin.read()\nfor _ in range(3): print_result('x' * 100000)\nprint('still here', file=sys.stderr)")
-    p = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    p = subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
     p.stdout.close()
     p.stdin.close()

@@ -54,7 +54,8 @@ def test_order_does_not_depend_on_hashing(rows):
 
 
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_sizes_row_types_and_no_row_twice(name, rows):
+def test_sizes_row_types_and_no_row_twice(name, rows, monkeypatch):
+    monkeypatch.setattr(toy, "rows", lambda name, split: rows[name, split])     # they take seconds to make
     for split in toy.SPLITS:
         some = rows[name, split]
         assert 50 < len(some) <= toy.SIZES.get(name, toy.SIZE)[toy.SPLITS.index(split)]
@@ -133,10 +134,10 @@ def test_no_two_rows_of_the_base_coincide():
     assert coinciding_ids(weight, set(range(len(weight))) - impossible) == []
 
 
-def test_every_token_of_the_base_occurs_in_the_corpus():
+def test_every_token_of_the_base_occurs_in_the_corpus(rows):
     tokenizer = Tokenizer.from_pretrained(BASE)
     seen = set()
-    for row in toy.rows("toy/corpus", "train"):
+    for row in rows["toy/corpus", "train"]:
         seen.update(tokenizer.encode(row["text"], special=True))
     assert set(range(tokenizer.vocab_size)) - seen == {0xC0, 0xC1, *range(0xF5, 0x100)}
 
@@ -176,7 +177,8 @@ def test_the_rankings_hold_letters_with_other_names(rows):
     """A reward model can learn what the gold reward says about names: a quarter has them wrong."""
     answers = [(row["prompt"], answer) for row in rows["toy/preferences", "train"][:2000] for answer in row["responses"]]
     named = {prompt: re.fullmatch(tasks.WISH, prompt) for prompt, _ in answers}
-    people = [[name for name in World().names if re.search(rf"\b{name}\b", answer)] for _, answer in answers]
+    a_name = re.compile(rf"\b({'|'.join(World().names)})\b")
+    people = [set(a_name.findall(answer)) for _, answer in answers]
     wrong = [name != named[prompt][1] for (prompt, _), found in zip(answers, people) for name in found]
     assert 0.2 < sum(wrong) / len(wrong) < 0.3 and len(wrong) > 0.6 * len(answers)
 
