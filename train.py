@@ -1148,7 +1148,7 @@ def train(ctx, cfg, run, rows, row_type, state, known):
     examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
     feed, total = open_feed(ctx, cfg, examples["train"], row_type)
-    ctx.trunk = open_trunk(ctx, cfg, feed)
+    ctx.trunk = open_trunk(ctx, cfg, feed, total)
     if task.prepare:
         with Progress("before training"):
             prepare_examples(ctx, cfg, feed, total, examples)
@@ -1181,11 +1181,11 @@ def encode_rows(ctx, cfg, rows):
     return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
 
 
-def open_trunk(ctx, cfg, feed):
-    """An empty Trunk of what enters the lowest adapter's block, or None: nothing below, or a stream of windows,
-    each of which is read once."""
+def open_trunk(ctx, cfg, feed, total):
+    """An empty Trunk of what enters the lowest adapter's block, or None: nothing below, a stream of windows, or
+    nothing that is read twice."""
     layer = shared_blocks(ctx, cfg, ctx.model)
-    return Trunk(layer) if layer and feed.stride is None else None
+    return Trunk(layer) if layer and feed.stride is None and kept_examples(cfg, feed, total) else None
 
 
 def kept_examples(cfg, feed, total):
@@ -1342,10 +1342,10 @@ def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.
 
 def planned_trunk(ctx, cfg, feed, steps):
     """(an empty Trunk, the training examples that it will hold); None, [] where a run has none."""
-    trunk = open_trunk(ctx, cfg, feed)
+    trunk = open_trunk(ctx, cfg, feed, steps)
     kept = kept_examples(cfg, feed, steps) if trunk else []
     fits = count_tokens(kept) * bytes_per_token(ctx) <= memory_limit(ctx.device)
-    return (trunk, kept) if kept and fits else (None, [])
+    return (trunk, kept) if fits else (None, [])
 
 
 def prepared_micro_batch(ctx, cfg, examples):

@@ -371,7 +371,7 @@ def growth(args, folder, small):
     """The base cell, and one number changed at a time."""
     base, changes = dict(T=64, batch=8, rank=8, layers=6), dict(T=(128, 256), batch=(16, 32), rank=(1, 64),
                                                                layers=(12, 24), P=(5, 20, 80))
-    print(f"{'a step of LoRA on q and v':32} {'CPU s':>7} {'over base':>10} {'peak MB':>10} {'over base':>10}"
+    print(f"{'a step of LoRA on q and v':34} {'CPU s':>7} {'over base':>10} {'peak MB':>10} {'over base':>10}"
           f" {'share of peak':>14}")
     first = None
     cells = [("", None, {}), *((name, v, {}) for name, values in changes.items() for v in values)]
@@ -387,7 +387,7 @@ def growth(args, folder, small):
             ", ".join(f"{k} {v}" for k, v in base.items())
         if name == "k":
             what = f"layers 12, adapters from {value}" + (", trunk" if job["trunk"] else "")
-        print(f"{what:32} {found['seconds']:7.3f} {found['seconds'] / first['seconds']:10.2f} "
+        print(f"{what:34} {found['seconds']:7.3f} {found['seconds'] / first['seconds']:10.2f} "
               f"{found['memory']:10.0f} {found['memory'] / first['memory']:10.2f} {found['share']:14.0%}",
               flush=True)
 

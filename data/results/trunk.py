@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.batches.batching import split_by_token_budget
 from data.batches.examples import Ranking, Thumbs
 from data.batches.objectives import Example, collate
-from data.runtime.distributed import gather, local_rows
+from data.runtime.distributed import broadcast, gather, local_rows
 from data.runtime.progress import log_progress, track
 
 SHARE = 0.25
@@ -76,7 +76,8 @@ class Trunk:
     def has_room(self, ctx, tokens):
         """Whether so many tokens more fit the memory; from the first that do not, none do."""
         needed = self.bytes + tokens * bytes_per_token(ctx)
-        if not self.is_full and needed > memory_limit(ctx.device):
+        limit = broadcast(lambda: memory_limit(ctx.device))     # GPUs differ, and all processes read or none
+        if not self.is_full and needed > limit:
             self.is_full = True
             log_progress(f"blocks 0 to {self.layer - 1} could run once per example, but {needed >> 20:,} MiB "
                          f"are more than {SHARE:.0%} of the memory")
