@@ -359,7 +359,7 @@ THREE = (1, 2, 3)
 GRPO = [Run("r8", seed, f"{ON_SUMS} --algo grpo", f"sums-grpo-s{seed}") for seed in THREE]
 
 CLAIMS = [
-    Claim("shots_or_tuning", "Liu et al. 2022 (2205.05638), section 4.1",
+    Claim("shots_or_tuning", "Liu et al. 2022 (2205.05638), section 4",
           "Tuning few weights on a handful of examples is better than showing the examples in the prompt.",
           [Run(f"{data}-{side}", seed, f"--data HERE/data/{data}-s{seed} --template plain {ASKED} {flags}")
            for seed in FIVE for data in ("questions", "spam")
@@ -382,7 +382,7 @@ CLAIMS = [
           grid({"nf4": "--quant nf4", "fp32": ""}, FIVE, f"{SFT} --steps 200"),
           [Prediction("NF4 base - fp32 base, exact match", difference("nf4", "fp32"), low=-0.02)]),
 
-    Claim("pissa_fast", "Meng et al. 2024 (2404.02948), section 5.1",
+    Claim("pissa_fast", "Meng et al. 2024 (2404.02948), section 5",
           "Started from the principal directions of the weights, an adapter converges faster than LoRA.",
           grid({**with_rates("lora", "", FAST_RATES), **with_rates("pissa", "--pissa", FAST_RATES)},
                FOUR, f"{SFT} --steps 40"),
@@ -413,7 +413,7 @@ CLAIMS = [
            Prediction("LoRA, rank 64 - rank 4, test loss", difference("lora64", "lora4", "loss"), low=-0.02)],
           note="both have the same scale at rank 4"),
 
-    Claim("dora_low_rank", "Liu et al. 2024 (2402.09353), section 5.5",
+    Claim("dora_low_rank", "Liu et al. 2024 (2402.09353), section 5",
           "DoRA improves on LoRA, and most at low ranks.",
           grid({"lora1": "--rank 1", "dora1": "--dora --rank 1",
                 "lora16": "--rank 16", "dora16": "--dora --rank 16"}, FOUR, f"{SFT} --steps 120"),
@@ -421,7 +421,7 @@ CLAIMS = [
            Prediction("that difference at rank 1 - at rank 16",
                       gain_difference(("dora1", "lora1"), ("dora16", "lora16"), "loss"), high=0.0)]),
 
-    Claim("new_facts", "Gekhman et al. 2024 (2405.05904), sections 4 and 5",
+    Claim("new_facts", "Gekhman et al. 2024 (2405.05904), section 4",
           "Facts that the base model does not know are learnt more slowly, and learning them costs others.",
           [run for seed in FOUR for run in (
               Run("known", seed, f"--data HERE/data/known {SFT} --steps 120"),
@@ -455,7 +455,7 @@ CLAIMS = [
            Prediction("LoRA - full, rise of the loss on the base model's own text",
                       difference("lora", "full", "forgetting"), high=0.0)]),
 
-    Claim("prefix_low_data", "Li and Liang 2021 (2101.00190), sections 6.3 and 7.4",
+    Claim("prefix_low_data", "Li and Liang 2021 (2101.00190), sections 4.3 and 6.3",
           "With few examples prefix tuning is better than full tuning; without its MLP a prefix is worse.",
           [Run(side, seed, f"--data HERE/data/toy-s{seed} {SFT} --steps 100 {flags}") for seed in FOUR
            for side, flags in {**with_rates("full", "--method full", ("3e-4", "1e-3")),

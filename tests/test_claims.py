@@ -185,6 +185,14 @@ def test_the_page_has_the_table_of_today():
     assert f"<!-- claims -->\n{claims.table()}\n<!-- end -->" in claims.PAGE.read_text()
 
 
+def test_the_commands_of_the_page_name_claims_and_flags():
+    lines = re.findall(r"^python tests/claims\.py ([^#\n]+)", claims.PAGE.read_text(), re.M)
+    words = [word for line in lines for word in line.split()]
+    assert len(lines) >= 4
+    assert {word for word in words if word[0] != "-"} <= set(NAMES)
+    assert {word for word in words if word[0] == "-"} <= {"--list", "--commands", "--table", "--write"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adalora_upper", "shots_or_tuning"])
 def test_a_claim_runs_to_its_verdict(name, tmp_path, monkeypatch):
