@@ -2,6 +2,7 @@
 
     python tests/claims.py --list
     python tests/claims.py small_ranks     run the commands that have not run yet, measure, store the result
+    python tests/claims.py small_ranks --commands      print them; --short: two steps of each, to test the path
     python tests/claims.py --table         all claims, from the stored results; --write: into tests/CLAIMS.md
 
 A Claim is a record: a paper, its claim in our words, the commands of train.py, and predictions.
@@ -655,7 +656,7 @@ def reproduce(claim, root=RUNS, short=False):
             used = run_call(run, folder)
         else:
             used = fork_train(with_short_lengths(argv) if short else argv, here / "errors.txt")
-        clock = folder.with_suffix(".seconds")              # a finished command takes no time again
+        clock = pathlib.Path(f"{folder}.seconds")           # a finished command takes no time again
         used = max(used, float(clock.read_text()) if clock.exists() else 0.0)
         clock.write_text(f"{used:.1f}")
         seconds += used
