@@ -626,7 +626,7 @@ def stored_run(claim, run, root=RUNS):
         result = found["result"]
         code = found.get("code")
         log = events(folder)
-    kept = {name: result[name] for name in ("metrics", "baseline_metrics", "item_correct") if result.get(name)}
+    kept = {name: result[name] for name in ("metrics", "item_correct") if result.get(name)}
     if result.get("generations"):
         kept["generations"] = {name: result["generations"][name] for name in ("n", "right")
                                if name in result["generations"]}
