@@ -149,7 +149,7 @@ def of_side(runs, side):
 
 
 def number(run, metric):
-    """A metric of a stored run; `valid.NAME` is that of the last measurement on valid; or a function of it."""
+    """A metric of a stored run; `valid.NAME` is the last one on valid; or a function of it."""
     if callable(metric):
         return metric(run)
     if metric.startswith("valid."):
