@@ -156,6 +156,13 @@ def test_dpo_losses():
     assert abs(start.item() - math.log(2)) < 1e-12                                 # policy == reference
 
 
+def test_the_mean_of_one_token_and_of_none():
+    mask = torch.tensor([[True, False]])
+    x = torch.tensor([[3.0, math.nan]])
+    assert ppo.masked_mean(x, mask) == 3 and ppo.masked_mean(x, ~mask & mask) == 0
+    assert ppo.masked_mean(torch.tensor([[3.0, 6.0]]), mask | ~mask) == 4.5
+
+
 def test_entropy_is_exact_and_survives_banned_tokens():
     logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, math.log(3), -math.inf]], dtype=F64)
     want = torch.tensor([math.log(2), -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))], dtype=F64)

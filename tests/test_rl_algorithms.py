@@ -628,6 +628,11 @@ def test_a_ratio_counts_as_clipped_where_the_clipping_acts(ratio, advantage, sid
     assert (logp.grad.item() == 0) == (side != 0 or advantage == 0)
 
 
+def test_a_ratio_at_the_bound_is_not_clipped():
+    got = ppo.clipped_side(t([1.5, 0.75, 1.75, 0.5]), t([1.0, -1.0, 1.0, -1.0]), 0.25, 0.5)
+    assert got.tolist() == [[0, 0, 1, -1]]
+
+
 def test_clip_shares_are_logged_apart():
     for algo, low in (("ppo", True), ("cispo", False)):
         cfg = config(algo=algo, lr=0.1, steps=2, ppo_epochs=3, **({} if low else {"cliprange_high": 0.05}))
