@@ -321,6 +321,9 @@ def test_answers_are_found_by_their_tokens(world):
     whole, _ = ctx.model.hidden_states(torch.tensor([a + c, b + c + [0]]), stop_layer=1)
     assert layer == 1 and torch.allclose(hidden[0], whole[0]) and torch.allclose(hidden[1, :4], whole[1, :4])
     assert kept.find_answers([b], [a]) is None and kept.find([a]) is None
+    ctx.trunk = kept
+    assert ctx.find_trunk([a], [b]) is not None
+    assert train.replace(ctx, model=make("gpt2")).find_trunk([a], [b]) is None          # a teacher's is another
 
 
 def cut_preferences(monkeypatch, at, go):
