@@ -1086,8 +1086,8 @@ def drop_equal_answers(ctx, cfg, rows):
 
 
 def baseline_key(ctx, cfg, identity):
-    """All that decides what a base does before training, for data/runtime/baselines.py: no flag of the method or
-    of training. None where it is not shared: a new model has a seed, and without training it is the result."""
+    """All that decides what a base does before training, for data/runtime/baselines.py: no flag of the method
+    or of training. None where it is not shared: a new model has a seed, and without training it is the result."""
     if cfg.init == "new" or not find_method(cfg.method).trains:
         return None
     read = fields_of([CommonFlags, *find_task(cfg.task).flags]).keys() - {"seed", "method"}

@@ -311,7 +311,8 @@ def cell(job):
     back = 1 - job.get("k", 0) / c.n_layer                  # the share of the blocks
     forward = back if job.get("trunk") else 1
     attention = 2 * c.n_layer * c.n_head * c.head_size * T
-    flops = (2 * dense + attention) * forward + (2 * dense + 2 * attention) * back + 4 * c.vocab_size * c.n_embd / 3
+    flops = (2 * dense + attention) * forward + (2 * dense + 2 * attention) * back
+    flops += 4 * c.vocab_size * c.n_embd / 3
     seconds = statistics.median(times[1:])
     print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(ctx.device),
                           share=flops * T * len(rows) / seconds / max(rate))))

@@ -381,7 +381,7 @@ def test_three_stages_from_one_command(town, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "parse", short)
     words = ["--task", "ppo", "--steps", "2", "--batch", "8", "--eval_items", "4"]
     assert train.main(words) == 0
-    runs = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    runs = sorted(path.name for path in (tmp_path / "out").glob("[!.]*") if path.is_dir())
     assert len(runs) == 3 and all((tmp_path / "out" / name / "result.json").exists() for name in runs)
     policy = next(tmp_path / "out" / name for name in runs if name.startswith("ppo"))
     stamp = (policy / "result.json").stat().st_mtime_ns

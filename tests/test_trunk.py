@@ -277,7 +277,11 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines() if '"train"' in line]
 
 
-@pytest.mark.parametrize("task", TASKS)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("task", [slow(task) if task in ("dpo", "simpo", "reward") else task for task in TASKS])
 def test_a_supervised_run_is_the_same_with_what_it_keeps(task, world, tmp_path, monkeypatch, capsys):
     assert train.main(command(world, task, tmp_path / "kept")) == 0
     assert "blocks 0 to 0 run once per example: " in capsys.readouterr().err
@@ -291,7 +295,8 @@ def test_a_supervised_run_is_the_same_with_what_it_keeps(task, world, tmp_path, 
 
 
 @pytest.mark.parametrize("task, epochs, known", [
-    ("dpo", "0.5", True), ("kto", "0.5", True), ("simpo", "2", True), ("simpo", "1", False), ("reward", "1", False)])
+    ("dpo", "0.5", True), slow("kto", "0.5", True), ("simpo", "2", True), slow("simpo", "1", False),
+    slow("reward", "1", False)])
 def test_answers_pass_the_lower_blocks_once(task, epochs, known, world, tmp_path, monkeypatch):
     found = []
     real = ppo.collate_rollout
@@ -321,6 +326,9 @@ def test_answers_are_found_by_their_tokens(world):
     whole, _ = ctx.model.hidden_states(torch.tensor([a + c, b + c + [0]]), stop_layer=1)
     assert layer == 1 and torch.allclose(hidden[0], whole[0]) and torch.allclose(hidden[1, :4], whole[1, :4])
     assert kept.find_answers([b], [a]) is None and kept.find([a]) is None
+    ctx.trunk = kept
+    assert ctx.find_trunk([a], [b]) is not None
+    assert train.replace(ctx, model=make("gpt2")).find_trunk([a], [b]) is None          # a teacher's is another
 
 
 def cut_preferences(monkeypatch, at, go):
@@ -370,7 +378,7 @@ def test_every_example_passes_the_lower_blocks_once(world, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("task, said", [
-    ("sft", "64 examples through blocks 0 to 0, once: "), ("simpo", "56 examples through blocks 0 to 0, once: "),
+    ("sft", "64 examples through blocks 0 to 0, once: "), slow("simpo", "56 examples through blocks 0 to 0, once: "),
     ("kto", "77 examples prepared (56 of train, 7 of valid, 7 of test twice): ")])
 def test_a_forecast_measures_what_a_run_does(task, said, world, tmp_path, monkeypatch, capsys):
     timed = []

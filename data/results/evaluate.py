@@ -124,7 +124,7 @@ class ModelContext:
         y = y.to(self.device)
         attention = {name: t.to(self.device) for name, t in attention.items()}
         select = (y >= 0).nonzero(as_tuple=True) if select_targets else None
-        shared = self.trunk and self.trunk.find(examples)
+        shared = self.trunk.find(examples) if self.has_trunk() else None
         if shared is None:
             hidden, past = self.hidden_states(x.to(self.device), past, select=select, **attention)
         else:
@@ -134,7 +134,11 @@ class ModelContext:
 
     def find_trunk(self, prompts, answers):
         """What is known of answers behind their prompts, lists of ids, as ppo.collate_rollout takes it."""
-        return self.trunk and self.trunk.find_answers(prompts, answers)
+        return self.trunk.find_answers(prompts, answers) if self.has_trunk() else None
+
+    def has_trunk(self):
+        """Whether something is known that this very model has computed."""
+        return self.trunk is not None and self.trunk.model is self.model
 
     def run_prompts(self, prompts, past):
         """Lists of ids -> (hidden states at their last tokens (B, C), past)."""

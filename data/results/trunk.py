@@ -32,6 +32,7 @@ class Trunk:
 
     def __init__(self, layer):
         self.layer = layer
+        self.model = None                               # whose blocks they are; a teacher has others
         self.hidden = {}
         self.bytes = 0
         self.is_full = False
@@ -57,6 +58,7 @@ class Trunk:
         new = {key: example for key, example in keyed(examples).items() if key not in self.hidden}
         if not new or not self.has_room(ctx, sum(map(inputs, new.values()))):
             return
+        self.model = ctx.model
         keys = list(new)
         examples = list(new.values())
         lengths = list(map(inputs, examples))

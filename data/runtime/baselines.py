@@ -1,7 +1,7 @@
 """data/runtime/baselines.py: what a model does before training is measured once, by the first run of a sweep.
 
-    FOLDER/.baselines/HASH.json     FOLDER holds the folders of the runs; HASH is of all that decides the numbers:
-                                    code, data, base, what is measured and how, the machine
+    FOLDER/.baselines/HASH.json     FOLDER holds the folders of the runs; HASH is of all that decides the
+                                    numbers: code, data, base, what is measured and how, the machine
 
 A run that finds the file takes the numbers from it, to the last bit. Whatever is edited has another hash, so
 there is nothing to invalidate, and the folder can be deleted at any time. A file is written whole or not at
@@ -36,6 +36,6 @@ def remembered(run, key, what, measure):
         return found
     found = measure()
     if distributed.dist_state.rank == 0:
-        with contextlib.suppress(WriteError):               # it is needed by nobody
+        with contextlib.suppress(WriteError):               # this run does not need the file
             write_json(path, found)
     return found
