@@ -11,7 +11,8 @@ standard files of the one who calls, that imports the code of this repository, o
 
 The client passes signals on and ends as the command has ended; if it is killed, the command is killed. Scripts,
 -c and -m are understood; with other options of Python the client becomes a real one.
-Not as in a new process: the hash seed is the server's, torch is there before the first line of the script.
+Not as in a new process: the hash seed and the process group are the server's, torch is there before the first line
+of the script.
 
 Public: running
 """

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -23,12 +24,12 @@ def flags(world, rank):
             "--save_every", "5", "--forgetting_data", "none"]
 
 
-def sweep(python, world, folder):
+def sweep(world, folder):
     """for r in 1 2 3 4, two at a time, in a process group of its own."""
-    one = shlex.join([python, train.__file__, *flags(world, "R")])
+    one = shlex.join([sys.executable, train.__file__, *flags(world, "R")])
     line = f"printf '%s\\n' {' '.join(map(str, RANKS))} | xargs -P 2 -I R {one}"
     return subprocess.Popen(["sh", "-c", line], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def runs(folder):
@@ -40,11 +41,11 @@ def runs(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("xargs"), reason="xargs is not installed")
-def test_a_sweep_that_is_killed_and_started_again_is_the_sweep(python, tmp_path, monkeypatch):
+def test_a_sweep_that_is_killed_and_started_again_is_the_sweep(tmp_path, monkeypatch):
     world, cut, whole = tiny.world(tmp_path), tmp_path / "cut", tmp_path / "whole"
     cut.mkdir()
     whole.mkdir()
-    p = sweep(python, world, cut)
+    p = sweep(world, cut)
     end = time.monotonic() + 300
     while time.monotonic() < end and p.poll() is None:      # until one is done and another one has begun
         done = list(cut.glob("out/*/result.json"))
@@ -60,7 +61,7 @@ def test_a_sweep_that_is_killed_and_started_again_is_the_sweep(python, tmp_path,
     stamps = {r: (f / "result.json").stat().st_mtime_ns for r, f in finished.items()}
     first = {r: (f / "log.jsonl").read_text().splitlines()[:5] for r, f in resumed.items()}
 
-    p = sweep(python, world, cut)
+    p = sweep(world, cut)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
     assert {r: (f / "result.json").stat().st_mtime_ns for r, f in finished.items()} == stamps

@@ -48,6 +48,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import kept_syntax
 import odd_rewards
 import test_matrix
 import torch
@@ -57,6 +58,7 @@ from forked import EXIT_CODES, Operations, command, judge, kill, must, refuse, t
 from torture_world import World, difference, fingerprint, snapshot, weights
 
 import train
+from data.runtime.code_hash import code_hashes
 
 README = test_matrix.README
 READ = ("--eval_items", 2, "--max_new_tokens", 2)
@@ -388,6 +390,8 @@ def main():
     args.add_argument("--write", action="store_true", help="the table into tests/README.md")
     args = args.parse_args()
     torch.set_num_threads(1)
+    kept_syntax.install()
+    code_hashes(["train.py"])           # children find all files parsed
     torch.optim.AdamW([torch.zeros(1)])
     rows = []
     failures = 0
