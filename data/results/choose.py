@@ -258,7 +258,7 @@ def legend(choices, fields, metrics, cfg):
              for choice in choices if len(grid_of(choice)) > 1}
     chose = next(iter(seeds.values()))
     if len(set(seeds.values())) > 1:
-        chose = ", ".join(f"{some} of {group_label(key, fields)}" for key, some in seeds.items())
+        chose = "; ".join(f"{some} of {group_label(key, fields)}" for key, some in seeds.items())
     text = f"{cfg.select}: the best by {metrics[0]} on {cfg.on}, {chose}"
     if is_ordered(choices):
         text += f"; below, above: how much worse it is there at the next {cfg.select}"
@@ -287,8 +287,9 @@ def notes(choices, fields, runs, metric, cfg):
                        "seed that chooses ran it.")
     favoured = [group_label(choice.key, fields) for choice in choices if choice.favoured]
     if favoured:
-        out.append(f"No other seed ran the chosen {select} of {', '.join(favoured)}, so the number is that of "
-                   "the seeds that chose, and favoured by the choice; run it with another --seed, too.")
+        who = "any group" if 1 < len(favoured) == len(choices) else "; ".join(favoured)
+        out.append(f"No other seed ran the chosen {select} of {who}, so the number is that of the seeds that "
+                   "chose, and favoured by the choice; run it with another --seed, too.")
     return out + differing_grids(choices, fields, select) + differing_seeds(choices, fields) + mixed_note(
         choices, fields, runs, select)
 
@@ -304,12 +305,14 @@ def edge_note(choice, label, select):
 
 def differing_grids(choices, fields, select):
     """A note where groups had different values to choose from."""
-    grids = {group_label(choice.key, fields): grid_of(choice) for choice in choices}
-    if len(set(map(tuple, grids.values()))) < 2:
+    grids = {group_label(choice.key, fields): tuple(grid_of(choice)) for choice in choices}
+    counts = {label: len(grid) for label, grid in grids.items()}
+    if len(set(grids.values())) < 2:
         return []
-    parts = [f"{label} {words(grid)}" for label, grid in grids.items()]
-    uneven = ", and more values are more chances" if len(set(map(len, grids.values()))) > 1 else ""
-    return [f"Groups have different grids of {select}{uneven}: {'; '.join(parts)}."]
+    if len(set(counts.values())) == 1:
+        return [f"Groups chose from different values of {select}, {len(grid_of(choices[0]))} each."]
+    return [f"Groups chose from different numbers of values of {select}, and more values are more chances: "
+            + "; ".join(f"{count} {label}" for label, count in counts.items()) + "."]
 
 
 def differing_seeds(choices, fields):
@@ -318,7 +321,7 @@ def differing_seeds(choices, fields):
     if len(set(counts.values())) < 2:
         return []
     return ["Groups report different numbers of seeds: "
-            + ", ".join(f"{label} {count}" for label, count in counts.items()) + "."]
+            + "; ".join(f"{count} {label}" for label, count in counts.items()) + "."]
 
 
 def mixed_note(choices, fields, runs, select):

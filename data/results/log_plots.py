@@ -22,11 +22,16 @@ WIDTH = 3.5                                             # inches: a column of a 
 # ------------------------------------------------------------------------------------------ labels and styles
 
 def group_label(key, fields, without=None):
-    """A group in words: a method or task by its value, any other field as "name value"."""
+    """A group in words: a method or task by its value, any other field as "name value"; a switch by its name, and
+    what is off not at all."""
     parts = []
     for name, value in zip(fields, key):
-        if value is not None and name != without:
-            parts.append(display_value(value) if name in NAMED_BY_VALUE else f"{name} {display_value(value)}")
+        if value is None or name == without:
+            continue
+        if name in NAMED_BY_VALUE:
+            parts.append(display_value(value))
+        elif value is not False and value != "none":
+            parts.append(name if value is True else f"{name} {display_value(value)}")
     return ", ".join(parts) or "all"
 
 
