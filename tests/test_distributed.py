@@ -30,8 +30,9 @@ SFT = "--data chat --lr 5e-4 --steps 5 --batch 5 --max_new_tokens 3 --forgetting
       "--eval_items 5"
 PAIRS = "--data pairs --lr 2e-4 --steps 3 --batch 5 --forgetting_data none --eval_items 5"
 HEAD = "--lr 2e-4 --steps 3 --batch 5 --forgetting_data none"
-PPO = "--task ppo --data prompts --reward rm --steps 2 --batch 7 --max_new_tokens 4 --forgetting_data none " \
-      "--minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 --missing_eos_penalty none"
+PPO = "--task ppo --data prompts --reward rm --lr 5e-4 --steps 2 --batch 7 --max_new_tokens 4 " \
+      "--forgetting_data none --minibatches 2 --ppo_epochs 2 --eval_items 5 --micro_batch_tokens 64 " \
+      "--missing_eos_penalty none"                      # rates are low: Adam divides rounding by rounding
 QUICK = {"lora": SFT, "full": f"--method full {SFT}", "alone": f"{SFT} --batch 1",
          "prefix": f"--method prefix_tuning --num_virtual_tokens 4 --micro_batch_tokens 9 {SFT}",
          "shard": f"--method full --shard --keep_best loss {SFT}",
