@@ -349,12 +349,12 @@ def fact_rows(folder):
 
 
 # Policies that claims about RL start from: one seed, so that their seeds are those of RL alone.
-SUMS = Run("start", 1, "--data toy/sums_chat --method full --epochs 2 --forgetting_data none --eval_items 50 "
+SUMS = Run("start", 1, "--data toy/sums_chat --method full --epochs 4 --forgetting_data none --eval_items 50 "
            "--max_new_tokens 40", "sums")
 LETTERS = Run("start", 1, "--data toy/letters --epochs 2 --forgetting_data none --eval_items 50", "letters")
 REWARD = Run("start", 1, "--task reward --init STARTS/letters --forgetting_data none", "reward")
 FEW = Run("start", 1, "--task reward --init STARTS/letters --forgetting_data none --steps 40", "reward-few")
-ON_SUMS = "--task ppo --data toy/sums --init STARTS/sums --forgetting_data none --eval_items 100 --steps 25"
+ON_SUMS = "--task ppo --data toy/sums --init STARTS/sums --forgetting_data none --eval_items 100 --steps 60"
 ON_LETTERS = "--task ppo --init STARTS/letters --eval_items 100"
 THREE = (1, 2, 3)
 GRPO = [Run("r8", seed, f"{ON_SUMS} --algo grpo", f"sums-grpo-s{seed}") for seed in THREE]
@@ -495,7 +495,7 @@ CLAIMS = [
           [Prediction("GRPO on sums: rank 1 - rank 8, share of right answers",
                       difference("r1", "r8", "score"), low=-0.05),
            Prediction("the same: PiSSA - LoRA", difference("pissa", "r8", "score"), high=-0.05)],
-          note="25 iterations of 64 answers"),
+          note="60 iterations of 64 answers"),
 
     Claim("rank_one_optimum", "2512.23165 against LoRA Without Regret (thinkingmachines.ai/blog/lora)",
           "The same question where the best policy is known exactly.",
@@ -520,7 +520,7 @@ CLAIMS = [
           "GRPO's mean within each answer makes wrong answers longer; Dr. GRPO, without it, does not.",
           [SUMS, *grid({"grpo": f"{ON_SUMS} --algo grpo --kl_place none", "drgrpo": f"{ON_SUMS} --algo drgrpo"},
                        THREE)],
-          [Prediction("growth of wrong answers in 25 iterations, tokens: GRPO - Dr. GRPO",
+          [Prediction("growth of wrong answers in 60 iterations, tokens: GRPO - Dr. GRPO",
                       difference("grpo", "drgrpo", growth("length_wrong")), low=0.5)],
           keep=("length_wrong", "length_right", "score")),
 
