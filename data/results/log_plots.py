@@ -16,6 +16,7 @@ from data.runtime.files import UserError
 NAMED_BY_VALUE = ("method", "task", "init", "data")     # fields whose value needs no name in a label
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
+ROW_HEIGHT = 0.19                                           # inches of a row of a legend
 WIDTH = 3.5                                             # inches: a column of a two-column page
 
 
@@ -43,10 +44,14 @@ def style_of(i, n):
 
 
 def add_legend(figure, handles, labels):
-    """A legend below the plot, in as many columns as its labels leave room for."""
+    """A legend below the plot, in as many columns as its labels leave room for. From the fourth row on the figure
+    grows."""
     if len(labels) < 2:
         return
     columns = max(1, int(66 / (max(map(len, labels)) + 9)))
+    rows = math.ceil(len(labels) / columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + max(0, rows - 3) * ROW_HEIGHT)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)),
                   handlelength=2.6, columnspacing=1.2)
 
