@@ -21,7 +21,7 @@ ROOT = pathlib.Path(train.__file__).resolve().parent
 README = ROOT / "README.md"
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
          for page in sorted([README, *ROOT.glob("data/*/README.md")])}
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>[\w. ]+) -->\n)?^```(?P<kind>bash|python)(?P<skip> skip:.*)?\n(?P<text>.*?)^```$",
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[\w. ]+) -->\n)?^```(?P<kind>bash|python)(?P<skip> skip:[^\n]*)?\n(?P<text>.*?)^```$",
                    re.M | re.S)
 LOOP = re.compile(r"for (\w+) in ([^;$]*); do((?:(?!\bfor\b).)*?)\bdone\b", re.S)
 WORD = re.compile(r'"[^"]*"|\S+')
