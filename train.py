@@ -1097,15 +1097,9 @@ def baseline_key(ctx, cfg, identity):
     return [identity, flag_values, machine]
 
 
-def measure_once(run, key, what, measure):
-    """measure(), or what it has given another run of this key (data/runtime/baselines.py); None: no key."""
-    return remembered(run, key, what, measure) if key else measure()
-
-
 def measure_baseline(ctx, cfg, run, rows, shots, known):
     """What the model does before training, as the first state of a run. known: its baseline_key."""
-    state = measure_once(run, known, "test before training",
-                         lambda: measure_untrained(ctx, cfg, rows, shots))
+    state = remembered(run, known, "test before training", lambda: measure_untrained(ctx, cfg, rows, shots))
     task = find_task(cfg.task)
     if task.begin:
         with Progress("before training"):
@@ -1141,8 +1135,8 @@ def train(ctx, cfg, run, rows, row_type, state, known):
     forgetting = forgetting_examples(cfg, ctx)
     if "forgetting_before" not in state:
         key = known and [known, forgetting]
-        state.update(measure_once(run, key, "forgetting before training",
-                                  lambda: {"forgetting_before": forgetting_loss(ctx, forgetting)}))
+        state.update(remembered(run, key, "forgetting before training",
+                                lambda: {"forgetting_before": forgetting_loss(ctx, forgetting)}))
     total_params = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
@@ -1298,30 +1292,33 @@ def preview(ctx, cfg, rows, row_type, shown=0):
     params_total = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg) if method.trains else {}
     examples = encode_rows(ctx, cfg, rows)
+    feed = None
+    steps = 0
     print_result(forecast.describe_model(cfg.init, ctx.model.config))
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
-        trunk, kept = planned_trunk(ctx, cfg, *open_feed(ctx, cfg, examples["train"], row_type))
+        feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+        trunk, kept = planned_trunk(ctx, cfg, feed, steps)
         if kept:
             plan = plan._replace(shared_blocks=trunk.layer, kept_tokens=count_tokens(kept))
         describe_plan(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
     if dist_state.size > 1:                             # a measurement ends by each process's own clock
         print_result("\nthe time is measured by one process only: leave torchrun out")
         return None
-    expected = forecast_run(ctx, cfg, rows, examples, row_type, trainable)
+    expected = forecast_run(ctx, cfg, rows, examples, feed, steps, trainable)
     print_result()
     forecast.print_forecast(expected, cfg.get("batch"), ctx.device)
     return expected
 
 
-def forecast_run(ctx, cfg, rows, examples, row_type, trainable, budget=forecast.BUDGET):
-    """A forecast.Forecast of the run, measured on the model, which is changed. trainable: {} for none."""
+def forecast_run(ctx, cfg, rows, examples, feed, steps, trainable, budget=forecast.BUDGET):
+    """A forecast.Forecast of the run, measured on the model, which is changed. feed, steps: as open_feed gives
+    them; not read where trainable is {}, for a run that does not train."""
     task = find_task(cfg.task)
     if not trainable:
         parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, 0)]
         return forecast.Forecast(0, 0, (0.0, 0.0), forecast.measure_parts(parts, budget))
-    feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
     ctx.trunk, kept = planned_trunk(ctx, cfg, feed, steps)
     parts = [forecast.evaluation_part(ctx, cfg, task, rows, examples, steps),
              *forecast.other_parts(ctx, cfg, task, rows, examples, feed, steps),
@@ -2277,7 +2274,8 @@ def forecast_stage(cfg):
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
-    return forecast_run(ctx, cfg, rows, examples, data["train"].row_type, trainable, budget=8.0)
+    feed, steps = open_feed(ctx, cfg, examples["train"], data["train"].row_type)
+    return forecast_run(ctx, cfg, rows, examples, feed, steps, trainable, budget=8.0)
 
 
 # -------------------------------------------------------------------------------------------- the other tasks

@@ -20,10 +20,12 @@ from data.runtime.progress import log_progress
 def remembered(run, key, what, measure):
     """The dict that measure() gives, or gave another run of the same key beside this one.
 
-    run      a Run; key: anything that JSON holds, with all that decides the numbers
+    run      a Run; key: anything that JSON holds, with all that decides the numbers; None: they are not shared
     what     the words for people
     measure  () -> a dict that JSON holds; all processes call it together
     """
+    if key is None:
+        return measure()
     path = run.folder.parent / ".baselines" / f"{hash_json(key)}.json"
 
     def read():
