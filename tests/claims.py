@@ -50,8 +50,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train                                                        # noqa: E402
 from data import toy                                                # noqa: E402
+from data.results.choose import badness                             # noqa: E402
+from data.results.compare import item_differences                   # noqa: E402
 from data.results.metrics import summary                            # noqa: E402
-from data.results.runs import events, item_values, lower_is_better, metric_values, read_run      # noqa: E402
+from data.results.runs import events, metric_values, read_run       # noqa: E402
 
 STORED = ROOT / "tests" / "claims"
 PAGE = ROOT / "tests" / "CLAIMS.md"
@@ -161,11 +163,10 @@ def best(runs, sides, metric):
     """The side with the best mean of a metric on valid; a side alone is itself."""
     if isinstance(sides, str):
         return sides
-    sign = -1 if lower_is_better(metric) else 1
 
-    def score(side):
-        return sign * summary(number(run, f"valid.{metric}") for run in of_side(runs, side).values())[0]
-    return max(sides, key=score)
+    def mean(side):
+        return summary(number(run, f"valid.{metric}") for run in of_side(runs, side).values())[0]
+    return min(sides, key=lambda side: badness(mean(side), metric))
 
 
 def difference(a, b, metric="exact_match"):
@@ -176,11 +177,7 @@ def difference(a, b, metric="exact_match"):
         by_seed = [number(left[s], metric) - number(right[s], metric) for s in seeds]
         if callable(metric):
             return by_seed, None
-        items = [(item_values(left[s], metric), item_values(right[s], metric)) for s in seeds]
-        if not all(x and y and len(x) == len(y) for x, y in items):
-            return by_seed, None
-        by_item = [sum(x[i] - y[i] for x, y in items) / len(items) for i in range(len(items[0][0]))]
-        return by_seed, by_item
+        return by_seed, item_differences([(left[s], right[s]) for s in seeds], metric)
     return measure
 
 

@@ -11,7 +11,7 @@ line, and the table is printed from it:
     share        flops of a step by data/results/cost_model.py, over the seconds it took, over the rate at which
                  this device multiplies two 4096 x 4096 matrices in the same precision
     peak MB      torch.cuda.max_memory_allocated from loading on, and what cost_model.py had estimated
-    peft         tokens/s of transformers + peft on the same ids, in the same precision
+    peft         tokens/s of transformers + peft on as many random ids, in the same precision
 """
 import argparse
 import json
@@ -166,7 +166,7 @@ def ppo_cell(folder, rows, flags, device):
 
 
 def peft_cell(folder, rows, flags, device, repeats):
-    """The same ids and the same LoRA, by transformers and peft: two micro-batches a step."""
+    """As many ids and the same LoRA, by transformers and peft: two micro-batches a step."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM

@@ -18,13 +18,14 @@ difference  To the group that is best on test, paired by seed: data/results/comp
 Valid is the measurement of the weights that were saved (runs.valid_metrics), of at most 100 rows. --on test
 chooses on the test items themselves, for runs that measure nothing on valid (RL); other seeds report.
 
-Public: Choice, check_select, fields_of, choose, print_choices
+Public: Choice, check_select, fields_of, choose, badness, print_choices
 """
 import math
 from typing import NamedTuple
 
 from data.results.compare import item_differences, seed_difference
-from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
+from data.results.layout import (Column, left_out_columns, print_columns, print_left_out_columns, print_wrapped,
+                                 terminal_width)
 from data.results.log_plots import group_label
 from data.results.metrics import summary
 from data.results.runs import (MISSING, NO_SETTINGS, VERSION_FIELDS, by_test_set, did_you_mean, display_value,
@@ -180,9 +181,7 @@ def print_choices(runs, metrics_of, cfg):
         print_columns(columns, cfg.markdown)
         print_result()
         dropped = [] if cfg.markdown else left_out_columns(columns, terminal_width())
-        if dropped:
-            print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: "
-                          f"{', '.join(column.title for column in dropped)}.")
+        print_left_out_columns(column.title for column in dropped)
         print_wrapped(f"{name}; {legend(choices, fields, metrics, cfg)}")
         if len(having) < len(some):
             print_wrapped(f"Runs without {metrics[0]}, which are not in this table: {len(some) - len(having)}.")

@@ -3,7 +3,8 @@
 In a narrow terminal the columns of the highest rank are left out; what still has no room continues on an
 indented line below its row. Folders, always the last column, go there first. Markdown has all columns.
 
-Public: Column, print_columns, wrapped, print_wrapped, join_parts, left_out_columns, terminal_width
+Public: Column, print_columns, wrapped, print_wrapped, join_parts, left_out_columns,
+print_left_out_columns, terminal_width
 """
 import sys
 from typing import NamedTuple
@@ -85,6 +86,13 @@ def left_out_columns(columns, limit):
         dropped.append(column)
         total -= width_of(column) + GAP
     return dropped
+
+
+def print_left_out_columns(titles):
+    """Name the columns for which the terminal has no room, if there are any."""
+    titles = list(titles)
+    if titles:
+        print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: {', '.join(titles)}.")
 
 
 def aligned_lines(columns, limit):

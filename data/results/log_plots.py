@@ -16,7 +16,7 @@ from data.runtime.files import UserError
 NAMED_BY_VALUE = ("method", "task", "init", "data")     # fields whose value needs no name in a label
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
-ROW_HEIGHT = 0.19                                           # inches of a row of a legend
+ROW_HEIGHT = 0.19                                       # inches of a row of a legend
 WIDTH = 3.5                                             # inches: a column of a two-column page
 
 

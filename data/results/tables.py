@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from data.results import choose, plots
 from data.results.compare import compare
-from data.results.layout import Column, left_out_columns, print_columns, print_wrapped, terminal_width
+from data.results.layout import (Column, left_out_columns, print_columns, print_left_out_columns, print_wrapped,
+                                 terminal_width)
 from data.results.log_plots import logged_fields
 from data.results.metrics import summary
 from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events,
@@ -335,8 +336,7 @@ def print_tables(runs, cfg):
         if not cfg.markdown:
             dropped.update((column.title, 1) for column in left_out_columns(columns, terminal_width()))
         print_result()
-    if dropped:
-        print_wrapped(f"Left out, because the terminal has {terminal_width()} columns: {', '.join(dropped)}.")
+    print_left_out_columns(dropped)
     legend = "mean ± sd over the runs of a row"
     if has_intervals:
         legend += (". 95 %: Student's t over seeds; of a single run over test items (proportions: Wilson, "
