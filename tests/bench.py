@@ -1,15 +1,18 @@
 """Ours against transformers + peft, side by side: one model, one set of rows, one precision, pinned threads.
 
-    PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     SMOLLM2=FOLDER: that model
+    PEERS=/path/to/python python tests/bench.py [--short] [--only WORD]     beside transformers and peft
     python tests/bench.py [--short] [--only WORD]                           ours alone, compared with nothing
+    python tests/bench.py --model FOLDER --budget 20                        that model, in at most 20 minutes
 
 Each line is a target: the median over repetitions of ours / theirs, both sides alive at once, taking turns;
 the first repetition warms up and is not counted. Seconds are a process's own CPU seconds; on one thread they
 are those of the wall clock, without the time of other processes. Tokens are real ones, no pads. Memory is the
-peak of each side's own process. Without SMOLLM2 the model is a small random Llama.
+peak of each side's own process. Without --model it is a small random Llama. With --budget the time is shared
+out among the lines: a line has as many repetitions as fit, at least one, of two steps each.
 
     sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
             order, padded to the longest row, as transformers' Trainer collates them. Ours: data/batches/examples.Feed
+    sft_bf16    with --model: the same with the base in bf16, adapters in fp32, under autocast, on both sides
     full    the same on rows of one length, every token supervised: nothing to gain by order or by masks
     prompt_tuning, p_tuning, prefix_tuning     twenty virtual tokens, ragged rows
     answer  greedy generation of 48 tokens for 16 prompts of mixed lengths; theirs: generate, left-padded
@@ -40,6 +43,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # tokens/s, at least
 TARGETS = dict(sft=3.0, full=1.05, prompt_tuning=2.0, p_tuning=2.0, prefix_tuning=2.0, answer=2.0, ppo=1.4,
                ppo_upper=2.0, ppo_third=2.5)
+REAL_TARGETS = dict(TARGETS, sft=2.0, sft_bf16=2.0)                     # with --model
 MEMORY = dict(sft=0.5, ppo=0.4, ppo_upper=0.4, ppo_third=0.4)           # at most
 PPO_LAYERS = dict(ppo=None, ppo_upper=(3, 4, 5), ppo_third=(4, 5))      # None: all six
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
@@ -64,7 +68,8 @@ def ours(what, folder, data, steps):
     from data.results import evaluate
     from model import generate
 
-    words = ["--init", folder, "--dtype", "fp32", "--device", "cpu", "--batch", str(BATCH), "--lr", str(LR)]
+    dtype = "bf16" if what.endswith("_bf16") else "fp32"
+    words = ["--init", folder, "--dtype", dtype, "--device", "cpu", "--batch", str(BATCH), "--lr", str(LR)]
     if what in SOFT:
         words += ["--method", what, "--num_virtual_tokens", "20"]
     else:
@@ -94,7 +99,8 @@ def ours(what, folder, data, steps):
             count = sum(targets(e) for part in parts for e in part)
             past, finish_prompt = train.prompt_past(ctx, cfg, parts)
             for part in parts:
-                loss = evaluate.summed_loss(ctx, part, past) / count
+                with ctx.autocast():
+                    loss = evaluate.summed_loss(ctx, part, past) / count
                 loss.backward()
                 total += loss.item()
             finish_prompt()
@@ -201,7 +207,8 @@ def peers(what, folder, data, steps):
     import peft
     import torch
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    low = what.endswith("_bf16")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if low else torch.float32)
     if what == "answer":
         prompts = [ids for ids, _ in data[:16]]
         T = max(map(len, prompts))
@@ -234,7 +241,8 @@ def peers(what, folder, data, steps):
             mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids, _ in batch])
             labels = torch.tensor([[t if on else -100 for t, on in zip(*row)] + [-100] * (T - len(row[0]))
                                    for row in batch])
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):        # as Trainer does with bf16=True
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learn, 1.0)
             optimiser.step()
@@ -319,10 +327,13 @@ def cell(job):
 
 
 # ---- both sides, in turns ----------------------------------------------------------------------------------
-def duel(what, model, vocab, args, folder):
+def duel(what, model, vocab, args, folder, targets, minutes):
+    """One line. minutes: what it may take, or None."""
+    began = time.monotonic()
+    short = args.short or minutes is not None
     job = folder / f"{what}.json"
     job.write_text(json.dumps(dict(what=what, model=str(model), rows=rows(what, vocab, args.short),
-                                   steps=2 if args.short else 8)))
+                                   steps=2 if short else 8)))
     sides = {}
     pythons = {"ours": sys.executable}
     if "PEERS" in os.environ and (what not in PPO_LAYERS or "TRL" in os.environ):
@@ -337,11 +348,16 @@ def duel(what, model, vocab, args, folder):
             raise SystemExit(f"{what}: {side} ({process.args[0]}) does not start; --side {side} --job FILE "
                              "tells why, where FILE holds what, model, rows and steps as JSON")
     found = {side: [] for side in sides}
-    for _ in range(1 + (2 if args.short else 5)):
+    longest = 0
+    for i in range(1 + (2 if args.short else 5)):
+        turn = time.monotonic()
+        if i > 1 and minutes is not None and turn - began + longest > 60 * minutes:
+            break
         for side, process in sides.items():
             process.stdin.write("\n")
             process.stdin.flush()
             found[side].append(json.loads(process.stdout.readline()))
+        longest = max(longest, time.monotonic() - turn)
     for process in sides.values():
         process.communicate()
     medians = [{k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides]
@@ -354,8 +370,8 @@ def duel(what, model, vocab, args, folder):
         return
     a, b = medians
     ratios = [x["speed"] / y["speed"] for x, y in zip(found["ours"][1:], found["peers"][1:])]
-    verdict(what, statistics.median(ratios), TARGETS[what], True,
-            f"{a['speed']:8,.4g} against {b['speed']:8,.4g} {unit}/s, ratios {min(ratios):.2f} to "
+    verdict(what, statistics.median(ratios), targets[what], True,
+            f"{a['speed']:8,.4g} against {b['speed']:8,.4g} {unit}/s, {len(ratios)} ratios {min(ratios):.2f} to "
             f"{max(ratios):.2f}" + f"; loss {a['loss']:.3f} and {b['loss']:.3f}" * learns)
     if what in MEMORY:
         verdict(f"{what} memory", a["memory"] / b["memory"], MEMORY[what], False,
@@ -413,7 +429,9 @@ def timed(*argv):
 def main():
     args = argparse.ArgumentParser(description="ours against transformers and peft")
     args.add_argument("--short", action="store_true", help="a few steps, indicative only")
-    args.add_argument("--only", choices=[*TARGETS, "start", "growth"], help="one line of it")
+    args.add_argument("--only", choices=[*REAL_TARGETS, "start", "growth"], help="one line of it")
+    args.add_argument("--model", help="a model folder instead of the small random Llama")
+    args.add_argument("--budget", type=float, metavar="MINUTES", help="how long the lines may take together")
     args.add_argument("--threads", type=int, default=1)
     args.add_argument("--side", choices=("ours", "peers", "cell"), help=argparse.SUPPRESS)
     args.add_argument("--job", help=argparse.SUPPRESS)
@@ -442,25 +460,30 @@ def main():
                 GPT(shape).save_pretrained(model)
                 tokenizer.save_pretrained(model)
             return str(model)
-        model = os.environ.get("SMOLLM2") or small()
+        model = args.model or small()
         vocab = read_json(pathlib.Path(model) / "config.json")["vocab_size"]
-        print(f"{pathlib.Path(model).name}, fp32, {args.threads} threads, load {os.getloadavg()[0]:.1f}, "
-              f"torch {torch.__version__}", flush=True)
-        if args.only == "growth" or not (args.only or args.short):
+        print(f"{pathlib.Path(model).name}, fp32 where a line says nothing else, {args.threads} threads, "
+              f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}", flush=True)
+        if args.only == "growth" or not (args.only or args.short or args.model):
             growth(args, folder, small)
         if args.only in ("start", "growth"):
             return
         if "PEERS" not in os.environ:
             print("PEERS names no interpreter with transformers and peft, so ours is compared with nothing")
-        for what in TARGETS:
-            if what in PPO_LAYERS and args.only in (None, what):
-                if what == "ppo" and "PEERS" in os.environ and "TRL" not in os.environ:
-                    print("TRL names no folder with trl 1.12, so PPO is not compared")
+        targets = REAL_TARGETS if args.model else TARGETS
+        left_out = PPO_LAYERS if args.model else ()                 # PPO has a model of its own
+        lines = [args.only] if args.only else [what for what in targets if what not in left_out]
+        if "ppo" in lines and "PEERS" in os.environ and "TRL" not in os.environ:
+            print("TRL names no folder with trl 1.12, so PPO is not compared")
+        ends = time.monotonic() + 60 * (args.budget or 0)
+        for i, what in enumerate(lines):
+            minutes = (ends - time.monotonic()) / 60 / (len(lines) - i) if args.budget else None
+            if what in PPO_LAYERS:
                 torch.manual_seed(0)
                 GPT(GPTConfig(1024, 64, 6, 6, 384, eos=1)).save_pretrained(folder / "gpt2")
-                duel(what, folder / "gpt2", 1024, args, folder)
-            elif args.only in (None, what):
-                duel(what, model, vocab, args, folder)
+                duel(what, folder / "gpt2", 1024, args, folder, targets, minutes)
+            else:
+                duel(what, model, vocab, args, folder, targets, minutes)
 
 
 if __name__ == "__main__":
