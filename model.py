@@ -26,7 +26,8 @@ in every layer, also in those whose entry is None.
 Attention is causal, except that the first `bidirectional_len[b]` tokens of row b attend to each other (all
 tokens: an encoder; those of a prompt: a prefix-LM). Rows are right-padded: under a causal mask no token
 attends to a pad behind it, so training and scoring need no padding mask. Decoding keeps a KVCache with one
-length per row, and writes each row's new keys and values behind that row's last.
+length per row, and writes each row's new keys and values behind that row's last; rows of similar length
+attend together, so that a short row does not read the columns of a long one.
 
 Deviations: q, k, v, gate, up are Linears of their own and rotary pairs are (j, j + hs/2), whatever a family
 stores (its rows are split and permuted at load, and back at save); no dropout; `hidden_states` stops before
@@ -164,6 +165,7 @@ class KVCache(NamedTuple):
     """
     layers: list                        # one Past(k, v) per layer, each (B, nkv, S, hs)
     lengths: torch.Tensor               # (B,)
+    groups: list = None                 # of rows that attention reads together, see length_groups; None: all
 
     @classmethod
     def extend(cls, filled, lengths, free):
@@ -180,7 +182,7 @@ class KVCache(NamedTuple):
         unused = max(entry.k.size(2) for entry in self.layers) - columns
         view = [Past(entry.k[:, :, :entry.k.size(2) - unused], entry.v[:, :, :entry.v.size(2) - unused])
                 for entry in self.layers]
-        return KVCache(view, self.lengths)
+        return KVCache(view, self.lengths, self.groups)
 
 
 # ---------------------------------------------------------------------------------------------- the network
@@ -273,6 +275,16 @@ def attend(q, k, v, mask):
     return (p.view(B, nkv, -1, S) @ v).view(B, nh, T, hs)
 
 
+def attend_by_length(q, k, v, masks):
+    """attend for decoding: every group of rows reads as many columns as its longest row has.
+
+    masks   [(rows, mask)], one per group: a slice of the batch, and its mask (b, 1, T, its columns)
+    """
+    parts = [attend(q[rows], k[rows, :, :mask.size(-1)], v[rows, :, :mask.size(-1)], mask)
+             for rows, mask in masks]
+    return torch.cat(parts)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -288,7 +300,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, past, cache, columns, select):
         """x (B, T, C) -> (B, T, C), or (N, C) at `select`; and the keys and values used, as Past(k, v).
 
-        mask     None (causal), or bool, (T, S) or (B, 1, T, S): true where a query attends to a column
+        mask     None (causal), or bool, (T, S) or (B, 1, T, S): true where a query attends to a column; or
+                 masks of groups of rows, as attend_by_length takes them
         past     None or a Past; with a cache only its gated side memory is used here
         cache    None, or Past(k, v) of S columns: new keys and values are written at `columns` (B, 1, T, 1)
         """
@@ -311,7 +324,7 @@ class Attention(nn.Module):
         elif past is not None and past.gate is None:                    # a past of batch 1 serves every row
             k = torch.cat((past.k.to(k.dtype).expand(B, -1, -1, -1), k), 2)     # (B, nkv, P + T, hs)
             v = torch.cat((past.v.to(v.dtype).expand(B, -1, -1, -1), v), 2)
-        y = attend(q, k, v, mask)                                       # (B, nh, T, hs)
+        y = (attend_by_length if isinstance(mask, list) else attend)(q, k, v, mask)     # (B, nh, T, hs)
         if past is not None and past.gate is not None:
             side_k = past.k.to(q.dtype).expand(B, -1, -1, -1)
             side_v = past.v.to(q.dtype).expand(B, -1, -1, -1)
@@ -633,7 +646,11 @@ def layer_views(past, cache, positions, bidirectional_len):
         elif front not in masks:
             columns = (positions - (P - front))[:, None, :, None]                   # (B, 1, T, 1)
             S = layer_cache.k.size(2)
-            masks[front] = torch.arange(S, device=columns.device) <= columns, columns       # (B, 1, T, S)
+            mask = torch.arange(S, device=columns.device) <= columns                    # (B, 1, T, S)
+            if cache.groups is not None:
+                unused = [max(entry.k.size(2) for entry in cache.layers) - n for _, n in cache.groups]
+                mask = [(rows, mask[rows, ..., :S - n]) for (rows, _), n in zip(cache.groups, unused)]
+            masks[front] = mask, columns
         mask, columns = masks[front]
         views.append((mask, layer_cache, columns))
     return views
@@ -756,8 +773,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     sizes = [len(prompt) for prompt in prompts]
     free = [model.config.block_size - past_length(past) - size for size in sizes]
     limits = [min(max_new_tokens, columns + 1) for columns in free]     # the last token needs no column
-    cache, hidden = read_prompts(model, prompts, limits, past, embed, bidirectional_prompt, infill_suffix)
-    alive = list(range(len(prompts)))                                   # rows that are not finished
+    alive = sorted(range(len(prompts)), key=sizes.__getitem__)          # rows that are not finished
+    cache, hidden = read_prompts(model, [prompts[row] for row in alive], [limits[row] for row in alive], past,
+                                 embed, bidirectional_prompt, infill_suffix)
     while True:
         u = None if uniforms is None else uniforms[alive, len(new[alive[0]])]
         tokens = sample(model.logits(hidden), temperature, top_k, top_p, generator, u)      # (rows alive,)
@@ -771,15 +789,34 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             alive = [alive[i] for i in kept]
             tokens = tokens[index]
             cache = cache.rows(index)
-        longest = past_length(past) + max(sizes[row] + len(new[row]) for row in alive)
+        lengths = [past_length(past) + sizes[row] + len(new[row]) for row in alive]     # upwards
+        if tokens.device.type == "cpu":         # on a GPU more calls cost more than fewer columns save
+            cache = cache._replace(groups=length_groups(lengths))
         glm_positions = None
         if infill_suffix:
             prompt_lengths = tokens.new_tensor([sizes[row] for row in alive])
             glm_positions = glm_position_ids(cache.lengths[:, None] - past_length(past), prompt_lengths)
-        hidden, _ = model.hidden_states(tokens[:, None], past, cache=cache.narrow(longest),
+        hidden, _ = model.hidden_states(tokens[:, None], past, cache=cache.narrow(lengths[-1]),
                                         glm_positions=glm_positions)
         hidden = hidden[:, 0]                                           # (rows alive, C)
         cache = cache._replace(lengths=cache.lengths + 1)
+
+
+def length_groups(lengths, least=256):
+    """Rows of ascending lengths in groups [(slice, columns of its longest)], or None for a single one.
+
+    A cut between short and long rows spares the short ones the columns of the long ones; one that spares
+    fewer than `least` columns in all costs more, in calls, than it saves.
+    """
+    groups = []
+    end = len(lengths)
+    while end:
+        spared = [row * (lengths[end - 1] - lengths[row - 1]) for row in range(1, end)]     # by a cut at row
+        most = max(spared, default=0)
+        begin = 1 + spared.index(most) if most >= least else 0
+        groups.append((slice(begin, end), lengths[end - 1]))
+        end = begin
+    return groups[::-1] if len(groups) > 1 else None
 
 
 def check_generate(prompts, max_new_tokens, temperature, top_k, top_p, past, uniforms, eos):

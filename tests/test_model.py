@@ -22,8 +22,8 @@ from data.runtime.files import DataError, UserError, read_json, write_json
 from data.checkpoints import hf
 from data.checkpoints.hf import FAMILIES, find_family, parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
-from model import GPT, GPTConfig, KVCache, Past, RMSNorm, attend, generate, glm_position_ids, past_length
-from model import rope_table, sample, token_logprobs
+from model import GPT, GPTConfig, KVCache, Past, RMSNorm, attend, generate, glm_position_ids, length_groups
+from model import past_length, rope_table, sample, token_logprobs
 
 LOGITS = np.load(HERE / "logits.npz")
 CLOSE = 5e-5            # logits reach 23; two fp32 programs, each up to 3e-5 from the same sum in fp64
@@ -817,6 +817,52 @@ def test_decoding_in_place_equals_the_full_forward_at_every_step(kind, T):
             for b, row in enumerate(rows):
                 full = logits(model, [row + more[b, :step + T].tolist()], prompt)[0, -T:]
                 assert (model.logits(hidden[b]) - full).abs().max() < 1e-12
+
+
+@ANY
+@pytest.mark.parametrize("past_in", [(), (0,), (0, 1)])
+def test_rows_read_in_groups_of_their_length_are_the_same_rows(kind, past_in):
+    """A past in no, one or all layers; every cut is made, and what a group leaves out is rubbish."""
+    model, rows, P = make(kind).double(), ids(1, 3, 3, 9), 2 if past_in else 0
+    past = [entry if i in past_in else None for i, entry in enumerate(soft(model, 2))]
+    lengths = P + torch.tensor([1, 3, 3, 9])
+    groups = length_groups((lengths + 1).tolist(), least=1)
+    assert groups == [(slice(0, 1), P + 2), (slice(1, 3), P + 4), (slice(3, 4), P + 10)]
+    with torch.no_grad():
+        _, made = model.hidden_states(pad(rows), past)
+        whole = KVCache.extend(made, lengths, 1)
+        want, _ = model.hidden_states(torch.tensor([[7]] * 4), past, cache=whole)
+        cut = KVCache.extend(made, lengths, 1)
+        for layer in cut.layers:
+            front = layer.k.size(2) - 10                    # the columns of the past in this layer
+            for row, n in enumerate((1, 3, 3)):
+                layer.k[row, :, front + n + 1:] = layer.v[row, :, front + n + 1:] = torch.nan
+        got, _ = model.hidden_states(torch.tensor([[7]] * 4), past, cache=cut._replace(groups=groups))
+    assert (got - want).abs().max() < 1e-12
+
+
+def test_length_groups_by_hand():
+    """A cut at row i spares i rows the difference of two lengths; the best is made if it spares enough."""
+    assert length_groups([5, 5, 5]) is None and length_groups([100]) is None
+    assert length_groups([10, 20, 100], least=160) == [(slice(0, 2), 20), (slice(2, 3), 100)]       # 2 * 80
+    assert length_groups([10, 20, 100], least=161) is None
+    assert length_groups([10, 20, 100], least=10) == [(slice(0, 1), 10), (slice(1, 2), 20), (slice(2, 3), 100)]
+    assert length_groups([10, 95, 100], least=90) == [(slice(0, 1), 10), (slice(1, 3), 100)]        # 90 beats 2 * 5
+
+
+@ANY
+def test_generated_rows_keep_their_order_and_their_tokens_in_groups(kind, monkeypatch):
+    model, prompts = make(kind).double(), ids(9, 2, 5, 2, 12)
+    uniforms = torch.rand(5, 8, generator=torch.Generator().manual_seed(3))
+    alone = [generate(model, [p], 8, uniforms=uniforms[i:i + 1])[0] for i, p in enumerate(prompts)]
+    seen = []
+
+    def all_cuts(lengths):
+        seen.append(length_groups(lengths, least=1))
+        return seen[-1]
+    monkeypatch.setattr("model.length_groups", all_cuts)
+    assert generate(model, prompts, 8, uniforms=uniforms) == alone
+    assert [rows for rows, _ in seen[0]] == [slice(0, 2), slice(2, 3), slice(3, 5)]
 
 
 @ANY
