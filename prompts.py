@@ -600,6 +600,7 @@ class PromptMethod:
     defaults: dict  # of flags, where this method's first run needs another value
     loop_flags: tuple = ()                          # groups that only the supervised loop reads
     template_flags: tuple = ()                      # groups that only tasks with a text to stand in read
+    rate_power: float = 0.0                         # the rate falls with the model's width to this power
     refuses: dict = field(default_factory=dict)     # {task: why this method does not do it}
     critic_lr: float = 5e-3                         # of PPO's critic, a LoRA: --lr suits virtual tokens
     allocator = None

@@ -6,7 +6,7 @@
 
 A task record has: name, flags, training_flags, baseline_flags, defaults, renamed_flags, config, lr_scale,
 trains, baseline, baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags, loop_flags,
-template_flags, defaults, refuses, trains, mergeable, and perhaps variants (their names are switches) and
+template_flags, defaults, rate_power, refuses, trains, mergeable, and perhaps variants (their names are switches) and
 critic_lr. This file names none.
 
 Public: Program, parse, choose_task, groups_of
@@ -24,7 +24,7 @@ class Program(NamedTuple):
     """What the command line can say.
 
     selectors: {flag: records that it names, with flags or defaults of their own}.
-    by_init: (task, method, --init) -> {flag: default} where it depends on --init.
+    by_init: (task, method, --init, {flag: default} without it) -> {flag: default} where it depends on --init.
     """
     common: type
     tasks: tuple
@@ -73,7 +73,7 @@ def defaults_of(task, method, argv, program):
         usual["value_lr"] = method.critic_lr * task.lr_scale
     init = word_after(argv, "init", task.defaults.get("init", fields_of([program.common])["init"].default))
     if task.trains:
-        usual.update(program.by_init(task, method, init))
+        usual.update(program.by_init(task, method, init, usual))
     return {**usual, **task.defaults, "task": task.name, "method": method.name}
 
 
