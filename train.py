@@ -282,7 +282,7 @@ def defaults_by_init(task, method, init, usual):
     found = {}
     if task.full_lr and method.trains_base:
         found["lr"] = task.full_lr["new" if init == "new" else "existing"]
-    if init != "new":
+    if init != "new" and method.trains:
         width = width_of(init)
         found["lr"] = rate_at_width({**usual, **found}["lr"], width, method.rate_power)
         if "value_lr" in usual:                     # the rate of a critic that is a LoRA

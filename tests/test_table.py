@@ -7,7 +7,7 @@ import os
 import pytest
 import tiny
 
-from data.results import choose, compare, log_plots, plots, runs, tables
+from data.results import choose, compare, log_plots, plots, resources, runs, tables
 from data.runtime.files import UserError, read_json
 from data.runtime.flags import parse
 from data.runtime.run_folder import Run, RunError
@@ -172,7 +172,7 @@ def test_a_folder_of_runs_is_as_good_as_a_pattern(tmp_path, capsys):
 
 def test_sizes():
     sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 192456: "192 kB", 3_740_160: "3.7 MB", 2e10: "20 GB"}
-    assert {n: tables.format_size(n) for n in sizes} == sizes
+    assert {n: resources.format_size(n) for n in sizes} == sizes
 
 
 def test_a_table_for_the_test_items_of_every_task(tmp_path, capsys):
@@ -759,7 +759,7 @@ def test_a_word_can_be_chosen_and_chosen_runs_compared(tmp_path, capsys):
                      flags=["--method", method, "--schedule", schedule, "--seed", seed])
     out = shown(tmp_path, capsys, "--select", "schedule", "--compare", "full", "lora")
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == "method schedule on valid seeds exact_match 95 %".split()
+    assert lines[0] == "method schedule on valid seeds exact_match 95 % steps stored trainable memory tokens/s".split()
     assert lines[1][:6] == "lora linear 0.600 2 0.750 ±".split() and "was tried" not in out
     row = next(line for line in lines if line[:2] == ["full", "2"])     # -0.4, -0.6; of items -1, -0.5 or 0
     assert row[2:] == ["-0.5000", "[-1.7706,", "+0.7706]", "[-0.8372,", "-0.1628]"]

@@ -1274,6 +1274,7 @@ def test_default_rates_fall_with_the_width_of_the_model(tmp_path, monkeypatch):
     assert rate("--task", "pretrain", "--init", "new") == 1e-3
     assert rate("--task", "pretrain", "--init", str(wide)) == 3.4e-5
     assert rate("--init", str(wide), "--lr", "0.02") == 0.02
+    assert rate("--init", str(wide), "--method", "none") is None
     assert rate("--init", str(tmp_path / "nowhere")) == 5e-3            # reported where it is opened
 
 

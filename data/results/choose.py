@@ -28,6 +28,7 @@ from data.results.layout import (Column, left_out_columns, print_columns, print_
                                  terminal_width)
 from data.results.log_plots import group_label
 from data.results.metrics import summary
+from data.results.resources import resource_columns
 from data.results.runs import (MISSING, NO_SETTINGS, VERSION_FIELDS, by_test_set, did_you_mean, display_value,
                                distinguishing_fields, estimate, field_value, format_estimate, group,
                                group_fields, known_fields, lower_is_better, measured_differently,
@@ -224,7 +225,7 @@ def table(choices, fields, metrics, cfg):
         columns.append(Column(metric, list(means)))
         if any(interval != MISSING for interval in intervals):
             columns.append(Column("95 %", list(intervals), 2))
-    return columns
+    return columns + resource_columns([choice.reported for choice in choices], without=(*fields, cfg.select))
 
 
 def key_columns(choices, fields):

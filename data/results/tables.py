@@ -11,7 +11,7 @@ Runs that were measured on different test items stand in different tables, each 
 width       what a terminal has no room for is left out or wrapped (data/results/layout.py)
 left out    a folder that looks like a run and is not in the table is listed below it with the reason
 
-Public: TableFlags, show, best, table, matrix, format_size
+Public: TableFlags, show, best, table, matrix
 """
 import math
 import os
@@ -22,7 +22,7 @@ from data.results.compare import compare
 from data.results.layout import (Column, left_out_columns, print_columns, print_left_out_columns, print_wrapped,
                                  terminal_width)
 from data.results.log_plots import logged_fields
-from data.results.metrics import summary
+from data.results.resources import RESOURCES, resource_columns, resource_of
 from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events,
                                field_value, format_estimate, gather, group, group_fields, known_fields,
                                lower_is_better, main_metric, measured_differently, metric_names, metric_values,
@@ -233,30 +233,6 @@ def best(groups, metric):
     return {first[0]} if wins else set()
 
 
-def format_size(n):
-    """Bytes -> "3.7 MB"; two digits at least from 1 kB on."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5 or unit == "GB":
-            decimals = 1 if n < 10 and unit != "B" else 0
-            return f"{n:.{decimals}f} {unit}"
-        n /= 1000
-
-
-# {title of the column: (keys in result.json, of which a run has one; function that formats the number)},
-# the least important last
-RESOURCES = {"steps": (("steps",), "{:,.0f}".format),
-             "stored": (("adapter_bytes", "model_bytes"), format_size),
-             "trainable": (("params_trainable",), "{:,.0f}".format),
-             "memory": (("peak_memory_mb",), "{:.0f} MB".format),
-             "tokens/s": (("tokens_per_second",), "{:,.0f}".format)}
-
-
-def resource_of(title, runs):
-    """The mean over runs of a number of RESOURCES; None if no run has it."""
-    values = sum((metric_values(runs, name) for name in RESOURCES[title][0]), [])
-    return summary(values)[0] if values else None
-
-
 def table(groups, fields, metrics, sort=None):
     """The Columns of a table.
 
@@ -267,11 +243,7 @@ def table(groups, fields, metrics, sort=None):
     columns.append(Column("runs", [str(len(runs)) for runs in groups.values()]))
     for metric in metrics:
         columns += metric_columns(groups, metric, metric == metrics[0])
-    for number, (title, (_, text)) in enumerate(RESOURCES.items()):
-        values = [resource_of(title, runs) for runs in groups.values()]
-        if title not in fields and any(value is not None for value in values):
-            cells = [MISSING if value is None else text(value) for value in values]
-            columns.append(Column(title, cells, 4 + number))
+    columns += resource_columns(groups.values(), without=fields)
     if sort == "date" and "date" not in fields:
         latest = [max(runs, key=lambda run: run["finished"]) for runs in groups.values()]
         columns.append(Column("date", [field_value(run, "date") for run in latest]))
