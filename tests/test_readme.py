@@ -28,7 +28,6 @@ WORD = re.compile(r'"[^"]*"|\S+')
 PLACEHOLDER = re.compile(r"/path/to/|\b(FILE|FOLDER|PYTHON)\b")
 MODELS = ("smollm2-135m-instruct",)                     # what the variable SMOLLM2 is the folder of
 IN_CI = ("main command", "test command")                # .ci/run runs these word for word
-LAST = ("picture command",)                             # runs after the others: it draws what they made
 
 
 def blocks(page):
@@ -220,8 +219,7 @@ def pasted(tmp_path_factory, bin_folder):
 def test_every_block_runs_as_pasted(page, pasted, bin_folder, tmp_path):
     folder = tmp_path / "house"
     shutil.copytree(pasted, folder)
-    ordered = sorted(blocks(page), key=lambda block: block["mark"] in LAST)
-    for block in ordered:
+    for block in blocks(page):
         if block["skip"] or block["mark"] in (*IN_CI, "lora.py"):
             continue
         if block["mark"] and block["mark"].endswith(".py"):
