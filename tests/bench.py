@@ -8,7 +8,9 @@ Each line is a target: the median over repetitions of ours / theirs, both sides 
 the first repetition warms up and is not counted. Seconds are a process's own CPU seconds; on one thread they
 are those of the wall clock, without the time of other processes. Tokens are real ones, no pads. Memory is the
 peak of each side's own process. Without --model it is a small random Llama. With --budget the time is shared
-out among the lines: a line has as many repetitions as fit, at least one, of two steps each.
+out among the lines: a line has as many repetitions as fit, at least one, of two steps each. Below a line is
+what bounds it: the flops that both sides do, counted by torch's dispatcher (attention on a CPU is not counted),
+and for decoding the bytes, as shares of what this machine does in a product or a sum; the rest is overhead.
 
     sft     LoRA r 8 on q and v, ragged rows of which the last third is supervised. Theirs: batches in random
             order, padded to the longest row, as transformers' Trainer collates them. Ours: data/batches/examples.Feed
@@ -86,6 +88,7 @@ def ours(what, folder, data, steps):
         def repeat(i):
             with torch.no_grad():
                 return sum(map(len, generate(ctx.model, prompts, NEW, temperature=0))), 0.0
+        repeat.bytes = bytes_a_token(ctx.model, prompts)
         return repeat
     trainable = train.apply_method(ctx, cfg)
     feed = Feed(data, BATCH, cfg.micro_batch_tokens, 1)
@@ -110,6 +113,14 @@ def ours(what, folder, data, steps):
             tokens += sum(size(e) for part in parts for e in part)
         return tokens, total / steps
     return repeat
+
+
+def bytes_a_token(model, prompts):
+    """What decoding has to read for a token: its share of the weights, and the keys and values before it."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    columns = sum(map(len, prompts)) / len(prompts) + NEW / 2
+    c = model.config
+    return weights / len(prompts) + columns * 2 * c.n_layer * c.n_kv_head * c.head_size * 4
 
 
 def our_ppo(folder, layers):
@@ -266,13 +277,53 @@ def serve(args):
         side = {"ours": ours, "peers": peers}[args.side]
         repeat = side(job["what"], job["model"], job["rows"], job["steps"])
     print("ready", file=out, flush=True)
-    for i, _ in enumerate(sys.stdin):
+    for i, word in enumerate(sys.stdin):
+        if word == "count\n":
+            print(json.dumps(work(repeat, i, job["what"])), file=out, flush=True)
+            continue
         began = time.process_time()
         tokens, loss = repeat(i)
         seconds, unit = time.process_time() - began, 2 ** (20 if sys.platform == "darwin" else 10)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(json.dumps(dict(speed=tokens / seconds, loss=loss, memory=peak)), file=out,
               flush=True)
+
+
+def work(repeat, i, what):
+    """What bounds a side: flops a token, the machine's own rates of them and of bytes, bytes a token if known."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):           # FlopCounterMode fails at a nested torch.autograd.grad
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            flops = flop_registry.get(function._overloadpacket)
+            self.total += flops(*args, **(kwargs or {}), out_val=out) if flops else 0
+            return out
+    with Counter() as counter:
+        tokens, _ = repeat(i)
+    bulk, times = torch.zeros(2 ** 25), []
+    for _ in range(8):
+        began = time.process_time()
+        bulk.sum()
+        times.append(time.process_time() - began)
+    rate = matmul_rate(512, 2048, torch.bfloat16 if what.endswith("_bf16") else torch.float32)
+    return dict(flops=counter.total / tokens, flops_a_second=rate, bytes=getattr(repeat, "bytes", None),
+                bytes_a_second=4 * bulk.numel() / min(times))
+
+
+def matmul_rate(width, inner, dtype):
+    """Flops a second of the best of twenty products."""
+    import torch
+    x, w, rates = torch.randn(1024, width, dtype=dtype), torch.randn(width, inner, dtype=dtype), []
+    for _ in range(20):
+        began = time.process_time()
+        x @ w
+        rates.append(2 * x.numel() * inner / (time.process_time() - began))
+    return max(rates)
 
 
 def cell(job):
@@ -308,11 +359,6 @@ def cell(job):
         for p in trainable.values():
             p.grad = None
         times.append(time.process_time() - began)
-    x, w, rate = torch.randn(1024, c.n_embd), torch.randn(c.n_embd, c.n_inner), []
-    for _ in range(20):
-        began = time.process_time()
-        x @ w
-        rate.append(2 * x.numel() * c.n_inner / (time.process_time() - began))
     dense = sum(p.numel()
                 for n, p in ctx.model.blocks.named_parameters() if n.endswith("weight") and p.dim() > 1)
     # forward and the gradient of the input, 2 flops a weight each; attention is causal, its backward twice it
@@ -323,7 +369,7 @@ def cell(job):
     flops += 4 * c.vocab_size * c.n_embd / 3
     seconds = statistics.median(times[1:])
     print(json.dumps(dict(seconds=seconds, memory=peak_memory_mb(ctx.device),
-                          share=flops * T * len(rows) / seconds / max(rate))))
+                          share=flops * T * len(rows) / seconds / matmul_rate(c.n_embd, c.n_inner, torch.float32))))
 
 
 # ---- both sides, in turns ----------------------------------------------------------------------------------
@@ -358,6 +404,12 @@ def duel(what, model, vocab, args, folder, targets, minutes):
             process.stdin.flush()
             found[side].append(json.loads(process.stdout.readline()))
         longest = max(longest, time.monotonic() - turn)
+    counts = {}
+    for side, process in sides.items():
+        if side == "ours" or what not in PPO_LAYERS:        # TRL trains in a thread that the counter does not see
+            process.stdin.write("count\n")
+            process.stdin.flush()
+            counts[side] = json.loads(process.stdout.readline())
     for process in sides.values():
         process.communicate()
     medians = [{k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides]
@@ -367,6 +419,7 @@ def duel(what, model, vocab, args, folder, targets, minutes):
         a, = medians
         print(f"{what:14} {a['speed']:8,.4g} {unit}/s, {a['memory']:7,.0f} MB" + f"; loss {a['loss']:.3f}" * learns,
               flush=True)
+        print_bound(what, counts, medians)
         return
     a, b = medians
     ratios = [x["speed"] / y["speed"] for x, y in zip(found["ours"][1:], found["peers"][1:])]
@@ -376,6 +429,21 @@ def duel(what, model, vocab, args, folder, targets, minutes):
     if what in MEMORY:
         verdict(f"{what} memory", a["memory"] / b["memory"], MEMORY[what], False,
                 f"{a['memory']:7,.0f} against {b['memory']:7,.0f} MB")
+    print_bound(what, counts, medians)
+
+
+def print_bound(what, counts, medians):
+    """Flops (and bytes) of a token on each side, and their share of what this machine can do in a second."""
+    flops, shares, parts = [], [], []
+    for count, median in zip(counts.values(), medians):
+        flops.append(f"{count['flops'] / 1e6:,.1f}")
+        shares.append(f"{count['flops'] * median['speed'] / count['flops_a_second']:.0%}")
+        if count["bytes"]:
+            share = count["bytes"] * median["speed"] / count["bytes_a_second"]
+            parts.append(f"; ours reads {count['bytes'] / 1e6:,.2f} MB, {share:.0%} of the memory rate")
+    unit = "an iteration" if what in PPO_LAYERS else "a token"
+    print(f"{'':14} bound: {' against '.join(flops)} Mflop {unit}, {' and '.join(shares)} of the matmul rate"
+          + "".join(parts), flush=True)
 
 
 def verdict(what, value, target, least, note):
