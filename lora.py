@@ -864,7 +864,7 @@ class LoRAMethod:
     flags: tuple                                    # groups of flags that every task reads
     defaults: dict  # of flags, where this method's first run needs another value
     loop_flags: tuple = ()                          # groups that only the supervised loop reads
-    rate_power: float = 0.0                         # the rate falls with the model's width to this power
+    rate_falls: bool = False                        # the default rate falls with the model's width
     refuses: dict = field(default_factory=dict)     # {task: why this method does not do it}
     allocator: object = None                        # (model, cfg, total) -> RankAllocator
     selected_by = "method"
@@ -922,17 +922,15 @@ class LoRAMethod:
                     quant=cfg.quant, first_layer=min(parse_layers(cfg.layers, n_layer) or [0]))
 
 
-RATE_POWER = 0.78                                   # see train.rate_at_width
 LORA_VARIANTS = (LoRA, DoRA, PiSSA)                 # add a class here: the switch --NAME appears by itself
 METHODS = (
     LoRAMethod("lora", "low-rank deltas", variants=LORA_VARIANTS,
                flags=(AdapterFlags, RankFlags, RsLoRAFlags, *switch_flags(LORA_VARIANTS)),
                loop_flags=(DropoutFlags, DecayFlags, LoRAPlusFlags),
-               defaults=dict(lr=5e-3, targets="q,v,up,down"), rate_power=RATE_POWER),
+               defaults=dict(lr=5e-3, targets="q,v,up,down"), rate_falls=True),
     LoRAMethod("adalora", "low-rank deltas, rank budget", variants=(AdaLoRA,),
                flags=(AdapterFlags, RankFlags), loop_flags=(DropoutFlags, DecayFlags, AdaLoRAFlags),
-               defaults=dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"), rate_power=RATE_POWER,
-               allocator=rank_allocator,
+               defaults=dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"), allocator=rank_allocator,
                refuses={"ppo": "it prunes by the supervised loop's schedule; take --method lora"}),
     LoRAMethod("ia3", "rescaling vectors", variants=(IA3,), flags=(AdapterFlags,), loop_flags=(DecayFlags,),
                cost_kind="ia3", critic_lr=5e-3,

@@ -600,7 +600,7 @@ class PromptMethod:
     defaults: dict  # of flags, where this method's first run needs another value
     loop_flags: tuple = ()                          # groups that only the supervised loop reads
     template_flags: tuple = ()                      # groups that only tasks with a text to stand in read
-    rate_power: float = 0.0                         # the rate falls with the model's width to this power
+    rate_falls: bool = False                        # the default rate falls with the model's width
     refuses: dict = field(default_factory=dict)     # {task: why this method does not do it}
     critic_lr: float = 5e-3                         # of PPO's critic, a LoRA: --lr suits virtual tokens
     allocator = None
@@ -692,7 +692,7 @@ METHODS = (
                                prompt_template="{prompt} {p}")),
     PromptMethod("prefix_tuning", "per-layer keys and values through an MLP", PrefixTuning,
                  flags=(KeyValueFlags, PrefixFlags),
-                 defaults=dict(lr=1e-3, beta2=0.95, epochs=10.0)),
+                 defaults=dict(lr=1e-3, beta2=0.95, epochs=10.0), rate_falls=True),
     PromptMethod("p_tuning_v2", "per-layer keys and values, direct", PTuningV2, flags=(KeyValueFlags,),
                  loop_flags=(PTuningV2Flags,),
                  defaults=dict(lr=3e-2, beta2=0.95, epochs=10.0)),

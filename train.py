@@ -284,9 +284,10 @@ def defaults_by_init(task, method, init, usual):
         found["lr"] = task.full_lr["new" if init == "new" else "existing"]
     if init != "new" and method.trains:
         width = width_of(init)
-        found["lr"] = rate_at_width({**usual, **found}["lr"], width, method.rate_power)
+        if method.rate_falls:
+            found["lr"] = rate_at_width({**usual, **found}["lr"], width)
         if "value_lr" in usual:                     # the rate of a critic that is a LoRA
-            found["value_lr"] = rate_at_width(usual["value_lr"], width, lora.RATE_POWER)
+            found["value_lr"] = rate_at_width(usual["value_lr"], width)
     if init != "new" and not reads_toy(init):
         found["forgetting_data"] = "none"
     return found
@@ -295,18 +296,17 @@ def defaults_by_init(task, method, init, usual):
 BASE_WIDTH = 128                                    # of data/base, which the methods' rates suit
 
 
-def rate_at_width(rate, width, power):
-    """A rate that suits data/base, for a model of another width: rate (128 / width)^power, in two digits.
+def rate_at_width(rate, width):
+    """A rate that suits data/base, for a model of another width: rate (128 / width)^0.78, in two digits.
 
     Schulman et al. 2025 (LoRA Without Regret) fitted the best rates of LoRA on Llama models of all sizes by
     5e-5 * 10 * (2000 / width)^0.781. The same power leads from our rate at width 128 to 1.17 times theirs.
-    Methods that train or add to weights have it; soft prompts and IA3 have 0, as they add nothing to a sum over
-    the width. data/results/README.md shows what these defaults lose at width 576. Narrower models keep the
-    rate.
+    Which methods need it (`rate_falls` of their records) was measured at width 576, data/results/README.md: LoRA,
+    full tuning and prefix tuning do. Narrower models keep the rate.
     """
     if width <= BASE_WIDTH:
         return rate
-    return float(f"{rate * (BASE_WIDTH / width) ** power:.2g}")
+    return float(f"{rate * (BASE_WIDTH / width) ** 0.78:.2g}")
 
 
 def width_of(init):
@@ -607,7 +607,7 @@ class FullMethod:
     name = "full"
     selected_by = "method"
     help = "everything"
-    rate_power = lora.RATE_POWER
+    rate_falls = True
     flags = ()
     loop_flags = (lora.DecayFlags, ShardFlags)
     defaults = dict(lr=1e-3)
