@@ -194,7 +194,8 @@ class PiSSA(LoRA):
     def __init__(self, linear, rank, scale, dropout=0.0, generator=None):
         super().__init__(linear, rank, scale, dropout, generator)
         W = dequantized_weight(linear, torch.float32).detach()
-        W = W.to("cpu" if W.device.type == "mps" else W.device, torch.float64)      # fp32 errs by 1e-5 on some CPUs
+        # in fp64, because fp32 errs by 1e-5 on some CPUs; mps has none
+        W = W.to("cpu" if W.device.type == "mps" else W.device, torch.float64)
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         root = (S[:rank] / scale).sqrt()  # shared evenly, so that A and B learn at one rate
         self.lora_A.data.copy_(root[:, None] * Vh[:rank])

@@ -167,6 +167,11 @@ class KVCache(NamedTuple):
     lengths: torch.Tensor               # (B,)
     groups: list = None                 # of rows that attention reads together, see length_groups; None: all
 
+    @property
+    def columns(self):
+        """S of the widest layer."""
+        return max(entry.k.size(2) for entry in self.layers)
+
     @classmethod
     def extend(cls, filled, lengths, free):
         """A cache of the past that hidden_states returned for B rows, with `free` empty columns behind it."""
@@ -179,7 +184,7 @@ class KVCache(NamedTuple):
 
     def narrow(self, columns):
         """A view of the first `columns` columns: what the longest row uses."""
-        unused = max(entry.k.size(2) for entry in self.layers) - columns
+        unused = self.columns - columns
         view = [Past(entry.k[:, :, :entry.k.size(2) - unused], entry.v[:, :, :entry.v.size(2) - unused])
                 for entry in self.layers]
         return KVCache(view, self.lengths, self.groups)
@@ -324,7 +329,8 @@ class Attention(nn.Module):
         elif past is not None and past.gate is None:                    # a past of batch 1 serves every row
             k = torch.cat((past.k.to(k.dtype).expand(B, -1, -1, -1), k), 2)     # (B, nkv, P + T, hs)
             v = torch.cat((past.v.to(v.dtype).expand(B, -1, -1, -1), v), 2)
-        y = (attend_by_length if isinstance(mask, list) else attend)(q, k, v, mask)     # (B, nh, T, hs)
+        attention = attend_by_length if isinstance(mask, list) else attend
+        y = attention(q, k, v, mask)                                    # (B, nh, T, hs)
         if past is not None and past.gate is not None:
             side_k = past.k.to(q.dtype).expand(B, -1, -1, -1)
             side_v = past.v.to(q.dtype).expand(B, -1, -1, -1)
@@ -547,9 +553,8 @@ class GPT(nn.Module):
                             "shorter texts or fewer virtual tokens")
         if cache is None:
             return
-        columns = max(entry.k.size(2) for entry in cache.layers)
-        if columns > context:
-            raise UserError(f"a cache of {columns} columns does not fit the context of {context}")
+        if cache.columns > context:
+            raise UserError(f"a cache of {cache.columns} columns does not fit the context of {context}")
         if bidirectional_len is not None:
             raise UserError("bidirectional_len belongs to the call that reads a prompt; behind a cache, "
                             "attention is causal")
@@ -630,7 +635,8 @@ def check_targets(targets, tokens):
 
 
 def layer_views(past, cache, positions, bidirectional_len):
-    """For every layer: attention mask or None; its part of the cache or None, and where to write in it.
+    """For every layer: attention mask, or None, or masks of the cache's groups of rows; its part of the cache or
+    None, and where to write in it.
 
     A layer without an entry in the past lacks the P columns in front of the tokens, in its mask and cache.
     """
@@ -648,8 +654,8 @@ def layer_views(past, cache, positions, bidirectional_len):
             S = layer_cache.k.size(2)
             mask = torch.arange(S, device=columns.device) <= columns                    # (B, 1, T, S)
             if cache.groups is not None:
-                unused = [max(entry.k.size(2) for entry in cache.layers) - n for _, n in cache.groups]
-                mask = [(rows, mask[rows, ..., :S - n]) for (rows, _), n in zip(cache.groups, unused)]
+                missing = cache.columns - S                                     # columns of the past
+                mask = [(rows, mask[rows, ..., :n - missing]) for rows, n in cache.groups]
             masks[front] = mask, columns
         mask, columns = masks[front]
         views.append((mask, layer_cache, columns))

@@ -285,7 +285,7 @@ def defaults_by_init(task, method, init, usual):
     if init != "new" and method.trains:
         width = width_of(init)
         if method.rate_falls:
-            found["lr"] = rate_at_width({**usual, **found}["lr"], width)
+            found["lr"] = rate_at_width(found.get("lr", usual["lr"]), width)
         if "value_lr" in usual:                     # the rate of a critic that is a LoRA
             found["value_lr"] = rate_at_width(usual["value_lr"], width)
     if init != "new" and not reads_toy(init):

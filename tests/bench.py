@@ -305,25 +305,27 @@ def work(repeat, i, what):
             return out
     with Counter() as counter:
         tokens, _ = repeat(i)
-    bulk, times = torch.zeros(2 ** 25), []
-    for _ in range(8):
-        began = time.process_time()
-        bulk.sum()
-        times.append(time.process_time() - began)
+    bulk = torch.zeros(2 ** 25)
     rate = matmul_rate(512, 2048, torch.bfloat16 if what.endswith("_bf16") else torch.float32)
     return dict(flops=counter.total / tokens, flops_a_second=rate, bytes=getattr(repeat, "bytes", None),
-                bytes_a_second=4 * bulk.numel() / min(times))
+                bytes_a_second=4 * bulk.numel() / fastest(bulk.sum))
 
 
 def matmul_rate(width, inner, dtype):
     """Flops a second of the best of twenty products."""
     import torch
-    x, w, rates = torch.randn(1024, width, dtype=dtype), torch.randn(width, inner, dtype=dtype), []
+    x, w = torch.randn(1024, width, dtype=dtype), torch.randn(width, inner, dtype=dtype)
+    return 2 * x.numel() * inner / fastest(lambda: x @ w)
+
+
+def fastest(call):
+    """CPU seconds of the best of twenty calls."""
+    times = []
     for _ in range(20):
         began = time.process_time()
-        x @ w
-        rates.append(2 * x.numel() * inner / (time.process_time() - began))
-    return max(rates)
+        call()
+        times.append(time.process_time() - began)
+    return min(times)
 
 
 def cell(job):
@@ -400,16 +402,12 @@ def duel(what, model, vocab, args, folder, targets, minutes):
         if i > 1 and minutes is not None and turn - began + longest > 60 * minutes:
             break
         for side, process in sides.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            found[side].append(json.loads(process.stdout.readline()))
+            found[side].append(ask(process, ""))
         longest = max(longest, time.monotonic() - turn)
     counts = {}
     for side, process in sides.items():
         if side == "ours" or what not in PPO_LAYERS:        # TRL trains in a thread that the counter does not see
-            process.stdin.write("count\n")
-            process.stdin.flush()
-            counts[side] = json.loads(process.stdout.readline())
+            counts[side] = ask(process, "count")
     for process in sides.values():
         process.communicate()
     medians = [{k: statistics.median(r[k] for r in found[side][1:]) for k in found[side][0]} for side in sides]
@@ -430,6 +428,13 @@ def duel(what, model, vocab, args, folder, targets, minutes):
         verdict(f"{what} memory", a["memory"] / b["memory"], MEMORY[what], False,
                 f"{a['memory']:7,.0f} against {b['memory']:7,.0f} MB")
     print_bound(what, counts, medians)
+
+
+def ask(process, word):
+    """What a side answers to "" (a repetition) or "count"."""
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 def print_bound(what, counts, medians):

@@ -1251,7 +1251,7 @@ def test_every_phase_has_a_name(world, tmp_path, monkeypatch):
     assert progress.active == []
 
 
-def test_default_rates_fall_with_the_width_of_the_model(tmp_path, monkeypatch):
+def test_default_rates_fall_with_the_width_of_the_model(tmp_path):
     """By hand: 5e-3 (128 / 576)^0.78 = 1.547e-3; the published 5e-4 (2000 / width)^0.781 within a quarter."""
     assert train.rate_at_width(5e-3, 576) == 1.5e-3
     for width in (2048, 4096, 8192, 16384):

@@ -5,9 +5,9 @@
     defaults   field < method < what --init is < task < record that a flag names
 
 A task record has: name, flags, training_flags, baseline_flags, defaults, renamed_flags, config, lr_scale,
-trains, baseline, baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags, loop_flags,
-template_flags, defaults, rate_falls, refuses, trains, mergeable, and perhaps variants (their names are switches) and
-critic_lr. This file names none.
+trains, baseline, baseline_hint, new_model, templates, loss, scales_loss. A method record has: name, flags,
+loop_flags, template_flags, defaults, rate_falls, refuses, trains, mergeable, and perhaps variants (their names are
+switches) and critic_lr. This file names none.
 
 Public: Program, parse, choose_task, groups_of
 """
