@@ -400,6 +400,33 @@ def test_bold_only_where_intervals_separate(other, data, wins, tmp_path, capsys)
     assert ("**0.910 ± 0.010**" in out) == wins and "0.910 ± 0.010" in out
 
 
+def test_inputs_named_after_the_seed_share_a_row(tmp_path, capsys):
+    """Each seed of RL starts from its own SFT model: one row, and pairs by seed. Other names stay apart."""
+    for method in ("full", "lora"):
+        for seed in (1, 2):
+            make(tmp_path / f"{method}-s{seed}", {"exact_match": seed / 4 + (method == "lora") / 8},
+                 flags=["--method", method, "--seed", seed, "--init", f"out/sft-s{seed}", "--reward",
+                        f"out/rm-s{seed}/best,short"])
+    out = shown(tmp_path, capsys, "--by", "method,init,reward", "--compare", "full", "lora")
+    assert out.count("sft-s*") == 2 and out.count("best,short") == 2 and "0.375 ± 0.177" in out
+    assert "pairs of runs: 2" in out and "-0.1250 ± 0.0000" in out
+
+    make(tmp_path / "b-s3", {"exact_match": 0.1}, flags=["--seed", 3, "--init", "out/sft-s1"])      # another seed's
+    out = shown(tmp_path, capsys, "--by", "init")
+    assert "sft-s*" in out and "sft-s1 " in out
+    for seed in (1, 2):                                 # a word that ends in another way
+        make(tmp_path / f"c-s{seed}", {"exact_match": 0.2}, flags=["--seed", seed, "--init", f"out/rest{seed}"])
+    out = shown(tmp_path, capsys, "--by", "init")
+    assert "rest1" in out and "rest2" in out
+
+
+def test_one_seed_keeps_the_name_of_its_input(tmp_path, capsys):
+    make(tmp_path / "a", {"exact_match": 0.5}, flags=["--init", "out/sft-s1"])
+    make(tmp_path / "b", {"exact_match": 0.5}, flags=["--init", "out/other-s1"])
+    out = shown(tmp_path, capsys, "--by", "init")
+    assert "sft-s1" in out and "other-s1" in out and "*" not in out.replace("**", "")
+
+
 def test_a_row_that_mixes_settings_says_so(tmp_path, capsys):
     seeds(tmp_path, "a", [0.5, 0.6])
     seeds(tmp_path, "b", [0.5, 0.6], ["--rank", 2])

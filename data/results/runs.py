@@ -21,6 +21,9 @@ code        one more field of "config". Runs of different code never share a gro
 data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
             fields of runs that have the same flags and differ in the content of that input. They separate
             groups as `code` does
+input of a seed
+            where each seed starts from its own model, as out/sft-s1 of seed 1 and out/sft-s2 of seed 2, the
+            input's name ends in the run's seed. Such inputs are one value, out/sft-s*: the runs share a group
 estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
                     There is none when a seed occurs twice: then other settings differ inside the group
@@ -39,6 +42,7 @@ import glob
 import json
 import math
 import pathlib
+import re
 import time
 
 from data.results import metrics
@@ -95,6 +99,7 @@ def gather(patterns):
     label_tests(runs)
     for run in runs:
         label_facts(run)
+    label_inputs_of_seeds(runs)
     return runs, rest + repeated
 
 
@@ -203,6 +208,22 @@ def label_facts(run):
         config.pop("steps", None)
         facts["steps"] = run["result"]["steps"]
     run["config"] = {**config, **facts}
+
+
+def label_inputs_of_seeds(runs):
+    """Give inputs that are named after their run's seed one name, with * for the seed, where several are."""
+    for field in ("data", "init", "reward"):
+        named = {}                                      # {name with *: its runs}
+        for run in runs:
+            path = run["config"].get(field)
+            if isinstance(path, str):
+                starred = re.sub(rf"-s{run['config'].get('seed')}(?=$|[/,])", "-s*", path)
+                if starred != path:
+                    named.setdefault(starred, []).append(run)
+        for starred, some in named.items():
+            if len({run["config"][field] for run in some}) > 1:
+                for run in some:
+                    run["config"] = {**run["config"], field: starred}
 
 
 # ------------------------------------------------------------------------------------------------- test sets
