@@ -23,7 +23,7 @@ Public: Choice, check_select, fields_of, choose, badness, print_choices
 import math
 from typing import NamedTuple
 
-from data.results.compare import item_differences, seed_difference
+from data.results.compare import format_interval, item_differences, seed_difference
 from data.results.layout import (Column, left_out_columns, print_columns, print_left_out_columns, print_wrapped,
                                  terminal_width)
 from data.results.log_plots import group_label
@@ -349,11 +349,11 @@ def print_differences(choices, fields, metric, markdown):
     differences = [seed_difference(some, metric) for some in pairs]
     means = [MISSING if math.isnan(mean) else f"{mean:+.4f}" for mean, *_ in differences]
     columns.append(Column("difference", means))
-    columns.append(Column("95 %, over seeds", [interval(mean, half) for mean, _, half in differences]))
+    columns.append(Column("95 %, over seeds", [format_interval(mean, half) for mean, _, half in differences]))
     by_item = [item_differences(some, metric) if some else None for some in pairs]
     if any(by_item):
         over_items = [summary(some or ()) for some in by_item]
-        columns.append(Column("95 %, over items", [interval(mean, half) for mean, _, half in over_items]))
+        columns.append(Column("95 %, over items", [format_interval(mean, half) for mean, _, half in over_items]))
     better = "less" if lower_is_better(metric) else "more"
     print_result()
     print_wrapped(f"{metric} against {group_label(first.key, fields)}, paired by seed ({better} is better):")
@@ -367,7 +367,3 @@ def pairs_of(choice, other):
     partner = {field_value(run, "seed"): run for run in other.reported}
     return [(run, partner[field_value(run, "seed")]) for run in choice.reported
             if field_value(run, "seed") in partner]
-
-
-def interval(mean, half):
-    return f"[{mean - half:+.4f}, {mean + half:+.4f}]" if math.isfinite(half) else MISSING

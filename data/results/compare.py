@@ -9,12 +9,12 @@ by item     for a proportion of test items, from result.json's "item_correct", a
 code        a field: `code=ab12` selects it. Unless A or B fixes it, runs of different code are never paired.
             Pairs of more than one code are an error, and sides of different code are reported in a line
 
-Public: compare, select, seed_difference, item_differences, sign_test
+Public: compare, select, seed_difference, item_differences, format_interval, sign_test
 """
 import math
 
 from data.results.metrics import summary
-from data.results.runs import (VERSION_FIELDS, display_value, field_value, group, item_values, known_fields,
+from data.results.runs import (MISSING, VERSION_FIELDS, display_value, field_value, group, item_values, known_fields,
                                lower_is_better, measured_differently, metric_values)
 from data.runtime.files import UserError
 
@@ -119,13 +119,16 @@ def item_differences(pairs, metric):
     return [sum(x[i] - y[i] for x, y in outcomes) / len(pairs) for i in range(len(outcomes[0][0]))]
 
 
+def format_interval(mean, half):
+    return f"[{mean - half:+.4f}, {mean + half:+.4f}]" if math.isfinite(half) else MISSING
+
+
 def by_seed(pairs, metric):
     """One line: the mean difference over pairs and its interval."""
     mean, sd, half = seed_difference(pairs, metric)
     if len(pairs) < 2:
         return f"  by seed  {mean:+.4f} (one pair has no interval)"
-    interval = f"[{mean - half:+.4f}, {mean + half:+.4f}]"
-    return f"  by seed  {mean:+.4f} ± {sd:.4f}  95 % {interval}, Student's t over pairs"
+    return f"  by seed  {mean:+.4f} ± {sd:.4f}  95 % {format_interval(mean, half)}, Student's t over pairs"
 
 
 def by_item(pairs, metric):
@@ -136,9 +139,8 @@ def by_item(pairs, metric):
     mean, _, half = summary(differences)
     better = sum(d > 0 for d in differences)
     worse = sum(d < 0 for d in differences)
-    interval = f"[{mean - half:+.4f}, {mean + half:+.4f}]"
-    return (f"  by item  {mean:+.4f}           95 % {interval}, t over {len(differences)} items; better on "
-            f"{better}, worse on {worse}, sign test p {sign_test(better, worse):.2g}")
+    return (f"  by item  {mean:+.4f}           95 % {format_interval(mean, half)}, t over {len(differences)} items; "
+            f"better on {better}, worse on {worse}, sign test p {sign_test(better, worse):.2g}")
 
 
 def sign_test(better, worse):
