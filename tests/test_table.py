@@ -404,9 +404,12 @@ def test_inputs_named_after_the_seed_share_a_row(tmp_path, capsys):
     """Each seed of RL starts from its own SFT model: one row, and pairs by seed. Other names stay apart."""
     for method in ("full", "lora"):
         for seed in (1, 2):
-            make(tmp_path / f"{method}-s{seed}", {"exact_match": seed / 4 + (method == "lora") / 8},
+            make(tmp_path / f"{method}-s{seed}", {"exact_match": seed / 4 + (method == "lora") / 8, "kl": seed,
+                                                  "score": 2 * seed},
                  flags=["--method", method, "--seed", seed, "--init", f"out/sft-s{seed}", "--reward",
-                        f"out/rm-s{seed}/best,short"])
+                        f"out/rm-s{seed}/best,short"], stored={"base_sha256": f"b{seed}", "reward": f"r{seed}"})
+    assert "1.500 ± 0.577" in shown(tmp_path, capsys, "--by", "init", "--metric", "kl")
+    assert "3.000 ± 1.155" in shown(tmp_path, capsys, "--by", "init", "--metric", "score")
     out = shown(tmp_path, capsys, "--by", "method,init,reward", "--compare", "full", "lora")
     assert out.count("sft-s*") == 2 and out.count("best,short") == 2 and "0.375 ± 0.177" in out
     assert "pairs of runs: 2" in out and "-0.1250 ± 0.0000" in out

@@ -23,7 +23,8 @@ data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
             groups as `code` does
 input of a seed
             where each seed starts from its own model, as out/sft-s1 of seed 1 and out/sft-s2 of seed 2, the
-            input's name ends in the run's seed. Such inputs are one value, out/sft-s*: the runs share a group
+            input's name ends in the run's seed. Such inputs are one value, out/sft-s*: the runs share a group, and
+            a KL or a score to the model of one's own seed is one metric
 estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
                     There is none when a seed occurs twice: then other settings differ inside the group
@@ -212,7 +213,8 @@ def label_facts(run):
 
 def label_inputs_of_seeds(runs):
     """Give inputs that are named after their run's seed one name, with * for the seed, where several are."""
-    for field in ("data", "init", "reward"):
+    hashes = {"data": "data_sha256", "init": "base_sha256", "reward": "reward"}
+    for field, hash_key in hashes.items():
         named = {}                                      # {name with *: its runs}
         for run in runs:
             path = run["config"].get(field)
@@ -224,6 +226,7 @@ def label_inputs_of_seeds(runs):
             if len({run["config"][field] for run in some}) > 1:
                 for run in some:
                     run["config"] = {**run["config"], field: starred}
+                    run[hash_key] = starred             # a KL to the model of one's own seed is one metric
 
 
 # ------------------------------------------------------------------------------------------------- test sets
