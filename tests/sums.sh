@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RL with verifiable rewards on toy/sums: pass@1 to pass@16 after SFT, rejection sampling, GRPO, DAPO, RLOO and PPO,
-# each from the same SFT model and with about as many sampled answers (60 iterations of 64):  tests/sums.sh [OUT]
+# each from the same SFT model and with about as many sampled answers (60 iterations of 64, to which DAPO adds
+# refills):  tests/sums.sh [OUT]
 # SEEDS, ALGOS: words, "1 2 3" and "grpo dapo rloo ppo"; PYTHON: the interpreter. A command that is finished is not run
 # again. Rejection sampling answers 480 prompts 8 times, and imitates one right answer to each.
 set -euo pipefail
