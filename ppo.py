@@ -1288,7 +1288,7 @@ class Experience(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The units in which the critic works and a loss is measured, from the first rollout whose returns
+    """The units in which the critic works and a loss is measured, from the first rollout whose rewards
     differ.
 
     A run must not depend on the zero and the scale of its reward: neither changes pi* (with beta scaled
@@ -1298,7 +1298,7 @@ class Units(NamedTuple):
     advantages are not normalised is divided by the same unit.
     """
     shift: float = 0.0                          # the mean return
-    scale: float = 0.0                          # its standard deviation; 0: no returns have differed yet
+    scale: float = 0.0                          # its standard deviation; 0: no rewards have differed yet
     gain: float = 1.0
     offset: float = 0.0
 
@@ -1583,8 +1583,6 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     values = environment.reward(prompts, answers, rows, *([batch] if environment.reward_takes_batch else []))
     rewarded = checked_scores(values, len(answers), device)
     ended = torch.tensor([answer[-1] in eos for answer in answers], device=device)
-    s = final_scores(rewarded, ended, batch.mask.sum(1), cfg.max_new_tokens, cfg.missing_eos_penalty,
-                     cfg.overlong)
     metrics = part_means(values)
     if environment.gold_reward:
         gold = checked_scores(environment.gold_reward(prompts, answers, rows), len(answers), device)
@@ -1592,12 +1590,20 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
-    return Experience(answers, batch, s, rewarded, ended, metrics)
+    return penalised(cfg, Experience(answers, batch, rewarded, rewarded, ended, metrics))
+
+
+def penalised(cfg, experience):
+    """The Experience with its scores, penalties among them, from the reward's."""
+    lengths = experience.batch.mask.sum(1)
+    scores = final_scores(experience.rewarded, experience.ended, lengths, cfg.max_new_tokens,
+                          cfg.missing_eos_penalty, cfg.overlong)
+    return experience._replace(scores=scores)
 
 
 def collect(cfg, roles, environment, step, device):
     """One iteration's rollout, an Experience, and what is learnt from: the same, or with --dynamic_sampling
-    only groups whose scores differ, of it and of answers to other prompts."""
+    only groups whose rewards differ, of it and of answers to other prompts."""
     count = cfg.batch // cfg.num_generations
     chosen = prompt_indices(len(environment.prompts), count, cfg.seed, step)
     generator = rng(cfg.seed, "sample", step, device=device)
@@ -1621,13 +1627,15 @@ def collect(cfg, roles, environment, step, device):
         found.append(keep_informative_groups(cfg, more))
         sampled += len(more.answers)
     first.metrics["answers_sampled"] = sampled
-    return first, join_experiences(found)
+    joined = join_experiences(found)
+    return first, joined if joined.batch is None else penalised(cfg, joined)
 
 
 def keep_informative_groups(cfg, experience):
-    """The groups in which scores of answers that count differ: an Experience, perhaps without any answer."""
+    """The groups in which the rewards of answers that count differ: an Experience, perhaps without any answer.
+    Penalties do not count: of eight right answers one that is long teaches nothing about the task."""
     k = cfg.num_generations
-    differs = ~equal_groups(experience.scores, k, counted_answers(cfg, experience)).repeat_interleave(k)
+    differs = ~equal_groups(experience.rewarded, k, counted_answers(cfg, experience)).repeat_interleave(k)
     rows = differs.nonzero()[:, 0].tolist()
     answers = [experience.answers[i] for i in rows]
     batch = experience.batch.take(rows) if rows else None
@@ -1762,13 +1770,17 @@ def add_ptx(coef, policy, params, parts):
     return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
 
+def in_warmup(cfg, state):
+    """Whether this iteration trains the critic alone."""
+    return "value" in state.params and state.step < cfg.value_warmup
+
+
 def optimizer_step(cfg, state, lr_scale, stop):
     """Let policy and critic step, each with its own clipping; nobody steps after an early stop, and the
     policy not in the critic's warm-up. Returns {name: number}."""
-    warmup = "value" in state.params and state.step < cfg.value_warmup
     metrics = {}
     for role in state.params:
-        idle = stop or (warmup and role == "policy")
+        idle = stop or (role == "policy" and in_warmup(cfg, state))
         metrics[f"grad_norm_{role}"] = state.apply(role, 0.0 if idle else lr_scale)
     metrics["skipped"] = sum(bad > 0 for bad in state.bad.values())
     return metrics
@@ -1816,7 +1828,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         batch = None
         if experience.batch is not None:
             counted = counted_answers(cfg, experience)
-            if not state.units.scale and counted.any():
+            informative = experience.rewarded[counted].unique().numel() > 1     # else penalties would be the unit
+            if not state.units.scale and informative:
                 state.units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
             batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
@@ -1833,7 +1846,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
             order = rng(cfg.seed, "order", state.step)
             part = batch if len(rows) == len(batch.mask) else batch.take(rows)
             metrics.update(update(cfg, roles, state, part, scale, order, environment.banned, ptx))
-        state.kl.update(metrics["kl"], cfg.batch)
+        if not in_warmup(cfg, state):                           # the policy stands still, and so does its KL
+            state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:
             state.ema.update(state.params["policy"])
         state.step += 1

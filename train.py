@@ -1726,7 +1726,7 @@ def find_z0(ctx, cfg, batches, past, idle_batches=()):
             sums.append(ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk))
         for batch in idle_batches:                      # sharded: equal numbers of forwards
             ppo.mismatched_log_ratios(context, mismatched_pairs(batch), ctx.find_trunk)
-    total, count = map(sum, zip((0.0, 0), *sum(distributed.gather(sums), [])))
+    total, count = distributed.all_reduce((), map(sum, zip((0.0, 0), *sums)))
     return ppo.kto_z0(total, count, cfg.beta)
 
 
@@ -1748,8 +1748,10 @@ def prepare_preferences(ctx, cfg, examples):
     """Examples as --preference_loss takes them: for KTO good and bad answers, and answers to other prompts."""
     if preference_record(cfg).unpaired:
         examples = [as_thumbs(example) for example in examples]
-        partners = mismatched(examples)
-        examples = [example._replace(mismatched=answers) for example, answers in zip(examples, partners)]
+        room = ctx.max_text_len()                           # what is longer behind this prompt is cut
+        partners = [[ids[:room - len(example.prompt)] for ids in answers]
+                    for example, answers in zip(examples, mismatched(examples))]
+        examples = [example._replace(mismatched=tuple(answers)) for example, answers in zip(examples, partners)]
     return add_reference_logprobs(ctx, cfg, examples)
 
 
@@ -1834,6 +1836,7 @@ def sample_for_calibration(ctx, cfg, rows):
 def calibrate_reward(ctx, cfg, rows, state):
     with ctx.autocast():
         reward = ppo.model_reward(adapter_context(ctx, ctx.past()), ctx.head, cfg.micro_batch_tokens)
+        reward = reward_models.within(reward, ctx.max_text_len())       # an answer may end behind the last column
         ppo.calibrate(ctx.head, reward(calibration_prompts(ctx, rows), state["samples"]))
 
 
@@ -2071,12 +2074,14 @@ def make_roles(cfg, ctx, base, setup):
         lora.load_adapter(base, setup.reward_folder, "value")
     else:
         head = ppo.ScalarHead(base.config.n_embd, zero=True).to(ctx.device)
-        lora.inject(base, cfg.get("targets", "q,v"), rank=cfg.get("rank", 8), alpha=cfg.get("alpha", 16.0),
+        targets = [word for word in cfg.get("targets", "q,v").split(",") if word != "head"]     # which it never runs
+        lora.inject(base, targets or "q,v", rank=cfg.get("rank", 8), alpha=cfg.get("alpha", 16.0),
                     layers=parse_layers(cfg.get("layers"), base.config.n_layer), name="value", seed=cfg.seed)
         base.to(ctx.device)
     parameters = {f"head.{name}": p.requires_grad_() for name, p in head.named_parameters()}
     parameters.update(lora.adapter_parameters(base, "value"))
-    return ppo.Roles(policy, reference, enter_model(ctx, base, "value"), head, shared_blocks(ctx, cfg, base)), parameters
+    critic = enter_model(ctx, base, "value")
+    return ppo.Roles(policy, reference, critic, head, shared_blocks(ctx, cfg, base)), parameters
 
 
 def shared_blocks(ctx, cfg, base):

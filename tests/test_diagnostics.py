@@ -20,7 +20,7 @@ REF = [[-1.5, -0.25, -2.0], [-1.1, -2.0], [-0.7], [-1.2, -0.1, -0.3, -0.2]]
 ANSWERS = [[5, 6, 7], [5, 7], [7], [5, 5, 5, 5]]
 
 
-def described(scores, ended=(True, True, True, True), k=1):
+def described(scores, ended=(True, True, True, True), k=1, rewarded=None):
     batch = ppo.collate_rollout([[1, 2]] * 4, ANSWERS)
     padded = torch.full(batch.mask.shape, math.nan, dtype=torch.float64)
     logp = padded.clone()
@@ -29,7 +29,7 @@ def described(scores, ended=(True, True, True, True), k=1):
         logp[i, :len(one)] = torch.tensor(one, dtype=torch.float64)
         ref_logp[i, :len(other)] = torch.tensor(other, dtype=torch.float64)
     batch = batch._replace(logp=logp, ref_logp=ref_logp, entropy=torch.ones_like(logp))
-    return ppo_metrics.describe(batch, ANSWERS, torch.tensor(scores), torch.tensor(ended), k)
+    return ppo_metrics.describe(batch, ANSWERS, torch.tensor(scores), torch.tensor(ended), k, rewarded=rewarded)
 
 
 def test_three_estimates_of_the_kl_by_a_naive_loop():
@@ -71,6 +71,23 @@ def test_length_of_right_and_of_wrong_answers(scores, ended, k, right, wrong):
     m = described(scores, tuple(map(bool, ended)), k)
     assert m.get("length_right") == (right if right is None else pytest.approx(right))
     assert m.get("length_wrong") == (wrong if wrong is None else pytest.approx(wrong))
+
+
+def test_accuracy_by_margin_is_of_whole_margins():
+    """Ranks may be fractions; half a rank is no margin of 0 or 1, but a pair like any other."""
+    s, rank = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 0.0]]), torch.tensor([[1.0, 1.4, 2.0], [1.0, 1.5, 3.0]])
+    report = ppo_metrics.reward_report([(s, rank, torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3))])
+    assert report["accuracy"] == pytest.approx(5 / 6) and report["pairs"] == 6
+    assert {k: v for k, v in report.items() if "margin" in k} == {"accuracy_margin_1": 1.0, "accuracy_margin_2": 1.0}
+
+
+def test_an_answer_is_right_whatever_its_penalty():
+    """Lengths of right answers, and how the score follows length, are about the reward, not about penalties."""
+    rewarded = [1.0, 1.0, 0.0, 0.0]
+    m = described([1.0, -0.5, 0.0, 0.0], (True,) * 4, 4, rewarded=torch.tensor(rewarded))
+    plain = described(rewarded, (True,) * 4, 4)
+    assert [m[name] == plain[name] for name in ("length_right", "length_wrong", "score_length_corr")] == [True] * 3
+    assert m["score_penalised"] == 0.125 and m["score"] == 0.5
 
 
 def test_groups_without_variance():

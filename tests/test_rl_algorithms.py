@@ -311,6 +311,8 @@ def test_groups_differ_by_their_finished_answers_alone():
     assert ppo.keep_informative_groups(cfg, some).answers == []
     cfg = dataclasses.replace(cfg, overlong="none")
     assert len(ppo.keep_informative_groups(cfg, some).answers) == 8
+    equal = some._replace(rewarded=torch.ones(8), ended=torch.ones(8, dtype=torch.bool))     # penalties alone differ
+    assert ppo.keep_informative_groups(cfg, equal).answers == []
 
 
 @pytest.mark.parametrize("changes", [dict(missing_eos_penalty=2.0), dict(overlong="penalty")])
@@ -410,6 +412,33 @@ def test_groups_of_equal_scores_are_replaced_by_other_prompts():
         assert m["answers_sampled"] > 16 and m["frac_reward_zero_std"] > 0     # described is the rollout before the choice
         assert (batch.advantages[:, 0].view(4, 4).std(1) > 0).all()
         assert m["tokens"] > batch.lengths.sum()            # of all rounds
+
+
+def test_penalties_of_a_refilled_rollout_have_one_unit():
+    """Scores of different prompts differ in scale, so that the spread of each round would be another one."""
+    def reward(prompts, answers, rows=None):
+        return [float(p[1]) ** 3 * (len(set(y)) if p[0] % 2 else 1) for p, y in zip(prompts, answers)]
+    cfg = config(algo="dapo", num_generations=4, batch=32, dynamic_sampling=20, max_new_tokens=5, overlong="penalty")
+    roles, _, _, _ = setup(cfg)
+    first, learnt = ppo.collect(cfg, roles, ppo.Environment(MANY, reward, END, [PAD]), 0, torch.device("cpu"))
+    assert first.metrics["answers_sampled"] > 32 and len(learnt.answers) == 32 and not learnt.ended.all()
+    for some in (first, learnt):
+        lengths = some.batch.mask.sum(1)
+        want = ppo.final_scores(some.rewarded, some.ended, lengths, 5, cfg.missing_eos_penalty, "penalty")
+        assert torch.equal(some.scores, want) and not torch.equal(want, some.rewarded)
+
+
+def test_penalties_alone_give_no_units():
+    """Rewards that do not differ yet say nothing of their scale; an answer without end must not."""
+    cfg = config(steps=2, max_new_tokens=3, batch=32)
+    roles, state, _, _ = setup(cfg)
+    given = []
+
+    def reward(prompts, answers, rows=None):
+        given.append(len(answers))
+        return [0.0] * len(answers) if len(given) == 1 else toy_reward(prompts, answers)
+    for m, _ in ppo.train_ppo(cfg, roles, state, environment(reward)):
+        assert m["eos_rate"] < 1 and (state.units.scale > 0) == (m["step"] == 2)
 
 
 def test_the_refill_is_bounded_and_says_how_many_are_left():

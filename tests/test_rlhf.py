@@ -340,6 +340,28 @@ def test_sample_answers_every_valid_prompt(town, tmp_path):
     assert len(train.open_data(cfg)[0]["valid"]) == 110
 
 
+def test_the_critic_leaves_the_head_alone(town, tmp_path):
+    """No value passes through the language model's head, so an adapter there would never get a gradient."""
+    words = ["--task", "ppo", *PPO, "--data", town / "prompts", "--reward", "judges:letters"]
+    for targets in ("q,v,head", "head"):
+        assert go(town, tmp_path / targets, *words, "--targets", targets)["status"] == "done"
+
+
+def test_a_reward_model_scores_answers_that_fill_the_context(town, tmp_path):
+    """A sampled answer ends one token behind the last column that a model reads."""
+    words = ["--task", "reward", "--data", town / "pairs", "--steps", "2", "--batch", "8"]
+    assert go(town, tmp_path / "rm", *words, "--max_new_tokens", "159")["status"] == "done"
+
+
+def test_answers_to_other_prompts_are_cut_to_the_context(town, tmp_path):
+    """KTO reads an answer behind the prompt of another row: each row fits, and not all such pairs do."""
+    rows = [{"prompt": "a", "chosen": "b" * 120, "rejected": "c"},
+            {"prompt": "d" * 120, "chosen": "e", "rejected": "f"}]
+    write(tmp_path, {"long": rows * 4}, every=4)
+    words = ["--task", "dpo", "--preference_loss", "kto", "--data", tmp_path / "long", "--steps", "2", "--batch", "4"]
+    assert go(town, tmp_path / "run", *words)["status"] == "done"
+
+
 def test_a_judge_that_sees_no_difference_ends_no_run(town, tmp_path):
     """Every answer has the same score before training: a gain in standard deviations of nothing is left out."""
     (town / "flat.py").write_text("def zero(prompt, answer):\n    return 0.0\n")

@@ -11,7 +11,8 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     frac_reward_zero_std    share of groups in which all scores are equal, of answers that are learnt from
     score      the mean of the reward itself, as in the results before and after training, and score_std its
                standard deviation; score_penalised, where it differs: the mean of what is learnt from, after
-               --missing_eos_penalty and --overlong. All other numbers about scores are of that
+               --missing_eos_penalty and --overlong. frac_reward_zero_std, score_cut and score_ended are of
+               that; length_* and score_length_corr of the reward itself
     objective  score_penalised - beta kl: what PPO maximises, so it rises, up to noise
     clipfrac_low, clipfrac_high   tokens whose gradient the clip took, below and above; clipfrac: both
     answers_learnt    answers that the losses saw; answers_sampled: with --dynamic_sampling, of all rounds
@@ -87,14 +88,14 @@ def describe(batch, answers, scores, ended, num_generations=1, counted=None, rew
                "sqrt_kl": kl.mean().clamp(min=0).sqrt(),
                "entropy": batch.entropy[mask].mean(), "entropy_answer": -batch.logp[mask].sum() / len(mask),
                "length": n.mean(), "length_p95": n.quantile(0.95), "eos_rate": ended.float().mean(),
-               "score_length_corr": correlation(scores, n),
+               "score_length_corr": correlation(rewarded, n),
                "unique": len(set(map(tuple, answers))) / len(answers),
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if not torch.equal(scores, rewarded):
         metrics["score_penalised"] = scores.mean()
     if num_generations > 1:
         metrics["frac_reward_zero_std"] = equal_groups(scores, num_generations, counted).float().mean()
-    right, wrong = right_and_wrong(scores, ended.bool(), num_generations)
+    right, wrong = right_and_wrong(rewarded, ended.bool(), num_generations)
     for name, chosen in (("length_right", right), ("length_wrong", wrong)):
         if chosen.any():
             metrics[name] = n[chosen.to(n.device)].mean()
@@ -221,21 +222,21 @@ def ranked_pairs(rank, mask):
 
 def reward_report(parts):
     """[(scores, rank, mask, length), ...], each (B, K), as `ppo.reward_step` returns them -> accuracy over
-    pairs (equal scores count half), also by the difference of the ranks, which for votes is their margin; and
-    the correlation of score and length."""
+    pairs (equal scores count half), also by the difference of the ranks where it is whole, which for votes is
+    their margin; and the correlation of score and length."""
     by_margin = defaultdict(list)
     for s, rank, mask, _ in parts:
         pair = ranked_pairs(rank, mask)                                                 # (B, K, K)
         correct = (s[:, :, None] - s[:, None, :]).sign() / 2 + 0.5
         margin = rank[:, None, :] - rank[:, :, None]
         for m, x in zip(margin[pair].tolist(), correct[pair].tolist()):
-            by_margin[round(m)].append(x)
+            by_margin[m].append(x)
     correct = sum(by_margin.values(), [])
     s = torch.cat([scores[mask] for scores, _, mask, _ in parts])
     length = torch.cat([length[mask] for _, _, mask, length in parts])
     return {"accuracy": sum(correct) / max(len(correct), 1), "pairs": len(correct),
             "score_length_corr": correlation(s, length),
-            **{f"accuracy_margin_{m}": sum(xs) / len(xs) for m, xs in sorted(by_margin.items())}}
+            **{f"accuracy_margin_{m:.0f}": sum(xs) / len(xs) for m, xs in sorted(by_margin.items()) if m % 1 == 0}}
 
 
 def preference_report(parts):

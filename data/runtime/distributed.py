@@ -215,7 +215,8 @@ def all_reduce(params, numbers=()):
     small = [p.grad for p in whole if p.numel() < LARGE]
     large = [p.grad for p in whole if p.numel() >= LARGE]
     scalars = torch.tensor([*has_grad, *map(float, numbers), float(dist_state.stop)])
-    flat = torch.cat([*(grad.flatten().float() for grad in small), scalars.to(params[0].device)])
+    device = params[0].device if params else "cpu"
+    flat = torch.cat([*(grad.flatten().float() for grad in small), scalars.to(device)])
     with _exchange():
         for tensor in (flat, *large):
             dist.all_reduce(tensor)
