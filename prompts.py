@@ -633,10 +633,13 @@ class PromptMethod:
         if type(prompt) is not self.prompt_class:
             raise UserError(f"--init {cfg.init} is a soft prompt, which only --method {method_name(prompt)} "
                             "can continue")
-        other_size = "num_virtual_tokens" in cfg.given and cfg.num_virtual_tokens != prompt.num_virtual_tokens
-        if other_size or "prompt_init" in cfg.given:
-            raise UserError("--num_virtual_tokens and --prompt_init shape a new soft prompt; --init "
-                            f"{cfg.init} brings its own, of {prompt.num_virtual_tokens} virtual tokens")
+        given = [name for name in ("num_virtual_tokens", "prompt_init", "prompt_init_text", "prompt_template")
+                 if name in cfg.given]
+        if given and (given != ["num_virtual_tokens"] or cfg.num_virtual_tokens != prompt.num_virtual_tokens):
+            raise UserError(f"--{' and --'.join(given)} would shape a new soft prompt; --init {cfg.init} brings its "
+                            f"own, of {prompt.num_virtual_tokens} virtual tokens")
+        if "prefix_dropout" in cfg:                     # no part of what is stored
+            prompt.dropout = cfg.prefix_dropout
 
     def make_prompt(self, ctx, cfg):
         settings = dict(num_virtual_tokens=cfg.num_virtual_tokens, seed=cfg.seed)

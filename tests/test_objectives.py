@@ -191,6 +191,29 @@ def test_the_loss_counts_what_the_objective_says_and_no_more(objective, family):
         assert all(i >= e.bidirectional_len for i, _ in supervised) and len(supervised) == len(e.ids) - e.bidirectional_len
 
 
+TURNS = {"messages": [{"role": role, "content": content} for role, content in
+                      (("user", "Hi"), ("assistant", "Ho"), ("user", "And"), ("assistant", "so on"))]}
+
+
+@pytest.mark.parametrize("limit", [100, 8])
+@pytest.mark.parametrize("attention, objective, soft, answers", [
+    ("causal", "causal", ([], []), 2), ("causal", "causal", ([3, 4], []), 2), ("causal", "causal", ([3], [4, 5]), 1),
+    ("prefix", "causal", ([], []), 1), ("prefix", "glm", ([], []), 1)])
+def test_the_last_answer_is_trained_as_it_is_generated(attention, objective, soft, answers, limit):
+    """The same tokens and the same attention stand before it; earlier answers, which have others, are no targets."""
+    text = Text(TOKENIZER, "plain", attention=attention, objective=objective, soft_prompt_ids=soft)
+    (example,), _ = text.encode([TURNS], limit)
+    _, y, view = collate([example], attention)
+    ids = example.ids if isinstance(example, Example) else example[0]
+    begins = [i for i in range(y.size(1)) if y[0, i] >= 0 and (i == 0 or y[0, i - 1] < 0)]
+    prompt = text.prompt_ids(TURNS, limit=None if limit == 100 else begins[-1] + 1)
+    if limit == 100:
+        assert len(begins) == answers
+    if answers == 1:
+        assert len(begins) == 1 and ids[:begins[-1] + 1] == prompt
+        assert list(view.get("bidirectional_len", [0])) == [text.attention_args(prompt)[0]]
+
+
 def test_a_source_is_what_stands_before_the_first_target():
     rows = [([1, 2, 3, 4, 5], [False, False, True, False, True]), ([1, 2, 3], [True, True, True])]
     assert collate(rows, "prefix")[2]["bidirectional_len"].tolist() == [2, 0]

@@ -414,13 +414,21 @@ def test_inputs_named_after_the_seed_share_a_row(tmp_path, capsys):
     assert out.count("sft-s*") == 2 and out.count("best,short") == 2 and "0.375 ± 0.177" in out
     assert "pairs of runs: 2" in out and "-0.1250 ± 0.0000" in out
 
-    make(tmp_path / "b-s3", {"exact_match": 0.1}, flags=["--seed", 3, "--init", "out/sft-s1"])      # another seed's
-    out = shown(tmp_path, capsys, "--by", "init")
-    assert "sft-s*" in out and "sft-s1 " in out
     for seed in (1, 2):                                 # a word that ends in another way
         make(tmp_path / f"c-s{seed}", {"exact_match": 0.2}, flags=["--seed", seed, "--init", f"out/rest{seed}"])
     out = shown(tmp_path, capsys, "--by", "init")
     assert "rest1" in out and "rest2" in out
+
+
+@pytest.mark.parametrize("seeds_of_inputs", [[(1, 1), (1, 2), (2, 1), (2, 2)], [(1, 1), (2, 2), (1, 3)],
+                                             [(1, 1), (2, 1)]])
+def test_inputs_that_other_seeds_have_too_stay_apart(seeds_of_inputs, tmp_path, capsys):
+    """A crossed design asks about the input: its name is no name of a seed."""
+    for model, seed in seeds_of_inputs:
+        make(tmp_path / f"{model}-{seed}", {"exact_match": model / 4},
+             flags=["--seed", seed, "--init", f"out/sft-s{model}"])
+    out = shown(tmp_path, capsys, "--by", "init")
+    assert "sft-s1 " in out and "sft-s2 " in out and "sft-s*" not in out
 
 
 def test_one_seed_keeps_the_name_of_its_input(tmp_path, capsys):
@@ -428,6 +436,29 @@ def test_one_seed_keeps_the_name_of_its_input(tmp_path, capsys):
     make(tmp_path / "b", {"exact_match": 0.5}, flags=["--init", "out/other-s1"])
     out = shown(tmp_path, capsys, "--by", "init")
     assert "sft-s1" in out and "other-s1" in out and "*" not in out.replace("**", "")
+
+
+def test_a_row_over_two_inputs_of_one_name_says_so(tmp_path, capsys):
+    for folder in ("a", "b"):
+        make(tmp_path / folder, {"exact_match": 0.5}, flags=["--init", f"out/{folder}/model"])
+    assert "Rows average over init" in shown(tmp_path, capsys, "--by", "method")
+
+
+def test_less_repetition_is_better(tmp_path, capsys):
+    for name, rank, repeats in (("b", 2, 0.1), ("c", 4, 0.9)):
+        for seed in (1, 2):
+            make(tmp_path / f"{name}-s{seed}", {"repeat4": repeats + seed / 100},
+                 flags=["--rank", rank, "--seed", seed])
+    out = shown(tmp_path, capsys, "--by", "rank", "--metric", "repeat4", "--compare", "rank=4", "rank=2")
+    assert "less is better" in out
+
+
+def test_the_best_of_n_by_two_reward_models_is_not_compared(tmp_path, capsys):
+    for name, reward in (("a", "r1"), ("b", "r2")):
+        make(tmp_path / name, {"score": 1.0, "score_best_of_4": 2.0}, flags=["--rank", len(reward), "--reward", name],
+             stored={"reward": reward})
+    for metric in ("score", "score_best_of_4"):
+        assert "not the same in all rows" in shown(tmp_path, capsys, "--by", "reward", "--metric", metric)
 
 
 def test_a_row_that_mixes_settings_says_so(tmp_path, capsys):
@@ -777,6 +808,27 @@ def test_what_is_not_the_same_is_not_chosen_from(tmp_path):
         make(tmp_path / "c" / str(beta), {"loss": 0.5}, flags=["--task", "dpo", "--beta", beta])
     assert "--select beta: loss means something else in some of these runs, because beta differs" in refused(
         tmp_path / "c", "--select", "beta")
+
+
+def test_a_rate_at_which_a_seed_diverged_is_not_chosen(tmp_path, capsys):
+    """Two of four seeds choose; a loss that is not finite has no spread, and no mean that is better than another."""
+    for rate, losses in ((1e-3, (0.5, 0.6)), (1e-2, (0.1, "inf"))):
+        for seed, loss in enumerate((*losses, 0.3, 0.4), 1):
+            log = [dict(event="valid", step=20, loss=loss)]
+            make(tmp_path / f"lora-{rate}-{seed}", {"loss": 0.5}, log=log, steps=20,
+                 flags=["--lr", rate, "--seed", seed], stored={"test_items": 40, "test_sha256": "t"})
+    lines = selected(tmp_path, capsys, "--by", "method", "--metric", "loss").splitlines()
+    assert lines[1].split()[:3] == ["lora", "0.001", "0.550"]
+    for seed in (1, 2, 3, 4):                           # one value, nothing measured on valid
+        make(tmp_path / f"none-{seed}", {"loss": 3.0}, steps=0, flags=["--method", "none", "--seed", seed],
+             stored={"test_items": 40, "test_sha256": "t"})
+    assert "none" in selected(tmp_path, capsys, "--by", "method", "--metric", "loss")
+
+
+def test_ranks_of_different_modules_are_averaged_where_all_have_them():
+    logs = [[{"ranks": {"a.0.q": 2, "a.0.v": 4}}], [{"ranks": {"a.0.q": 4}}]]
+    assert log_plots.mean_ranks(logs) == {"a.0.q": 3}
+    assert log_plots.mean_ranks([*logs, [{"step": 1}]]) == {}
 
 
 def test_a_word_can_be_chosen_and_chosen_runs_compared(tmp_path, capsys):

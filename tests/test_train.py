@@ -1047,6 +1047,22 @@ def test_a_prompt_is_read_where_its_device_is_not(world, tmp_path):
     assert "moved" in "".join(read_json(tmp_path / "e" / "result.json")["virtual_tokens"])
 
 
+def test_a_soft_prompt_goes_on_with_the_flags_that_are_given(world, tmp_path, capsys):
+    run(world, tmp_path / "soft", "--method", "p_tuning_v2")
+    again = ["--init", str(tmp_path / "soft"), "--method", "p_tuning_v2"]
+    for dropout in ("0.0", "0.5"):
+        run(world, tmp_path / dropout, *again, "--prefix_dropout", dropout)
+    one, other = (weights(tmp_path / dropout) for dropout in ("0.0", "0.5"))
+    assert not same(one, other)
+    assert train.main(command(world, tmp_path / "t", *again, "--prompt_init", "zero", "--num_virtual_tokens", "9")) == 2
+    assert "--num_virtual_tokens and --prompt_init would shape a new soft prompt; --init" in capsys.readouterr().err
+    run(world, tmp_path / "input", "--method", "prompt_tuning", "--num_virtual_tokens", "3")
+    for name, value in (("prompt_template", "front"), ("prompt_init_text", "ab")):
+        words = ["--init", str(tmp_path / "input"), "--method", "prompt_tuning", f"--{name}", value]
+        assert train.main(command(world, tmp_path / name, *words)) == 2
+        assert f"--{name} would shape a new soft prompt" in capsys.readouterr().err
+
+
 def test_an_answer_to_nothing_and_a_label_that_is_never_taught(world, tmp_path, capsys):
     alone = {"messages": [{"role": "assistant", "content": "hello"}]}
     write(tmp_path, {"alone": [alone] * 16, "late": [{"text": f"a{i}", "label": "x" if i % 2 else "y"}

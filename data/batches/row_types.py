@@ -90,10 +90,15 @@ def _location(row):
 def _encode_answer(text, row, max_len, too_long):
     """The conversation with its answers as targets: an (ids, mask) pair, or for a GLM an Example.
 
-    Virtual tokens of a template, and a GLM's mask and start token, stand around the prompt.
+    Virtual tokens of a template, and a GLM's mask and start token, stand around the prompt. Where they do, or
+    where the prompt is read in both directions, the last answer alone is a target: to an earlier one the
+    conversation looks otherwise, because its prompt ends elsewhere.
     """
     before, after = text.around_prompt
     ids, mask = chat.render(text.turns(row), text.template, text.tokenizer, text.system)
+    if after or text.attention != "causal":
+        start = start_of_last(mask)
+        mask = [False] * start + mask[start:]
     fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row),
                                 text.start_length)
     if fitted is None:
@@ -109,6 +114,14 @@ def _encode_answer(text, row, max_len, too_long):
     y = [token if target else -1 for token, target in zip(ids[1:], mask[1:])]
     start = mask.index(True) - 1                            # the start token of the span that is the answer
     return Example(inputs, y, start, objectives.glm_single_span(len(inputs), start)), truncated
+
+
+def start_of_last(mask):
+    """The index at which the last run of True begins."""
+    start = len(mask) - 1 - mask[::-1].index(True)
+    while start and mask[start - 1]:
+        start -= 1
+    return start
 
 
 # ---- labels ------------------------------------------------------------------------------------------------

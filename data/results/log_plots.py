@@ -308,11 +308,13 @@ def spoken(name):
 # -------------------------------------------------------------------------------------------- AdaLoRA's ranks
 
 def mean_ranks(logs):
-    """{module path: rank}, the mean of the last "ranks" of each log; {} unless every log has them."""
+    """{module path: rank}, the mean of the last "ranks" of each log, of modules that all have; {} unless every
+    log has them."""
     last = [next((event["ranks"] for event in reversed(log) if "ranks" in event), None) for log in logs]
     if not last or not all(last):
         return {}
-    return {path: sum(ranks[path] for ranks in last) / len(last) for path in last[0]}
+    shared = [path for path in last[0] if all(path in ranks for ranks in last)]
+    return {path: sum(ranks[path] for ranks in last) / len(last) for path in shared}
 
 
 def draw_ranks(figure, logs, fields):

@@ -35,7 +35,8 @@ import string
 
 from data.text.entities import spans
 
-LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece")
+LOWER_IS_BETTER = ("loss", "perplexity", "forgetting", "kl", "sqrt_kl", "nll", "ece", "repeat4", "rejected_logp",
+                   "bad_logp")
 HIDDEN = ("targets",)
 COUNTS = (*HIDDEN, "pairs", "prompts", "labels_used", "shots", "shots_used", "shots_used_max", "rows", "mean_probability")
 # What rows are about, where their task has no metric of its own: entities f1, answers exact match, labels and
@@ -246,10 +247,11 @@ def half_width(sd, n):
 
 
 def summary(values):
-    """(mean, sd, half): the 95 % interval is mean +- half. Of one value sd and half are nan, of none all."""
+    """(mean, sd, half): the 95 % interval is mean +- half. Of one value, and where one is not finite, sd and
+    half are nan; of none all are."""
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return mean, math.nan, math.nan
     sd = statistics.stdev(values)
     return mean, sd, half_width(sd, len(values))

@@ -23,8 +23,8 @@ data_hash, base_hash, reward_hash, gold_reward_hash, inputs_hash
             groups as `code` does
 input of a seed
             where each seed starts from its own model, as out/sft-s1 of seed 1 and out/sft-s2 of seed 2, the
-            input's name ends in the run's seed. Such inputs are one value, out/sft-s*: the runs share a group, and
-            a KL or a score to the model of one's own seed is one metric
+            input's name ends in the run's seed. Such inputs, if no run of another seed has one of them, are one
+            value, out/sft-s*: the runs share a group, and a KL or a score to one's own model is one metric
 estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
     several runs    Student's t over seeds. It covers other seeds on the same test items, not other items.
                     There is none when a seed occurs twice: then other settings differ inside the group
@@ -215,15 +215,15 @@ def label_inputs_of_seeds(runs):
     """Give inputs that are named after their run's seed one name, with * for the seed, where several are."""
     hashes = {"data": "data_sha256", "init": "base_sha256", "reward": "reward"}
     for field, hash_key in hashes.items():
-        named = {}                                      # {name with *: its runs}
+        named = {}                                      # {name with *: runs of inputs of that name}
         for run in runs:
             path = run["config"].get(field)
             if isinstance(path, str):
-                starred = re.sub(rf"-s{run['config'].get('seed')}(?=$|[/,])", "-s*", path)
-                if starred != path:
-                    named.setdefault(starred, []).append(run)
+                named.setdefault(re.sub(r"-s\d+(?=$|[/,])", "-s*", path), []).append(run)
         for starred, some in named.items():
-            if len({run["config"][field] for run in some}) > 1:
+            inputs = {run["config"][field] for run in some}
+            own = all(starred.replace("-s*", f"-s{run['config'].get('seed')}") == run["config"][field] for run in some)
+            if len(inputs) > 1 and own:
                 for run in some:
                     run["config"] = {**run["config"], field: starred}
                     run[hash_key] = starred             # a KL to the model of one's own seed is one metric
@@ -343,7 +343,7 @@ def mixed_fields(runs, groups):
     """The flags, other than the seed, in which the runs of a group differ."""
     mixed = []
     for name in settings_of(runs):
-        values = [{display_value(field_value(run, name)) for run in some} for some in groups.values()]
+        values = [{field_value(run, name) for run in some} for some in groups.values()]
         if any(len(some) > 1 for some in values):
             mixed.append(name)
     return mixed
@@ -410,13 +410,20 @@ def lower_is_better(metric):
 def definition(run, metric):
     """{name: value} of what a metric depends on in this run, besides its test items."""
     found = {}
-    for name in DEFINED_BY.get(metric.removeprefix(BEFORE).partition("@")[0], ()):
+    for name in DEFINED_BY.get(defined_as(metric), ()):
         value = number_of(run, name)
         if value is None and name != "targets":         # the flag of that name is LoRA's
             value = run.get(name, run["config"].get(name))
         if value is not None:
             found[name] = value
     return found
+
+
+def defined_as(metric):
+    """The name in DEFINED_BY: score_best_of_4 and before.gold_std depend on what score and gold depend on."""
+    name = metric.removeprefix(BEFORE).partition("@")[0]
+    first = name.partition("_")[0]
+    return first if first in ("score", "gold") and name != "score_length_corr" else name
 
 
 def measured_differently(runs, metric):
