@@ -1015,7 +1015,8 @@ def train_and_measure(cfg, run, rows, row_type, identity):
     params_total = count_numbers(ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
         few = rows["valid"][:2]
-        examples = encode_rows(ctx, cfg, {"valid": few})["valid"]
+        cut = cfg.replace(too_long="truncate")              # these two say what is measured, not how well
+        examples = encode_rows(ctx, cut, {"valid": few})["valid"]
         require_metric(ctx, cfg, few, task.prepare(ctx, cfg, examples) if task.prepare else examples)
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
@@ -1076,6 +1077,8 @@ def check_rows(ctx, cfg, rows, row_type):
         log_progress(f"{cfg.data} has no labels: the loss of its text is measured; --task predict labels it")
     if cfg.get("num_generations", 1) > 1:
         require_answers(ctx, row_type, "--num_generations")
+    if row_type == "chat":
+        say_if_answers_are_cut(ctx, cfg, rows["test"])
     if row_type not in ("label", "tags"):
         return
     labels = formats.label_names(sum(rows.values(), []))
@@ -1092,9 +1095,21 @@ def check_rows(ctx, cfg, rows, row_type):
         return
     if len(ctx.text.labels) < 2:
         raise DataError(f"{cfg.data} has only the label {labels[0]!r}; classification needs two")
-    if len(ctx.text.prompt_ids({"text": "", "label": labels[0]})) >= ctx.max_text_len():
+    if len(ctx.text.prompt_ids({"text": "", "label": labels[0]})) >= ctx.block_size(cfg.get("block_size")):
         raise UserError(f"the question that names the {len(labels)} labels of {cfg.data} leaves no "
                         "room for a text; give a shorter --question")
+
+
+def say_if_answers_are_cut(ctx, cfg, rows):
+    """A note about test rows whose answers are all longer than what is generated."""
+    limit = cfg.get("max_new_tokens")
+    if limit is None:
+        return
+    shortest = [min(map(ctx.text.tokenizer.encode, ctx.text.references(row)), key=len) for row in rows]
+    cut = sum(len(ids) > limit for ids in shortest)
+    if cut:
+        log_progress(f"{cut} of {len(rows)} answers of test are longer than --max_new_tokens {limit}: what is "
+                     "generated ends before, and is no exact match")
 
 
 def drop_equal_answers(ctx, cfg, rows):
@@ -1411,6 +1426,8 @@ def open_data(cfg):
     check_data = find_task(cfg.task).check_data
     if check_data:
         check_data(cfg, train.row_type)
+    if rows["test"] == rows["valid"]:
+        log_progress(f"test is {data['test'].source}")
     leaks = formats.leaks(rows["train"], rows["test"])
     if leaks:
         log_progress(f"{leaks} test rows are in the training split, too: the test metric is too high")
@@ -2374,7 +2391,13 @@ def first_test_prompt(ctx, init):
         return None
     row = formats.load_splits(data)["test"].rows[0]
     is_text = "text" in row and "label" not in row
-    prompt = " ".join(row["text"].split()[:8]) if is_text else ctx.text.turns(row)[-2]["content"]
+    if is_text:
+        prompt = " ".join(row["text"].split()[:8])
+    else:
+        turns = ctx.text.turns(row)[:-1]
+        if not turns:                                   # an answer to nothing
+            return None
+        prompt = turns[-1]["content"]
     log_progress(f"without --prompt, the first test row of {data} is continued")
     return prompt
 

@@ -48,6 +48,18 @@ def test_ids_equal_those_of_hugging_face(name):
         assert prompt(messages, template, tokenizer) == asked
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_is_trained_behind_what_asks_for_it(template):
+    """In a conversation of three answers; where a template shows earlier ones otherwise, it says so."""
+    talk = turns("1+1", "2", "2+2", "4", "3+3", "6")
+    ids, mask = render(talk, template, TOK)
+    begins = [i for i, on in enumerate(mask) if on and not mask[i - 1]]
+    asked = [prompt(talk[:n], template, TOK) for n in (1, 3, 5)]
+    assert len(begins) == 3 and ids[:begins[2]] == asked[2]
+    same = [ids[:i] == some for i, some in zip(begins, asked)]
+    assert all(same) == (not chat.asks_otherwise_later(template, TOK)) and (all(same) or template == "qwen3")
+
+
 def test_llama3_strips_contents():
     messages = [dict(m, content=f" \n{m['content']}\n ") for m in turns("Hi", "Ho")]
     assert render(messages, "llama3", TOK) == render(turns("Hi", "Ho"), "llama3", TOK)

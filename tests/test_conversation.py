@@ -307,6 +307,13 @@ def test_predictions_are_those_of_eval_and_know_the_reference(world, tmp_path, c
     assert correct == "".join(str(int(row["label"] == row["reference"])) for row in rows)
 
 
+def test_predicted_answers_are_rows_again(world, tmp_path, capsys):
+    rows, _ = predicted(capsys, world, "single", world / "chat" / "test.jsonl", tmp_path / "p", "--max_new_tokens", "4")
+    assert "reference" in rows[0]
+    again = train.formats.load(tmp_path / "p" / "predictions.jsonl")
+    assert again.row_type == "chat" and len(again.rows) == len(rows)
+
+
 def test_predictions_of_other_models(world, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n')
     rows, _ = predicted(capsys, world, "single", tmp_path / "p.jsonl", tmp_path / "1", "--max_new_tokens", "4")

@@ -8,6 +8,7 @@ from data.batches.examples import Ranking, Text, display
 from data.results.metrics import unit
 from data.results.report import (format_number, mark_targets, print_virtual_tokens, prompt_text, relocated,
                                  report, usual_cosines)
+from data.text.tokenizer import Stream
 
 RESULT = dict(task="sft", method="lora", seed=1, params_trainable=10, adapter_bytes=40, steps=5, seconds=1.5,
               tokens_per_second=3, baseline_metrics={"loss": 2.0, "targets": 7, "old": 1},
@@ -100,14 +101,19 @@ def test_numbers_take_twelve_columns(x, text):
 
 
 class Letters:
-    def decode(self, ids, special):
-        return "".join(chr(i) for i in ids)
+    def decoder(self, special):
+        return Stream({i: bytes([i]) for i in range(256)})
 
 
 @pytest.mark.parametrize("mask, text", [("0110", "a[[bc]]d"), ("1001", "[[a]]bc[[d]]"), ("0000", "abcd"),
                                         ("1111", "[[abcd]]")])
 def test_the_loss_mask(mask, text):
     assert mark_targets(list(b"abcd"), [bit == "1" for bit in mask], Letters()) == text
+
+
+def test_the_loss_mask_shows_characters_of_several_tokens():
+    ids = list("naïve 日本 🙂".encode())
+    assert mark_targets(ids, [False] * 7 + [True] * (len(ids) - 7), Letters()) == "naïve [[日本 🙂]]"
 
 
 def test_all_answers_of_a_preference_are_shown():

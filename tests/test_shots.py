@@ -48,7 +48,9 @@ def test_whole_examples_are_dropped_oldest_first_and_the_answer_keeps_its_room()
         assert n == held and TOKENIZER.decode(ids).startswith("dcba"[n - 1] * 9 if n else "q")
         assert len(ids) == 1 + 12 * n + 5 and len(ids) + 8 <= block
     cut = few_shot.fit_shots(ctx(6), row("abcdefghij", "y"), ())[0]           # behind the first id
-    assert cut[1:] == TOKENIZER.encode("ghij") and cut[0] not in TOKENIZER.encode("a")
+    assert cut[1:] == TOKENIZER.encode("ij") and cut[0] not in TOKENIZER.encode("a")    # " y" and its end have room
+    assert len(few_shot.fit_shots(ctx(16), row("q" * 30, "y" * 30), ())[0]) == 16 - 8           # half, as in training
+    assert len(few_shot.fit_shots(ctx(32), row("q" * 20, "yy"), ())[0]) == 1 + 20               # it fits, so it is whole
 
 
 def test_a_label_word_keeps_its_room_too():

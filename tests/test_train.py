@@ -1063,6 +1063,34 @@ def test_a_soft_prompt_goes_on_with_the_flags_that_are_given(world, tmp_path, ca
         assert f"--{name} would shape a new soft prompt" in capsys.readouterr().err
 
 
+def test_what_the_first_lines_say_of_unusual_data(world, tmp_path, capsys):
+    """Answers longer than what is generated; a folder without a test file; two long rows that are dropped."""
+    rows = [{"prompt": f"a{i}", "completion": "b" * (20 if i < 4 else 2)} for i in range(40)]
+    rows[0]["prompt"] = rows[1]["prompt"] = "c" * 150
+    write(tmp_path, {"long": rows}, every=1)
+    (tmp_path / "long" / "test.jsonl").unlink()
+    words = ["--keep_best", "loss", "--eval_every", "2", "--too_long", "drop", "--block_size", "60", "--max_new_tokens", "8"]
+    run(tmp_path, tmp_path / "r", "--init", str(world / "base"), *words, data="long")
+    said = capsys.readouterr().err
+    assert "4 of 40 answers of test are longer than --max_new_tokens 8" in said
+    assert "test is " in said and "because there is no test file" in said
+
+
+def test_a_question_longer_than_an_example_leaves_no_room_for_a_text(world, tmp_path, capsys):
+    words = ["--task", "classify", "--question", "x" * 30]
+    assert train.main(command(world, tmp_path / "r", *words, "--block_size", "24", data="label")) == 2
+    assert "leaves no room for a text; give a shorter --question" in capsys.readouterr().err
+
+
+def test_what_an_answer_to_nothing_is_shown_with(world, tmp_path, capsys):
+    alone = {"messages": [{"role": "assistant", "content": "hello"}]}
+    write(tmp_path, {"alone": [alone] * 16})
+    run(tmp_path, tmp_path / "r", "--init", str(world / "base"), data="alone")
+    capsys.readouterr()
+    assert train.main(["--task", "show", "--init", str(tmp_path / "r")]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_an_answer_to_nothing_and_a_label_that_is_never_taught(world, tmp_path, capsys):
     alone = {"messages": [{"role": "assistant", "content": "hello"}]}
     write(tmp_path, {"alone": [alone] * 16, "late": [{"text": f"a{i}", "label": "x" if i % 2 else "y"}

@@ -10,6 +10,7 @@ Public: ShotFlags, ROW_TYPES_WITH_SHOTS, parse_shots, fit_shots
 """
 from dataclasses import dataclass
 
+from data.text import chat
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 
@@ -60,12 +61,8 @@ def fit_shots(ctx, row, shots):
     ids = text.prompt_ids(row, shots)
     if len(ids) <= ctx.max_text_len() // 2:             # any answer keeps at least the other half
         return ids, len(shots)
-    hard_limit = ctx.max_text_len() - 1                 # the answer has at least one token
-    limit = ctx.max_prompt_len()
-    if "label" in row:
-        if ctx.head is None:                            # every label must fit behind the question
-            hard_limit = ctx.max_text_len() - max(map(len, text.label_answers()))
-        limit = hard_limit
+    hard_limit = ctx.max_text_len() - _answer_room(ctx, row)
+    limit = hard_limit if "label" in row else ctx.max_prompt_len()
     if shots and len(ids) > limit:
         count = _most_that_fit(text, row, shots, limit)
         shots = shots[len(shots) - count:]
@@ -73,6 +70,16 @@ def fit_shots(ctx, row, shots):
     if len(ids) > hard_limit:
         ids = text.prompt_ids(row, shots, hard_limit)
     return ids, len(shots)
+
+
+def _answer_room(ctx, row):
+    """The tokens that an answer to a question too long for the context needs: those of the longest label, or of the
+    longest reference; of the latter at most half the context and --max_new_tokens, as in training."""
+    text = ctx.text
+    if "label" in row:
+        return 1 if ctx.head else max(map(len, text.label_answers()))
+    longest = max(len(chat.answer(reference, text.template, text.tokenizer)) for reference in text.references(row))
+    return min(longest, ctx.max_new_tokens, ctx.max_text_len() // 2)
 
 
 def _most_that_fit(text, row, shots, limit):

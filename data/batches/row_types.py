@@ -90,13 +90,13 @@ def _location(row):
 def _encode_answer(text, row, max_len, too_long):
     """The conversation with its answers as targets: an (ids, mask) pair, or for a GLM an Example.
 
-    Virtual tokens of a template, and a GLM's mask and start token, stand around the prompt. Where they do, or
-    where the prompt is read in both directions, the last answer alone is a target: to an earlier one the
-    conversation looks otherwise, because its prompt ends elsewhere.
+    Virtual tokens of a template, and a GLM's mask and start token, stand around the prompt. Where they do, where
+    the prompt is read in both directions, and where a chat template shows earlier answers otherwise (qwen3), the
+    last answer alone is a target: an earlier one would stand behind other tokens than it is asked with.
     """
     before, after = text.around_prompt
     ids, mask = chat.render(text.turns(row), text.template, text.tokenizer, text.system)
-    if after or text.attention != "causal":
+    if after or text.attention != "causal" or chat.asks_otherwise_later(text.template, text.tokenizer):
         start = start_of_last(mask)
         mask = [False] * start + mask[start:]
     fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row),

@@ -32,6 +32,7 @@ import math
 import re
 import statistics
 import string
+import unicodedata
 
 from data.text.entities import spans
 
@@ -74,8 +75,8 @@ def _paired(a, b):
 
 # ---- labels ------------------------------------------------------------------------------------------------
 def normalise_space(text):
-    """Every run of white space as one space, none at the ends."""
-    return " ".join(text.split())
+    """Every run of white space as one space, none at the ends; an accented letter as one character (NFC)."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_match(prediction, references):

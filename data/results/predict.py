@@ -40,7 +40,7 @@ def question_row(ctx, row_type, text):
         return {"text": text, "label": ctx.text.labels[0]}
     if row_type == "tags":
         words = WORD.findall(text)
-        return {"tokens": words, "tags": ["O"] * len(words)}
+        return {"tokens": words, "tags": [ctx.text.labels[0]] * len(words)}
     return open_row([{"role": "user", "content": text}])
 
 
@@ -58,7 +58,7 @@ def input_rows(ctx, row_type, rows, source):
             references.append(row["messages"][-1]["content"] if "messages" in row else None)
         elif row_type == "tags" and "tokens" in row:
             found.append(question_row(ctx, row_type, "")
-                         | {"tokens": row["tokens"], "tags": ["O"] * len(row["tokens"])})
+                         | {"tokens": row["tokens"], "tags": [ctx.text.labels[0]] * len(row["tokens"])})
             references.append(row["tags"])
         elif "text" in row:
             found.append(question_row(ctx, row_type, row["text"]))

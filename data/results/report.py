@@ -59,13 +59,15 @@ def mark_targets(ids, mask, tokenizer):
     """The text of ids, with [[ ]] around each stretch of tokens whose mask is true."""
     text = ""
     inside = False
+    stream = tokenizer.decoder(special=True)            # a character may have several tokens
     for token, is_target in zip(ids, mask):
         if is_target and not inside:
             text += "[["
         elif inside and not is_target:
             text += "]]"
-        text += tokenizer.decode([token], special=True)
+        text += stream.push(token)
         inside = is_target
+    text += stream.flush()
     return text + "]]" if inside else text
 
 

@@ -470,6 +470,13 @@ def answer(text, template, tokenizer):
     return [*tokenizer.encode(content), end_token(template, tokenizer)]
 
 
+def asks_otherwise_later(template, tokenizer):
+    """Whether an answer that others follow stands behind other tokens than when it is asked for: qwen3 writes an
+    empty thought before the last one alone."""
+    record = _fitting(template, tokenizer)
+    return record.before("assistant", "user", True) != record.before("assistant", "user", False)
+
+
 def export(template, tokenizer, system=None):
     """The tokenizer of a model that was trained with a template, as `transformers` should read it.
 

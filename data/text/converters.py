@@ -25,12 +25,14 @@ conversation, instruction, pair, whole_pair, openai_pair, ranking, thumbs, promp
 """
 import json
 import os
+import re
 
 from data.runtime.files import DataError, printable
 from data.text import messages as read
 from data.text.readers import describe_type, shown
 
 HH_ANSWER = "\n\nAssistant:"
+BIO = re.compile(r"O|[BI]-[^\s,:]+")
 
 
 class SkipRow(Exception):
@@ -59,9 +61,10 @@ def tags(record, location):
     if len(tokens) != len(names):
         raise DataError(f"{location}: {len(tokens)} tokens and {len(names)} tags; every token needs one tag")
     for name in names:
-        if "-" in name and name[:2] not in ("B-", "I-"):            # other schemes, such as BIOES
+        if not BIO.fullmatch(name):                     # other schemes, such as BIOES; parts of speech
             raise DataError(f"{location}: the tag {printable(name)} is not BIO; the first word of an entity "
-                            "is B-TYPE, the others are I-TYPE, and words outside entities are O")
+                            "is B-TYPE, the others are I-TYPE, and words outside entities are O; a TYPE has no blank, "
+                            "comma or colon")
     if not tokens:
         raise SkipRow("without tokens")
     return {"tokens": tokens, "tags": names}

@@ -17,6 +17,7 @@ may have an untrained embedding.
 Public: word_tokens, entity_types, question, format_entities, parse_entities, spans, tags_of
 """
 import re
+import unicodedata
 
 NO_ENTITIES = "none"
 SEPARATOR = r",\s+(?=[^\s,:]+:)"                        # a comma that a TYPE: follows
@@ -69,6 +70,8 @@ def _occurrences(words, tokens, taken):
 
 def parse_entities(answer, tokens):
     """An answer as a set of (type, first word, last word); -1, -2, ... for entities not in the text."""
+    answer = unicodedata.normalize("NFC", answer)           # as some tokenizers return it
+    tokens = [unicodedata.normalize("NFC", token) for token in tokens]
     if answer.strip() == NO_ENTITIES:
         return set()
     entities = set()

@@ -105,7 +105,7 @@ def _near_miss(keys):
     """(key, what it should be) of a key that is misspelt and would decide the format, or None."""
     exact = {}                                          # other case, blanks or marks: surely the same word
     similar = {}
-    for key in sorted(keys - READ):
+    for key in sorted(keys - READ - {"reference"}):     # of predictions.jsonl: no misspelt "references"
         word = re.sub(r"\W", "", key.lower()).strip("_")
         if word in READ:
             exact[key] = word
