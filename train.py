@@ -37,6 +37,7 @@ import contextlib
 import copy
 import json
 import math
+import pathlib
 import re
 import shlex
 import sys
@@ -1496,8 +1497,9 @@ def open_questions(cfg):
 def open_run(cfg, read=open_data):
     """(rows, row type, Run, identity): what a command reads, where its run lives, what it is the run of.
 
-    Raises as `read`; failed.json then says why.
+    Raises as `read`; failed.json then says why. UserError for an --out that an input lies in.
     """
+    refuse_out_of_inputs(cfg)
     run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
     try:
         rows, row_type = read(cfg)
@@ -1506,6 +1508,17 @@ def open_run(cfg, read=open_data):
     except UserError as e:
         run.record_failure(e)
         raise
+
+
+def refuse_out_of_inputs(cfg):
+    """Raises UserError if --out is, or holds, a model that the run reads: it would write over it."""
+    if cfg.out is None:
+        return
+    out = pathlib.Path(cfg.out).resolve()
+    for name in ("init", "reward"):
+        for word in filter(os.path.isdir, (cfg.get(name) or "").split(",")):
+            if any(folder.resolve().is_relative_to(out) for folder in (pathlib.Path(word), *folders(word))):
+                raise UserError(f"--out {cfg.out} holds a model that --{name} {word} reads; use another --out")
 
 
 def report_once(run, identity, compute):

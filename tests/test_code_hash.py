@@ -452,6 +452,42 @@ def test_a_reward_function_is_its_file_and_what_it_reaches(name, old, new, names
     assert changed(before, function_hashes("my_reward:score")) == names
 
 
+HELPERS = {"words.py": "import effects\nfrom rules import RULES\ntry:\n    from fast import scale\nexcept ImportError:\n"
+                       "    def scale(x):\n        return x\n\n"
+                       "def count(x):\n    return scale(sum(rule(x) for rule in RULES))\n",
+           "rules.py": "RULES = []\n\n@RULES.append\ndef short(answer):\n    return -len(answer)\n",
+           "effects.py": "import os\nos.environ['SCALE'] = '1'\n"}
+
+
+@pytest.mark.parametrize("name, text, names", [
+    ("rules.py", HELPERS["rules.py"].replace("-len", "len"), ["rules.py: short"]),      # registered, never named
+    ("effects.py", HELPERS["effects.py"].replace("'1'", "'2'"), ["effects.py: module-level code"]),
+    ("fast.py", "def scale(x):\n    return 2 * x\n", ["words.py: count", "words.py: module-level code"]),
+    ("effects.py", HELPERS["effects.py"] + "# a comment\n", [])])
+def test_what_acts_while_a_reward_is_imported_counts(name, text, names, rewards):
+    for helper, content in HELPERS.items():
+        (rewards / helper).write_text(content)
+    before = function_hashes("my_reward:score")
+    (rewards / name).write_text(text)
+    found = changed(before, function_hashes("my_reward:score"))
+    assert found == names or (name == "fast.py" and set(found) & set(names))
+
+
+def test_a_folder_that_is_called_python_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "python3").mkdir()
+    monkeypatch.chdir(tmp_path / "python3")
+    for name, text in (("my_reward.py", "import words\n\ndef score(p, a):\n    return words.count(a)\n"),
+                       ("words.py", "def count(x):\n    return len(x)\n")):
+        pathlib.Path(name).write_text(text)
+    assert {"my_reward.py: score", "words.py: count"} <= function_hashes("my_reward:score").keys()
+
+
+def test_a_global_of_an_inner_function_is_one(folder):
+    code = "x = 1\n\ndef f():\n    x = 2\n    def h():\n        global x\n        return x\n    return h() + x\n"
+    (folder / "lora.py").write_text(code)
+    assert "lora.py: x" in code_hashes(["lora.py: f"], folder)
+
+
 def test_reward_functions_of_other_places(rewards, monkeypatch):
     ours = function_hashes("data.toy:gold")                 # by way of data/toy/__init__.py
     assert "data/toy/tasks.py: gold" in ours and any("lexicon" in name for name in ours)
@@ -505,13 +541,16 @@ def test_our_own_edits_touch_what_they_should(repository, tmp_path):
     before = code_hashes(SUPERVISED, repository)
     assert {"lora.py: LoRA", "model.py: GPT", "model.py: Attention.forward", "data/results/metrics.py: exact_match"} < before.keys()
     shutil.copytree(repository, tmp_path / "copy")
-    for name in ("ppo.py", "prompts.py", "train.py", "data/runtime/flags.py", "data/results/tables.py"):
+    for name in ("ppo.py", "prompts.py", "train.py", "data/runtime/files.py", "data/results/tables.py"):
         rewritten(tmp_path / "copy", name, mark)
     assert code_hashes(SUPERVISED, tmp_path / "copy") == before
     rewritten(tmp_path / "copy", "model.py", lambda node: mark(node) if node.name == "token_logprobs" else None)
     assert changed(before, code_hashes(SUPERVISED, tmp_path / "copy")) == ["model.py: token_logprobs"]
     rewritten(tmp_path / "copy", "data/runtime/distributed.py", mark)
     assert any("distributed.py" in name for name in changed(before, code_hashes(SUPERVISED, tmp_path / "copy")))
+    before = code_hashes(SUPERVISED, tmp_path / "copy")     # --layers upper: a word whose meaning is computed
+    rewritten(tmp_path / "copy", "data/runtime/flags.py", lambda node: mark(node) if node.name == "parse_layers" else None)
+    assert changed(before, code_hashes(SUPERVISED, tmp_path / "copy")) == ["data/runtime/flags.py: parse_layers"]
 
 
 def test_our_own_files_written_anew_are_the_same(repository, tmp_path):

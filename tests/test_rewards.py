@@ -159,6 +159,17 @@ def test_a_module_that_fails_is_named(functions):
         load_reward("reward", "broken_rewards:x")
 
 
+def test_a_script_that_ends_itself_ends_no_run(tmp_path, monkeypatch):
+    """A file without a main guard, or a function that leaves: an error, not a run that ended well."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving.py").write_text("import sys\n\ndef f(prompt, answer):\n    sys.exit()\n")
+    (tmp_path / "script.py").write_text("import sys\n\ndef f(prompt, answer):\n    return 1\n\nsys.exit(0)\n")
+    with pytest.raises(UserError, match=r"leaving:f failed for .* \(SystemExit"):
+        load_reward("reward", "leaving:f")(["a"], ["b"], [{}])
+    with pytest.raises(UserError, match=r"script:f cannot be imported \(SystemExit"):
+        load_reward("reward", "script:f")
+
+
 USERS = """import torch
 
 

@@ -605,6 +605,10 @@ def test_every_finished_run_has_its_line(tmp_path):
     for _ in range(2):
         assert complete(tmp_path / "a")[1]
         assert sorted(lines.read_text().splitlines()) == sorted(written.splitlines())
+    with contextlib.chdir(tmp_path):                        # the same folder, spelt in another way
+        assert complete(pathlib.Path("a"))[1]
+    lines.write_text("torn {\n[1]\n3\n" + lines.read_text())
+    assert complete(tmp_path / "a")[1] and lines.read_text().count("\n") == 5
     complete(tmp_path / "a", EDITED, value=2.0)
     lines.write_text(written)
     complete(tmp_path / "a", EDITED)

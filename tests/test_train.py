@@ -1082,6 +1082,17 @@ def test_a_question_longer_than_an_example_leaves_no_room_for_a_text(world, tmp_
     assert "leaves no room for a text; give a shorter --question" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["soft", "./soft", "."])
+def test_no_run_writes_over_the_model_it_starts_from(out, world, tmp_path, capsys, monkeypatch):
+    run(world, tmp_path / "soft", "--method", "p_tuning_v2")
+    before = weights(tmp_path / "soft")
+    monkeypatch.chdir(tmp_path)
+    again = ["--init", "soft", "--method", "p_tuning_v2", "--data", str(world / "chat"), "--steps", "2", "--fresh"]
+    assert train.main([*again, "--out", out]) == 2
+    assert f"--out {out} holds a model that --init soft reads; use another --out" in capsys.readouterr().err
+    assert same(weights(tmp_path / "soft"), before)
+
+
 def test_what_an_answer_to_nothing_is_shown_with(world, tmp_path, capsys):
     alone = {"messages": [{"role": "assistant", "content": "hello"}]}
     write(tmp_path, {"alone": [alone] * 16})

@@ -39,13 +39,14 @@ import os
 import pathlib
 import re
 import sys
+import sysconfig
 
 from data.runtime.definitions import FUNCTIONS, Digest, Project, assigned_names, class_members, dotted
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 EXCLUDED = {                                        # folder/ or file: why an edit there changes no result
     "tests/": "no run executes them",
-    "data/runtime/": "the process around a run: flags, files, devices, messages",
+    "data/runtime/": "the process around a run: files, devices, messages; see INCLUDED",
     "data/results/tables.py": "reads results, computes none",
     "data/results/runs.py": "reads results, computes none",
     "data/results/compare.py": "reads results, computes none",
@@ -59,6 +60,7 @@ EXCLUDED = {                                        # folder/ or file: why an ed
     "data/results/inspect_data.py": "--task check: looks at data",
     "data/toy/": "makes data, and the rows themselves are hashed",
     "data/fetch.py": "brings files, and their content is hashed"}
+PRODUCT = ("data/", "model.py", "lora.py", "prompts.py", "ppo.py", "train.py")
 MODULE_CODE = "module-level code"
 CACHE = {}  # {arguments of code_hashes: (contents of its files, hashes)}
 COLLECTIONS = (ast.Tuple, ast.List, ast.Set, ast.Dict)
@@ -92,7 +94,8 @@ def contents(paths):
 
 def function_hashes(word, folder=ROOT):
     """{definition: hash} of "module:function": its whole file, and what that reaches beside it or in our
-    files.
+    files; of files of the user's own also what acts while they are imported: all that carries a decorator, and
+    the files that they import in turn.
 
     The module is searched for as Python would, from the working directory on, but not imported. An installed
     package (site-packages, the standard library) counts with the one file; a module without source gives
@@ -103,16 +106,22 @@ def function_hashes(word, folder=ROOT):
     for beside in dict.fromkeys(os.path.abspath(path) for path in [os.getcwd(), *sys.path]):
         found = Project([beside], ()).locate(name)
         if found:
-            installed = re.search(r"[/\\](site-packages|dist-packages|python3[.\d]*)$", beside)
+            installed = is_installed(beside)
             excluded = [path for path in EXCLUDED
                         if path not in ("tests/", "data/toy/") and not found[1].startswith(path)]
             project = Project([beside], (), only=found) if installed else Project([beside, folder], excluded)
-            graph = Graph(project)
+            graph = Graph(project, imported=True)
             module = project.module(name)
             graph.reach(module, None)
             graph.reach_all(graph.follow(module, (function,)))      # imported from another file, perhaps
             return graph.finish()
     return {word: "no source"}
+
+
+def is_installed(folder):
+    """Whether a folder of sys.path is one of packages, or the standard library."""
+    standard = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib")}
+    return pathlib.Path(folder).name in ("site-packages", "dist-packages") or folder in standard
 
 
 @contextlib.contextmanager
@@ -157,10 +166,13 @@ def is_flag(node):
 
 
 class Graph:
-    """What roots reach. reached: {(module, name)}; name None is all of a module."""
+    """What roots reach. reached: {(module, name)}; name None is all of a module. imported: with the other
+    statements of a module of the user's own comes what acts on its import, decorated definitions and the modules
+    that it imports."""
 
-    def __init__(self, project):
+    def __init__(self, project, imported=False):
         self.project = project
+        self.imported = imported
         self.reached = set()
         self.queue = []
         self.selected = {}                          # {(module, name of a collection): keys of its elements}
@@ -203,10 +215,16 @@ class Graph:
         return hashlib.sha256("\n".join([*digest.text, "names", *meaning]).encode()).hexdigest()[:12]
 
     def meaning(self, target):
-        """An import target as text; "" for a file that does not count."""
+        """An import target as text; "" for a file that does not count. A file of the user's own says so: one that
+        is new takes the name over from a package, or from an `except ImportError`."""
         words = (*target[0].split("."), *filter(None, target[1:]))
         name, _ = self.project.split(words)
-        return ".".join(words) if name is None or self.project.counts(name) else ""
+        if name is None:
+            return ".".join(words)
+        if not self.project.counts(name):
+            return ""
+        own = self.imported and not self.project.locate(name)[1].startswith(PRODUCT)
+        return ".".join(words) + (" in a file" if own else "")
 
     # ---- roots
     def parse_root(self, root):
@@ -282,6 +300,8 @@ class Graph:
     def expand(self, module, name):
         if name == MODULE_CODE:
             self.record(module, name, module.statements)
+            if self.imported and not module.label.startswith(PRODUCT):
+                self.reach_all(self.acting_on_import(module))
             return
         plain = []
         for node in module.defs.get(name, ()):
@@ -291,6 +311,16 @@ class Graph:
                 plain.append(node)
         if plain:
             self.record(module, name, plain)
+
+    def acting_on_import(self, module):
+        for name, nodes in module.defs.items():
+            if any(getattr(node, "decorator_list", ()) for node in nodes):
+                yield module, name
+        for target in (*sum(module.imports.values(), []), *((star, None) for star in module.stars)):
+            name, _ = self.project.split((*target[0].split("."), *filter(None, target[1:])))
+            other = self.project.module(name) if name else None
+            if other and not other.label.startswith(PRODUCT):
+                yield other, MODULE_CODE
 
     def record(self, module, name, nodes):
         """Digest statements under one entry, and follow them. A name that is defined twice has one entry."""

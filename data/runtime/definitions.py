@@ -13,7 +13,9 @@ import os
 
 from data.runtime.files import UserError
 
-INCLUDED = ("data/runtime/distributed.py",)         # in an excluded folder, but it computes
+# In an excluded folder, but what they return is computed with: sums over processes, layers and ranks that words mean,
+# scores of the user's functions.
+INCLUDED = ("data/runtime/distributed.py", "data/runtime/flags.py", "data/runtime/user_functions.py")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -161,7 +163,7 @@ def dotted(node):
 
 
 def local_names(function, package):
-    """{name: its import targets, [] for a plain variable} of the scope of a function or lambda."""
+    """({name: its import targets, [] for a plain variable} of the scope of a function or lambda, its globals)."""
     args = function.args
     plain = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
     found = {arg.arg: [] for arg in plain}
@@ -189,7 +191,7 @@ def local_names(function, package):
                     stack += value
                 elif isinstance(value, ast.AST):
                     stack.append(value)
-    return {name: targets for name, targets in found.items() if name not in global_names}
+    return {name: targets for name, targets in found.items() if name not in global_names}, global_names
 
 
 class Digest:
@@ -260,7 +262,9 @@ class Digest:
             self.targets.add((target, chain[1:]))
 
     def function(self, node, local):
-        self.generic(node, local, {**local, **local_names(node, self.package)})
+        own, global_names = local_names(node, self.package)
+        outer = {name: targets for name, targets in local.items() if name not in global_names}
+        self.generic(node, local, {**outer, **own})
 
     def comprehension(self, node, local):
         bound = [name.id for part in node.generators for name in ast.walk(part.target)

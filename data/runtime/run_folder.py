@@ -608,9 +608,9 @@ class Run:
         distributed.barrier()                       # other processes may read the folder after this
         return result
 
-    def line(self, result):
+    def line(self, result, out=None):
         brief = {k: v for k, v in result.items() if k not in NOT_IN_RESULTS}
-        return json.dumps({**brief, "out": str(self.folder)})
+        return json.dumps({**brief, "out": out or str(self.folder)})
 
     def record(self, result):
         """Append to results.jsonl, whole or not at all; parallel runs wait for each other. Raises WriteError."""
@@ -641,14 +641,21 @@ class Run:
         return result
 
     def has_line(self, result):
-        """Whether results.jsonl has the line of this result; True if it cannot be read."""
+        """Whether results.jsonl has the line of this result, however --out was spelt; True if it cannot be read."""
         try:
             lines = (self.folder.parent / "results.jsonl").read_bytes().splitlines()
         except FileNotFoundError:
             return False
         except OSError:
             return True
-        return self.line(result).encode() in lines
+        name = self.folder.resolve().name
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, AttributeError):        # a torn line is no result
+                found = json.loads(line)
+                known = pathlib.Path(found.get("out")).name == name
+                if known and json.dumps({**found, "out": name}) == self.line(result, name):
+                    return True
+        return False
 
 
 def read_state(path):

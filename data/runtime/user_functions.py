@@ -41,6 +41,7 @@ EXPECTED = ("it must be a function of the texts of a prompt and an answer, and o
 EXPECTED_LIST = ("its first parameter is called prompts, so it gets lists of prompts and answers, and of "
                  "their rows if its third is called rows, and must return a list of as many finite numbers")
 LARGEST = 3.4e38                                        # scores are fp32
+FAILURES = (Exception, SystemExit)                      # a script without a main guard ends in sys.exit()
 SWAPPED = (("answer", "prompt"), ("answers", "prompts"))
 ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.S)     # \x, [...], or one character
 
@@ -169,7 +170,7 @@ class Reward(NamedTuple):
     def _call(self, prompt, answer, row):
         try:
             value = self.function(prompt, answer, row) if self.takes_rows else self.function(prompt, answer)
-        except Exception as e:
+        except FAILURES as e:
             raise UserError(f"{self.name} failed for {_begin(prompt, answer)} ({one_line(e)})"
                             f"{line_of(e, self.files)}; {EXPECTED}") from e
         return self._number(value, prompt, answer, EXPECTED)
@@ -181,7 +182,7 @@ class Reward(NamedTuple):
         first = _begin(prompts[0], answers[0])
         try:
             values = self.function(*arguments)
-        except Exception as e:
+        except FAILURES as e:
             raise UserError(f"{self.name} failed for {len(prompts)} answers, the first with {first} "
                             f"({one_line(e)}){line_of(e, self.files)}; {EXPECTED_LIST}") from e
         shape = getattr(values, "shape", None)
@@ -302,7 +303,7 @@ def _made(name, make, word):
         raise UserError(f"{name} does not end with its closing parenthesis; write module:function(TEXT)")
     try:
         return make(text[:-1])
-    except Exception as e:
+    except FAILURES as e:
         raise UserError(f"{name} cannot be made ({one_line(e)}); a function that is written with parentheses "
                         "takes the text in them and returns the function that scores") from e
 
@@ -314,7 +315,7 @@ def import_function(name, word):
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as e:                              # whatever the module does while it is imported
+    except FAILURES as e:                               # whatever the module does while it is imported
         file = module_file(module)
         files = (os.path.abspath(file),) if file else ()
         raise UserError(f"{name} cannot be imported ({one_line(e)}){line_of(e, files)}; "
