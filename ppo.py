@@ -30,13 +30,13 @@ all share. Any composition of the flags runs, or is refused in a sentence.
     gspo       R - mean of the group      group             sequence  answers        none     3e-4, 4e-4
     cispo      R - mean of the group      group             token     tokens         none     weight < 5
     R = score - beta KL of the answer where the KL stands in the reward, else the score. cispo's loss is
-    -sg(min(ratio, 1 + e)) A log pi; dapo also replaces groups of equal scores (--dynamic_sampling) and takes
+    -sg(min(ratio, 1 + e)) A log pi; dapo also replaces groups of equal rewards (--dynamic_sampling) and takes
     up to one spread of the scores off the longest answers (--overlong penalty)
 
 Neither the zero nor the scale of a reward matters, as neither moves pi* (with beta scaled alike): advantages
 are centred in fp64 without any absolute threshold, penalties are in standard deviations of the rollout's
-scores, the critic begins at the mean return of the first rollout and works in units of their standard
-deviation (Units). With gamma = 1: below that a constant makes short answers better or worse.
+scores, the critic begins at the mean return of the first rollout whose rewards differ and works in units of their
+standard deviation (Units). With gamma = 1: below that a constant makes short answers better or worse.
 
 Without RL: losses on answers that people ranked, each one record in PREFERENCE_LOSSES. l = sum of log pi over
 the answer's tokens, h = l - l_ref, m = l / tokens, o = log(p / (1 - p)) of p = exp(m); w is preferred to v:

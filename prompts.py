@@ -10,13 +10,14 @@ arXiv         2104.08691           2103.10385           2101.00190           211
 trainable     E (P, C)             E, MLP or bi-LSTM    E, MLP               E (P, 2 L nkv hs)
 table         E                    encoder(E)           MLP(E)               E
 it holds      input embeddings     input embeddings     k, v of all layers   k, v of all layers
-position      before the text      or in a template     before the text      before the text
+position      before the text, or in a template         before the text      before the text
 starts as     words, labels        words, labels        k, v of a text       k, v of a text
 dropout       none                 none                 none                 on k, v, one draw a call
 
     prompt, P-tuning      past = hidden_states(table)     through all frozen layers, at positions 0 .. P-1
     prefix, P-tuning v2   past[l] = table[:, l, 0 | 1]    behind the projections: no W_k, norm or rotation
-    all four              text token t has position P + t and attends to P + t + 1 columns; P + T <= context
+    all four              text token t has position P + t and attends to P + t + 1 columns; P + T <= context. In a
+                          template virtual tokens are tokens of the text, P is 0; gated prefixes take no positions
 
 The table is stored; drop_encoder() removes what made it. The past is computed once per step at batch 1, and
 attention expands it: P tokens instead of B P. A virtual token does not attend to the text, so logits and

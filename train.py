@@ -21,7 +21,7 @@ the weights as adapter/ (peft's format) or model/ (transformers'), and, last of 
 command again prints a finished run's result and continues an interrupted one; if the code, data, base or
 reward of a run have changed, it is moved aside and starts anew (data/runtime/run_folder.py).
 stdout: results; stderr: progress. Exit codes: 0 done, 1 unexpected, 2 usage, 65 bad data, 74 cannot write,
-75 interrupted and saved.
+75 interrupted: the same command goes on.
 
 Public: main, load, parse, TASKS, METHODS, OPTIMIZERS, SCHEDULES
 """

@@ -593,7 +593,7 @@ def test_a_failure_is_not_recorded_in_a_run_that_another_process_has_finished(fo
     assert (folder / "result.json").exists() and not (folder / "failed.json").exists()
 
 
-def test_every_finished_run_has_its_line(tmp_path):
+def test_every_finished_run_has_its_line(tmp_path, monkeypatch):
     """A kill between result.json and results.jsonl is repaired by the same command, once; an older line of the same
     folder is not this run's."""
     lines = tmp_path / "results.jsonl"
@@ -605,7 +605,8 @@ def test_every_finished_run_has_its_line(tmp_path):
     for _ in range(2):
         assert complete(tmp_path / "a")[1]
         assert sorted(lines.read_text().splitlines()) == sorted(written.splitlines())
-    with contextlib.chdir(tmp_path):                        # the same folder, spelt in another way
+    with monkeypatch.context() as patch:                    # the same folder, spelt in another way
+        patch.chdir(tmp_path)
         assert complete(pathlib.Path("a"))[1]
     lines.write_text("torn {\n[1]\n3\n" + lines.read_text())
     assert complete(tmp_path / "a")[1] and lines.read_text().count("\n") == 5
