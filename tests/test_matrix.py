@@ -34,7 +34,7 @@ LOSSES = [("dpo", "--preference_loss", record.name) for record in ppo.PREFERENCE
 TABLES = {"matrix": [(task,) for task in TASKS], "records": ALGORITHMS + LOSSES}        # rows: a task, and words
 DATA = {"classify": "label", "pretrain": "text", "tag": "tags", "reward": "pairs", "dpo": "pairs"}  # or chat
 SHORT = dict(steps=2, batch=4, eval_every=100, max_new_tokens=2, forgetting_data="none", num_virtual_tokens=2,
-             eval_items=2, block_size=32, num_generations=2, minibatches=1)
+             eval_items=2, block_size=32, num_generations=2, minibatches=1, question="?")
 QUICK = [("sft", "prefix_tuning"), ("classify", "ia3"), ("pretrain", "full"), ("eval", "none"), ("eval", "lora"),
          ("merge", "none"), ("table", "none")]
 QUICK_RECORDS = [(("ppo", "--algo", "grpo"), "ia3"), (("dpo", "--preference_loss", "kto"), "lora")]

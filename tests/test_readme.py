@@ -75,7 +75,8 @@ def commands():
 
 def test_there_are_commands():
     assert len(commands()) > 50
-    assert "--method lora --rank 8" in commands() and "--task reward --init out/rlhf/sft-s3 --seed 3 --out out/rlhf/rm-s3" in commands()
+    assert "--method lora --rank 8" in commands()
+    assert "--task reward --init out/rlhf/sft-s3 --seed 3 --out out/rlhf/rm-s3" in commands()
 
 
 @pytest.mark.parametrize("line", commands())
