@@ -46,8 +46,8 @@ import torch.nn.functional as F
 
 from data.checkpoints.peft import (base_fingerprint, fused, peft_type_of, read_adapter,        # noqa: F401
                                    require_known_extra, write_adapter)
-from data.checkpoints.quantization import (QUANT_TYPES, QuantizedWeight, QuantProduct, compute_dtype,
-                                           keep_wide)
+from data.checkpoints.quantization import (QUANT_SOURCES, QUANT_TYPES, QuantizedWeight, QuantProduct,
+                                           compute_dtype, keep_wide)
 from data.runtime.files import DataError, UserError
 from data.runtime.flags import flag, parse_layers, parse_rank_pattern
 
@@ -682,9 +682,10 @@ class RankAllocator:
 
 # ---------------------------------------------------------------------------- quantized base, adapter folders
 
-def quantize(model, dtype, double=False):
+def quantize(model, dtype, double=False, source=None):
     """Store the weight of every Linear in the blocks as codes ("int8" | "nf4"), for good.
 
+    source: a torch dtype to round weights to before; codes of a bf16 weight are not those of its fp32 original.
     The head stays: it is often the embedding, too. Returns bits per weight, everything counted. Raises
     UserError for another dtype, and for a model that is quantized already.
     """
@@ -697,7 +698,7 @@ def quantize(model, dtype, double=False):
             linear = wrap_linear(module)
             if linear.quant is not None:
                 raise UserError("this model is quantized already; load it again for another dtype")
-            linear.quant = QuantizedWeight(linear.weight, dtype, double)
+            linear.quant = QuantizedWeight(linear.weight.to(source), dtype, double)
             linear.weight = None
             count += linear.quant.shape.numel()
             bits += linear.quant.bits()
@@ -901,7 +902,8 @@ class LoRAMethod:
         return {name: p for name, p in adapter_parameters(ctx.model).items() if p.requires_grad}
 
     def param_groups(self, ctx, cfg, trainable):
-        return param_groups(ctx.model, cfg.lr, cfg.get("loraplus_lr_ratio", 1.0), cfg.weight_decay)
+        return param_groups(ctx.model, cfg.lr, cfg.get("loraplus_lr_ratio", 1.0),
+                            cfg.get("weight_decay", 0.0))
 
     def save(self, ctx, folder, base):
         save_adapter(ctx.model, folder, base=base)
@@ -909,12 +911,19 @@ class LoRAMethod:
     def load(self, model, folder, settings):
         """Read an adapter folder into the model; `settings` are those of its run.json. Returns no prompt."""
         if settings.get("quant", "none") != "none":  # the base it was trained against, rounding and all
-            quantize(model, settings["quant"], settings.get("double_quant", False))
+            source = settings.get("quant_source", "float32")
+            if source not in QUANT_SOURCES:
+                raise DataError(f"{folder}/run.json: quant_source is {source!r}; it can be "
+                                f"{' or '.join(QUANT_SOURCES)}")
+            quantize(model, settings["quant"], settings.get("double_quant", False), QUANT_SOURCES[source])
         require_known_extra(folder, load_adapter(model, folder), model.config.n_embd)
 
-    def run_settings(self, cfg):
+    def run_settings(self, ctx, cfg):
         """What run.json keeps so that `load` can rebuild the model."""
-        return {} if cfg.quant == "none" else dict(quant=cfg.quant, double_quant=cfg.double_quant)
+        if cfg.quant == "none":
+            return {}
+        source = str(ctx.dtype).removeprefix("torch.")      # frozen weights are stored as they compute
+        return dict(quant=cfg.quant, double_quant=cfg.double_quant, quant_source=source)
 
     def cost(self, cfg, n_layer):
         """What data/results/cost_model.py needs to know."""
@@ -934,7 +943,7 @@ METHODS = (
                flags=(AdapterFlags, RankFlags), loop_flags=(DropoutFlags, DecayFlags, AdaLoRAFlags),
                defaults=dict(lr=1e-2, epochs=8.0, targets="q,v,up,down"), allocator=rank_allocator,
                refuses={"ppo": "it prunes by the supervised loop's schedule; take --method lora"}),
-    LoRAMethod("ia3", "rescaling vectors", variants=(IA3,), flags=(AdapterFlags,), loop_flags=(DecayFlags,),
+    LoRAMethod("ia3", "rescaling vectors", variants=(IA3,), flags=(AdapterFlags,),
                cost_kind="ia3", critic_lr=5e-3,
                defaults=dict(lr=3e-2, targets="k,v,down")),
 )

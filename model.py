@@ -105,6 +105,9 @@ class GPTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
+        rope_type = "linear" if self.rope_scaling is None else self.rope_scaling.get("rope_type")
+        if rope_type not in ("linear", "llama3"):
+            raise UserError(f"rope_scaling has the rope_type {rope_type!r}; it can be linear or llama3")
         self.require_counts("n_kv_head", "head_size", "n_inner")
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly")
@@ -218,7 +221,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16:
+        wide = x.dtype == self.weight.dtype and x.dtype.itemsize > 2        # squares leave fp16's range
+        if x.requires_grad and x.device.type == "cpu" and wide:
             return RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -610,8 +614,11 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each atomically, as `transformers` reads them.
 
-        UserError if no family of transformers has this mix of GPTConfig fields; nothing is written then.
+        UserError if no family of transformers has this mix of GPTConfig fields, and for a quantized model;
+        nothing is written then.
         """
+        if any(getattr(m, "quant", None) is not None for m in self.modules()):
+            raise UserError(f"{folder}: a quantized model has no Hugging Face form; lora.merge dequantizes it")
         reread = GPTConfig(**parse_config(hf_config(self.config, torch.float32), folder))
         odd = [f.name for f in fields(reread) if getattr(reread, f.name) != getattr(self.config, f.name)]
         if odd:

@@ -677,7 +677,7 @@ class PromptMethod:
         """The soft prompt of an adapter folder."""
         return load_prompt(model, folder)
 
-    def run_settings(self, cfg):
+    def run_settings(self, ctx, cfg):
         return {}
 
     def cost(self, cfg, n_layer):

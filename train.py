@@ -43,7 +43,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -161,11 +161,17 @@ class TrainingFlags:
     eval_every: int = flag(0, "steps between evaluations on valid, with one at the end; 0: at most four",
                            low=0)
 
+    @staticmethod
+    def check(cfg):
+        if cfg.min_lr_ratio and not find_record(SCHEDULES, cfg.schedule).decays:
+            raise UserError(f"--min_lr_ratio {cfg.min_lr_ratio} is where a rate ends that falls, and --schedule "
+                            f"{cfg.schedule} keeps it; leave one of them out")
+
 
 @dataclass(frozen=True)
 class SaveFlags:
     """training"""
-    save_every: int = flag(100, "steps between saves of state.pt", low=1)
+    save_every: int = flag(100, "steps between saves of state.pt", low=1, identity=False)
     forgetting_data: str = flag("toy/corpus", "held-out text to measure forgetting on, or none", type=path_type)
 
 
@@ -505,7 +511,7 @@ def open_text(cfg, task, tokenizer, template, stored):
     attention, objective = objectives.resolve_objective(task, cfg.get("attention"), cfg.get("objective"),
                                                         stored)
     return Text(tokenizer, template, system, tuple(stored.get("labels", ())), question, classifier, attention,
-                objective, cfg.get("parse_special", False))
+                objective, cfg.get("parse_special", False) or stored.get("parse_special", False))
 
 
 def new_model(cfg):
@@ -577,7 +583,7 @@ def save_weights(ctx, cfg, folder, rows):
     if method.trains_base:
         save_text_files(inner, cfg.init, ctx.text.tokenizer, {"task": cfg.task, **text})
     write_json(inner / "run.json", {**written, "task": cfg.task, "method": cfg.method, **text,
-                                    **method.run_settings(cfg)})
+                                    **method.run_settings(ctx, cfg)})
     return {f"{inner.name}_bytes": sum(f.stat().st_size for f in inner.iterdir() if f.suffix == ".safetensors")}
 
 
@@ -599,7 +605,8 @@ def save_text_files(folder, init, tokenizer, stored):
     tokenizer.save_pretrained(folder)
 
 
-TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective")
+TEXT_SETTINGS = ("template", "system", "labels", "question", "classifier", "attention", "objective",
+                 "parse_special")
 TRAINING_FACTS = ("task", "row_type", "turns", "systems")               # of run.json, besides
 
 
@@ -621,6 +628,7 @@ class FullMethod:
 
     def apply(self, ctx, cfg, log):
         distributed.reshard(ctx.model)
+        ctx.model.requires_grad_(True)                  # of an adapter's merged base most of it is frozen
         return dict(ctx.model.named_parameters())
 
     def param_groups(self, ctx, cfg, trainable):
@@ -645,7 +653,7 @@ class FullMethod:
         if not dist_state.rank:
             model.save_pretrained(folder)
 
-    def run_settings(self, cfg):
+    def run_settings(self, ctx, cfg):
         return {}
 
     def cost(self, cfg, n_layer):
@@ -695,6 +703,7 @@ class Schedule:
     name: str
     help: str
     factor: Callable
+    decays: bool = True
     flags: tuple = ()
     defaults: dict = field(default_factory=dict)
     selected_by = "schedule"
@@ -722,7 +731,7 @@ OPTIMIZERS = (
 SCHEDULES = (
     Schedule("cosine", "half a cosine", cosine),
     Schedule("linear", "a straight line", linear),
-    Schedule("constant", "no decay", constant),
+    Schedule("constant", "no decay", constant, decays=False),
 )
 
 
@@ -1002,16 +1011,17 @@ def stop_early(run, loop, trainable, state):
 def run_supervised(cfg):
     """The tasks that share `train_loop`; with --method none (and --task eval) the same without training."""
     if cfg.get("dry_run"):
-        return dry_run(cfg, *open_data(cfg))
-    rows, row_type, run, identity = open_run(cfg)
-    return report_once(run, identity, lambda: train_and_measure(cfg, run, rows, row_type, identity))
+        return dry_run(cfg, open_data(cfg))
+    data, run, identity = open_run(cfg)
+    return report_once(run, identity, lambda: train_and_measure(cfg, run, data, identity))
 
 
-def train_and_measure(cfg, run, rows, row_type, identity):
+def train_and_measure(cfg, run, data, identity):
     """Measure, train, measure again, save. Returns the result."""
     ctx = open_context(cfg)
-    check_rows(ctx, cfg, rows, row_type)
-    rows = drop_equal_answers(ctx, cfg, rows)
+    check_rows(ctx, cfg, data)
+    row_type = data.row_type
+    rows = drop_equal_answers(ctx, cfg, data.rows)
     task = find_task(cfg.task)
     params_total = count_numbers(ctx.model.parameters())
     if cfg.get("keep_best") is not None and task.baseline_metrics:
@@ -1066,8 +1076,9 @@ def clock_of(loop):
                 **loop.best.summary())
 
 
-def check_rows(ctx, cfg, rows, row_type):
-    """Labels and heads fit the data. Sets the labels of ctx.text. Raises DataError, UserError."""
+def check_rows(ctx, cfg, data):
+    """Labels and heads fit the TaskData. Sets the labels of ctx.text. Raises DataError, UserError."""
+    rows, row_type, labels = data
     if ctx.head is not None:
         made_by = task_of(settings(cfg.init))
         if row_type not in made_by.reads:
@@ -1082,7 +1093,6 @@ def check_rows(ctx, cfg, rows, row_type):
         say_if_answers_are_cut(ctx, cfg, rows["test"])
     if row_type not in ("label", "tags"):
         return
-    labels = formats.label_names(sum(rows.values(), []))
     if not set(labels) <= set(ctx.text.labels):         # a tuned model keeps its order and unused labels
         if ctx.head is not None:
             raise DataError(f"{cfg.data} has the labels {sorted(labels)}, but the head of {cfg.init} "
@@ -1219,7 +1229,8 @@ def train(ctx, cfg, run, rows, row_type, state, known):
 
 def encode_rows(ctx, cfg, rows):
     """{split: rows} -> {split: examples} of this run's length."""
-    return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"))
+    return ctx.text.encode_splits(rows, ctx.block_size(cfg.block_size), cfg.get("too_long", "truncate"),
+                                  cfg.eval_items)
 
 
 def open_trunk(ctx, cfg, feed, total):
@@ -1320,12 +1331,12 @@ def initial_prompt(folder, device="auto"):
         return ctx.prompt
 
 
-def dry_run(cfg, rows, row_type):
+def dry_run(cfg, data):
     """--dry_run: sizes, costs on paper, two rendered examples, the time measured on a sample."""
     ctx = open_context(cfg)
-    check_rows(ctx, cfg, rows, row_type)
-    rows = drop_equal_answers(ctx, cfg, rows)
-    expected = preview(ctx, cfg, rows, row_type, shown=2)
+    check_rows(ctx, cfg, data)
+    rows = drop_equal_answers(ctx, cfg, data.rows)
+    expected = preview(ctx, cfg, rows, data.row_type, shown=2)
     advice = forecast.advice_on_steps(cfg, expected.steps) if expected else ""
     if advice:
         print_result(advice)
@@ -1410,11 +1421,15 @@ def plan_of(ctx, cfg, trainable, examples, block):
 
 # ------------------------------------------------------------------------------------------ data and identity
 
-def open_data(cfg):
-    """({split: rows}, row type) of --data, fit for the task.
+class TaskData(NamedTuple):
+    """--data as a run reads it. labels: also of the rows that are not measured."""
+    rows: dict                                      # {split: rows}
+    row_type: str
+    labels: tuple = ()
 
-    Raises DataError for rows the task does not read.
-    """
+
+def open_data(cfg):
+    """The TaskData of --data. Raises DataError for rows the task does not read."""
     with Progress(f"reading {cfg.data}"):
         data = formats.load_splits(cfg.data, keep=find_task(cfg.task).scores_samples)
     rows = {split: d.rows for split, d in data.items()}
@@ -1436,10 +1451,11 @@ def open_data(cfg):
     if against:
         log_progress(f"{len(against)} pairs have more votes against chosen than for it ({against[0]['line']} is "
                      "the first); chosen is taken as the better answer all the same")
-    rows = measured_rows(cfg, rows)
+    labels = formats.label_names(sum(rows.values(), [])) if train.row_type in ("label", "tags") else ()
+    rows = measured_rows(cfg, rows, train.row_type)
     if train.row_type != "text":                    # text is measured in windows, see measure_baseline
         say_if_few({split: len(rows[split]) for split in ("valid", "test")})
-    return rows, train.row_type
+    return TaskData(rows, train.row_type, labels)
 
 
 def require_row_type(cfg, row_type):
@@ -1478,33 +1494,35 @@ def say_if_few(counts, item="item"):
         log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
 
 
-def measured_rows(cfg, rows):
-    """{split: rows} as a run uses them: --eval_items of test, at most 100 of valid."""
-    rows = {**rows, "test": rows["test"][:cfg.eval_items or None]}
+def measured_rows(cfg, rows, row_type):
+    """{split: rows} as a run uses them: --eval_items of test, at most 100 of valid. Of raw text --eval_items are
+    windows, which encode_rows counts."""
+    if row_type != "text":
+        rows = {**rows, "test": rows["test"][:cfg.eval_items or None]}
     if not find_task(cfg.task).all_valid:
-        rows["valid"] = rows["valid"][:100]         # for progress; results come from test
+        rows = {**rows, "valid": rows["valid"][:100]}       # for progress; results come from test
     return rows
 
 
 def open_questions(cfg):
-    """({"test": rows}, row type) of --data: all its rows, and each line of a .txt. Raises DataError."""
+    """TaskData of test alone: all rows of --data, and each line of a .txt. Raises DataError."""
     data = formats.load_lines(cfg.data)
     log_progress(f"{data.source}, {data.format}: {len(data.rows)} rows")
     require_row_type(cfg, data.row_type)
-    return {"test": data.rows[:cfg.eval_items or None]}, data.row_type
+    return TaskData({"test": data.rows[:cfg.eval_items or None]}, data.row_type)
 
 
 def open_run(cfg, read=open_data):
-    """(rows, row type, Run, identity): what a command reads, where its run lives, what it is the run of.
+    """(TaskData, Run, identity): what a command reads, where its run lives, what it is the run of.
 
     Raises as `read`; failed.json then says why. UserError for an --out that an input lies in.
     """
     refuse_out_of_inputs(cfg)
     run = Run(cfg.out or default_out(cfg), cfg.identity(), cfg.fresh, cfg.keep, defaults=cfg.standard)
     try:
-        rows, row_type = read(cfg)
+        data = read(cfg)
         with Progress("hashing code, data and base"):
-            return rows, row_type, run, identity_of(cfg, rows)
+            return data, run, identity_of(cfg, data)
     except UserError as e:
         run.record_failure(e)
         raise
@@ -1533,10 +1551,13 @@ def report_once(run, identity, compute):
     return report(result, run.folder)
 
 
-def identity_of(cfg, rows):
+def identity_of(cfg, data):
     """Code, data, base and reward of a run, as hashes (data/runtime/identity.py)."""
     require_rewards(cfg)
-    identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json([rows, other_texts(cfg)]),
+    content = [data.rows, other_texts(cfg)]
+    if data.labels and data.labels != formats.label_names(sum(data.rows.values(), [])):
+        content.append(data.labels)                     # some are of rows that are not measured
+    identity = {"code": code_hashes(code_roots(cfg)), "data": hash_json(content),
                 "base": "new" if cfg.init == "new" else hash_folder(cfg.init)}
     words = {"reward": reward_of(cfg), "gold_reward": gold_reward_of(cfg)}     # some data sets have their own
     for name in find_task(cfg.task).input_flags:
@@ -2126,8 +2147,8 @@ def run_ppo(cfg):
     with --method full the policy changes it, so a copy stays behind."""
     if (cfg.init, cfg.reward) == ("data/base", None) and cfg.data in toy.RL:
         return run_stages(cfg)
-    rows, _, run, identity = open_run(cfg)
-    return report_once(run, identity, lambda: train_policy(cfg, run, rows))
+    data, run, identity = open_run(cfg)
+    return report_once(run, identity, lambda: train_policy(cfg, run, data.rows))
 
 
 def train_policy(cfg, run, rows):
@@ -2237,8 +2258,8 @@ def sample_answers(cfg):
 
     `--task sft --data FOLDER` on them is FeedME (Ouyang et al. 2022).
     """
-    rows, _, run, identity = open_run(cfg)
-    return report_once(run, identity, lambda: write_samples(cfg, run, rows))
+    data, run, identity = open_run(cfg)
+    return report_once(run, identity, lambda: write_samples(cfg, run, data.rows))
 
 
 def write_samples(cfg, run, rows):
@@ -2337,7 +2358,7 @@ def forecast_stage(cfg):
     """
     ctx = open_context(cfg, log=lambda line: None)
     data = formats.load_splits(cfg.data)
-    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, data["train"].row_type)
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
     feed, steps = open_feed(ctx, cfg, examples["train"], data["train"].row_type)
@@ -2355,8 +2376,8 @@ def run_predict(cfg):
     """--task predict: what a model answers to rows without answers, as rows of predictions.jsonl."""
     if cfg.data is None:
         raise UserError("--task predict needs --data FILE: texts, one a line, or rows with text or prompt")
-    rows, row_type, run, identity = open_run(cfg, open_questions)
-    return report_once(run, identity, lambda: write_predictions(cfg, run, rows))
+    data, run, identity = open_run(cfg, open_questions)
+    return report_once(run, identity, lambda: write_predictions(cfg, run, data.rows))
 
 
 def write_predictions(cfg, run, rows):
@@ -2491,7 +2512,7 @@ def run_check(argv):
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
-    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()})
+    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, row_type)
     rows = drop_equal_answers(ctx, cfg, rows)
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     words = ["python", "train.py", "--task", task.name, "--data", own.data, *needed, *others]

@@ -11,6 +11,7 @@ import pytest
 from data.text import chat
 from data.text.chat import answer, end_token, fit_to_length, guess_template, prompt, render
 from data.runtime.files import DataError, UserError
+from data.batches.examples import Text
 from data.text.tokenizer import Tokenizer
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "chat"
@@ -484,3 +485,13 @@ def test_real_instructions(assets):
         ids, mask = render(row["messages"], "chatml", smol)
         assert targets_text(ids, mask, smol) == row["messages"][-1]["content"] + "<|im_end|>"
         assert ids[:mask.index(True)] == prompt(row["messages"][:-1], "chatml", smol)
+
+
+def test_an_answer_of_weight_0_behind_the_last_moves_nothing():
+    """qwen3 shows earlier answers otherwise: the last trained one stands behind what it is asked with."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    tokenizer = Tokenizer.train(["a b"], 256 + len(special), special)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+             {"role": "user", "content": "r"}, {"role": "assistant", "content": "b", "weight": 0}]
+    (ids, mask), = Text(tokenizer, "qwen3").encode([{"messages": turns}], 512)[0]
+    assert ids[:mask.index(True)] == chat.prompt(turns[:1], "qwen3", tokenizer)

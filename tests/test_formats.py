@@ -863,3 +863,16 @@ def test_a_file_of_all_splits_is_read_once(tmp_path, monkeypatch):
     data = formats.load_splits(path)
     assert len(reads) == 1
     assert all(part == formats.load(path, split) for split, part in data.items())
+
+
+def test_lines_of_a_text_end_as_its_reader_ends_them(tmp_path):
+    (tmp_path / "q.txt").write_text("one\u2028still one\ntwo\x0cstill two\n")
+    assert [row["line"][-2:] for row in formats.load_lines(tmp_path / "q.txt").rows] == [":1", ":2"]
+
+
+def test_a_text_in_upper_case_is_a_text(tmp_path):
+    path = tmp_path / "BOOK.TXT"
+    path.write_text("a line\n" * 100)
+    data = formats.load_splits(path)
+    assert data["train"].rows[0]["text"] != data["test"].rows[0]["text"]
+    assert len(formats.load_lines(path).rows) == 100

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, read_json, write_json
-from data.checkpoints.peft import fused, same_base
+from data.checkpoints.peft import fused, is_copy, same_base, targeted
 from data.checkpoints.quantization import NF4, QuantizedWeight, QuantProduct
 from model import GPT, GPTConfig, generate
 
@@ -1029,3 +1029,25 @@ def test_folders_travel_both_ways(tmp_path):
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(out.stdout, out.stderr[-3000:], file=sys.stderr)
     assert out.returncode == 0 and "all equal" in out.stdout
+
+
+def test_a_quantized_model_is_not_saved_without_its_weights(tmp_path):
+    model = GPT(GPTConfig(64, 32, 2, 2, 32))
+    lora.quantize(model, "int8")
+    with pytest.raises(UserError, match="quantized"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_in_fp16_is_a_copy():
+    w = torch.logspace(-8, 1, 1000)
+    assert is_copy(w.half(), w)
+    assert is_copy(w.bfloat16(), w)
+    assert not is_copy(w.half() * 1.01, w)
+
+
+def test_an_exact_name_is_targeted_in_any_layer():
+    config = dict(target_modules=["q_proj", "lm_head"], layers_to_transform=[1])
+    assert targeted(config, "lm_head")
+    assert not targeted(config, "model.layers.0.self_attn.q_proj")
+    assert targeted(dict(target_modules=["q_proj"], layers_to_transform=[]), "model.layers.0.self_attn.q_proj")

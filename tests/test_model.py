@@ -1296,3 +1296,22 @@ def test_one_token_behind_a_past_sees_all_of_it_with_gradients_in_bf16():
     past = soft(model, 5)
     learning = model(x, past=past)[0].detach().float()
     assert (learning - logits(model, x, past).float()).abs().max() < 0.05 * learning.abs().max()
+
+
+def test_fp16_norm_has_the_gradient_of_fp32():
+    for size in (0.01, 1.0, 20.0):
+        x = (size * torch.randn(4, 256, generator=torch.Generator().manual_seed(0))).half().requires_grad_()
+        wide = x.detach().float().requires_grad_()
+        g = torch.linspace(-1, 1, 256).half()
+        norm = RMSNorm(256, 1e-5).half().requires_grad_(False)
+        (norm(x) * g).sum().backward()
+        (F.rms_norm(wide, (256,), None, 1e-5) * g.float()).sum().backward()
+        torch.testing.assert_close(x.grad.float(), wide.grad, rtol=1e-2, atol=1e-2 * wide.grad.abs().max().item())
+
+
+def test_unknown_rope_type_is_a_sentence():
+    for scaling in ({"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor": 2.0},
+                    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16,
+                     "low_freq_factor": 1.0, "high_freq_factor": 4.0}):
+        with pytest.raises(UserError, match="rope"):
+            GPTConfig(64, 32, 2, 2, 32, family="llama", rope_scaling=scaling)

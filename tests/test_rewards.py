@@ -485,7 +485,7 @@ def opened(land, judge, words=()):
     """(setup of a rollout, the rows of test) of --task sample with this reward model."""
     cfg = train.parse(["--task", "sample", "--init", str(land / "base"), "--data", str(land / "talk"), "--reward", str(judge),
                        "--max_new_tokens", "8", *words])
-    rows, _ = train.open_data(cfg)
+    rows = train.open_data(cfg).rows
     ctx = train.open_context(cfg)
     return train.set_up_rollouts(cfg, ctx, rows, ctx.model, ppo.SamplingConfig(max_new_tokens=8)), rows["test"]
 
@@ -600,7 +600,7 @@ def two_files(tmp_path, monkeypatch):
 
 def identity(words, data="toy/prompts"):
     cfg = train.parse(["--task", "ppo", "--data", data, *words])
-    return train.identity_of(cfg.replace(init="new", forgetting_data="none"), {})
+    return train.identity_of(cfg.replace(init="new", forgetting_data="none"), train.TaskData({}, "prompt"))
 
 
 def test_every_function_and_folder_of_a_list_identifies_a_run(two_files):
@@ -622,7 +622,7 @@ def test_the_gold_reward_of_a_toy_data_set_identifies_a_run(two_files):
     words = ["--reward", "first_reward:f"]
     assert "data/toy/tasks.py: gold" in identity(words)["gold_reward"]
     assert "gold_reward" not in identity(words, "toy/letters")
-    assert "gold_reward" not in train.identity_of(train.parse(["--task", "predict", "--data", "toy/prompts"]), {})
+    assert "gold_reward" not in train.identity_of(train.parse(["--task", "predict", "--data", "toy/prompts"]), train.TaskData({}, "prompt"))
 
 
 def test_an_edited_reward_of_a_list_starts_the_run_anew(land, two_files, capsys):

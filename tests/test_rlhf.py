@@ -337,7 +337,7 @@ def test_samples_that_were_cut_at_the_end_log_test_once(town, tmp_path, monkeypa
 def test_sample_answers_every_valid_prompt(town, tmp_path):
     write(tmp_path, {"many": [{"prompt": f"{i}"} for i in range(110)]}, every=1)
     cfg = train.parse(["--task", "sample", "--data", str(tmp_path / "many"), "--reward", "judges:letters"])
-    assert len(train.open_data(cfg)[0]["valid"]) == 110
+    assert len(train.open_data(cfg).rows["valid"]) == 110
 
 
 def test_the_critic_leaves_the_head_alone(town, tmp_path):

@@ -969,3 +969,13 @@ def test_a_run_killed_between_the_renames_of_its_last_save_keeps_its_state(tmp_p
         run.finish({"status": "done"})
     assert torch.load(run.state, weights_only=True)["step"] == 2
     assert sorted(path.name for path in (tmp_path / "r").glob("*.pt")) == ["state.pt"]
+
+
+def test_an_interrupted_fresh_run_goes_on_without_the_flag(tmp_path):
+    """The same command with --fresh would delete what was saved."""
+    run = run_folder.Run(tmp_path / "run", {"a": 1}, fresh=True)
+    with pytest.raises(run_folder.Interrupted) as stopped, run.opened({}):
+        run.start({})
+        run.save({"x": 1}, step=5)
+        raise run_folder.Interrupted
+    assert "the same command without --fresh continues from step 5" in str(stopped.value)

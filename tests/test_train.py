@@ -1398,3 +1398,121 @@ def test_smollm2s_golden_values():
     with torch.no_grad():
         value, token = model(torch.tensor([ids]))[0][0, -1].max(-1)
     assert token == 7042 and abs(value - 17.3713) < 1e-3
+
+
+def test_what_is_measured_changes_no_labels(world, tmp_path):
+    """A label of a test row that --eval_items leaves out is in the question of every prompt all the same."""
+    folder = tmp_path / "rare"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        rows = [{"text": f"t{i}", "label": "xy"[i % 2]} for i in range(12)]
+        if split == "test":
+            rows[-1]["label"] = "z"
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--task", "classify", "--init", world / "base", "--data", folder, "--steps", 1, "--forgetting_data", "none"]
+    for items in (0, 6):
+        assert train.main([*map(str, words), "--eval_items", str(items), "--out", str(tmp_path / str(items))]) == 0
+    kept, cut = (read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "06")
+    assert all(torch.equal(kept[name], cut[name]) for name in kept)
+    assert read_json(tmp_path / "6" / "adapter" / "run.json")["labels"] == ["x", "y", "z"]
+    rows = [{"text": "t", "label": "x"}]
+    cfg = train.parse(["--task", "classify"])
+    some, more = (train.identity_of(cfg, train.TaskData({"test": rows}, "label", labels))["data"] for labels in ("x", "xz"))
+    assert some != more
+
+
+def test_special_tokens_of_raw_text_are_read_as_in_training(world, tmp_path):
+    write(tmp_path, {"special": [{"text": "<|im_start|>a<|im_end|>" * 20}] * 4}, every=1)
+    for words in (["--task", "pretrain", "--init", world / "base", "--data", tmp_path / "special", "--parse_special",
+                   "--steps", 2, "--forgetting_data", "none", "--out", tmp_path / "a"],
+                  ["--task", "eval", "--init", tmp_path / "a", "--out", tmp_path / "b"]):
+        assert train.main(list(map(str, words))) == 0
+    trained, measured = (read_json(tmp_path / name / "result.json")["metrics"] for name in "ab")
+    assert (trained["targets"], trained["loss"]) == (measured["targets"], measured["loss"])
+
+
+def test_other_saves_are_the_same_run(world, tmp_path, capsys):
+    """--save_every changes no result: a run goes on with another one, also one whose folder still names it."""
+    run(world, tmp_path / "run")
+    capsys.readouterr()
+    run(world, tmp_path / "run", "--save_every", 7)
+    assert "is finished" in capsys.readouterr().err
+    stored = read_json(tmp_path / "run" / "config.json")
+    stored["config"]["save_every"] = 100
+    write_json(tmp_path / "run" / "config.json", stored)
+    run(world, tmp_path / "run", "--save_every", 7)
+    assert "is finished" in capsys.readouterr().err and not list(tmp_path.glob("run.*"))
+
+
+def test_a_rate_that_does_not_fall_ends_nowhere(capsys):
+    assert train.main(["--schedule", "constant", "--min_lr_ratio", "0.3"]) == 2
+    assert "--schedule constant keeps it" in capsys.readouterr().err
+
+
+def test_items_of_a_text_are_windows(world, tmp_path):
+    (tmp_path / "t.txt").write_text("some words here\n" * 400)
+    words = ["--task", "pretrain", "--method", "none", "--init", world / "base", "--data", tmp_path / "t.txt", "--block_size", 32,
+             "--eval_items", 2, "--out", tmp_path / "out"]
+    assert train.main(list(map(str, words))) == 0
+    assert read_json(tmp_path / "out" / "config.json")["test_items"] == 2
+    assert read_json(tmp_path / "out" / "result.json")["metrics"]["targets"] == 64
+
+
+@pytest.mark.parametrize("words", [["--task", "tag", "--data", "tags"],
+                                   ["--task", "classify", "--classifier", "head", "--template", "plain", "--question", "",
+                                    "--data", "label"]])
+def test_virtual_tokens_leave_room_for_the_text(words, world, tmp_path, capsys):
+    write(tmp_path, {"tags": [{"tokens": ["a", "b"], "tags": ["B-X", "O"]}] * 8}, every=1)
+    words = [str((tmp_path if word == "tags" else world) / word) if word in ("tags", "label") else word for word in words]
+    soft = ["--method", "prompt_tuning", "--prompt_template", "{prompt} {p}", "--num_virtual_tokens", "20", "--block_size", "12"]
+    code = train.main([*words, *soft, "--init", str(world / "base"), "--steps", "1", "--out", str(tmp_path / "out")])
+    assert code == 2 and "tokens are left for an example" in capsys.readouterr().err
+
+
+def test_a_head_computes_in_fp32(world):
+    """Autocast would round its product, of full tuning in bf16, but not of LoRA, which needs no autocast."""
+    model, _, tokenizer = train.load(world / "base")
+    text = Text(tokenizer, "plain", labels=("a", "b"), classifier="head")
+    ctx = evaluate.ModelContext(model, text, torch.device("cpu"), torch.bfloat16)
+    torch.manual_seed(0)
+    ctx.head = torch.nn.Linear(32, 2, bias=False)
+    with torch.no_grad(), ctx.autocast():
+        hidden, _ = ctx.run_prompts([[1, 2, 3]], None)
+    with torch.no_grad():
+        exact = -ctx.head(hidden.float()).log_softmax(-1)
+    assert torch.equal(evaluate.head_scores(ctx, [[1, 2, 3]]), exact)
+
+
+def test_full_tuning_on_an_adapter_moves_every_weight(world, tmp_path):
+    """Also those of its merged base that the adapter did not sit on."""
+    run(world, tmp_path / "adapter", "--targets", "q,v")
+    assert train.main(["--task", "merge", "--init", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    words = ["--init", tmp_path / "adapter", "--data", world / "chat", *SHORT, "--method", "full", "--out", tmp_path / "full"]
+    assert train.main(list(map(str, words))) == 0
+    before = read_tensors(tmp_path / "merged" / "model.safetensors")
+    after = read_tensors(tmp_path / "full" / "model" / "model.safetensors")
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_merged_is_the_quantized_base_that_was_trained_against(dtype, world, tmp_path, monkeypatch):
+    """Codes of bf16 weights are others than those of fp32 weights: run.json says which they are."""
+    trained = {}
+    original = lora.LoRAMethod.apply
+
+    def apply(self, ctx, cfg, log):
+        found = original(self, ctx, cfg, log)
+        trained["k"] = ctx.model.blocks[0].attn.k.quant(torch.float32)          # no target: it stays as it is
+        return found
+
+    monkeypatch.setattr(lora.LoRAMethod, "apply", apply)
+    words = ["--init", world / "base", "--data", world / "chat", "--steps", 1, "--quant", "nf4", "--dtype", dtype, "--targets", "q",
+             "--eval_items", 2, "--forgetting_data", "none", "--out", tmp_path / "adapter"]
+    assert train.main(list(map(str, words))) == 0
+    assert train.main(["--task", "merge", "--init", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    assert torch.equal(GPT.from_pretrained(tmp_path / "merged").blocks[0].attn.k.weight, trained["k"])
+
+
+def test_weight_decay_is_no_flag_of_ia3(capsys):
+    assert train.main(["--method", "ia3", "--weight_decay", "0.1", "--dry_run"]) == 2
+    assert "weight_decay" in capsys.readouterr().err

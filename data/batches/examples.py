@@ -168,15 +168,16 @@ class Text:
                 examples.append(example)
         return examples, counts
 
-    def encode_splits(self, rows, block, too_long="truncate"):
+    def encode_splits(self, rows, block, too_long="truncate", test_windows=0):
         """{split: rows} -> {split: examples}. For training, raw text stays one stream of ids (see Feed).
 
+        test_windows: how many windows of raw text test has; 0: all.
         Raises DataError when every row of a split is dropped.
         """
         encoded = {}
         for split, split_rows in rows.items():
             if split_rows and row_type_of(split_rows[0]) is ROW_TYPES["text"]:
-                encoded[split] = self._encode_text(split_rows, split, block)
+                encoded[split] = self._encode_text(split_rows, split, block, test_windows)
                 continue
             encoded[split], counts = self.encode(split_rows, block, too_long)
             if any(counts.values()):
@@ -187,14 +188,17 @@ class Text:
                                 f"{block} tokens; use a larger --block_size, or --too_long truncate")
         return encoded
 
-    def _encode_text(self, rows, split, block):
+    def _encode_text(self, rows, split, block, test_windows):
         ids = self.stream(rows)
         if split == "train":
             return ids
         if split == "valid":
             ids = ids[:MAX_VALID_TOKENS]
         step = objectives.stride(self.objective, block)
-        return self.windows(ids, range(0, len(ids) - 1, step), step, 0)
+        starts = range(0, len(ids) - 1, step)
+        if split == "test" and test_windows:
+            starts = starts[:test_windows]
+        return self.windows(ids, starts, step, 0)
 
     def stream(self, rows):
         """Raw text as one list of ids, an end-of-text token behind each row."""

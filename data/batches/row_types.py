@@ -95,8 +95,13 @@ def _encode_answer(text, row, max_len, too_long):
     last answer alone is a target: an earlier one would stand behind other tokens than it is asked with.
     """
     before, after = text.around_prompt
-    ids, mask = chat.render(text.turns(row), text.template, text.tokenizer, text.system)
-    if after or text.attention != "causal" or chat.asks_otherwise_later(text.template, text.tokenizer):
+    turns = text.turns(row)
+    last_only = after or text.attention != "causal" or chat.asks_otherwise_later(text.template, text.tokenizer)
+    if last_only:                                           # answers of weight 0 behind it would move it
+        trained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        turns = turns[:trained[-1] + 1]
+    ids, mask = chat.render(turns, text.template, text.tokenizer, text.system)
+    if last_only:
         start = start_of_last(mask)
         mask = [False] * start + mask[start:]
     fitted = chat.fit_to_length(ids, mask, max_len - len(before) - len(after), too_long, _location(row),
@@ -136,6 +141,7 @@ def _label_turns(text, row):
 def _encode_label(text, row, max_len, too_long):
     if text.classifier == "lm":
         return _encode_answer(text, row, max_len, too_long)
+    chat.require_room(max_len - sum(map(len, text.around_prompt)))
     ids = text.prompt_ids(row)
     if chat.fit_to_length(ids, [False] * len(ids), max_len, too_long, _location(row)) is None:
         return None, False
@@ -164,7 +170,8 @@ def _encode_tags(text, row, max_len, too_long):
     before, after = text.soft_prompt_ids
     start = chat.prompt([], "plain", text.tokenizer, "")[0]
     ids, positions = entities.word_tokens(row["tokens"], text.tokenizer, start)
-    kept = ids[:max_len - len(before) - len(after)]
+    room = chat.require_room(max_len - len(before) - len(after))
+    kept = ids[:room]
     y = [-1] * len(kept)
     for position, tag in zip(positions, row["tags"]):
         if position < len(kept):

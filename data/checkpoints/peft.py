@@ -255,8 +255,9 @@ def targeted(config, path):
     block = re.search(r"\.(\d+)\.", path)
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
+    named = not isinstance(config["target_modules"], str) and path in config["target_modules"]     # in any layer
     return (hit(config["target_modules"]) and not hit(config.get("exclude_modules")) and
-            (layers is None or block is not None and int(block[1]) in layers))
+            (named or not layers or block is not None and int(block[1]) in layers))
 
 
 def pattern(config, key, path, default):
@@ -393,7 +394,9 @@ def is_copy(t, own):
     """Is t the weight that the model has already, up to a cast? peft adds an adapted head's own weight."""
     if own is None or t.shape != own.shape:
         return False
-    return torch.allclose(t.double(), own.double(), 2 * max(torch.finfo(x.dtype).eps for x in (t, own)), 0)
+    kinds = [torch.finfo(x.dtype) for x in (t, own)]
+    smallest = max(kind.smallest_normal * kind.eps for kind in kinds)       # numbers near 0 are multiples of it
+    return torch.allclose(t.double(), own.double(), 2 * max(kind.eps for kind in kinds), smallest)
 
 
 def check_module(file, config, target, module, width, widths):

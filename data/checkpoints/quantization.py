@@ -25,6 +25,7 @@ NEGATIVE = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.fl
 NF4 = torch.cat((NEGATIVE, torch.zeros(1), POSITIVE.flip(0))) / POSITIVE[0]     # (16,), rising
 PAIRS = torch.view_as_complex(torch.cartesian_prod(NF4, NF4).float())       # (256,): both values of a byte
 QUANT_TYPES = ("int8", "nf4")
+QUANT_SOURCES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of the weights
 INT8_MAX = 127
 MIDPOINTS = ((NF4[1:] + NF4[:-1]) / 2).tolist()                         # (15,), between neighbouring codes
 

@@ -77,6 +77,11 @@ class ModelContext:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()     # a cache would keep the casts
         return torch.autocast(self.device.type, self.dtype, cache_enabled=not recompute)
 
+    def head_logits(self, hidden):
+        """A classifier head's logits in fp32, where autocast would round the product."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.head(hidden.float())
+
     def past(self):
         """The soft prompt's past, None without one."""
         return self.prompt(self.model) if self.prompt is not None else None
@@ -176,7 +181,7 @@ def summed_loss(ctx, examples, past):
     """Sum of -log p over the targets of these examples: a scalar, fp32."""
     hidden, target_ids, _ = ctx.run_examples(examples, past, select_targets=True)       # (N, C), (N,)
     if isinstance(examples[0], Example) and examples[0].head:
-        return F.cross_entropy(ctx.head(hidden.float()), target_ids, reduction="sum")
+        return F.cross_entropy(ctx.head_logits(hidden), target_ids, reduction="sum")
     return -token_logprobs(ctx.model.logits, hidden, target_ids).sum()
 
 
@@ -284,7 +289,7 @@ def head_scores(ctx, prompts):
 
     def scores(some, past):
         hidden, _ = ctx.run_prompts(some, past)
-        return (-ctx.head(hidden.float()).log_softmax(-1)).tolist()
+        return (-ctx.head_logits(hidden).log_softmax(-1)).tolist()
     return torch.tensor(by_row(ctx, prompts, list(map(len, prompts)), scores, "labels"))
 
 
@@ -298,7 +303,7 @@ def word_tags(ctx, examples):
         found = []
         for example, h in zip(some, hidden):
             at_words = [j for j, tag in enumerate(example.y) if tag >= 0]
-            found.append([ctx.text.labels[k] for k in ctx.head(h[at_words].float()).argmax(-1).tolist()])
+            found.append([ctx.text.labels[k] for k in ctx.head_logits(h[at_words]).argmax(-1).tolist()])
         return found
     return by_row(ctx, examples, [len(e.ids) for e in examples], tags, "tags")
 

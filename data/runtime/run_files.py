@@ -100,6 +100,7 @@ CONFIG = {
     "test_items": "an integer", "test_unit": "a string", "test_sha256": "a string", "data_sha256": "a string",
     "base_sha256": "a string", "reward": "a hash or an object of hashes",
     "gold_reward": "a hash or an object of hashes", "inputs": "an object of hashes or of objects of hashes"}
+NO_LONGER_STORED = ("save_every",)      # older runs have it among their flags; it changes nothing they compute
 SELECTORS = {"task": "a string", "method": "a string"}          # of the flags in "config"
 RESULT = {
     "status": "a string", "task": "a string", "method": "a string", "init": "a string", "data": "a string",
@@ -144,6 +145,8 @@ def read_run_config(folder):
     path = pathlib.Path(folder) / "config.json"
     stored = read_object(path, CONFIG, ("config",))
     check_object(stored["config"], SELECTORS, (), f'{path}, "config"')
+    for name in NO_LONGER_STORED:
+        stored["config"].pop(name, None)
     return stored
 
 

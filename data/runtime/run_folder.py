@@ -372,7 +372,8 @@ class Run:
         with contextlib.suppress(UserError):
             step = resume_step(self.folder)
             if step is not None:
-                return f"the same command continues from step {step}"
+                again = "the same command without --fresh" if self.fresh else "the same command"
+                return f"{again} continues from step {step}"
         return "nothing was saved yet, so the same command starts again"
 
     def note_failure(self, error):

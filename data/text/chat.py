@@ -520,6 +520,14 @@ def truncate_left(ids, limit, start=1):
     return ids[:start] + ids[len(ids) - limit + start:]
 
 
+def require_room(limit):
+    """`limit`, how many tokens an example may have beside its virtual tokens. Raises UserError below 2."""
+    if limit < 2:
+        raise UserError(f"only {limit} tokens are left for an example, at least 2 are needed; use a larger "
+                        "--block_size or fewer virtual tokens")
+    return limit
+
+
 def fit_to_length(ids, mask, limit, too_long="truncate", location="an example", start=1):
     """(ids, mask) of at most `limit` tokens; None for an example to drop.
 
@@ -529,9 +537,7 @@ def fit_to_length(ids, mask, limit, too_long="truncate", location="an example", 
     tokens are kept, because a model is trained with its start tokens. A cut answer has no end token. Raises
     UserError for a limit below 2.
     """
-    if limit < 2:
-        raise UserError(f"only {limit} tokens are left for an example, at least 2 are needed; use a larger "
-                        "--block_size or fewer virtual tokens")
+    require_room(limit)
     if len(ids) <= limit:
         return ids, mask
     if too_long == "error":

@@ -27,7 +27,7 @@ from data.runtime.files import DataError, UserError, check_path, printable
 from data.text.converters import SkipRow
 from data.text.readers import SUFFIXES, read_records
 from data.text.recognise import FORMATS, other_format, recognise, to_row, unknown_format
-from data.text.splits import (duplicates, label_names, leaks, outvoted, prompt_key, row_json,    # noqa: F401
+from data.text.splits import (LINE_END, duplicates, label_names, leaks, outvoted, prompt_key, row_json,    # noqa: F401
                               split_rows)
 
 # split: the names, without suffix, of its file in a folder
@@ -160,10 +160,10 @@ def load_lines(path_or_name):
     rows = []
     for row in data.rows:
         file, _, number = row["line"].rpartition(":")
-        if not re.search(r"\.txt(\.gz)?$", file) or number != "1" or data.row_type != "text":
+        if not re.search(r"\.txt(\.gz)?$", file, re.I) or number != "1" or data.row_type != "text":
             rows.append(row)
             continue
-        lines = enumerate(row["text"].splitlines(), 1)
+        lines = enumerate(LINE_END.split(row["text"]), 1)
         rows += [{"text": line, "line": f"{file}:{n}"} for n, line in lines if line.strip()]
     return data._replace(rows=rows)
 

@@ -64,7 +64,7 @@ def outvoted(rows):
 
 def split_rows(rows, held_out):
     """{split: rows}. held_out {tenth: split}: which tenths (0-9) of the hash range are not train's."""
-    if rows[0]["line"].endswith((".txt:1", ".txt.gz:1")):
+    if rows[0]["line"].lower().endswith((".txt:1", ".txt.gz:1")):
         parts = _split_text(rows[0], held_out)
         if all(part[0]["text"].strip() for part in parts.values()):
             return parts
