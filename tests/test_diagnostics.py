@@ -1,6 +1,7 @@
 """What a rollout is told by: KL by three estimators, lengths of right and wrong answers, lines in 80 columns."""
 import json
 import math
+import statistics
 import sys
 
 import pytest
@@ -318,3 +319,28 @@ def test_the_command_draws_any_logged_field(tmp_path, capsys):
     assert refused(tmp_path, "--plot", file, "--y", "kl,scor") == "--y scor: no run logged it; did you mean score?"
     assert "did you mean tokens?" in refused(tmp_path, "--plot", file, "--x", "tokns")
     assert "--y kl is for a plot" in refused(tmp_path, "--y", "kl")
+
+
+def test_the_error_of_the_kl_and_a_long_answer_by_hand():
+    batch = ppo.collate_rollout([[1]] * 4, [[5], [5, 6], [5, 6, 7], [5, 6, 7, 8]])
+    logp = torch.zeros(batch.mask.shape)
+    logp[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0])                                     # the KL of each answer
+    batch = batch._replace(logp=logp, ref_logp=torch.zeros_like(logp), entropy=torch.zeros_like(logp))
+    m = ppo_metrics.describe(batch, [[5], [5, 6], [5, 6, 7], [5, 6, 7, 8]], torch.arange(4.0), torch.ones(4).bool())
+    assert m["kl"] == 3 and m["kl_stderr"] == pytest.approx(statistics.pstdev([1, 2, 3, 6]) / 2)
+    assert m["length_p95"] == pytest.approx(3.85)
+
+
+def test_groups_without_variance_consist_of_the_answers_that_count():
+    batch = ppo.collate_rollout([[1]] * 4, [[5]] * 4)
+    zero = torch.zeros(4, 1)
+    batch = batch._replace(logp=zero, ref_logp=zero, entropy=zero)
+    counted = torch.tensor([True, True, True, False])
+    m = ppo_metrics.describe(batch, [[5]] * 4, torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.ones(4).bool(), 2, counted)
+    assert m["frac_reward_zero_std"] == 0.5                     # of the second group one answer is left
+
+
+def test_equal_scores_of_a_reward_model_are_half_right():
+    scores, rank = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+    report = ppo_metrics.reward_report([(scores, rank, torch.ones(1, 3).bool(), torch.ones(1, 3))])
+    assert report["accuracy"] == pytest.approx(2.5 / 3) and report["accuracy_margin_1"] == 0.75

@@ -204,3 +204,8 @@ def test_summary_over_seeds():
     assert M.summary([3, 3, 3, 3])[1:] == (0.0, 0.0)
     for df, t in ((4, 2.7764), (6, 2.4469), (7, 2.3646), (9, 2.2622), (19, 2.0930), (999, 1.9623)):
         assert M._student(df) == pytest.approx(t, abs=1e-3)
+
+
+def test_students_t_of_few_seeds():
+    for df, t in enumerate((12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469), 1):
+        assert M._student(df) == pytest.approx(t, abs=1e-4)

@@ -23,7 +23,7 @@ from data.checkpoints import hf
 from data.checkpoints.hf import FAMILIES, find_family, parse_config, read_config
 from make_model_fixtures import CASES, HERE, IDS, draw
 from model import GPT, GPTConfig, KVCache, Past, RMSNorm, attend, generate, glm_position_ids, length_groups
-from model import past_length, rope_table, sample, token_logprobs
+from model import filter_logits, past_length, rope_table, sample, token_logprobs
 
 LOGITS = np.load(HERE / "logits.npz")
 CLOSE = 5e-5            # logits reach 23; two fp32 programs, each up to 3e-5 from the same sum in fp64
@@ -1315,3 +1315,8 @@ def test_unknown_rope_type_is_a_sentence():
                      "low_freq_factor": 1.0, "high_freq_factor": 4.0}):
         with pytest.raises(UserError, match="rope"):
             GPTConfig(64, 32, 2, 2, 32, family="llama", rope_scaling=scaling)
+
+
+def test_top_p_ends_where_its_mass_is_reached():
+    assert filter_logits(torch.zeros(1, 4), top_p=0.5).isfinite().sum() == 2
+    assert filter_logits(torch.zeros(1, 4), top_p=0.51).isfinite().sum() == 3

@@ -8,6 +8,7 @@ import torch
 
 import train
 from data.batches import batching, objectives
+from data.batches import examples as examples_module
 from data.results import evaluate
 from data.batches.examples import Feed, Text, targets
 from data.checkpoints.safetensors import read_tensors
@@ -423,3 +424,18 @@ def test_the_plain_stream_is_what_it_was():
     feed = Feed(ids, 4, 10 ** 6, 7, 16, text)
     starts = batching.blocks(500, 16, 7, 0)[:4]
     assert feed(0) == [[(ids[s:s + 17], [True] * 17) for s in starts]]
+
+
+def test_the_windows_of_each_step_are_corrupted_anew():
+    text = Text(TOKENIZER, "plain", objective="mlm")
+    feed = Feed([97] * 900, 3, 10 ** 6, 1, 32, text)            # one letter: windows differ in their corruption alone
+    assert [e.y for e in feed.step_examples(0)] != [e.y for e in feed.step_examples(1)]
+
+
+def test_valid_text_is_measured_in_part_and_test_text_as_a_whole(monkeypatch):
+    monkeypatch.setattr(examples_module, "MAX_VALID_TOKENS", 64)
+    text = Text(TOKENIZER, "plain")
+    rows = [{"text": "ab" * 100}]
+    found = text.encode_splits({"valid": rows, "test": rows}, 32)
+    counts = {split: sum(map(targets, some)) for split, some in found.items()}
+    assert counts == {"valid": 63, "test": len(text.stream(rows)) - 1}

@@ -327,3 +327,15 @@ def test_pass_at_k_against_k_is_drawn_with_bands(tmp_path, capsys, monkeypatch):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
     make(tmp_path / "c" / "x", {"loss": 1.0})
     assert "no run has pass@k" in refused(tmp_path / "c", "--plot", str(tmp_path / "p.svg"), "--x", "k")
+
+
+def test_uniforms_differ_from_prompt_to_prompt():
+    one = generations.answer_uniforms(1, 3, 2, 5)
+    assert not torch.equal(one, generations.answer_uniforms(1, 4, 2, 5))
+    assert not torch.equal(one, generations.answer_uniforms(2, 3, 2, 5))
+    assert not torch.equal(one, generations.answer_uniforms(1, 3, 4, 5))
+
+
+def test_values_of_0_and_1_that_are_no_proportion_have_students_interval():
+    half = 4.3027 * statistics.stdev([0, 1, 1]) / math.sqrt(3)
+    assert pass_at_k.interval([0, 1, 1], proportion=False) == pytest.approx((2 / 3 - half, 2 / 3 + half), abs=1e-9)

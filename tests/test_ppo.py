@@ -1365,3 +1365,64 @@ def test_show_prints_the_row_of_the_header():
     assert lines[4].split() == ["3", "5", "0", "1", "-1.0000", "-1.5000", "-0.0500"]
     assert lines[7].split() == ["6", str(END), "3", "1", "-1.0000", "-1.5000", "1.9500"]
     assert lines[8].split() == ["7", "(pad)"] and len(lines) == 9
+
+
+def test_dr_grpo_divides_by_the_limit_and_not_by_the_longest_answer():
+    cfg = config(algo="drgrpo", lr=0.0, ppo_epochs=1, minibatches=1)
+    norms = []
+    for limit in (8, 16):
+        roles, state, batch, _ = rolled(cfg)
+        stats = ppo.update(dataclasses.replace(cfg, max_new_tokens=limit), roles, state, batch)
+        norms.append(stats["grad_norm_policy"])
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0] / 2, rel=1e-4)
+
+
+def test_the_betas_of_adam_are_those_of_the_header():
+    _, state, _, _ = setup(config())
+    assert {optim.param_groups[0]["betas"] for optim in state.optim.values()} == {(0.9, 0.95)}
+
+
+def test_beta_follows_the_mean_of_k1():
+    def first(**changes):
+        cfg = config(steps=1, lr=0.0, kl_horizon=16, **changes)
+        roles, state, _, _ = setup(cfg)
+        for p in state.params["policy"].values():
+            p.data += 0.05                                  # no longer the reference
+        return train(cfg, roles, state)[0], state.kl.beta
+    m, _ = first()
+    assert m["kl"] > 0 and abs(m["kl_k3"] / m["kl"] - 1) > 0.02
+    assert first(adaptive_kl_target=m["kl"] / 1.05)[1] == pytest.approx(0.1 * 1.05, rel=1e-5)
+
+
+def test_the_kl_in_the_loss_is_that_of_the_flag():
+    losses = {}
+    for kind in ("k2", "k3"):
+        cfg = config(algo="grpo", lr=0.0, ppo_epochs=1, minibatches=1, kl_estimator=kind)
+        roles, state, batch, _ = rolled(cfg)
+        batch = batch._replace(ref_logp=batch.ref_logp - 1.0 * batch.mask)          # far away, where they differ
+        losses[kind] = ppo.update(cfg, roles, state, batch, banned=[PAD])["policy_loss"]
+    weight = ppo.token_weights(batch.mask, "sequence")
+    kl = {kind: ppo.kl_estimate(batch.logp, batch.ref_logp, kind).masked_fill(~batch.mask, 0) for kind in losses}
+    more = (weight * (kl["k3"] - kl["k2"])).sum().item()
+    assert abs(more) > 0.1 and losses["k3"] - losses["k2"] == pytest.approx(0.1 * more, abs=1e-6)
+
+
+def test_approx_kl_is_k3_of_the_rollouts_policy_against_the_new_one():
+    cfg = config(algo="rloo", lr=0.0, ppo_epochs=1, minibatches=1)
+    roles, state, batch, _ = rolled(cfg)
+    stats = ppo.update(cfg, roles, state, batch._replace(logp=batch.logp - 0.5 * batch.mask), banned=[PAD])
+    assert stats["approx_kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, abs=1e-4)
+
+
+def test_every_pass_has_an_order_of_its_own():
+    rows = ppo.make_minibatches(config(ppo_epochs=3, minibatches=2), 64, torch.Generator().manual_seed(0))
+    passes = [tuple(torch.cat(rows[i:i + 2]).tolist()) for i in (0, 2, 4)]
+    assert all(sorted(one) == list(range(64)) for one in passes) and len(set(passes)) == 3
+
+
+def test_the_minibatch_that_ends_the_passes_moves_nothing():
+    cfg = config(lr=0.1, early_stop_kl=0.01)
+    roles, state, batch, _ = rolled(cfg)
+    before = weights(state)
+    stats = ppo.update(cfg, roles, state, batch._replace(logp=batch.logp - 0.5 * batch.mask))
+    assert stats["minibatches"] == 1 and torch.equal(weights(state), before)

@@ -623,3 +623,11 @@ def test_kto_with_other_methods(method, town, thumbs, tmp_path):    # noqa: F811
            "--steps", "6", "--batch", "8", "--forgetting_data", "none", "--lr", rate, *soft)
     assert abs(events(tmp_path / "r")[0]["loss"] - 0.5) < 1e-5
     assert r["metrics"]["loss"] < r["baseline_metrics"]["loss"] and r["skipped"] == 0
+
+
+@pytest.mark.parametrize("votes, ranks", [((1, 4), [0, 1]), ((2, 2), [0, 1]), ((4, 1), [0, 3])])
+def test_chosen_is_better_whatever_the_votes(votes, ranks, town):                             # noqa: F811
+    text = Text(Tokenizer.from_pretrained(town / "base"), "plain")
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c",
+           "votes_for": votes[0], "votes_against": votes[1]}
+    assert text.ranking(row, 100)[0].ranks == ranks

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import prompts
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError
 from model import GPT, GPTConfig, Past, generate
@@ -563,3 +564,10 @@ def test_nearest_tokens_names_the_words_it_started_from(cls, family):
     moved = [row["moved"] for row in nearest_tokens(prompt, model, start=start)]
     assert moved[0] < 1e-5 and moved[1] == pytest.approx(start.size(1) ** 0.5, rel=1e-4)
     assert nearest_tokens(prompt, model)[0]["moved"] is None
+
+
+def test_soft_tokens_start_from_the_first_five_thousand_words():
+    model = GPT(GPTConfig(6000, 16, 1, 1, 4))
+    model.wte.weight.data[:, 0] = torch.arange(6000.0)
+    ids = prompts.soft_start(model, 400, "vocab", None)[:, 0].long()
+    assert len(set(ids.tolist())) == 400 and 4000 < ids.max() < 5000

@@ -784,3 +784,10 @@ def test_an_unknown_algorithm_fails_loudly():
     cfg = config()
     with pytest.raises(UserError, match="--algo grop is none of .*; did you mean grpo"):
         dataclasses.replace(cfg, algo="grop")
+
+
+def test_every_round_of_a_refill_has_random_numbers_of_its_own(monkeypatch):
+    seeds, real = [], ppo.sample_and_score
+    monkeypatch.setattr(ppo, "sample_and_score", lambda *a: seeds.append(a[4].initial_seed()) or real(*a))
+    sampled(rounds=20)
+    assert len(seeds) > 3 and len(set(seeds)) == len(seeds)

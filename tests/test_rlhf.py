@@ -1,8 +1,10 @@
 """The tasks of preferences, through the command: reward, dpo, ppo, sample; roles, folders, exact resume."""
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -443,3 +445,54 @@ def test_skipped_steps_reach_the_result(town, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "optimizer_step", lambda *args: {**original(*args), "skipped": 1})
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", *PPO, "--reward", "judges:letters")
     assert r["skipped"] == 4 * 2 * 2 == sum(e["skipped"] for e in events(tmp_path / "r"))
+
+
+def test_gold_gain_is_in_standard_deviations_before_training(town, tmp_path):                 # noqa: F811
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters",
+           "--gold_reward", "judges:letters", "--lr", "3e-2", *PPO)
+    before, after = r["baseline_metrics"], r["metrics"]
+    assert before["gold_std"] != after["gold_std"]
+    assert after["gold_gain"] == pytest.approx((after["gold"] - before["gold"]) / before["gold_std"])
+
+
+def test_pre_training_text_is_read_on_and_not_again(town, monkeypatch):                       # noqa: F811
+    asked = []
+    monkeypatch.setattr(train, "Feed", lambda *a: lambda step: asked.append(step) or [])
+    text = types.SimpleNamespace(stream=lambda rows: [1] * 99)
+    ctx = types.SimpleNamespace(text=text, max_text_len=lambda: 64)
+    cfg = types.SimpleNamespace(ptx_data=str(town / "text"), seed=1)
+    found = ppo.PPOConfig(ptx_coef=1.0, ppo_epochs=3, minibatches=2, batch=8)
+    batches = train.ptx_batches(cfg, types.SimpleNamespace(config=found, ctx=ctx))
+    for step in range(2):
+        for minibatch in range(6):
+            batches(step, minibatch)
+    assert asked == list(range(12))
+
+
+def test_the_samples_before_training_are_answers_to_the_first_prompts(monkeypatch):
+    answers = [(prompt, n) for prompt in range(5) for n in range(4)]
+    monkeypatch.setattr(train, "evaluate_policy", lambda *a: ({}, answers, {}))
+    monkeypatch.setattr(train, "forgetting_loss", lambda *a: 0.0)
+    text = types.SimpleNamespace(decode_answer=lambda answer: answer)
+    setup = types.SimpleNamespace(ctx=types.SimpleNamespace(text=text))
+    log = types.SimpleNamespace(log=lambda **event: None)
+    state = train.measure_reference(log, setup, ppo.Roles(None, contextlib.nullcontext), [])
+    assert state["before"] == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_the_answers_to_imitate_are_chosen_by_the_reward_and_not_by_gold(town, tmp_path, monkeypatch):      # noqa: F811
+    (tmp_path / "lengths.py").write_text("def more(prompt, answer):\n    return float(len(answer))\n"
+                                         "def fewer(prompt, answer):\n    return -1.0 - len(answer)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    go(town, tmp_path / "r", "--task", "sample", "--data", town / "prompts", "--reward", "lengths:more",
+       "--gold_reward", "lengths:fewer", "--num_generations", "8", "--max_new_tokens", "64")
+    rows = [json.loads(line) for line in (tmp_path / "r" / "train.jsonl").read_text().splitlines()]
+    assert rows and all(row["score"] == len(row["completion"]) for row in rows)
+
+
+def test_forgetting_of_a_policy_is_the_rise_of_the_loss(town, tmp_path, monkeypatch):         # noqa: F811
+    losses = iter([2.0, 5.0])
+    monkeypatch.setattr(train, "forgetting_loss", lambda *a: next(losses))
+    words = [town / "text" if word == "none" else word for word in PPO]
+    r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters", *words)
+    assert r["metrics"]["forgetting"] == 3.0

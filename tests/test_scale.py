@@ -208,3 +208,14 @@ if __name__ == "__main__":
         sys.exit("python tests/test_scale.py FOLDER [TOKENS]: FOLDER is a model's")
     torch.set_num_threads(1)
     main(sys.argv[1], *sys.argv[2:3], cases=sys.argv[3:])
+
+
+def test_flops_of_a_small_shape_by_hand():
+    """A block has 128 weights, its attention multiplies 64 for each token, the head has 40 weights."""
+    shape = cost_model.Shape(10, 2, 4, 2, 2, 2, 8, mlp="gelu", norm="layernorm")
+    full = cost_model.Plan("full", 0, 8, 8, 8)
+    assert cost_model.flops(shape, full) == 2 * (3 * 256 + 3 * 64) + 6 * 40
+    again = full._replace(gradient_checkpointing=True)
+    assert cost_model.flops(shape, again) == 2 * (4 * 256 + 4 * 64) + 6 * 40
+    adapted = full._replace(kind="lora", targets=("q",), rank=2, trainable=32)
+    assert cost_model.flops(shape, adapted) == 2 * (2 * 256 + 3 * 64) - 2 * 48 + 4 * 40 + 6 * 32

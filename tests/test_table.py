@@ -1014,3 +1014,13 @@ def test_plots_that_cannot_be_drawn(tmp_path):
                           ("p.png", "ranks", "--method adalora"), ("p.png", "sqrt_kl", "gold"),
                           ("p.png", "rank", "name it in --by")):
         assert sentence in refused(tmp_path, "--plot", file, "--x", x)
+
+
+def test_an_edge_is_one_of_all_that_was_tried():
+    choice = choose.Choice(("lora",), 2, {1: 0.1, 2: 0.2}, [2], [4], [1], [], False)
+    assert choose.edge_note(choice, "lora", "lr") == []         # another seed ran 4
+    assert choose.edge_note(choice._replace(not_chosen_from=[]), "lora", "lr")
+
+
+def test_a_metric_before_training_improves_as_it_does_after():
+    assert runs.lower_is_better("before.loss") and not runs.lower_is_better("before.exact_match")

@@ -8,7 +8,7 @@ import prompts
 import train
 from data.results import evaluate, metrics
 from data.text import formats, entities
-from data.batches.examples import Text
+from data.batches.examples import Text, targets
 from data.checkpoints.safetensors import read_tensors
 from data.runtime.files import read_json
 from data.text.tokenizer import Tokenizer
@@ -214,3 +214,14 @@ def test_what_makes_no_sense_is_refused(world, tmp_path, capsys):
     assert "--task tag has no head before it is trained" in capsys.readouterr().err
     assert train.main(["--task", "tag", "--classifier", "lm"]) == 2
     assert "--classifier belongs to --task classify" in capsys.readouterr().err
+
+
+def test_words_that_were_cut_off_count_as_no_entity():
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, 64, 1, 2, 16)).eval()
+    text = Text(TOKENIZER, "plain", labels=NAMES, classifier="head")
+    ctx = evaluate.ModelContext(model, text, torch.device("cpu"), torch.float32)    # no head yet: every word is O
+    _, first = entities.word_tokens(FAY["tokens"], TOKENIZER, TOKENIZER.eos)
+    examples, counts = text.encode([FAY], first[4])
+    assert counts["truncated"] == 1 and targets(examples[0]) == 4
+    found, _ = evaluate.evaluate_tags(ctx, [FAY], examples)
+    assert found["accuracy"] == pytest.approx(3 / 7) and found["recall"] == 0

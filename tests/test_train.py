@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -1516,3 +1517,48 @@ def test_merged_is_the_quantized_base_that_was_trained_against(dtype, world, tmp
 def test_weight_decay_is_no_flag_of_ia3(capsys):
     assert train.main(["--method", "ia3", "--weight_decay", "0.1", "--dry_run"]) == 2
     assert "weight_decay" in capsys.readouterr().err
+
+
+def test_forgetting_is_the_rise_of_the_loss(world, tmp_path, monkeypatch):                    # noqa: F811
+    losses = iter([2.0, 5.0])
+    monkeypatch.setattr(train, "forgetting_loss", lambda *a: next(losses))
+    (tmp_path / "other.txt").write_text("some other text\n" * 40)       # no run has measured it yet
+    r = run(world, tmp_path / "r", "--forgetting_data", tmp_path / "other.txt")
+    assert r["metrics"]["forgetting"] == 3.0
+
+
+def test_the_rate_of_virtual_tokens_does_not_reach_a_head(world):                             # noqa: F811
+    cfg = train.parse(["--task", "classify", "--classifier", "head", "--method", "prompt_tuning", "--lr", "0.3",
+                       "--init", str(world / "base"), "--data", str(world / "label")])
+    ctx = train.open_context(cfg)
+    ctx.text.labels = ("x", "y")
+    trainable = train.apply_method(ctx, cfg)
+    rates = {name: group["lr"] for group in train.param_groups(ctx, cfg, trainable) for name in group["names"]}
+    assert rates.pop("head.score.weight") == 0.03 and set(rates.values()) == {0.3}
+
+
+def test_full_tuning_decays_matrices_alone(world):                                            # noqa: F811
+    cfg = train.parse(["--method", "full", "--weight_decay", "0.1", "--init", str(world / "base"),
+                       "--data", str(world / "chat")])
+    ctx = train.open_context(cfg)
+    trainable = train.apply_method(ctx, cfg)
+    decays = {name: group["weight_decay"] for group in train.param_groups(ctx, cfg, trainable)
+              for name in group["names"]}
+    assert decays == {name: 0.1 if p.dim() > 1 else 0.0 for name, p in trainable.items()}
+    assert set(decays.values()) == {0.0, 0.1}
+
+
+def test_a_finite_step_ends_a_row_of_skipped_ones():
+    loop = types.SimpleNamespace(step=0, tokens=0, seconds=0.0, skipped=0, skipped_in_a_row=0)
+    for finite in (False, False, True, False):
+        train.advance(loop, [], finite, 0.0)
+    assert (loop.step, loop.skipped, loop.skipped_in_a_row) == (4, 3, 1)
+
+
+def test_the_loss_of_labels_is_that_of_the_right_one(world, monkeypatch):                     # noqa: F811
+    scores = torch.tensor([[0.5, 2.0], [3.0, 1.0]])
+    monkeypatch.setattr(evaluate, "label_scores", lambda ctx, prompts: scores)
+    text = Text(Tokenizer.from_pretrained(world / "base"), "plain", labels=("x", "y"))
+    rows = [{"text": "a", "label": "y"}, {"text": "b", "label": "y"}]
+    values, predicted = evaluate.evaluate_labels(types.SimpleNamespace(text=text), rows, [[1], [1]])
+    assert predicted == ["x", "y"] and values["loss"] == 1.5 and values["accuracy"] == 0.5

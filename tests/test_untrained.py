@@ -83,3 +83,9 @@ def test_no_note_where_nothing_is_lost(said, case):
 def test_all_tokens_of_a_stream_are_targets(said):
     untrained.warn(context(), LORA, [97, NEWLINE, 98])
     assert "'\\n'" in said[0]
+
+
+def test_the_limit_is_a_tenth_of_a_far_distance():
+    """Rows on a line: 9 of 10 pairs are at most 7 apart, half of them 3; the first two are 0.5 apart."""
+    weight = torch.tensor([[0.0], [0.5], [2], [3], [4], [5], [6], [7], [8], [9]])
+    assert untrained.coinciding_ids(weight, range(10)) == [0, 1]
