@@ -323,6 +323,11 @@ class PPOConfig(RecordConfig, SamplingConfig):
         for name in unread[cfg.kl_place]:
             if cls.is_given(cfg, name):
                 raise UserError(f"--{name} means nothing to --kl_place {cfg.kl_place}; leave one of them out")
+        still = "--kl_coef 0" if cfg.kl_coef == 0 else "--adaptive_kl_target 0"
+        if (cfg.kl_coef == 0 or cfg.adaptive_kl_target == 0) and cls.is_given(cfg, "kl_horizon"):
+            raise UserError(f"--kl_horizon means nothing to {still}, where beta stays; leave one of them out")
+        if cfg.kl_coef == 0 and cls.is_given(cfg, "kl_estimator"):
+            raise UserError("--kl_estimator means nothing to --kl_coef 0; leave one of them out")
         if cfg.kl_coef == 0 and cfg.adaptive_kl_target and cls.is_given(cfg, "adaptive_kl_target"):
             raise UserError(f"--kl_coef 0 stays 0 under --adaptive_kl_target {cfg.adaptive_kl_target:g}, "
                             "which multiplies it; start above 0, or leave the target out")
@@ -1306,6 +1311,10 @@ class Units(NamedTuple):
     def unit(self):
         return self.scale or 1.0
 
+    def without_scale(self):
+        """Of a rollout whose rewards are all equal: the mean return alone, so that their zero does not matter."""
+        return Units(self.shift, 0.0, 1.0, self.offset / self.gain)
+
     def standard_value(self, head_output):
         return self.gain * head_output + self.offset
 
@@ -1775,20 +1784,21 @@ def in_warmup(cfg, state):
     return "value" in state.params and state.step < cfg.value_warmup
 
 
-def optimizer_step(cfg, state, lr_scale, stop):
-    """Let policy and critic step, each with its own clipping; nobody steps after an early stop, and the
-    policy not in the critic's warm-up. Returns {name: number}."""
+def optimizer_step(cfg, state, lr_scale, stop, idle=()):
+    """Let policy and critic step, each with its own clipping; nobody steps after an early stop, no role in
+    `idle`, and the policy not in the critic's warm-up. Returns {name: number}."""
     metrics = {}
     for role in state.params:
-        idle = stop or (role == "policy" and in_warmup(cfg, state))
-        metrics[f"grad_norm_{role}"] = state.apply(role, 0.0 if idle else lr_scale)
+        waits = stop or role in idle or (role == "policy" and in_warmup(cfg, state))
+        metrics[f"grad_norm_{role}"] = state.apply(role, 0.0 if waits else lr_scale)
     metrics["skipped"] = sum(bad > 0 for bad in state.bad.values())
     return metrics
 
 
-def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), ptx=None):
+def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), ptx=None, idle=()):
     """Step 5 of the header: passes over a rollout with advantages, an optimiser step per minibatch.
 
+    idle: roles, "policy" or "value", that do not step.
     ptx: None, or (iteration, minibatch) -> [(x, y), ...] of pre-training text. Returns metrics: means over
     minibatches of means over real tokens; ratio_off is the largest, ratio_first that of the first minibatch,
     skipped the number of gradients that were not finite.
@@ -1802,7 +1812,7 @@ def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), pt
             loss, ratio = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"], texts)
             metrics["ptx_loss"] = loss
             metrics["ptx_ratio"] = ratio
-        metrics.update(optimizer_step(cfg, state, lr_scale, stop))
+        metrics.update(optimizer_step(cfg, state, lr_scale, stop, idle))
         history.append(metrics)
         if stop:
             break
@@ -1829,12 +1839,15 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         if experience.batch is not None:
             counted = counted_answers(cfg, experience)
             informative = experience.rewarded[counted].unique().numel() > 1     # else penalties would be the unit
-            if not state.units.scale and informative:
-                state.units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
+            if not state.units.scale and counted.sum() > 1:
+                units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
+                state.units = units if informative else units.without_scale()
             batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
         metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
                                 counted_answers(cfg, first), first.rewarded))
+        if not find_record(ALGORITHMS, cfg.algo).compares_groups:       # equal groups have a gradient, too
+            metrics.pop("frac_reward_zero_std", None)
         metrics["objective"] = metrics.get("score_penalised", metrics["score"]) - beta * metrics["kl"]
         metrics.update(first.metrics)
 
@@ -1845,7 +1858,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         if rows:
             order = rng(cfg.seed, "order", state.step)
             part = batch if len(rows) == len(batch.mask) else batch.take(rows)
-            metrics.update(update(cfg, roles, state, part, scale, order, environment.banned, ptx))
+            idle = ("value",) if len(rows) > 1 and not state.units.scale else ()    # else it would get a scale
+            metrics.update(update(cfg, roles, state, part, scale, order, environment.banned, ptx, idle))
         if not in_warmup(cfg, state):                           # the policy stands still, and so does its KL
             state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:

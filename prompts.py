@@ -623,7 +623,7 @@ class PromptMethod:
         """
         ctx.model.requires_grad_(False)
         if ctx.prompt is None:
-            ctx.prompt = self.make_prompt(ctx, cfg).to(ctx.device)
+            ctx.prompt = self.make_prompt(ctx, cfg).to(ctx.device).eval()       # the loop switches dropout on
         else:
             self.check_continued(ctx.prompt, cfg)
         for p in ctx.prompt.parameters():

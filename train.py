@@ -239,6 +239,12 @@ class PtxFlags:
     """reward"""
     ptx_data: str = flag("toy/corpus", "raw text for --ptx_coef", type=path_type)
 
+    @staticmethod
+    def check(cfg):
+        if "ptx_data" in cfg.given and not cfg.ptx_coef:
+            raise UserError(f"--ptx_data {cfg.ptx_data} is not read without --ptx_coef; give a weight above 0, or "
+                            "leave it out")
+
 
 @dataclass(frozen=True)
 class BestAnswersFlags:
@@ -1790,6 +1796,9 @@ def add_z0(ctx, cfg, micro_batches, idle_batches, past):
     if not preference_record(cfg).unpaired:
         return micro_batches
     ctx.train(False)
+    if past is not None:
+        with torch.no_grad(), ctx.autocast():
+            past = ctx.past()                               # the step's own has --prefix_dropout
     z0 = find_z0(ctx, cfg, micro_batches, past, idle_batches)
     ctx.train()
     return [[example._replace(z0=z0) for example in batch] for batch in micro_batches]
@@ -2158,6 +2167,7 @@ def train_policy(cfg, run, rows):
     trains_base = find_method(cfg.method).trains_base
     base = copy.deepcopy(ctx.model).requires_grad_(False) if trains_base else ctx.model
     params_total = count_numbers(base.parameters())
+    started = ctx.prompt                                    # a soft prompt of --init; a new one is no part of it
     trainable = apply_method(ctx, cfg)
     setup = set_up_rollouts(cfg, ctx, rows, base, config)
     roles, critic = make_roles(cfg, ctx, base, setup)
@@ -2170,7 +2180,7 @@ def train_policy(cfg, run, rows):
     if "baseline" in state:
         trained.load_state_dict(state["trained"])
     else:
-        state = measure_reference(run, setup, roles, forgetting)
+        state = measure_reference(run, setup, roles, forgetting, started)
     run.rewind(trained.step)
     say_where(trained.step, config.steps)
     iterate(cfg, run, setup, roles, trained, state)
@@ -2194,14 +2204,15 @@ def train_policy(cfg, run, rows):
             return finish(run, ctx, cfg, Outcome(metrics, answers), state["baseline"], samples, counts, clock)
 
 
-def measure_reference(run, setup, roles, forgetting):
-    """What the reference does, before the first iteration: the first state of a run."""
+def measure_reference(run, setup, roles, forgetting, prompt=None):
+    """What the reference does, before the first iteration: the first state of a run. prompt: the soft prompt of
+    --init, with which forgetting begins."""
     reference = roles._replace(policy=roles.reference)
     with Progress("test before training, 4 answers to each prompt"):
         metrics, answers, _ = evaluate_policy(setup, reference, "test", 4)
     before = [setup.ctx.text.decode_answer(y) for y in answers[:12:4]]
     with roles.reference():
-        loss = forgetting_loss(setup.ctx, forgetting)
+        loss = forgetting_loss(replace(setup.ctx, prompt=prompt), forgetting)
     run.log(event="baseline", step=0, tokens=0, seconds=0.0, **metrics)
     return dict(baseline=metrics, before=before, seconds=0.0, tokens=0, skipped=0, forgetting_before=loss)
 
@@ -2268,6 +2279,7 @@ def write_samples(cfg, run, rows):
     ctx = open_context(cfg)
     facts = facts_of(ctx, rows)
     rows = {split: some[:cfg.eval_items or None] for split, some in rows.items()}
+    params_total = count_numbers(ctx.model.parameters())    # before the adapter of a reward model
     config = ppo.SamplingConfig(**{name: cfg.get(name) for name in fields_of([ppo.SamplingConfig])})
     setup = set_up_rollouts(cfg, ctx, rows, ctx.model, config)
     policy = tuned_role(ctx, ctx.model, ctx.prompt)
@@ -2287,7 +2299,7 @@ def write_samples(cfg, run, rows):
     if cfg.num_generations > 1:
         generations = count_right(setup, answers, scored)
         metrics.update(metrics_of(generations))
-    counts = dict(params_total=sum(p.numel() for p in ctx.model.parameters()), params_trainable=0)
+    counts = dict(params_total=params_total, params_trainable=0)
     clock = dict(steps=0, tokens=0, seconds=round(time.monotonic() - began, 3), skipped=0)
     return finish(run, ctx, cfg, Outcome(metrics, [], generations=generations), {}, [], counts, clock)
 
@@ -2340,8 +2352,10 @@ def run_stages(cfg):
 def run_stage(cfg, *words):
     """A supervised run before RL, unless it is finished. Returns its folder."""
     words = [*words, "--seed", str(cfg.seed), "--device", cfg.device, "--dtype", cfg.dtype]
+    words += [f"--{name}={cfg.get(name)}" for name in ("template", "system") if name in cfg.given]
+    words += ["--keep"] * cfg.keep
     stage = parse(words)
-    log_progress("\npython train.py " + " ".join(words))
+    log_progress("\npython train.py " + shlex.join(words))
     is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
     if not is_finished and dist_state.size == 1:            # a measurement ends by each process's own clock
         found = forecast_stage(stage)
@@ -2580,12 +2594,18 @@ class Task:
     next_command: Callable = use_it                 # (ctx, cfg, folder) -> the command that uses the result
 
 
+def start_of(ctx, cfg):
+    """--init of the next run, and of a soft prompt the only --method that goes on with it."""
+    is_soft = ctx.prompt is not None and prompt_base(cfg.init) != cfg.init
+    return ["--init", cfg.init, *(["--method", prompts.method_name(ctx.prompt)] if is_soft else [])]
+
+
 def then_ppo(ctx, cfg, folder):
-    return shlex.join(["python", "train.py", "--task", "ppo", "--init", cfg.init, "--reward", str(folder)])
+    return shlex.join(["python", "train.py", "--task", "ppo", *start_of(ctx, cfg), "--reward", str(folder)])
 
 
 def then_sft(ctx, cfg, folder):
-    return shlex.join(["python", "train.py", "--init", cfg.init, "--data", str(folder)])
+    return shlex.join(["python", "train.py", *start_of(ctx, cfg), "--data", str(folder)])
 
 
 def no_command(ctx, cfg, folder):

@@ -344,3 +344,12 @@ def test_equal_scores_of_a_reward_model_are_half_right():
     scores, rank = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
     report = ppo_metrics.reward_report([(scores, rank, torch.ones(1, 3).bool(), torch.ones(1, 3))])
     assert report["accuracy"] == pytest.approx(2.5 / 3) and report["accuracy_margin_1"] == 0.75
+
+
+@pytest.mark.parametrize("sick, word", [
+    (dict(kl=40.0, beta=0.0), "raise --kl_coef"), (dict(unique=0.05, beta=0.0), "raise --kl_coef"),
+    (dict(length=1.0, beta=0.0), "KL penalty outweighs"), (dict(kl=-1.0, kl_stderr=0.0, beta=0.1), "beyond chance")])
+def test_a_warning_says_nothing_that_the_run_contradicts(sick, word):
+    """Without a KL (dapo, drgrpo, ...) --kl_coef is refused; the KL of one answer has no standard error."""
+    well = dict(step=20, kl=3.0, kl_stderr=0.1, score=0.5, score_std=1.0, eos_rate=0.97, length=20.0, unique=1.0)
+    assert not [line for line in ppo_metrics.health({**well, **sick}) if word in line]

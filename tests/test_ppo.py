@@ -1384,14 +1384,14 @@ def test_the_betas_of_adam_are_those_of_the_header():
 
 def test_beta_follows_the_mean_of_k1():
     def first(**changes):
-        cfg = config(steps=1, lr=0.0, kl_horizon=16, **changes)
+        cfg = config(steps=1, lr=0.0, **changes)
         roles, state, _, _ = setup(cfg)
         for p in state.params["policy"].values():
             p.data += 0.05                                  # no longer the reference
         return train(cfg, roles, state)[0], state.kl.beta
     m, _ = first()
     assert m["kl"] > 0 and abs(m["kl_k3"] / m["kl"] - 1) > 0.02
-    assert first(adaptive_kl_target=m["kl"] / 1.05)[1] == pytest.approx(0.1 * 1.05, rel=1e-5)
+    assert first(adaptive_kl_target=m["kl"] / 1.05, kl_horizon=16)[1] == pytest.approx(0.1 * 1.05, rel=1e-5)
 
 
 def test_the_kl_in_the_loss_is_that_of_the_flag():

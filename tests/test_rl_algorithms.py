@@ -791,3 +791,31 @@ def test_every_round_of_a_refill_has_random_numbers_of_its_own(monkeypatch):
     monkeypatch.setattr(ppo, "sample_and_score", lambda *a: seeds.append(a[4].initial_seed()) or real(*a))
     sampled(rounds=20)
     assert len(seeds) > 3 and len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("score", [-1.0, 5.0])
+def test_equal_rewards_teach_nothing_wherever_their_zero_is(score):
+    cfg = config(steps=2, missing_eos_penalty=None)
+    roles, state = with_zero_critic(cfg)
+    start = weights(state)
+    log = train(cfg, roles, state, lambda p, y, rows: [score] * len(y))
+    assert [m["grad_norm_policy"] for m in log] == [0, 0] and torch.equal(weights(state), start)
+
+
+@pytest.mark.parametrize("scale", [64.0, 1 / 64])
+def test_a_rollout_of_equal_rewards_gives_the_critic_no_scale(scale):
+    """The first rollout's rewards are 0, as on a hard task, and some answers are cut; later ones differ."""
+    def log_of(scale):
+        calls = []
+
+        def reward(prompts, answers, rows=None):
+            calls.append(1)
+            return [0.0] * len(answers) if len(calls) == 1 else [scale * s for s in eighths(prompts, answers)]
+        cfg = config(steps=3, seed=3, batch=64, kl_coef=0.1 * scale, lr=1e-2)
+        roles, state = with_zero_critic(cfg)
+        return train(cfg, roles, state, reward)
+    plain, scaled = log_of(1.0), log_of(scale)
+    assert 0 < plain[0]["eos_rate"] < 1
+    for a, b in zip(plain[1:], scaled[1:]):
+        for name in ("value_loss", "explained_variance", "kl"):
+            assert a[name] == pytest.approx(b[name], abs=2e-2), name

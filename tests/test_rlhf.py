@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import types
 
@@ -16,8 +17,9 @@ import train
 from data.text import chat, formats
 from data.batches.examples import Text, size, targets
 from data.checkpoints.safetensors import read_tensors
+from data.results import evaluate
 from data.runtime import run_folder
-from data.runtime.files import read_json
+from data.runtime.files import UserError, read_json
 from data.text.tokenizer import Tokenizer
 from test_train import same, weights, world  # noqa: F401
 from tiny import Stop, write
@@ -226,7 +228,7 @@ def test_resume_is_bit_exact(words, town, tmp_path, monkeypatch):
     """Cut inside the update of iteration 3 of 4, and inside the rollout of iteration 4."""
     (town / "text").mkdir(exist_ok=True)
     words = ["--task", "ppo", "--data", town / "prompts", *PPO, "--reward", town / "rm", *words]
-    words += ["--ptx_data", town / "text"]
+    words += ["--ptx_data", town / "text"] if "--ptx_coef" in words else []
     go(town, tmp_path / "whole", *words)
     for name, place, at in (("update", "logprobs", 14), ("rollout", "generate", 5)):
         original, calls = getattr(ppo, place), []
@@ -474,7 +476,8 @@ def test_the_samples_before_training_are_answers_to_the_first_prompts(monkeypatc
     monkeypatch.setattr(train, "evaluate_policy", lambda *a: ({}, answers, {}))
     monkeypatch.setattr(train, "forgetting_loss", lambda *a: 0.0)
     text = types.SimpleNamespace(decode_answer=lambda answer: answer)
-    setup = types.SimpleNamespace(ctx=types.SimpleNamespace(text=text))
+    ctx = evaluate.ModelContext(None, text, torch.device("cpu"), torch.float32)
+    setup = types.SimpleNamespace(ctx=ctx)
     log = types.SimpleNamespace(log=lambda **event: None)
     state = train.measure_reference(log, setup, ppo.Roles(None, contextlib.nullcontext), [])
     assert state["before"] == [(0, 0), (1, 0), (2, 0)]
@@ -496,3 +499,92 @@ def test_forgetting_of_a_policy_is_the_rise_of_the_loss(town, tmp_path, monkeypa
     words = [town / "text" if word == "none" else word for word in PPO]
     r = go(town, tmp_path / "r", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters", *words)
     assert r["metrics"]["forgetting"] == 3.0
+
+
+@pytest.mark.parametrize("words", [["--keep"], ["--template", "alpaca", "--system", "Be brief."]])
+def test_the_stages_before_rl_take_the_flags_that_they_share(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = []
+    found = train.forecast.Forecast(188, 1000, (60.0, 90.0), {"x": (30.0, 60.0)})
+    monkeypatch.setattr(train, "forecast_stage", lambda cfg: found)
+    monkeypatch.setattr(train, "run_supervised", lambda cfg: stages.append(cfg) or 0)
+    all_stages = train.run_ppo
+    monkeypatch.setattr(train, "run_ppo", lambda cfg: 0)
+    cfg = train.parse(["--task", "ppo", "--steps", "2", *words])
+    all_stages(cfg)
+    assert [stage.task for stage in stages] == ["sft", "reward"]
+    for stage in stages:
+        assert (stage.keep, stage.template, stage.system) == (cfg.keep, cfg.template, cfg.system)
+
+
+def test_the_reference_has_no_prefix_dropout(town, tmp_path):                     
+    """At a rate of 0 the policy stays its reference: every margin is 0, the loss log 2."""
+    go(town, tmp_path / "r", "--task", "dpo", "--data", town / "pairs", "--method", "p_tuning_v2", "--num_virtual_tokens",
+       "8", "--prompt_init", "random", "--prefix_dropout", "0.5", "--steps", "1", "--batch", "8", "--lr", "0",
+       "--forgetting_data", "none")
+    for kind in ("valid", "test"):
+        m = events(tmp_path / "r", kind)[0]
+        assert abs(m["margin"]) < 1e-5 and m["accuracy"] == 0.5 and m["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_z0_is_taken_without_prefix_dropout(town, tmp_path, monkeypatch):         
+    """Before the first step the policy is its reference: every log-ratio is 0."""
+    seen = []
+    original = ppo.kto_z0
+    monkeypatch.setattr(ppo, "kto_z0", lambda *a, **k: seen.append(a[0]) or original(*a, **k))
+    go(town, tmp_path / "r", "--task", "dpo", "--preference_loss", "kto", "--data", town / "pairs", "--method",
+       "p_tuning_v2", "--num_virtual_tokens", "8", "--prompt_init", "random", "--prefix_dropout", "0.5", "--steps", "1",
+       "--batch", "8", "--lr", "0", "--forgetting_data", "none")
+    assert len(seen) >= 3 and max(map(abs, seen)) < 1e-3, seen
+
+
+def test_forgetting_of_a_new_soft_prompt_begins_without_it(town, tmp_path):       
+    """No step, the same start: what RL reports is what every other task reports."""
+    words = ["--steps", "0", "--method", "prompt_tuning", "--num_virtual_tokens", "8", "--prompt_init", "random",
+             "--forgetting_data", town / "text" / "valid.jsonl"]
+    dpo = go(town, tmp_path / "dpo", "--task", "dpo", "--data", town / "pairs", *words)
+    rl = go(town, tmp_path / "ppo", "--task", "ppo", "--data", town / "prompts", "--reward", "judges:letters",
+            "--batch", "8", "--max_new_tokens", "4", *words)
+    assert dpo["metrics"]["forgetting"] != 0
+    assert rl["metrics"]["forgetting"] == pytest.approx(dpo["metrics"]["forgetting"], abs=1e-6)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--adaptive_kl_target", "0", "--kl_horizon", "5"], "--kl_horizon means nothing to --adaptive_kl_target 0"),
+    (["--kl_coef", "0", "--kl_horizon", "5"], "--kl_horizon means nothing to --kl_coef 0"),
+    (["--algo", "grpo", "--kl_coef", "0", "--kl_estimator", "k2"], "--kl_estimator means nothing to --kl_coef 0"),
+    (["--ptx_data", "toy/corpus"], "is not read without --ptx_coef")])
+def test_a_flag_without_effect_is_refused(words, says):
+    with pytest.raises(UserError, match=says):
+        train.parse(["--task", "ppo", "--reward", "x:y", *words])
+
+
+def test_a_reward_model_is_no_part_of_the_sampled_model(town, tmp_path):          
+    totals = [go(town, tmp_path / name, "--task", "sample", "--data", town / "prompts", "--reward", reward, "--eval_items",
+                 "2", "--num_generations", "2", "--max_new_tokens", "2")["params_total"]
+              for name, reward in (("function", "judges:letters"), ("model", town / "rm"))]
+    assert totals[0] == totals[1]
+
+
+def test_the_command_printed_behind_a_soft_prompt_runs(town, tmp_path):           
+    soft = ["--method", "prompt_tuning", "--steps", "1", "--forgetting_data", "none"]
+    go(town, tmp_path / "sft", "--data", town / "chat", "--prompt_template", "front", "--num_virtual_tokens", "3", *soft)
+    r = go(town, tmp_path / "rm", "--task", "reward", "--init", tmp_path / "sft", "--data", town / "pairs", *soft,
+           "--max_new_tokens", "4")
+    s = go(town, tmp_path / "s", "--task", "sample", "--init", tmp_path / "sft", "--data", town / "prompts", "--reward",
+           "judges:letters", "--max_new_tokens", "4", "--eval_items", "2")
+    assert "--method prompt_tuning" in s["next_command"]
+    words = shlex.split(r["next_command"])[2:]
+    assert train.main([*words, "--data", str(town / "prompts"), "--out", str(tmp_path / "rl"), "--steps", "1", "--batch",
+                       "8", "--max_new_tokens", "4", "--forgetting_data", "none"]) == 0
+    assert read_json(tmp_path / "rl" / "result.json")["status"] == "done"
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_equal_scores_of_one_prompt_have_a_gradient_without_groups(algo, town, tmp_path, capsys): 
+    (town / "of_prompt.py").write_text("def score(prompt, answer):\n    return float(prompt < 'e')\n")
+    go(town, tmp_path / "r", "--task", "ppo", "--algo", algo, "--data", town / "prompts", "--reward", "of_prompt:score",
+       "--num_generations", "4", "--batch", "32", "--steps", "1", "--max_new_tokens", "4", "--forgetting_data", "none",
+       "--missing_eos_penalty", "none")
+    assert events(tmp_path / "r")[0]["grad_norm_policy"] > 0
+    assert "give no gradient" not in capsys.readouterr().err

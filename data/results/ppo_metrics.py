@@ -8,7 +8,8 @@ Every mean is over answers or over real tokens. `x[mask]` selects the real ones,
     length_*   mean length of the right and of the wrong answers. Where all scores of finished answers are 0
                or 1, right is 1. Else right is above the mean score of the group of answers to that prompt,
                wrong below it; of a prompt with one answer: of the rollout. Equal to it: neither
-    frac_reward_zero_std    share of groups in which all scores are equal, of answers that are learnt from
+    frac_reward_zero_std    share of groups in which all scores are equal, of answers that are learnt from; of
+               algorithms that compare groups
     score      the mean of the reward itself, as in the results before and after training, and score_std its
                standard deviation; score_penalised, where it differs: the mean of what is learnt from, after
                --missing_eos_penalty and --overlong. frac_reward_zero_std, score_cut and score_ended are of
@@ -150,16 +151,22 @@ def health(metrics, tolerance=1e-4):
     counts as 0."""
     m = defaultdict(float, metrics)
     m.setdefault("clipfrac", m["clipfrac_low"] + m["clipfrac_high"])
+    if metrics.get("beta", 1.0) > 0:
+        hold = "raise --kl_coef"
+        hold_far = "raise --kl_coef, or lower --adaptive_kl_target"
+        why_short = ": the KL penalty outweighs the score"
+    else:                                               # a run without KL
+        hold = hold_far = "lower --lr, or give a KL (--kl_place, --kl_coef)"
+        why_short = ""
     checks = (
         (m["ratio_first"] > tolerance,
          "the first ratio is off by {ratio_first:.1e}: rollout and update disagree; is dropout on?"),
         (m["step"] == 1 and abs(m["kl"]) > tolerance,
          "KL starts at {kl:.2g}: the policy does not begin at the reference"),
-        (m["kl"] < -3 * m["kl_stderr"] - tolerance,
+        (m["kl"] < -3 * m["kl_stderr"] - tolerance and metrics.get("kl_stderr") != 0,     # of one answer it is 0
          "KL is {kl:.2f}, negative beyond chance: sampling and scoring disagree"),
         (m["kl"] > 25,
-         "KL is {kl:.0f} nats: the policy is far from the reference; raise --kl_coef, or lower "
-         "--adaptive_kl_target"),
+         "KL is {kl:.0f} nats: the policy is far from the reference; " + hold_far),
         (m["score_std"] == 0 and "score_penalised" not in metrics,
          "every answer scores {score:.3g}: there is nothing to learn from"),
         (m["frac_reward_zero_std"] > 0.5,
@@ -174,7 +181,7 @@ def health(metrics, tolerance=1e-4):
          "--missing_eos_penalty"),
         (m["eos_rate"] < 0.5,
          "only {eos_rate:.0%} of the answers end: raise --max_new_tokens, or train the end token in SFT"),
-        (m["length"] < 1.5, "answers are down to {length:.1f} tokens: the KL penalty outweighs the score"),
+        (m["length"] < 1.5, "answers are down to {length:.1f} tokens" + why_short),
         (abs(m["score_length_corr"]) > 0.5, "score follows length (correlation {score_length_corr:.2f})"),
         (m["approx_kl"] > 0.1, "updates are too large (KL {approx_kl:.2f}): lower --lr or --ppo_epochs"),
         (m["clipfrac"] > 0.5, "{clipfrac:.0%} of the ratios are clipped: lower --lr or --ppo_epochs"),
@@ -182,7 +189,7 @@ def health(metrics, tolerance=1e-4):
          "{clipfrac_value:.0%} of the values are clipped: raise --cliprange_value"),
         (m["step"] > 10 and m["explained_variance"] < 0,
          "the critic is worse than a constant ({explained_variance:.2f} of the variance): raise --value_lr"),
-        (m["unique"] < 0.1, "only {unique:.0%} of the answers differ: the policy collapses; raise --kl_coef"),
+        (m["unique"] < 0.1, "only {unique:.0%} of the answers differ: the policy collapses; " + hold),
         (m["repeat4"] > 0.5, "{repeat4:.0%} of the 4-grams in answers are repeats"),
         (m["ptx_ratio"] > 10, "the pre-training gradient is {ptx_ratio:.0f} times PPO's: lower --ptx_coef"),
         (m["skipped"] > 0, "{skipped} steps were skipped: the gradient was not finite"))
