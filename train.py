@@ -406,6 +406,11 @@ def open_context(cfg, log=log_progress):
     check_settings(stored, cfg.init)
     made_by = task_of(stored)
     by_head = stored.get("classifier") == "head" and not task.measures
+    if task.measures and stored.get("classifier") == "head" and stored.get("row_type") == "tags":
+        unread = sorted(cfg.given & {"template", "system", "max_new_tokens"})
+        if unread:
+            raise UserError(f"--{unread[0]} means nothing to --init {cfg.init}, whose head tags the words of a text as "
+                            "they are; leave it out")
     if made_by and task.generates and (made_by.judges or by_head):
         raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
                         "generate; --task eval measures it, and the model below it can generate")

@@ -112,9 +112,9 @@ def test_outer_blanks_are_left_out(pieces):
     (["--max_new_tokens", "155"], "abcdefghij" * 5, "the answer is cut here: the context of 160 tokens is full")])
 def test_a_cut_answer_is_said_to_be_cut(flags, prompt, says, world, capsys, monkeypatch):
     original = next_token.steps
-    monkeypatch.setattr(next_token, "steps", lambda m, ids, past, n, g, end, **k: original(m, ids, past, n, g, -1, **k))
+    monkeypatch.setattr(next_token, "steps", lambda m, ids, past, n, g, ends, **k: original(m, ids, past, n, g, (), **k))
     assert says in chat(capsys, world / "base", "--prompt", prompt, *flags).err
-    monkeypatch.setattr(next_token, "steps", lambda *args, **kwargs: iter([(97, 1.0, None), (args[5], 1.0, None)]))
+    monkeypatch.setattr(next_token, "steps", lambda *args, **kwargs: iter([(97, 1.0, None), (max(args[5]), 1.0, None)]))
     ended = chat(capsys, world / "base", "--prompt", prompt, *flags)
     assert "cut here" not in ended.err and ended.out == "a\n"
 

@@ -876,3 +876,29 @@ def test_a_text_in_upper_case_is_a_text(tmp_path):
     data = formats.load_splits(path)
     assert data["train"].rows[0]["text"] != data["test"].rows[0]["text"]
     assert len(formats.load_lines(path).rows) == 100
+
+
+def test_votes_in_a_table(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,chosen,rejected,votes_for,votes_against\nHi,Ho,Hm,3,1\n")
+    row = formats.load(path).rows[0]
+    assert (row["votes_for"], row["votes_against"]) == (3, 1)
+    path.write_text("prompt,chosen,rejected,votes_for,votes_against\nHi,Ho,Hm,three,1\n")
+    with pytest.raises(DataError, match='"votes_for" is a string'):
+        formats.load(path)
+
+
+def test_an_empty_cell_of_references(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('instruction,output,references\nHi,Ho,\nHi,Hm,"[""a""]"\n')
+    assert [row.get("references") for row in formats.load(path).rows] == [None, ["a"]]
+
+
+@pytest.mark.parametrize("answers", [("x\n\nAssistant: y", "x\n\nAssistant: z"), ("x", "x\n\nAssistant: z")])
+def test_a_transcript_of_two_answers_in_a_row_is_counted_and_not_an_error_or_an_answer(tmp_path, answers):
+    path = tmp_path / "x.jsonl"
+    pairs = [answers, ("Ho", "Hm")]
+    path.write_text("".join(json.dumps({"chosen": f"\n\nHuman: Hi\n\nAssistant: {a}",
+                                        "rejected": f"\n\nHuman: Hi\n\nAssistant: {b}"}) + "\n" for a, b in pairs))
+    data = formats.load(path)
+    assert len(data.rows) == 1 and list(data.dropped) == ["with two answers in a row"]

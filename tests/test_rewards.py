@@ -345,21 +345,21 @@ def write_rows(folder, rows):
 
 
 @pytest.mark.parametrize("row, expected, more", [
-    ({"prompt": "2+2?", "answer": "4", "level": 3}, {"answer": "4", "level": 3}, "prompt (kept for the reward: answer, level)"),
+    ({"prompt": "2+2?", "answer": "4", "level": 3}, {"answer": "4", "level": 3}, "prompt (also: answer, level)"),
     ({"prompt": "2+2?"}, {"prompt": "2+2?"}, "prompt"),
     ({"question": "2+2?", "answer": "2 and 2 #### 4"}, {"answer": "2 and 2 #### 4"}, "question/answer"),
     ({"prompt": "2+2?", "completion": "4"}, {"answer": "4", "completion": "4"}, "prompt/completion"),
     ({"prompt": "2+2?", "references": ["4", "four"]}, {"answer": "4", "references": ["4", "four"]}, "prompt/completion"),
-    ({"instruction": "2+2?", "output": "so 4", "answer": 4}, {"answer": 4}, "Alpaca (kept for the reward: answer)"),
+    ({"instruction": "2+2?", "output": "so 4", "answer": 4}, {"answer": 4}, "Alpaca (also: answer)"),
     ({"messages": [tiny_turn("user", "2+2?"), tiny_turn("assistant", "4")], "id": 1}, {"answer": "4", "id": 1},
-     "messages (kept for the reward: id)")])
+     "messages (also: id)")])
 def test_a_row_keeps_its_answer_and_all_other_keys(row, expected, more, tmp_path):
     path = write_rows(tmp_path, [row] * 2)
     plain, kept = formats.load(path), formats.load(path, keep=True)
     record = kept.rows[0].pop("record")
     assert expected.items() <= record.items() and row.items() <= {**record, **row}.items() and "line" not in record
     assert kept.rows[0] == plain.rows[0] and kept.format == more           # a task without a reward sees no difference
-    assert plain.format == more.replace("kept for the reward", "not read")
+    assert plain.format == more.replace("also", "not read")
 
 
 def test_what_is_kept_moves_no_row_to_another_split(tmp_path):
@@ -376,7 +376,7 @@ def test_a_clean_copy_keeps_the_answers(land, tmp_path, capsys):
     rows = [{"prompt": f"{n}+1?", "answer": str(n + 1)} for n in range(40)] + [{"prompt": "0+1?", "answer": "1"}]
     path = write_rows(tmp_path, rows)
     assert train.main(["--task", "check", "--data", path, "--init", str(land / "base"), "--write"]) == 0
-    assert "prompt (kept for the reward: answer); prompt rows, for --task ppo" in capsys.readouterr().out
+    assert "prompt (also: answer); prompt rows, for --task ppo" in capsys.readouterr().out
     copies = [dict(sorted(json.loads(line).items())) for file in (tmp_path / "data-clean").iterdir() for line in file.open()]
     assert sorted(copies, key=json.dumps) == sorted(rows[:40], key=lambda row: json.dumps(row, sort_keys=True))
 

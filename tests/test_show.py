@@ -65,11 +65,11 @@ def test_allowed_is_what_sample_draws():
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_a_walk_is_the_generators_and_its_numbers_are_right(both_ways):
     model, ids = make(), [97, 98, 99]
-    first, chosen = walk(model, ids, None, 6, None, None, temperature=0, bidirectional_prompt=both_ways)
+    first, chosen = walk(model, ids, None, 6, None, (), temperature=0, bidirectional_prompt=both_ways)
     assert [t for t, _ in chosen] == generate(model, [ids], 6, temperature=0, bidirectional_prompt=both_ways)[0]
     assert all(p == 1 for _, p in chosen)
     dice = torch.Generator().manual_seed(3)
-    first, chosen = walk(model, ids, None, 6, dice, None, temperature=1.5, top_k=5, bidirectional_prompt=both_ways)
+    first, chosen = walk(model, ids, None, 6, dice, (), temperature=1.5, top_k=5, bidirectional_prompt=both_ways)
     view = {"bidirectional_len": torch.tensor([3])} if both_ways else {}
     for n, (token, p) in enumerate(chosen):
         x = torch.tensor([ids + [t for t, _ in chosen[:n]]])
@@ -77,9 +77,9 @@ def test_a_walk_is_the_generators_and_its_numbers_are_right(both_ways):
             logits = model.logits(model.hidden_states(x, **view)[0][:, -1])
         assert n or torch.allclose(first, logits[0], atol=1e-4)
         assert p == pytest.approx(filter_logits(logits, 1.5, 5).softmax(-1)[0, token].item(), rel=1e-3)
-    long = walk(model, ids, None, 99, dice, None)[1]
+    long = walk(model, ids, None, 99, dice, ())[1]
     assert len(long) == 24 - 3 + 1                                  # until the context is full
-    assert len(walk(model, ids, None, 99, None, chosen[0][0], temperature=0)[1]) <= 22
+    assert len(walk(model, ids, None, 99, None, {chosen[0][0]}, temperature=0)[1]) <= 22
 
 
 def test_columns(capsys):

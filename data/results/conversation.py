@@ -200,7 +200,7 @@ class Conversation:
             print_result(piece, end="")
             text += piece
         print_result()
-        if tokens[-1] != ctx.text.end_token:
+        if tokens[-1] not in ctx.end_tokens():
             limit = f"--max_new_tokens {ctx.max_new_tokens} is reached"
             if len(tokens) < ctx.max_new_tokens:
                 limit = f"the context of {ctx.model.config.block_size} tokens is full"
@@ -214,10 +214,10 @@ class Conversation:
         decoder = ctx.text.tokenizer.decoder()
         with ctx.autocast():
             for token, _, _ in next_token.steps(
-                    ctx.model, ids, ctx.past(), ctx.max_new_tokens, self.generator, ctx.text.end_token,
+                    ctx.model, ids, ctx.past(), ctx.max_new_tokens, self.generator, ctx.end_tokens(),
                     **self.sampling, **next_token.attention_of(ctx.text), embed=ctx.embed):
                 tokens.append(token)
-                if token != ctx.text.end_token:
+                if token not in ctx.end_tokens():
                     yield decoder.push(token)
         yield decoder.flush()
 

@@ -86,6 +86,13 @@ class ModelContext:
         """The soft prompt's past, None without one."""
         return self.prompt(self.model) if self.prompt is not None else None
 
+    def end_tokens(self):
+        """The ids at which generation stops: the template's end token, and those that the model's folder names, as
+        in transformers."""
+        own = self.model.config.eos
+        own = own if isinstance(own, (list, tuple)) else [own]
+        return {self.text.end_token, *(i for i in (*own, self.text.tokenizer.eos) if i is not None)}
+
     def max_text_len(self):
         """The longest text, in tokens: what the context leaves behind the virtual tokens."""
         return self.model.config.block_size - (self.prompt.prefix_len if self.prompt is not None else 0)
@@ -219,7 +226,7 @@ def mean_loss(ctx, examples):
 
 def continuations(ctx, prompts, past, **sampling):
     """generate with what the context knows of the model: ids to ids."""
-    return generate(ctx.model, prompts, ctx.max_new_tokens, eos=ctx.text.end_token, past=past,
+    return generate(ctx.model, prompts, ctx.max_new_tokens, eos=ctx.end_tokens(), past=past,
                     embed=ctx.embed, bidirectional_prompt=ctx.text.attention == "prefix",
                     infill_suffix=bool(ctx.text.infill_suffix), **sampling)
 

@@ -21,7 +21,7 @@ import torch
 from data.results.layout import print_wrapped, terminal_width
 from data.runtime.files import UserError
 from data.runtime.flags import flag
-from data.runtime.run_folder import print_result
+from data.runtime.run_folder import log_progress, print_result
 from model import KVCache, filter_logits, glm_position_ids, past_length, prompt_view
 
 
@@ -33,6 +33,14 @@ class GenerationFlags:
                               low=0)
     top_k: int = flag(None, "sample from the k likeliest", type=int, low=1)
     top_p: float = flag(None, "sample from the likeliest of this mass", type=float, low=0, high=1)
+
+    @staticmethod
+    def check(cfg):
+        """Raises UserError for flags of sampling beside greedy answers."""
+        for name in ("top_k", "top_p"):
+            if cfg.temperature == 0 and name in cfg.given:
+                raise UserError(f"--{name} means nothing to --temperature 0, which takes the likeliest token; leave "
+                                "one out")
 
 
 ROWS = 12                               # of the table
@@ -99,9 +107,12 @@ def table(logits, tokenizer, temperature=1.0, top_k=None, top_p=None, rows=ROWS,
 
 # Sampling's parameters stay flat, under the names that generate gives them.
 @torch.no_grad()
-def steps(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top_k=None, top_p=None,
+def steps(model, ids, past, max_new_tokens, generator, ends, temperature=1.0, top_k=None, top_p=None,
           bidirectional_prompt=False, embed=None, infill_suffix=False):
-    """Yields (token, the probability it was sampled with, logits (V,)) of a continuation, token by token."""
+    """Yields (token, the probability it was sampled with, logits (V,)) of a continuation, token by token.
+
+    ends: the ids that end it.
+    """
     x = torch.tensor([ids], device=model.wte.weight.device)                         # (1, T)
     n = torch.tensor([len(ids)], device=x.device)
     view = prompt_view(len(ids), n, bidirectional_prompt, infill_suffix)
@@ -114,7 +125,7 @@ def steps(model, ids, past, max_new_tokens, generator, end, temperature=1.0, top
         p = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
         token = torch.multinomial(p, 1, generator=generator)                        # (1, 1)
         yield token.item(), p[0, token].item(), logits[0]
-        if count == limit or token.item() == end:
+        if count == limit or token.item() in ends:
             return
         column = (cache.lengths - P)[:, None]                                       # (1, 1), of this token
         glm_positions = glm_position_ids(column, n) if infill_suffix else None
@@ -170,7 +181,7 @@ def show(ctx, sides, cfg):
     print_columns(steps)
     print_result()
     for side, (_, tokens) in walks.items():
-        text = tokenizer.decode([token for token, _ in tokens if token != ctx.text.end_token])
+        text = tokenizer.decode([token for token, _ in tokens if token not in ctx.end_tokens()])
         label = f"{side}: " if len(sides) > 1 else ""
         between = "" if ctx.text.template == "plain" else "\n"
         print_wrapped(label + cfg.prompt + between + text)
@@ -185,6 +196,9 @@ def continue_prompt(ctx, side, role, cfg, sampling):
         text = dataclasses.replace(text, soft_prompt_ids=([], []))
     row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
     ids = text.prompt_ids(row, (), ctx.max_text_len() - 1)
+    if len(ids) < len(text.prompt_ids(row)):
+        log_progress(f"the prompt is longer than the context of {ctx.model.config.block_size} tokens: its beginning is "
+                     "cut, and little room is left to continue it")
     with role() as (model, past):
-        return walk(model, ids, past, cfg.max_new_tokens, generator_of(ctx, cfg), text.end_token, **sampling,
+        return walk(model, ids, past, cfg.max_new_tokens, generator_of(ctx, cfg), ctx.end_tokens(), **sampling,
                     **attention_of(text), embed=ctx.embed if in_template else None)

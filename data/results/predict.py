@@ -6,20 +6,22 @@
     chat         one user message, or its messages    an answer
 
 The probabilities are p(label) = softmax over the labels of log p(label word | question), or those of the
-head. Predictions are rows in the format of training, so that a file of them can be --data again; what a row
-had as its answer becomes "reference".
+head. Predictions are rows in the format of training, all of a file in one, so that it can be --data again;
+what a row had as its answer becomes "reference". What does not fit the context or --max_new_tokens is cut, and
+counted in a note.
 
 Public: question_row, predict_rows, prediction_text, metrics_of, row_type_of_model, open_row, input_rows, KINDS
 """
-import re
-
 from data.batches.few_shot import fit_shots
 from data.results import evaluate
 from data.runtime.files import DataError
+from data.runtime.run_folder import log_progress
 from data.text import entities
+from data.text.bpe import compile_pattern
 
 KINDS = {"label": "a label", "tags": "tags", "chat": "a text"}          # what a model answers with
-WORD = re.compile(r"\w+(?:[-'’.&]\w+)*|[^\w\s]")       # as rows have them: punctuation stands alone
+# As rows have them: punctuation stands alone. Python's \w lacks accents and vowel signs that are marks of their own.
+WORD = r"(?:\w\p{M}*)+(?:[-'’.&](?:\w\p{M}*)+)*|[^\w\s]"
 SHOWN = 5                                           # labels whose probability is printed
 
 
@@ -39,7 +41,7 @@ def question_row(ctx, row_type, text):
     if row_type == "label":
         return {"text": text, "label": ctx.text.labels[0]}
     if row_type == "tags":
-        words = WORD.findall(text)
+        words = compile_pattern(WORD).findall(text)
         return {"tokens": words, "tags": [ctx.text.labels[0]] * len(words)}
     return open_row([{"role": "user", "content": text}])
 
@@ -55,7 +57,7 @@ def input_rows(ctx, row_type, rows, source):
         if row_type == "chat" and ("messages" in row or "prompt" in row):
             turns = row["messages"][:-1] if "messages" in row else row["prompt"]
             found.append(open_row(turns))
-            references.append(row["messages"][-1]["content"] if "messages" in row else None)
+            references.append(row["messages"][-1]["content"] if "messages" in row else row.get("answer"))
         elif row_type == "tags" and "tokens" in row:
             found.append(question_row(ctx, row_type, "")
                          | {"tokens": row["tokens"], "tags": [ctx.text.labels[0]] * len(row["tokens"])})
@@ -76,20 +78,40 @@ def predict_rows(ctx, row_type, rows):
         return predict_labels(ctx, rows)
     if row_type == "tags":
         return predict_tags(ctx, rows)
-    answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows])
+    answers = generated(ctx, rows)
     predictions = []
+    single = all(len(row["messages"]) == 2 for row in rows)         # one format for all rows
     for row, answer in zip(rows, answers):
         turns = row["messages"][:-1]
-        if len(turns) == 1:
+        if single:
             predictions.append({"prompt": turns[0]["content"], "completion": answer})
         else:
             predictions.append({"messages": [*turns, {"role": "assistant", "content": answer}]})
     return predictions
 
 
+def generated(ctx, rows):
+    """The model's answer to each row, as text, and notes about what is cut."""
+    prompts = [ctx.prompt_ids(row) for row in rows]
+    note_cut(sum(len(ids) < len(ctx.text.prompt_ids(row)) for row, ids in zip(rows, prompts)), rows,
+             "prompts are longer than what leaves room for an answer: their beginning is not read")
+    answers = evaluate.sample(ctx, prompts)
+    note_cut(sum(ids[-1] not in ctx.end_tokens() for ids in answers), rows,
+             f"answers are cut: --max_new_tokens {ctx.max_new_tokens}, or the context, ends before they do")
+    return [ctx.text.decode_answer(ids) for ids in answers]
+
+
+def note_cut(count, rows, what):
+    if count:
+        log_progress(f"{count} of {len(rows)} {what}")
+
+
 def predict_labels(ctx, rows):
     labels = ctx.text.labels
-    scores = evaluate.label_scores(ctx, [fit_shots(ctx, row, ())[0] for row in rows])       # (N, labels)
+    prompts = [fit_shots(ctx, row, ())[0] for row in rows]
+    note_cut(sum(len(ids) < len(ctx.text.prompt_ids(row)) for row, ids in zip(rows, prompts)), rows,
+             "texts are longer than the context: their beginning is not read")
+    scores = evaluate.label_scores(ctx, prompts)                                            # (N, labels)
     predictions = []
     for row, p in zip(rows, (-scores).softmax(1).tolist()):
         ranked = sorted(zip(p, labels), key=lambda pair: -pair[0])
@@ -102,9 +124,11 @@ def predict_tags(ctx, rows):
     if ctx.text.classifier == "head":
         block = ctx.block_size()
         tags = evaluate.word_tags(ctx, ctx.text.encode(rows, block)[0])
+        note_cut(sum(len(some) < len(row["tokens"]) for some, row in zip(tags, rows)), rows,
+                 f"texts are longer than {block} tokens: the words behind are not read, and get the tag O")
         tags = [some + ["O"] * (len(row["tokens"]) - len(some)) for some, row in zip(tags, rows)]
     else:
-        answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in rows])
+        answers = generated(ctx, rows)
         tags = [entities.tags_of(entities.parse_entities(text, row["tokens"]), len(row["tokens"]))
                 for text, row in zip(answers, rows)]
     return [{"tokens": row["tokens"], "tags": some} for row, some in zip(rows, tags)]

@@ -197,6 +197,8 @@ def relocated(command, old, new):
 
 def prompt_text(text, row):
     """What a row asks of a model, as text. text: a Text of data/batches/examples.py."""
+    if "tags" in row and text.classifier == "head":       # which reads the words, and is asked nothing
+        return " ".join(row["tokens"])
     turns = text.turns(row)[:-1]
     if text.system and not any(turn["role"] == "system" for turn in turns):
         turns = [{"role": "system", "content": text.system}, *turns]

@@ -209,11 +209,15 @@ def _hh_pair(record, location):
         raise DataError(f'{location}: no "prompt", and "chosen" and "rejected" do not begin with the same '
                         "transcript (\\n\\nHuman: ... \\n\\nAssistant: ...); give the prompt its own key")
     end = shared.rindex(HH_ANSWER) + len(HH_ANSWER)
-    messages = read.prompt({**record, "chosen": shared[:end]}, "chosen", location)
+    messages = read.messages({**record, "chosen": shared[:end]}, "chosen", location)
+    if messages[-1]["role"] == "assistant":
+        raise SkipRow("with two answers in a row")
     chosen = chosen[end:].strip()
     rejected = rejected[end:].strip()
     if "\n\nHuman:" in chosen or "\n\nHuman:" in rejected:
         raise SkipRow("with conversations that differ before the last answer")
+    if HH_ANSWER in chosen or HH_ANSWER in rejected:
+        raise SkipRow("with two answers in a row")
     return _pair(record, messages, read.assistant(chosen), read.assistant(rejected), location)
 
 

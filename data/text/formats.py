@@ -50,12 +50,12 @@ class Data(typing.NamedTuple):
 
 # ---- records -> rows ---------------------------------------------------------------------------------------
 def _echo(name, unread, keep):
-    """The name of a format, and the keys that are not read, or only by a reward."""
+    """The name of a format, and the keys that are not read, or only by a reward or as a reference."""
     if not unread:
         return name
     names = ", ".join(printable(key, 40) for key in sorted(unread)[:8])
     more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-    return f"{name} ({'kept for the reward' if keep else 'not read'}: {names}{more})"
+    return f"{name} ({'also' if keep else 'not read'}: {names}{more})"
 
 
 def _record(record, row):
@@ -155,10 +155,14 @@ def load_splits(path_or_name, keep=False):
 
 
 def load_lines(path_or_name):
-    """Data of all rows, splits or not; of a .txt, one text row for each line that is not blank."""
-    data = load(path_or_name)
+    """Data of all rows, splits or not; of a .txt, one text row for each line that is not blank. A prompt keeps
+    its "answer", if that is text."""
+    data = load(path_or_name, keep=True)
     rows = []
     for row in data.rows:
+        record = row.pop("record")
+        if data.row_type == "prompt" and isinstance(record.get("answer"), str):
+            row["answer"] = record["answer"]
         file, _, number = row["line"].rpartition(":")
         if not re.search(r"\.txt(\.gz)?$", file, re.I) or number != "1" or data.row_type != "text":
             rows.append(row)

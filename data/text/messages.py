@@ -31,6 +31,7 @@ UNSUPPORTED = {**dict.fromkeys(("tools", "functions"), "no chat template here re
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 LISTS = {"messages", "conversations", "tokens", "tags", "responses", "rank", "references", "outputs",
          "history"}
+NUMBERS = {"votes_for", "votes_against"}
 PREFERENCES = {"chosen", "rejected", "preferred_output", "non_preferred_output"}
 MAX_NUMBER = 10 ** 6                                    # ranks and votes: exact in fp32
 
@@ -80,13 +81,17 @@ def either(record, keys, location):
 
 
 def decode_json(record, location):
-    """The record, with lists and messages that are written as a JSON string (a cell of a table) decoded.
+    """The record, with lists, messages and votes that are written as a JSON string (a cell of a table) decoded.
 
     Under a key of LISTS every string that begins like JSON is one; under a key that may also hold text, only
     a list of messages, [{"role": "user", "content": ...}, ...], and of PREFERENCES a single one.
     """
     decoded = {}
     for key, value in record.items():
+        if value == "" and key in ("references", "outputs", *NUMBERS):
+            decoded[key] = None                         # an empty cell
+        elif key in NUMBERS and isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value):
+            decoded[key] = float(value)
         if not isinstance(value, str) or not re.match(r"\s*[\[{]", value):
             continue
         is_list = value.lstrip().startswith("[")
