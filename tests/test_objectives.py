@@ -149,7 +149,7 @@ def test_generation_of_a_glm_equals_the_whole_forward(family, P):
     got = generate(model, rows, 6, temperature=0, past=past, bidirectional_prompt=True, infill_suffix=True)
     for row, new in zip(rows, got):
         if not P:
-            assert walk(model, row, None, 6, None, None, 0, bidirectional_prompt=True, infill_suffix=True)[1] == \
+            assert walk(model, row, None, 6, None, (), 0, bidirectional_prompt=True, infill_suffix=True)[1] == \
                 [(token, 1.0) for token in new]
         n = len(row) - 1
         for i, token in enumerate(new):
