@@ -1054,7 +1054,7 @@ def test_an_exact_name_is_targeted_in_any_layer():
     assert targeted(dict(target_modules=["q_proj"], layers_to_transform=[]), "model.layers.0.self_attn.q_proj")
 
 
-def test_adalora_prunes_by_the_flags_shares_and_in_half_of_the_run_by_default(bases):         # noqa: F811
+def test_adalora_prunes_by_the_flags_shares_and_in_half_of_the_run_by_default(bases):
     cfg = types.SimpleNamespace(target_rank=2, prune_start=0.1, prune_end=0.4, prune_every=5, orth=0.5)
     a = lora.rank_allocator(make(bases, variant="adalora"), cfg, 20)
     assert (a.t_i, a.t_f, a.every, a.orth, a.bT) == (2, 8, 5, 0.5, 2 * len(a.ranks))

@@ -1519,7 +1519,7 @@ def test_weight_decay_is_no_flag_of_ia3(capsys):
     assert "weight_decay" in capsys.readouterr().err
 
 
-def test_forgetting_is_the_rise_of_the_loss(world, tmp_path, monkeypatch):                    # noqa: F811
+def test_forgetting_is_the_rise_of_the_loss(world, tmp_path, monkeypatch):
     losses = iter([2.0, 5.0])
     monkeypatch.setattr(train, "forgetting_loss", lambda *a: next(losses))
     (tmp_path / "other.txt").write_text("some other text\n" * 40)       # no run has measured it yet
@@ -1527,7 +1527,7 @@ def test_forgetting_is_the_rise_of_the_loss(world, tmp_path, monkeypatch):      
     assert r["metrics"]["forgetting"] == 3.0
 
 
-def test_the_rate_of_virtual_tokens_does_not_reach_a_head(world):                             # noqa: F811
+def test_the_rate_of_virtual_tokens_does_not_reach_a_head(world):
     cfg = train.parse(["--task", "classify", "--classifier", "head", "--method", "prompt_tuning", "--lr", "0.3",
                        "--init", str(world / "base"), "--data", str(world / "label")])
     ctx = train.open_context(cfg)
@@ -1537,7 +1537,7 @@ def test_the_rate_of_virtual_tokens_does_not_reach_a_head(world):               
     assert rates.pop("head.score.weight") == 0.03 and set(rates.values()) == {0.3}
 
 
-def test_full_tuning_decays_matrices_alone(world):                                            # noqa: F811
+def test_full_tuning_decays_matrices_alone(world):
     cfg = train.parse(["--method", "full", "--weight_decay", "0.1", "--init", str(world / "base"),
                        "--data", str(world / "chat")])
     ctx = train.open_context(cfg)
@@ -1555,7 +1555,7 @@ def test_a_finite_step_ends_a_row_of_skipped_ones():
     assert (loop.step, loop.skipped, loop.skipped_in_a_row) == (4, 3, 1)
 
 
-def test_the_loss_of_labels_is_that_of_the_right_one(world, monkeypatch):                     # noqa: F811
+def test_the_loss_of_labels_is_that_of_the_right_one(world, monkeypatch):
     scores = torch.tensor([[0.5, 2.0], [3.0, 1.0]])
     monkeypatch.setattr(evaluate, "label_scores", lambda ctx, prompts: scores)
     text = Text(Tokenizer.from_pretrained(world / "base"), "plain", labels=("x", "y"))

@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SETTINGS = {"task": "a string", "method": "a string", "template": "a string", "system": "a string or null",
             "labels": "a list of strings", "question": "a string or null", "classifier": "a string",
             "attention": "a string", "objective": "a string", "parse_special": "true or false",
-            "quant": "a string", "double_quant": "true or false", "quant_source": "a string", "row_type": "a string", "turns": "a whole number",
-            "systems": "a whole number"}
+            "quant": "a string", "double_quant": "true or false", "quant_source": "a string",
+            "row_type": "a string", "turns": "a whole number", "systems": "a whole number"}
 
 
 def find(name, beside=None):

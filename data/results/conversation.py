@@ -212,12 +212,13 @@ class Conversation:
         """The text of an answer as it comes, whole characters only; its ids are appended to `tokens`."""
         ctx = self.ctx
         decoder = ctx.text.tokenizer.decoder()
+        ends = ctx.end_tokens()
         with ctx.autocast():
             for token, _, _ in next_token.steps(
-                    ctx.model, ids, ctx.past(), ctx.max_new_tokens, self.generator, ctx.end_tokens(),
+                    ctx.model, ids, ctx.past(), ctx.max_new_tokens, self.generator, ends,
                     **self.sampling, **next_token.attention_of(ctx.text), embed=ctx.embed):
                 tokens.append(token)
-                if token not in ctx.end_tokens():
+                if token not in ends:
                     yield decoder.push(token)
         yield decoder.flush()
 

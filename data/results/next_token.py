@@ -180,8 +180,9 @@ def show(ctx, sides, cfg):
     print_wrapped(f"A continuation, {how}; the probability that each token was chosen with:")
     print_columns(steps)
     print_result()
+    ends = ctx.end_tokens()
     for side, (_, tokens) in walks.items():
-        text = tokenizer.decode([token for token, _ in tokens if token not in ctx.end_tokens()])
+        text = tokenizer.decode([token for token, _ in tokens if token not in ends])
         label = f"{side}: " if len(sides) > 1 else ""
         between = "" if ctx.text.template == "plain" else "\n"
         print_wrapped(label + cfg.prompt + between + text)

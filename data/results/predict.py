@@ -93,12 +93,18 @@ def predict_rows(ctx, row_type, rows):
 def generated(ctx, rows):
     """The model's answer to each row, as text, and notes about what is cut."""
     prompts = [ctx.prompt_ids(row) for row in rows]
-    note_cut(sum(len(ids) < len(ctx.text.prompt_ids(row)) for row, ids in zip(rows, prompts)), rows,
+    note_cut(count_cut(ctx, rows, prompts), rows,
              "prompts are longer than what leaves room for an answer: their beginning is not read")
     answers = evaluate.sample(ctx, prompts)
-    note_cut(sum(ids[-1] not in ctx.end_tokens() for ids in answers), rows,
+    ends = ctx.end_tokens()
+    note_cut(sum(ids[-1] not in ends for ids in answers), rows,
              f"answers are cut: --max_new_tokens {ctx.max_new_tokens}, or the context, ends before they do")
     return [ctx.text.decode_answer(ids) for ids in answers]
+
+
+def count_cut(ctx, rows, prompts):
+    """How many of these prompts, as ids, lack a part of their row."""
+    return sum(len(ids) < len(ctx.text.prompt_ids(row)) for row, ids in zip(rows, prompts))
 
 
 def note_cut(count, rows, what):
@@ -109,7 +115,7 @@ def note_cut(count, rows, what):
 def predict_labels(ctx, rows):
     labels = ctx.text.labels
     prompts = [fit_shots(ctx, row, ())[0] for row in rows]
-    note_cut(sum(len(ids) < len(ctx.text.prompt_ids(row)) for row, ids in zip(rows, prompts)), rows,
+    note_cut(count_cut(ctx, rows, prompts), rows,
              "texts are longer than the context: their beginning is not read")
     scores = evaluate.label_scores(ctx, prompts)                                            # (N, labels)
     predictions = []
