@@ -2405,6 +2405,7 @@ def write_predictions(cfg, run, rows):
     ctx = open_context(cfg)
     run.start(facts_of(ctx, rows))
     row_type = predict.row_type_of_model(ctx, settings(cfg.init))
+    predict.refuse_unread(cfg, row_type)
     questions, references = predict.input_rows(ctx, row_type, rows["test"], cfg.data)
     predictions = predict.predict_rows(ctx, row_type, questions)
     for prediction, reference in zip(predictions, references):

@@ -1,5 +1,6 @@
 """What --task predict, chat, show and eval do where something is cut, unread or ends early."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,25 @@ def test_an_answer_ends_at_every_end_token_of_the_model(two_ends, capsys):
     assert train.main(["--task", "chat", "--init", str(two_ends), "--prompt", "ab", "--max_new_tokens", "9"]) == 0
     said = capsys.readouterr()
     assert said.out == "\n" and "cut here" not in said.err
+
+
+def test_end_tokens_that_generation_config_alone_names_count(two_ends, tmp_path):
+    """config.json of many instruction models names one end token, generation_config.json all."""
+    folder = shutil.copytree(two_ends, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    ends = config.pop("eos_token_id")
+    for rest in ({}, {"eos_token_id": ends[0]}, {"eos_token_id": 7}):
+        (folder / "config.json").write_text(json.dumps(config | rest))
+        assert GPT.from_pretrained(folder).config.eos == ends
+    (folder / "generation_config.json").write_text("{}")
+    assert GPT.from_pretrained(folder).config.eos == 7
+
+
+def test_labels_have_no_longest_answer(world, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("ab\n")
+    assert train.main(["--task", "predict", "--init", str(world / "words"), "--data", str(tmp_path / "texts.txt"), "--out",
+                       str(tmp_path / "out"), "--max_new_tokens", "5"]) == 2
+    assert "--max_new_tokens is for generated answers" in capsys.readouterr().err
 
 
 def test_show_says_that_it_cuts_the_prompt(world, capsys):

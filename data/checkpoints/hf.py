@@ -107,7 +107,11 @@ def read_config(folder):
     if not os.path.exists(path):
         raise DataError(f"{folder}: no config.json; a model folder holds config.json, model.safetensors "
                         "and a tokenizer")
-    return parse_config(read_json(path), path)
+    values = read_json(path)
+    ends = _object_in(folder, "generation_config.json").get("eos_token_id")
+    if ends is not None and isinstance(values, dict):       # transformers stops at these, whatever config.json names
+        values = values | {"eos_token_id": ends}
+    return parse_config(values, path)
 
 
 def parse_config(values, path):

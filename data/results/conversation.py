@@ -19,7 +19,6 @@ import sys
 import torch
 
 from data.results import next_token, predict
-from data.runtime.files import UserError
 from data.runtime.run_folder import Interrupted, defer_signals, log_progress, print_result
 
 COMMANDS = "/quit or Ctrl-D leaves, /clear forgets the conversation, Ctrl-C stops an answer"
@@ -153,12 +152,8 @@ class Conversation:
         self.sampling = next_token.sampling_of(cfg)
         self.generator = next_token.generator_of(ctx, cfg)
         self.turns = []
-        if row_type != "chat":
-            given = sorted(cfg.given & {"temperature", "top_k", "top_p", "max_new_tokens"})
-            if given:
-                raise UserError(f"--{given[0]} is for generated answers, and {cfg.init} answers with "
-                                f"{predict.KINDS[row_type]}; leave it out")
-        elif ctx.head is None:
+        predict.refuse_unread(cfg, row_type)
+        if row_type == "chat" and ctx.head is None:
             ctx.require_causal()
 
     def answer(self, question):

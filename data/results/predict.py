@@ -10,11 +10,12 @@ head. Predictions are rows in the format of training, all of a file in one, so t
 what a row had as its answer becomes "reference". What does not fit the context or --max_new_tokens is cut, and
 counted in a note.
 
-Public: question_row, predict_rows, prediction_text, metrics_of, row_type_of_model, open_row, input_rows, KINDS
+Public: question_row, predict_rows, prediction_text, metrics_of, row_type_of_model, refuse_unread, open_row, input_rows,
+KINDS
 """
 from data.batches.few_shot import fit_shots
 from data.results import evaluate
-from data.runtime.files import DataError
+from data.runtime.files import DataError, UserError
 from data.runtime.run_folder import log_progress
 from data.text import entities
 from data.text.bpe import compile_pattern
@@ -29,6 +30,19 @@ def row_type_of_model(ctx, stored):
     """The row type that a model is asked in: that of the rows of its training (run.json)."""
     row_type = stored.get("row_type", "label" if ctx.text.labels else "chat")
     return row_type if row_type in KINDS and (ctx.text.labels or row_type == "chat") else "chat"
+
+
+def refuse_unread(cfg, row_type):
+    """Raises UserError for a flag of generated answers, where the model generates none of this kind."""
+    unread = set()
+    if row_type != "chat":
+        unread |= {"temperature", "top_k", "top_p"}
+    if row_type == "label":                             # tags may be generated, greedily
+        unread |= {"max_new_tokens"}
+    given = sorted(cfg.given & unread)
+    if given:
+        raise UserError(f"--{given[0]} is for generated answers, and {cfg.init} answers with {KINDS[row_type]}; "
+                        "leave it out")
 
 
 def open_row(turns):
