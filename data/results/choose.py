@@ -30,7 +30,7 @@ from data.results.log_plots import group_label
 from data.results.metrics import summary
 from data.results.resources import resource_columns
 from data.results.runs import (MISSING, NO_SETTINGS, VERSION_FIELDS, by_test_set, did_you_mean, display_value,
-                               distinguishing_fields, estimate, field_value, format_estimate, group,
+                               display_values, distinguishing_fields, estimate, field_value, format_estimate, group,
                                group_fields, known_fields, lower_is_better, measured_differently,
                                metric_values, mixed_fields, settings_of, sort_key, valid_metrics)
 from data.runtime.files import UserError
@@ -166,6 +166,7 @@ def print_choices(runs, metrics_of, cfg):
     """
     tests = by_test_set(runs)
     every = []
+    nothing = {}                                        # {test set without a choice: how many runs}
     for name, some in tests.items():
         metrics = metrics_of(some)
         having = [run for run in some if metrics and metric_values([run], metrics[0])]
@@ -173,6 +174,7 @@ def print_choices(runs, metrics_of, cfg):
         choices = [choose(key, same, cfg.select, metrics[0], cfg.on)
                    for key, same in group(having, fields).items()]
         if all(len(grid_of(choice)) < 2 for choice in choices):
+            nothing[name] = len(some)
             continue
         every += choices
         choices.sort(key=lambda choice: badness(estimate(choice.reported, metrics[0])[0], metrics[0]))
@@ -193,6 +195,9 @@ def print_choices(runs, metrics_of, cfg):
         fields = fields_of(runs, cfg.by, cfg.select)
         raise UserError(f"--select {cfg.select}: no group of --by {','.join(fields)} has measured runs of more "
                         "than one value, so there is nothing to choose")
+    for name, count in nothing.items():
+        print_wrapped(f"Not shown: runs on {name}, {count}, because no group of them has more than one value of "
+                      f"{cfg.select}.")
     return every
 
 
@@ -229,7 +234,7 @@ def table(choices, fields, metrics, cfg):
 
 
 def key_columns(choices, fields):
-    return [Column(name, [display_value(choice.key[i]) for choice in choices])
+    return [Column(name, display_values([choice.key[i] for choice in choices]))
             for i, name in enumerate(fields) if name != "folder"]
 
 
@@ -277,10 +282,10 @@ def notes(choices, fields, runs, metric, cfg):
         if math.isinf(badness(choice.scores[choice.value], metric)) and len(grid_of(choice)) > 1:
             out.append(f"{label}: {metric} on {cfg.on} is finite at no {select}, so nothing was chosen; the "
                        "smallest stands.")
-        elif len(choice.equal) > 1:
-            out.append(f"{label}: equally good on {cfg.on} are {select} {words(choice.equal)}; the smallest "
-                       "stands.")
         else:
+            if len(choice.equal) > 1:
+                out.append(f"{label}: equally good on {cfg.on} are {select} {words(choice.equal)}; the smallest "
+                           "stands.")
             out += edge_note(choice, label, select)
         if choice.not_chosen_from:
             out.append(f"{label}: {select} {words(choice.not_chosen_from)} could not be chosen, because no "
@@ -295,33 +300,32 @@ def notes(choices, fields, runs, metric, cfg):
 
 
 def edge_note(choice, label, select):
+    """A sentence for each end of the grid that is best, or as good as the best."""
     grid = grid_of(choice)
-    if len(grid) < 2 or not is_ordered([choice]) or choice.value not in (grid[0], grid[-1]):
+    if len(grid) < 2 or not is_ordered([choice]):
         return []
-    which, other = ("smallest", "smaller") if choice.value == grid[0] else ("largest", "larger")
-    return [f"{label}: {select} {display_value(choice.value)} is the {which} that was tried; a {other} one may "
-            "be better."]
+    ends = ((grid[0], "smallest", "smaller"), (grid[-1], "largest", "larger"))
+    return [f"{label}: {select} {display_value(value)} is the {which} that was tried; a {other} one may be better."
+            for value, which, other in ends if value in choice.equal]
 
 
 def differing_grids(choices, fields, select):
     """A note where groups had different values to choose from."""
-    grids = {group_label(choice.key, fields): tuple(grid_of(choice)) for choice in choices}
-    counts = {label: len(grid) for label, grid in grids.items()}
-    if len(set(grids.values())) < 2:
+    grids = [tuple(grid_of(choice)) for choice in choices]
+    if len(set(grids)) < 2:
         return []
-    if len(set(counts.values())) == 1:
+    if len(set(map(len, grids))) == 1:
         return [f"Groups chose from different values of {select}, {len(grid_of(choices[0]))} each."]
     return [f"Groups chose from different numbers of values of {select}, and more values are more chances: "
-            + "; ".join(f"{count} {label}" for label, count in counts.items()) + "."]
+            + "; ".join(f"{len(grid)} {group_label(choice.key, fields)}" for choice, grid in zip(choices, grids)) + "."]
 
 
 def differing_seeds(choices, fields):
     """A note where groups report different numbers of seeds."""
-    counts = {group_label(choice.key, fields): len(choice.reported) for choice in choices}
-    if len(set(counts.values())) < 2:
+    if len({len(choice.reported) for choice in choices}) < 2:
         return []
-    return ["Groups report different numbers of seeds: "
-            + "; ".join(f"{count} {label}" for label, count in counts.items()) + "."]
+    return ["Groups report different numbers of seeds: " + "; ".join(
+        f"{len(choice.reported)} {group_label(choice.key, fields)}" for choice in choices) + "."]
 
 
 def mixed_note(choices, fields, runs, select):

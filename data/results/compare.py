@@ -6,6 +6,7 @@ by seed     mean over the pairs, with a 95 % interval: Student's t over pairs
 by item     for a proportion of test items, from result.json's "item_correct", and for pass@k, mean@n and
             majority@n, from its "generations": the difference of each item, averaged over the pairs; its
             mean, Student's t over items, and the two-sided sign test over the items that differ
+test items  all pairs have the same ones: item 3 of one test set is never averaged with item 3 of another
 code        a field: `code=ab12` selects it. Unless A or B fixes it, runs of different code are never paired.
             Pairs of more than one code are an error, and sides of different code are reported in a line
 
@@ -15,7 +16,7 @@ import math
 
 from data.results.metrics import summary
 from data.results.runs import (MISSING, VERSION_FIELDS, display_value, field_value, group, item_values, known_fields,
-                               lower_is_better, measured_differently, metric_values)
+                               lower_is_better, measured_differently, metric_values, test_set)
 from data.runtime.files import UserError
 
 
@@ -56,15 +57,20 @@ def select(runs, text, fields):
     for part in text.split(","):
         name, equals, value = part.rpartition("=")
         candidates = [name] if equals else fields
-        matching = [f for f in candidates if value in displayed_values(runs, f)]
+        matching = [f for f in candidates if any(is_called(run, f, value) for run in runs)]
         if len(matching) != 1:
             known = "; ".join(f"{f}: {' '.join(displayed_values(runs, f))}" for f in fields)
             raise UserError(f"--compare {text}: {part} is the value of {len(matching)} fields; there is "
                             f"{known}")
         fixed[matching[0]] = value
-    selected = [run for run in runs
-                if all(display_value(field_value(run, f)) == value for f, value in fixed.items())]
+    selected = [run for run in runs if all(is_called(run, f, value) for f, value in fixed.items())]
     return selected, fixed
+
+
+def is_called(run, field, text):
+    """Whether a run's field is shown as this text, or is this path."""
+    value = field_value(run, field)
+    return text == display_value(value) or text == value
 
 
 def displayed_values(runs, field):
@@ -104,6 +110,10 @@ def check_pairs(pairs, runs, a, b, metric):
         if names:
             raise UserError(f"{metric} means something else in {x['folder']} than in {y['folder']}, because "
                             f"{', '.join(names)} differs; name another --metric")
+    tests = dict.fromkeys(x["config"]["test"] for x, _ in pairs)
+    if len({test_set(x) for x, _ in pairs}) > 1:
+        raise UserError(f"--compare {a} {b} has pairs of different test items ({', '.join(tests)}); select one by "
+                        "--runs")
 
 
 def seed_difference(pairs, metric):

@@ -24,7 +24,7 @@ WIDTH = 3.5                                             # inches: a column of a 
 
 def group_label(key, fields, without=None):
     """A group in words: a method or task by its value, any other field as "name value"; a switch by its name, and
-    what is off not at all."""
+    what is off not at all, unless nothing else tells the group."""
     parts = []
     for name, value in zip(fields, key):
         if value is None or name == without:
@@ -33,7 +33,8 @@ def group_label(key, fields, without=None):
             parts.append(display_value(value))
         elif value is not False and value != "none":
             parts.append(name if value is True else f"{name} {display_value(value)}")
-    return ", ".join(parts) or "all"
+    off = [f"{name} {display_value(value)}" for name, value in zip(fields, key) if name != without]
+    return ", ".join(parts or off) or "all"
 
 
 def style_of(i, n):
@@ -262,8 +263,7 @@ def draw_logged(figure, logs, fields, x, ys):
         if paths:
             axis = axes[0] if overlaid else axes[ys.index(y)]
             number, count = (ys.index(y), len(ys)) if overlaid else (list(logs).index(key), len(logs))
-            label = spoken(y) if overlaid else group_label(key, fields)
-            handles[label] = draw_paths(axis, paths, x, {**style_of(number, count), "marker": ""})
+            handles[y if overlaid else key] = draw_paths(axis, paths, x, {**style_of(number, count), "marker": ""})
     for axis, y in zip(axes, ys):
         if not overlaid or len(ys) == 1:                # else the legend names them
             axis.set_ylabel(spoken(y))
@@ -275,7 +275,10 @@ def draw_logged(figure, logs, fields, x, ys):
     axes[-1].set_xlabel(spoken(x))
     if x == "step":
         label_steps(axes[-1], every)
-    add_legend(figure, list(handles.values()), list(handles))
+    else:
+        axes[-1].locator_params(axis="x", nbins=6)      # 120000 needs room
+    labels = [spoken(name) if overlaid else group_label(name, fields) for name in handles]
+    add_legend(figure, list(handles.values()), labels)
 
 
 def check_logged(logs, x, ys, drawn):
@@ -330,7 +333,7 @@ def draw_ranks(figure, logs, fields):
     layers = sorted({layer for _, layer in cells.values()})
     words = list(dict.fromkeys(word for word, _ in cells.values()))
     width = min(7, max(2.2, 0.9 + 0.26 * len(layers)))
-    figure.set_size_inches(width, (0.6 + 0.26 * len(words)) * len(kept) + 0.3)
+    figure.set_size_inches(width, (0.6 + 0.13 * (len(kept) > 1) + 0.26 * len(words)) * len(kept) + 0.3)
     largest = max(rank for ranks in kept.values() for rank in ranks.values())
     axes = figure.subplots(len(kept), 1, squeeze=False)[:, 0]
     for axis, (key, ranks) in zip(axes, kept.items()):
@@ -341,14 +344,14 @@ def draw_ranks(figure, logs, fields):
                 column = layers.index(layer)
                 grid[row][column] = ranks[path]
                 axis.text(column, row, f"{ranks[path]:.3g}", ha="center", va="center", fontsize=7,
-                          color="white" if ranks[path] > largest / 2 else "black")
+                          color="white" if ranks[path] > 0.75 * largest else "black")
         axis.imshow(grid, cmap="Greys", vmin=0, vmax=1.25 * max(largest, 1), aspect="auto")
         axis.set_xticks(range(len(layers)), layers)
         axis.set_yticks(range(len(words)), words)
         axis.grid(False)
         runs = f", mean of {len(logs[key])} runs" if len(logs[key]) > 1 else ", 1 run"
-        label = f", {group_label(key, fields)}" if len(kept) > 1 else ""
-        axis.set_title(f"rank kept{label}{runs}", loc="left")
+        label = f"\n{group_label(key, fields)}" if len(kept) > 1 else ""
+        axis.set_title(f"rank kept{runs}{label}", loc="left")
     axes[-1].set_xlabel("layer")
 
 

@@ -192,7 +192,8 @@ def draw_sweep(figure, groups, fields, metric, x, chosen={}):
             if chosen:
                 handles.append(draw_seeds(axis, points, metric, chosen.get(key), style))
             else:
-                shift = 0.015 * (number - (len(lines) - 1) / 2)     # side by side: no interval hides another
+                step = min(0.015, 0.05 / max(1, len(lines) - 1))    # side by side: no interval hides another,
+                shift = step * (number - (len(lines) - 1) / 2)      # and none stands at its neighbour's value
                 estimates = {value: estimate(runs, metric) for value, runs in points.items()}
                 handles.append(draw_line(axis, estimates, values, shift, style))
             handles[-1].set_label(group_label(key, others))

@@ -34,9 +34,9 @@ estimate    mean and sd (n - 1) over the runs of a group, with a 95 % interval:
                     other seeds. Any other number has no interval
 
 Public: gather, events, by_test_set, test_set, did_you_mean, group_fields, distinguishing_fields, group,
-field_value, display_value, sort_key, known_fields, settings_of, mixed_fields, metric_names, metric_values,
-valid_metrics, main_metric, measured_differently, estimate, format_estimate, item_values, is_proportion,
-proportion_interval, lower_is_better, PROPORTIONS, VERSION_FIELDS
+field_value, display_value, display_values, sort_key, known_fields, settings_of, mixed_fields, metric_names,
+metric_values, valid_metrics, main_metric, measured_differently, estimate, format_estimate, item_values,
+is_proportion, proportion_interval, lower_is_better, PROPORTIONS, VERSION_FIELDS
 """
 import difflib
 import glob
@@ -283,6 +283,13 @@ def display_value(value):
     return str(value).rstrip("/").split("/")[-1]
 
 
+def display_values(values):
+    """A cell for each value; where two different paths have the same last part, the paths."""
+    cells = {value: display_value(value) for value in values}
+    shared = {cell for cell in cells.values() if list(cells.values()).count(cell) > 1}
+    return [value if isinstance(value, str) and cells[value] in shared else cells[value] for value in values]
+
+
 def did_you_mean(name, known):
     """The end of an error about an unknown name: the nearest of the known ones, or nothing."""
     near = difflib.get_close_matches(name, known, 1)
@@ -496,6 +503,7 @@ def estimate(runs, metric):
     Numbers that cannot be computed are nan; all four are when one of the runs has a value that is not finite,
     and when the runs measure different things (`measured_differently`).
     """
+    runs = [run for run in runs if metric_values([run], metric)]
     values = metric_values(runs, metric)
     if not all(map(math.isfinite, values)) or measured_differently(runs, metric):
         return math.nan, math.nan, math.nan, math.nan

@@ -21,10 +21,10 @@ from data.results import choose, plots
 from data.results.compare import compare
 from data.results.layout import (Column, left_out_columns, print_columns, print_left_out_columns, print_wrapped,
                                  terminal_width)
-from data.results.log_plots import logged_fields
+from data.results.log_plots import group_label, logged_fields
 from data.results.resources import RESOURCES, resource_columns, resource_of
-from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, estimate, events,
-                               field_value, format_estimate, gather, group, group_fields, known_fields,
+from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, display_values, estimate,
+                               events, field_value, format_estimate, gather, group, group_fields, known_fields,
                                lower_is_better, main_metric, measured_differently, metric_names, metric_values,
                                mixed_fields, settings_of, sort_key)
 from data.runtime.files import UserError
@@ -238,7 +238,7 @@ def table(groups, fields, metrics, sort=None):
 
     With --sort, or grouped by it, the folders of the rows are its last column.
     """
-    columns = [Column(name, [display_value(key[i]) for key in groups])
+    columns = [Column(name, display_values([key[i] for key in groups]))
                for i, name in enumerate(fields) if name != "folder"]
     columns.append(Column("runs", [str(len(runs)) for runs in groups.values()]))
     for metric in metrics:
@@ -280,15 +280,23 @@ def matrix(groups, fields, across, metrics=None):
     i = fields.index(across)
     lines = {}
     for key, runs in groups.items():
-        candidates = metrics or [main_metric(runs[0])]
-        name = next((name for name in candidates if name and metric_values(runs, name)), None)
+        name = metric_of_cell(runs, metrics)
         cell = format_estimate(estimate(runs, name))[0] if name else MISSING
+        if name and measured_differently(runs, name):
+            cell = "mixed"
         lines.setdefault((*key[:i], *key[i + 1:]), {})[key[i]] = cell
     others = [name for name in fields if name != across]
-    columns = [Column(name, [display_value(key[j]) for key in lines]) for j, name in enumerate(others)]
-    for value in sorted({key[i] for key in groups}, key=sort_key):
-        columns.append(Column(display_value(value), [cells.get(value, MISSING) for cells in lines.values()]))
+    columns = [Column(name, display_values([key[j] for key in lines])) for j, name in enumerate(others)]
+    values = sorted({key[i] for key in groups}, key=sort_key)
+    for value, title in zip(values, display_values(values)):
+        columns.append(Column(title, [cells.get(value, MISSING) for cells in lines.values()]))
     return columns
+
+
+def metric_of_cell(runs, metrics=None):
+    """The name of the metric that a cell of a matrix shows, or None."""
+    candidates = metrics or [main_metric(runs[0])]
+    return next((name for name in candidates if name and metric_values(runs, name)), None)
 
 
 # --------------------------------------------------------------------------------------------------- printing
@@ -314,7 +322,7 @@ def print_tables(runs, cfg):
         legend += (". 95 %: Student's t over seeds; of a single run over test items (proportions: Wilson, "
                    "pass@k and rewards: Student's t)")
     if starred:
-        legend += "; * the best of its table: its interval overlaps no other"
+        legend += f"; {'bold' if cfg.markdown else '*'}: the best of its table: its interval overlaps no other"
     print_wrapped(f"{legend}." if len(tests) > 1 else f"{name}; {legend}.")
 
 
@@ -327,28 +335,55 @@ def print_table(runs, cfg):
     groups = ordered(group(runs, fields), fields, cfg.sort, metrics)
     columns = table(groups, fields, metrics, cfg.sort)
     print_columns(columns, cfg.markdown)
+    sentences = []
     for metric in metrics:
         names = measured_differently(runs, metric)
         if names:
-            print_wrapped(f"{metric}: not the same in all rows, because {', '.join(names)} differs; no * "
-                          "there.")
-    print_mixed_fields(runs, groups, fields)
+            mark = "nothing is bold" if cfg.markdown else "no *"
+            sentences.append(f"{metric}: not the same in all rows, because {', '.join(names)} differs; {mark} "
+                             "there.")
+        sentences += fewer_runs(groups, fields, metric)
+    sentences += averaged_fields(runs, groups, fields)
+    if sentences and cfg.markdown:
+        print_result()                                  # else the first one would be a row of the table
+    for sentence in sentences:
+        print_wrapped(sentence)
     return columns
 
 
 def print_matrix(runs, fields, cfg):
-    print_columns(matrix(group(runs, fields), fields, cfg.across, cfg.metric and cfg.metric.split(",")),
-                  cfg.markdown)
-    print_result("\nmean ± sd over the runs of a cell.")
-    print_mixed_fields(runs, group(runs, fields), fields)
+    groups = group(runs, fields)
+    metrics = cfg.metric and cfg.metric.split(",")
+    print_columns(matrix(groups, fields, cfg.across, metrics), cfg.markdown)
+    print_result()
+    names = dict.fromkeys(filter(None, (metric_of_cell(some, metrics) for some in groups.values())))
+    tests = by_test_set(runs)
+    where = f"{next(iter(tests))}; " if len(tests) == 1 else ""
+    each = ", the first of these that a cell's runs have" if metrics and len(names) > 1 else ""
+    print_wrapped(f"{where}{', '.join(names)}{each}: mean ± sd over the runs of a cell.")
+    for sentence in averaged_fields(runs, groups, fields):
+        print_wrapped(sentence)
 
 
-def print_mixed_fields(runs, groups, fields):
-    """Name the flags, other than the seed, in which the runs of a row differ."""
+def fewer_runs(groups, fields, metric):
+    """A sentence where the mean of a row is over fewer runs than the row has."""
+    fewer = []
+    for key, some in groups.items():
+        having = len(metric_values(some, metric))
+        if 0 < having < len(some):
+            fewer.append(f"{having} of {len(some)} {group_label(key, fields)}")
+    if not fewer:
+        return []
+    return [f"Not all runs of a row have {metric}; its mean is over those that do: {'; '.join(fewer)}."]
+
+
+def averaged_fields(runs, groups, fields):
+    """A sentence that names the flags, other than the seed, in which the runs of a row differ."""
     mixed = mixed_fields(runs, groups)
-    if mixed:
-        finer = ",".join([*fields, mixed[0]])
-        print_wrapped(f"Rows average over {', '.join(mixed)}; --by {finer} splits them.")
+    if not mixed:
+        return []
+    finer = ",".join([*fields, mixed[0]])
+    return [f"Rows average over {', '.join(mixed)}; --by {finer} splits them."]
 
 
 def print_kept(runs):
