@@ -23,7 +23,7 @@ from data.results.layout import (Column, left_out_columns, print_columns, print_
                                  terminal_width)
 from data.results.log_plots import group_label, logged_fields
 from data.results.resources import RESOURCES, resource_columns, resource_of
-from data.results.runs import (MISSING, by_test_set, did_you_mean, display_value, display_values, estimate,
+from data.results.runs import (MISSING, by_test_set, did_you_mean, display_values, estimate,
                                events, field_value, format_estimate, gather, group, group_fields, known_fields,
                                lower_is_better, main_metric, measured_differently, metric_names, metric_values,
                                mixed_fields, settings_of, sort_key)
