@@ -1779,17 +1779,23 @@ def add_ptx(coef, policy, params, parts):
     return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
 
-def in_warmup(cfg, state):
-    """Whether this iteration trains the critic alone."""
-    return "value" in state.params and state.step < cfg.value_warmup
+def idle_roles(cfg, state, count):
+    """The roles that do not step in an iteration that learns from `count` answers: the policy while the critic
+    warms up, and a critic without units, to which a step would give a scale."""
+    idle = []
+    if state.step < cfg.value_warmup:
+        idle.append("policy")
+    if count > 1 and not state.units.scale:
+        idle.append("value")
+    return idle
 
 
-def optimizer_step(cfg, state, lr_scale, stop, idle=()):
-    """Let policy and critic step, each with its own clipping; nobody steps after an early stop, no role in
-    `idle`, and the policy not in the critic's warm-up. Returns {name: number}."""
+def optimizer_step(state, lr_scale, stop, idle=()):
+    """Let policy and critic step, each with its own clipping; nobody steps after an early stop, and no role in
+    `idle`. Returns {name: number}."""
     metrics = {}
     for role in state.params:
-        waits = stop or role in idle or (role == "policy" and in_warmup(cfg, state))
+        waits = stop or role in idle
         metrics[f"grad_norm_{role}"] = state.apply(role, 0.0 if waits else lr_scale)
     metrics["skipped"] = sum(bad > 0 for bad in state.bad.values())
     return metrics
@@ -1798,7 +1804,7 @@ def optimizer_step(cfg, state, lr_scale, stop, idle=()):
 def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), ptx=None, idle=()):
     """Step 5 of the header: passes over a rollout with advantages, an optimiser step per minibatch.
 
-    idle: roles, "policy" or "value", that do not step.
+    idle: roles that do not step, see idle_roles.
     ptx: None, or (iteration, minibatch) -> [(x, y), ...] of pre-training text. Returns metrics: means over
     minibatches of means over real tokens; ratio_off is the largest, ratio_first that of the first minibatch,
     skipped the number of gradients that were not finite.
@@ -1812,7 +1818,7 @@ def update(cfg, roles, state, batch, lr_scale=1.0, generator=None, banned=(), pt
             loss, ratio = add_ptx(cfg.ptx_coef, roles.policy, state.params["policy"], texts)
             metrics["ptx_loss"] = loss
             metrics["ptx_ratio"] = ratio
-        metrics.update(optimizer_step(cfg, state, lr_scale, stop, idle))
+        metrics.update(optimizer_step(state, lr_scale, stop, idle))
         history.append(metrics)
         if stop:
             break
@@ -1855,12 +1861,12 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         scale = lr_scale(state.step, cfg.steps)
         rows = counted_answers(cfg, experience).nonzero()[:, 0].tolist()
         metrics["answers_learnt"] = len(rows)
+        idle = idle_roles(cfg, state, len(rows))
         if rows:
             order = rng(cfg.seed, "order", state.step)
             part = batch if len(rows) == len(batch.mask) else batch.take(rows)
-            idle = ("value",) if len(rows) > 1 and not state.units.scale else ()    # else it would get a scale
             metrics.update(update(cfg, roles, state, part, scale, order, environment.banned, ptx, idle))
-        if not in_warmup(cfg, state):                           # the policy stands still, and so does its KL
+        if "policy" not in idle:                                # else its KL stands still, too
             state.kl.update(metrics["kl"], cfg.batch)
         if state.ema:
             state.ema.update(state.params["policy"])
