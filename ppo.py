@@ -1837,6 +1837,7 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
     numbers. Raises UserError for arguments that do not fit each other, and for scores that are not finite.
     """
     device = check_training(cfg, roles, state, environment)
+    compares_groups = find_record(ALGORITHMS, cfg.algo).compares_groups
     while state.step < cfg.steps:
         beta = state.kl.beta
         first, experience = collect(cfg, roles, environment, state.step, device)
@@ -1851,9 +1852,7 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
             batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
         metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
-                                counted_answers(cfg, first), first.rewarded))
-        if not find_record(ALGORITHMS, cfg.algo).compares_groups:       # equal groups have a gradient, too
-            metrics.pop("frac_reward_zero_std", None)
+                                counted_answers(cfg, first), first.rewarded, compares_groups))
         metrics["objective"] = metrics.get("score_penalised", metrics["score"]) - beta * metrics["kl"]
         metrics.update(first.metrics)
 

@@ -30,7 +30,8 @@ def described(scores, ended=(True, True, True, True), k=1, rewarded=None):
         logp[i, :len(one)] = torch.tensor(one, dtype=torch.float64)
         ref_logp[i, :len(other)] = torch.tensor(other, dtype=torch.float64)
     batch = batch._replace(logp=logp, ref_logp=ref_logp, entropy=torch.ones_like(logp))
-    return ppo_metrics.describe(batch, ANSWERS, torch.tensor(scores), torch.tensor(ended), k, rewarded=rewarded)
+    return ppo_metrics.describe(batch, ANSWERS, torch.tensor(scores), torch.tensor(ended), k, rewarded=rewarded,
+                                compares_groups=k > 1)
 
 
 def test_three_estimates_of_the_kl_by_a_naive_loop():
@@ -336,7 +337,8 @@ def test_groups_without_variance_consist_of_the_answers_that_count():
     zero = torch.zeros(4, 1)
     batch = batch._replace(logp=zero, ref_logp=zero, entropy=zero)
     counted = torch.tensor([True, True, True, False])
-    m = ppo_metrics.describe(batch, [[5]] * 4, torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.ones(4).bool(), 2, counted)
+    m = ppo_metrics.describe(batch, [[5]] * 4, torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.ones(4).bool(), 2, counted,
+                             compares_groups=True)
     assert m["frac_reward_zero_std"] == 0.5                     # of the second group one answer is left
 
 

@@ -65,13 +65,13 @@ def equal_groups(scores, k, counted=None):
     return groups.masked_fill(rest, -math.inf).amax(1) - groups.masked_fill(rest, math.inf).amin(1) <= rounding
 
 
-def describe(batch, answers, scores, ended, num_generations=1, counted=None, rewarded=None):
+def describe(batch, answers, scores, ended, num_generations=1, counted=None, rewarded=None, compares_groups=False):
     """Metrics of a rollout, {name: float}.
 
     batch: ppo.Batch; answers: B lists of ids; scores (B,), what is learnt from; rewarded (B,), the reward
     before penalties, None: the same; ended (B,), whether an answer has its end token;
     num_generations: answers per prompt, which stand side by side; counted (B,) bool, None for all: those that
-    are learnt from.
+    are learnt from; compares_groups: whether the algorithm does, and a group of equal scores has no gradient.
     """
     counted = torch.ones_like(ended, dtype=torch.bool) if counted is None else counted
     rewarded = scores if rewarded is None else rewarded
@@ -94,7 +94,7 @@ def describe(batch, answers, scores, ended, num_generations=1, counted=None, rew
                "repeat4": repeats / max(sum(map(len, grams)), 1)}
     if not torch.equal(scores, rewarded):
         metrics["score_penalised"] = scores.mean()
-    if num_generations > 1:
+    if compares_groups:
         metrics["frac_reward_zero_std"] = equal_groups(scores, num_generations, counted).float().mean()
     right, wrong = right_and_wrong(rewarded, ended.bool(), num_generations)
     for name, chosen in (("length_right", right), ("length_wrong", wrong)):
