@@ -1283,10 +1283,9 @@ class Environment(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """One rollout with its scores."""
+    """One rollout with its rewards."""
     answers: list                               # B lists of ids, num_generations for each prompt
     batch: Batch
-    scores: torch.Tensor                        # (B,)      what is learnt from, see final_scores
     rewarded: torch.Tensor                      # (B,)      what the reward gave, before any penalty
     ended: torch.Tensor                         # (B,)      bool: the answer ends with an end token
     metrics: dict
@@ -1579,7 +1578,7 @@ def part_means(values):
 
 
 def sample_and_score(cfg, roles, environment, chosen, generator, device):
-    """Answers to the prompts with these indices, `num_generations` each, and their scores: an Experience,
+    """Answers to the prompts with these indices, `num_generations` each, and their rewards: an Experience,
     with the gold reward, tokens (of prompts and answers) and seconds as metrics."""
     started = time.perf_counter()
     eos = {environment.eos} if isinstance(environment.eos, int) else set(environment.eos)
@@ -1599,15 +1598,14 @@ def sample_and_score(cfg, roles, environment, chosen, generator, device):
     metrics["tokens"] = int(batch.lengths.sum())
     metrics["seconds_rollout"] = rolled_out - started
     metrics["seconds_score"] = time.perf_counter() - rolled_out
-    return penalised(cfg, Experience(answers, batch, rewarded, rewarded, ended, metrics))
+    return Experience(answers, batch, rewarded, ended, metrics)
 
 
-def penalised(cfg, experience):
-    """The Experience with its scores, penalties among them, from the reward's."""
+def learnt_scores(cfg, experience):
+    """What is learnt from, (B,): the rewards of an Experience, and penalties in units of their spread."""
     lengths = experience.batch.mask.sum(1)
-    scores = final_scores(experience.rewarded, experience.ended, lengths, cfg.max_new_tokens,
-                          cfg.missing_eos_penalty, cfg.overlong)
-    return experience._replace(scores=scores)
+    return final_scores(experience.rewarded, experience.ended, lengths, cfg.max_new_tokens,
+                        cfg.missing_eos_penalty, cfg.overlong)
 
 
 def collect(cfg, roles, environment, step, device):
@@ -1636,8 +1634,7 @@ def collect(cfg, roles, environment, step, device):
         found.append(keep_informative_groups(cfg, more))
         sampled += len(more.answers)
     first.metrics["answers_sampled"] = sampled
-    joined = join_experiences(found)
-    return first, joined if joined.batch is None else penalised(cfg, joined)
+    return first, join_experiences(found)
 
 
 def keep_informative_groups(cfg, experience):
@@ -1648,8 +1645,8 @@ def keep_informative_groups(cfg, experience):
     rows = differs.nonzero()[:, 0].tolist()
     answers = [experience.answers[i] for i in rows]
     batch = experience.batch.take(rows) if rows else None
-    return experience._replace(answers=answers, batch=batch, scores=experience.scores[rows],
-                               rewarded=experience.rewarded[rows], ended=experience.ended[rows])
+    return experience._replace(answers=answers, batch=batch, rewarded=experience.rewarded[rows],
+                               ended=experience.ended[rows])
 
 
 def join_experiences(parts):
@@ -1657,7 +1654,6 @@ def join_experiences(parts):
     batches = [part.batch for part in parts if part.batch is not None]
     return Experience([answer for part in parts for answer in part.answers],
                       join_batches(batches) if batches else None,
-                      torch.cat([part.scores for part in parts]),
                       torch.cat([part.rewarded for part in parts]),
                       torch.cat([part.ended for part in parts]), {})
 
@@ -1844,15 +1840,17 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         metrics = {"step": state.step + 1, "beta": beta}
         batch = None
         if experience.batch is not None:
+            scores = learnt_scores(cfg, experience)
             counted = counted_answers(cfg, experience)
             informative = experience.rewarded[counted].unique().numel() > 1     # else penalties would be the unit
             if not state.units.scale and counted.sum() > 1:
-                units = measure_units(cfg, experience.batch, experience.scores, beta, counted)
+                units = measure_units(cfg, experience.batch, scores, beta, counted)
                 state.units = units if informative else units.without_scale()
-            batch = compute_advantages(cfg, experience.batch, experience.scores, beta, state.units, counted)
+            batch = compute_advantages(cfg, experience.batch, scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
-        metrics.update(describe(shown, first.answers, first.scores, first.ended, cfg.num_generations,
-                                counted_answers(cfg, first), first.rewarded, compares_groups))
+        metrics.update(describe(shown, first.answers, learnt_scores(cfg, first), first.ended,
+                                cfg.num_generations, counted_answers(cfg, first), first.rewarded,
+                                compares_groups))
         metrics["objective"] = metrics.get("score_penalised", metrics["score"]) - beta * metrics["kl"]
         metrics.update(first.metrics)
 

@@ -306,7 +306,7 @@ def test_groups_differ_by_their_finished_answers_alone():
     assert equal_groups(s, 4).tolist() == [False, False]
     assert equal_groups(s, 4, MASKED).tolist() == [True, True]
     batch = ppo.collate_rollout([[1]] * 8, [[2]] * 8)
-    some = ppo.Experience([[2]] * 8, batch, s, s, MASKED, {})
+    some = ppo.Experience([[2]] * 8, batch, s, MASKED, {})
     cfg = config(algo="dapo", batch=8, num_generations=4, overlong="mask")
     assert ppo.keep_informative_groups(cfg, some).answers == []
     cfg = dataclasses.replace(cfg, overlong="none")
@@ -419,13 +419,15 @@ def test_penalties_of_a_refilled_rollout_have_one_unit():
     def reward(prompts, answers, rows=None):
         return [float(p[1]) ** 3 * (len(set(y)) if p[0] % 2 else 1) for p, y in zip(prompts, answers)]
     cfg = config(algo="dapo", num_generations=4, batch=32, dynamic_sampling=20, max_new_tokens=5, overlong="penalty")
-    roles, _, _, _ = setup(cfg)
-    first, learnt = ppo.collect(cfg, roles, ppo.Environment(MANY, reward, END, [PAD]), 0, torch.device("cpu"))
-    assert first.metrics["answers_sampled"] > 32 and len(learnt.answers) == 32 and not learnt.ended.all()
-    for some in (first, learnt):
-        lengths = some.batch.mask.sum(1)
-        want = ppo.final_scores(some.rewarded, some.ended, lengths, 5, cfg.missing_eos_penalty, "penalty")
-        assert torch.equal(some.scores, want) and not torch.equal(want, some.rewarded)
+    roles, state, _, _ = setup(cfg)
+    m, batch = next(ppo.train_ppo(cfg, roles, state, ppo.Environment(MANY, reward, END, [PAD])))
+    assert m["answers_sampled"] > 32 and len(batch.mask) == 32
+    rows = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.lengths)]
+    rewarded = torch.tensor(reward([row[:2] for row in rows], [row[2:] for row in rows]))
+    ended = torch.tensor([row[-1] == END for row in rows])
+    assert not ended.all()
+    want = ppo.final_scores(rewarded, ended, batch.mask.sum(1), 5, cfg.missing_eos_penalty, "penalty")
+    assert torch.equal(batch.rewards.sum(1), want) and not torch.equal(want, rewarded)
 
 
 def test_penalties_alone_give_no_units():
