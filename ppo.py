@@ -1838,14 +1838,15 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         beta = state.kl.beta
         first, experience = collect(cfg, roles, environment, state.step, device)
         metrics = {"step": state.step + 1, "beta": beta}
+        counted = counted_answers(cfg, experience)
+        rows = counted.nonzero()[:, 0].tolist()
         batch = None
         if experience.batch is not None:
             scores = learnt_scores(cfg, experience)
-            counted = counted_answers(cfg, experience)
-            informative = experience.rewarded[counted].unique().numel() > 1     # else penalties would be the unit
-            if not state.units.scale and counted.sum() > 1:
+            if not state.units.scale and len(rows) > 1:
                 units = measure_units(cfg, experience.batch, scores, beta, counted)
-                state.units = units if informative else units.without_scale()
+                rewards_differ = experience.rewarded[counted].unique().numel() > 1
+                state.units = units if rewards_differ else units.without_scale()    # else penalties were the unit
             batch = compute_advantages(cfg, experience.batch, scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
         metrics.update(describe(shown, first.answers, learnt_scores(cfg, first), first.ended,
@@ -1856,7 +1857,6 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
 
         started = time.perf_counter()
         scale = lr_scale(state.step, cfg.steps)
-        rows = counted_answers(cfg, experience).nonzero()[:, 0].tolist()
         metrics["answers_learnt"] = len(rows)
         idle = idle_roles(cfg, state, len(rows))
         if rows:
