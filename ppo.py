@@ -1533,26 +1533,25 @@ def rollout(roles, prompts, eos, cfg, banned=(), generator=None):
     equal weights, KL exactly 0. Without roles.critic values stay None; with it they are what its head gives,
     not yet in the reward's units (Units).
     """
-    def logprobs_and_entropies(part):
-        policy = PolicyDistribution(model, cfg.temperature, banned)
-        return logprobs(policy, part, past, entropies=True)
+    tokens = cfg.micro_batch_tokens
 
-    def critic_values(part):
-        return values(model, roles.value_head, part, past)
+    def logprobs_and_entropies(policy, batch, past):
+        return inference(lambda part: logprobs(policy, part, past, entropies=True), batch, tokens).unbind(-1)
 
     with roles.policy() as (model, past):
         policy = PolicyDistribution(model, cfg.temperature, banned)
         answers = sample_answers(policy, prompts, eos, cfg, past, generator)
         batch = collate_rollout(prompts, answers, model.wte.weight.device)
         if roles.shared_blocks:
-            batch = batch._replace(trunk=run_trunk(model, batch, roles.shared_blocks, cfg.micro_batch_tokens))
-        logp, entropies = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens).unbind(-1)
+            batch = batch._replace(trunk=run_trunk(model, batch, roles.shared_blocks, tokens))
+        logp, entropies = logprobs_and_entropies(policy, batch, past)
     with roles.reference() as (model, past):
-        ref_logp = inference(logprobs_and_entropies, batch, cfg.micro_batch_tokens)[..., 0]
+        reference = PolicyDistribution(model, cfg.temperature, banned)
+        ref_logp, _ = logprobs_and_entropies(reference, batch, past)
     v = None
     if roles.critic:
         with roles.critic() as (model, past):
-            v = inference(critic_values, batch, cfg.micro_batch_tokens)
+            v = inference(lambda part: values(model, roles.value_head, part, past), batch, tokens)
     return batch._replace(logp=logp, entropy=entropies, ref_logp=ref_logp, values=v), answers
 
 
