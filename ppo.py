@@ -1183,11 +1183,14 @@ def dpo_step(adapter_context, examples, cfg, find_trunk=None):
                             "worse one")
     b, better, worse = pair.nonzero(as_tuple=True)                                              # (P,)
     ref = reference_logprobs(record, examples, logp)
-    sides = []
-    for x in (logp, ref):
-        table = None if x is None else scatter_to_mask(x, ranked.mask)                          # (B, K)
-        sides += [None, None] if x is None else [table[b, better], table[b, worse]]
-    pairs = PairLogprobs(*sides, ranked.length[b, better], ranked.length[b, worse])
+
+    def of_pairs(x):                                                        # (N,) -> (P,), (P,)
+        if x is None:
+            return None, None
+        table = scatter_to_mask(x, ranked.mask)                             # (B, K)
+        return table[b, better], table[b, worse]
+
+    pairs = PairLogprobs(*of_pairs(logp), *of_pairs(ref), ranked.length[b, better], ranked.length[b, worse])
     loss, margin = record.loss(cfg, pairs)
 
     def per_prompt(x):
