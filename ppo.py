@@ -1087,7 +1087,7 @@ def combine_rewards(parts):
 
 class Ranked(NamedTuple):
     """The answers of B examples."""
-    flat: Batch                                 # a row for each answer
+    flat: Batch                                 # see collate_answers
     rank: torch.Tensor                          # (B, K)
     mask: torch.Tensor                          # (B, K)    which answers exist
     length: torch.Tensor                        # (B, K)    tokens, end token included
@@ -1101,19 +1101,20 @@ def check_labels(examples, name):
                             f"answer or more, and a {name} for each")
 
 
+def collate_answers(examples, device, find_trunk=None):
+    """A Batch with a row for each answer, one example behind the other."""
+    prompts = [example[0] for example in examples for _ in example[1]]
+    answers = [answer for example in examples for answer in example[1]]
+    return collate_rollout(prompts, answers, device, find_trunk=find_trunk)
+
+
 def collate_ranked(examples, device, find_trunk=None):
     """Examples -> Ranked. Raises UserError for an example without as many ranks as answers."""
     check_labels(examples, "rank")
-    prompts = []
-    answers = []
-    ranks = []
-    for prompt, some, their_ranks, *_ in examples:
-        prompts += [prompt] * len(some)
-        answers += some
-        ranks += their_ranks
-    flat = collate_rollout(prompts, answers, device, find_trunk=find_trunk)
+    flat = collate_answers(examples, device, find_trunk)
     n = torch.tensor([len(example[1]) for example in examples], device=device)
     mask = torch.arange(int(n.max()), device=device) < n[:, None]               # (B, K)
+    ranks = [rank for example in examples for rank in example[2]]
     rank = torch.tensor(ranks, dtype=torch.get_default_dtype(), device=device)
     return Ranked(flat, scatter_to_mask(rank, mask), mask, scatter_to_mask(flat.mask.sum(1), mask))
 
@@ -1134,10 +1135,8 @@ def reward_step(adapter_context, head, examples, find_trunk=None):
 def answer_logprobs(adapter_context, examples, find_trunk=None):
     """Log-probabilities of all answers, one example behind the other, summed over their tokens: (N,).
     examples: [(prompt, [answer, ...], ...), ...]."""
-    prompts = [example[0] for example in examples for _ in example[1]]
-    answers = [answer for example in examples for answer in example[1]]
     with adapter_context() as (model, past):
-        batch = collate_rollout(prompts, answers, model.wte.weight.device, find_trunk=find_trunk)
+        batch = collate_answers(examples, model.wte.weight.device, find_trunk)
         return logprobs(PolicyDistribution(model), batch, past).sum(1)
 
 
