@@ -950,14 +950,19 @@ class PolicyDistribution:
         return logits.index_fill(-1, self.banned, -torch.inf)
 
 
+def selected_hidden_states(model, batch, past, select, columns=None):
+    """The hidden states at select = (rows, positions), (N, C), from the trunk on where there is one. Read are the
+    columns up to `columns`, as a slice takes it: None for all."""
+    if batch.trunk is None:
+        return model.hidden_states(batch.tokens[:, :columns], past, select=select)[0]
+    hidden, layer = batch.trunk
+    return model.hidden_states(hidden[:, :columns], past, select=select, start_layer=layer)[0]
+
+
 def action_hidden_states(model, batch, past):
     """The hidden state in which each action was taken: (N, C), row by row. After the last token none is."""
     b, t = batch.mask.nonzero(as_tuple=True)
-    select = b, batch.start[b] - 1 + t
-    if batch.trunk is None:
-        return model.hidden_states(batch.tokens[:, :-1], past, select=select)[0]
-    hidden, layer = batch.trunk
-    return model.hidden_states(hidden[:, :-1], past, select=select, start_layer=layer)[0]
+    return selected_hidden_states(model, batch, past, (b, batch.start[b] - 1 + t), columns=-1)
 
 
 def scatter_to_mask(x, mask):
@@ -988,11 +993,7 @@ def values(model, head, batch, past=None):
 def scores(model, head, batch, past=None):
     """The reward model's score of whole rows, (B,), at the last real token (by length, not by pad id)."""
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-    select = rows, batch.lengths - 1
-    if batch.trunk is None:
-        return head(model.hidden_states(batch.tokens, past, select=select)[0])
-    hidden, layer = batch.trunk
-    return head(model.hidden_states(hidden, past, select=select, start_layer=layer)[0])
+    return head(selected_hidden_states(model, batch, past, (rows, batch.lengths - 1)))
 
 
 class ScalarHead(nn.Module):
