@@ -111,8 +111,8 @@ def test_the_line_of_an_iteration_has_every_diagnostic_once():
         "score", "gold", "kl", "length", "kl_k2", "kl_k3", "beta", "eos_rate", "length_right", "length_wrong", "entropy",
         "frac_reward_zero_std", "clipfrac_low", "clipfrac_high"]
     assert parts[0] == "score -0.123" and parts[-1] == "clipfrac_high 0.02"
-    old = {name: value for name, value in FULL.items() if name not in ("clipfrac_low", "clipfrac_high", "gold")}
-    assert ppo_metrics.health_line(old)[-1] == "clipfrac 0.03" and "gold 12.3" not in ppo_metrics.health_line(old)
+    without = {name: value for name, value in FULL.items() if name != "gold"}
+    assert ppo_metrics.health_line(without) == [part for part in parts if part != "gold 12.3"]
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -133,11 +133,6 @@ def test_a_warning_is_new_once_whatever_its_numbers():
     assert ppo_metrics.new_warnings(first, []) == first
     assert ppo_metrics.new_warnings(again, first) == ["KL is 30 nats: far"]
     assert ppo_metrics.new_warnings(first, again) == [first[1]] and ppo_metrics.new_warnings([], first) == []
-
-
-def test_clip_shares_low_and_high_together_are_too_many():
-    assert any("clipped" in text for text in ppo_metrics.health(dict(clipfrac_low=0.3, clipfrac_high=0.3)))
-    assert not any("clipped" in text for text in ppo_metrics.health(dict(clipfrac_low=0.2, clipfrac_high=0.2)))
 
 
 def test_the_command_logs_and_shows_them(world, tmp_path, monkeypatch, capsys):       # noqa: F811

@@ -150,7 +150,6 @@ def health(metrics, tolerance=1e-4):
     `tolerance` is the rounding of a log-probability: 1e-4 in fp32, 0.5 in bf16. A metric that is missing
     counts as 0."""
     m = defaultdict(float, metrics)
-    m.setdefault("clipfrac", m["clipfrac_low"] + m["clipfrac_high"])
     if metrics.get("beta", 1.0) > 0:
         hold = "raise --kl_coef"
         hold_far = "raise --kl_coef, or lower --adaptive_kl_target"
@@ -208,8 +207,7 @@ def brief(metrics, names=SHOWN):
 
 def health_line(metrics):
     """The parts of the line about an iteration, under the names that log.jsonl has."""
-    clipped = () if "clipfrac_low" in metrics else ("clipfrac",)
-    return brief(metrics, (*SHOWN, *HEALTH, *clipped))
+    return brief(metrics, (*SHOWN, *HEALTH))
 
 
 def new_warnings(warnings, before):
