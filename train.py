@@ -2000,18 +2000,17 @@ def open_rewards(cfg, ctx, base, rows):
     words = reward_words(cfg)
     if not words:
         raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
-    parts = {}
-    for name, weight, word in zip(reward_names(words), parse_weights(cfg.reward_weights, words), words):
-        head = None
-        folder = None
+    weights = parse_weights(cfg.reward_weights, words)
+    opened = []
+    for word in words:
         if is_function(word):
-            reward = reward_function("reward", word, ctx)
+            opened.append((reward_function("reward", word, ctx), None, None))
         else:
-            reward, head, folder = open_reward_model(cfg, ctx, base, word, rows)
-        parts[name] = (weight, reward)
-    if len(parts) == 1 and cfg.reward_weights is None:
-        return reward, head, folder
-    return ppo.combine_rewards(parts), None, None
+            opened.append(open_reward_model(cfg, ctx, base, word, rows))
+    if len(opened) == 1 and cfg.reward_weights is None:
+        return opened[0]
+    rewards = [reward for reward, _, _ in opened]
+    return ppo.combine_rewards(dict(zip(reward_names(words), zip(weights, rewards)))), None, None
 
 
 def open_reward_model(cfg, ctx, base, word, rows):
