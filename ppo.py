@@ -951,8 +951,8 @@ class PolicyDistribution:
 
 
 def selected_hidden_states(model, batch, past, select, columns=None):
-    """The hidden states at select = (rows, positions), (N, C), from the trunk on where there is one. Read are the
-    columns up to `columns`, as a slice takes it: None for all."""
+    """The hidden states at select = (rows, positions), (N, C), from the trunk on where there is one. Read are
+    the columns up to `columns`, as a slice takes it: None for all."""
     if batch.trunk is None:
         return model.hidden_states(batch.tokens[:, :columns], past, select=select)[0]
     hidden, layer = batch.trunk
@@ -1778,8 +1778,8 @@ def add_ptx(coef, policy, params, parts):
 
 
 def idle_roles(cfg, state, count):
-    """The roles that do not step in an iteration that learns from `count` answers: the policy while the critic
-    warms up, and a critic without units, to which a step would give a scale."""
+    """The roles that do not step in an iteration that learns from `count` answers: the policy while the
+    critic warms up, and a critic without units, to which a step would give a scale."""
     idle = []
     if state.step < cfg.value_warmup:
         idle.append("policy")
@@ -1847,8 +1847,8 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
             scores = learnt_scores(cfg, experience)
             if not state.units.scale and len(rows) > 1:
                 units = measure_units(cfg, experience.batch, scores, beta, counted)
-                rewards_differ = experience.rewarded[counted].unique().numel() > 1
-                state.units = units if rewards_differ else units.without_scale()    # else penalties were the unit
+                rewards_differ = experience.rewarded[counted].unique().numel() > 1  # not penalties alone
+                state.units = units if rewards_differ else units.without_scale()
             batch = compute_advantages(cfg, experience.batch, scores, beta, state.units, counted)
         shown = batch if first is experience else first.batch._replace(values=None)
         metrics.update(describe(shown, first.answers, learnt_scores(cfg, first), first.ended,

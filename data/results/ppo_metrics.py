@@ -65,7 +65,8 @@ def equal_groups(scores, k, counted=None):
     return groups.masked_fill(rest, -math.inf).amax(1) - groups.masked_fill(rest, math.inf).amin(1) <= rounding
 
 
-def describe(batch, answers, scores, ended, num_generations=1, counted=None, rewarded=None, compares_groups=False):
+def describe(batch, answers, scores, ended, num_generations=1, counted=None, rewarded=None,
+             compares_groups=False):
     """Metrics of a rollout, {name: float}.
 
     batch: ppo.Batch; answers: B lists of ids; scores (B,), what is learnt from; rewarded (B,), the reward
