@@ -36,7 +36,8 @@ all share. Any composition of the flags runs, or is refused in a sentence.
 Neither the zero nor the scale of a reward matters, as neither moves pi* (with beta scaled alike): advantages
 are centred in fp64 without any absolute threshold, penalties are in standard deviations of the rollout's
 scores, the critic begins at the mean return of the first rollout whose rewards differ and works in units of their
-standard deviation (Units). With gamma = 1: below that a constant makes short answers better or worse.
+standard deviation (Units), which a rollout of one answer, --batch 1, does not have. With gamma = 1: below that a
+constant makes short answers better or worse.
 
 Without RL: losses on answers that people ranked, each one record in PREFERENCE_LOSSES. l = sum of log pi over
 the answer's tokens, h = l - l_ref, m = l / tokens, o = log(p / (1 - p)) of p = exp(m); w is preferred to v:
@@ -1331,13 +1332,14 @@ class Units(NamedTuple):
 def measure_units(cfg, batch, scores, beta, counted=None):
     """Units of a rollout and its scores (B,). batch.values: the output of the critic's head, or None.
     counted: as compute_advantages takes it, one at least."""
+    mask = batch.mask if counted is None else batch.mask & counted[:, None]
+    count = mask.sum()
+
     def mean_and_std(x):
         centred = centre(x, mask, (0, 1))
         return ((x.to(centred.dtype).masked_fill(~mask, 0).sum() / count).item(),
                 (centred.square().sum() / count).sqrt().item())
 
-    mask = batch.mask if counted is None else batch.mask & counted[:, None]
-    count = mask.sum()
     rewards = reward_tokens(cfg, batch, scores, beta)
     _, returns = gae(rewards, torch.zeros_like(rewards), mask, cfg.gamma, 1.0)
     shift, scale = mean_and_std(returns)
@@ -1777,13 +1779,13 @@ def add_ptx(coef, policy, params, parts):
     return total, (added / nn.utils.get_total_norm(before.values()).clamp(min=1e-12)).item()
 
 
-def idle_roles(cfg, state, count):
-    """The roles that do not step in an iteration that learns from `count` answers: the policy while the
-    critic warms up, and a critic without units, to which a step would give a scale."""
+def idle_roles(cfg, state):
+    """The roles that do not step in this iteration: the policy while the critic warms up, and a critic that
+    still waits for units, to which a step would give a scale."""
     idle = []
     if state.step < cfg.value_warmup:
         idle.append("policy")
-    if count > 1 and not state.units.scale:
+    if cfg.batch > 1 and not state.units.scale:
         idle.append("value")
     return idle
 
@@ -1845,7 +1847,7 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         batch = None
         if experience.batch is not None:
             scores = learnt_scores(cfg, experience)
-            if not state.units.scale and len(rows) > 1:
+            if rows and cfg.batch > 1 and not state.units.scale:
                 units = measure_units(cfg, experience.batch, scores, beta, counted)
                 rewards_differ = experience.rewarded[counted].unique().numel() > 1  # not penalties alone
                 state.units = units if rewards_differ else units.without_scale()
@@ -1860,7 +1862,7 @@ def train_ppo(cfg, roles, state, environment, ptx=None, lr_scale=linear_decay):
         started = time.perf_counter()
         scale = lr_scale(state.step, cfg.steps)
         metrics["answers_learnt"] = len(rows)
-        idle = idle_roles(cfg, state, len(rows))
+        idle = idle_roles(cfg, state)
         if rows:
             order = rng(cfg.seed, "order", state.step)
             part = batch if len(rows) == len(batch.mask) else batch.take(rows)

@@ -73,6 +73,24 @@ def test_zero_and_scale_of_the_reward_do_not_matter(algo, shift, scale):
     assert moved.units.scale == pytest.approx(state.units.scale * scale, rel=1e-5)
 
 
+@pytest.mark.parametrize("shift, scale", [(10.0, 1.0), (0.0, 8.0)])
+def test_a_first_rollout_that_leaves_one_answer_gives_the_critic_no_scale(shift, scale):
+    """--overlong mask: the critic waits for answers whose rewards differ."""
+    def run(shift, scale):
+        cfg = config(steps=4, seed=3, batch=8, max_new_tokens=3, overlong="mask", missing_eos_penalty=None,
+                     kl_coef=0.1 * scale)
+        roles, state = with_zero_critic(cfg)
+        log = train(cfg, roles, state, lambda p, y, rows: [scale * s + shift for s in eighths(p, y)])
+        learnt = [m["answers_learnt"] for m in log]
+        assert learnt[0] == 1 and max(learnt) > 1
+        return log, weights(state)
+
+    plain, w = run(0.0, 1.0)
+    other, v = run(shift, scale)
+    assert plain[0]["value_loss"] == pytest.approx(other[0]["value_loss"], abs=2e-3)
+    torch.testing.assert_close(w, v, atol=2e-3, rtol=0)
+
+
 def test_a_kl_in_the_loss_has_the_scale_of_advantages_that_are_not_normalised():
     plain, w, _ = curve("drgrpo", kl_place="loss")
     scaled, v, _ = curve("drgrpo", 10.0, 8.0, "loss")
