@@ -271,6 +271,11 @@ def names(records):
     return tuple(record.name for record in records)
 
 
+def command_line(*words):
+    """A command of this program, as it is typed into a shell."""
+    return shlex.join(["python", "train.py", *words])
+
+
 def find_task(name):
     return find_record(TASKS, name)
 
@@ -1314,13 +1319,13 @@ def use_it(ctx, cfg, folder):
     if not find_method(cfg.method).trains:
         return None
     if ctx.text.classifier == "head" or ctx.text.attention == "bidirectional":
-        return shlex.join(["python", "train.py", "--task", "eval", "--init", str(folder), "--data", cfg.data])
-    command_of_chat = shlex.join(["python", "train.py", "--task", "chat", "--init", str(folder)])
+        return command_line("--task", "eval", "--init", str(folder), "--data", cfg.data)
+    chat_command = command_line("--task", "chat", "--init", str(folder))
     if ctx.prompt is None:
-        return command_of_chat
+        return chat_command
     what = "words nearest to" if ctx.prompt.holds == "embeddings" else "norms of"
-    look = shlex.join(["python", "train.py", "--task", "show", "--init", str(folder)])
-    return f"{command_of_chat}\n{look}    # the {what} its virtual tokens"
+    show_command = command_line("--task", "show", "--init", str(folder))
+    return f"{chat_command}\n{show_command}    # the {what} its virtual tokens"
 
 
 def describe_prompt(ctx, cfg):
@@ -1490,7 +1495,7 @@ def refuse_scored_rows(cfg, row_type):
             words += ["--reward", reward]
         elif cfg.data not in toy.RL:                    # the toy world brings its own reward
             words += ["--reward", "REWARD"]
-        measure = shlex.join(["python", "train.py", *words, "--num_generations", "16"])
+        measure = command_line(*words, "--num_generations", "16")
         raise DataError(f"{cfg.data} holds {row_type} rows, whose answers a reward scores; --task {cfg.task} reads "
                         f"{' or '.join(find_task(cfg.task).reads)} rows, and this measures {row_type} rows: {measure}")
 
@@ -2359,7 +2364,7 @@ def run_stage(cfg, *words):
     words += [f"--{name}={cfg.get(name)}" for name in ("template", "system") if name in cfg.given]
     words += ["--keep"] * cfg.keep
     stage = parse(words)
-    log_progress("\npython train.py " + shlex.join(words))
+    log_progress("\n" + command_line(*words))
     is_finished = os.path.exists(os.path.join(default_out(stage), "result.json"))
     if not is_finished and dist_state.size == 1:            # a measurement ends by each process's own clock
         found = forecast_stage(stage)
@@ -2495,7 +2500,7 @@ def run_merge(cfg):
     words = ["--task", "chat", "--init", cfg.out]
     if made_by and made_by.judges:                      # it scores, and does not answer
         words = ["--task", "eval", "--init", cfg.out, "--data", setting_of(cfg.init, "data") or "FILE"]
-    print_result(shlex.join(["python", "train.py", *words]))
+    print_result(command_line(*words))
     return 0
 
 
@@ -2526,7 +2531,8 @@ def run_check(argv):
     if task.scores_samples:
         data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write, keep=True)
     needed = task.flags_for_rows(row_type) if task.flags_for_rows else []
-    cfg = parse(["--task", task.name, "--data", own.data, *needed, *others])
+    words = ["--task", task.name, "--data", own.data, *needed, *others]
+    cfg = parse(words)
     of_a_run = sorted(cfg.given & cfg.transient)
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
@@ -2534,8 +2540,7 @@ def run_check(argv):
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, row_type)
     rows = drop_equal_answers(ctx, cfg, rows)
     has_forecast = task.loss is not None                # the supervised loop; RL has none
-    words = ["python", "train.py", "--task", task.name, "--data", own.data, *needed, *others]
-    return inspect_data.examine(ctx, cfg, data, shlex.join(words),
+    return inspect_data.examine(ctx, cfg, data, command_line(*words),
                                 (lambda: preview(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
                                 takes_shots=task.baseline and ShotFlags in task.baseline_flags)
 
@@ -2606,11 +2611,11 @@ def start_of(ctx, cfg):
 
 
 def then_ppo(ctx, cfg, folder):
-    return shlex.join(["python", "train.py", "--task", "ppo", *start_of(ctx, cfg), "--reward", str(folder)])
+    return command_line("--task", "ppo", *start_of(ctx, cfg), "--reward", str(folder))
 
 
 def then_sft(ctx, cfg, folder):
-    return shlex.join(["python", "train.py", *start_of(ctx, cfg), "--data", str(folder)])
+    return command_line(*start_of(ctx, cfg), "--data", str(folder))
 
 
 def no_command(ctx, cfg, folder):
