@@ -1058,7 +1058,7 @@ def train_and_measure(cfg, run, data, identity):
     loop = None
     trainable = {}
     if find_method(cfg.method).trains:
-        loop, trainable, outcome = train(ctx, cfg, run, rows, row_type, state, known)
+        loop, trainable, outcome = train(ctx, cfg, run, rows, state, known, params_total)
     elif len(shots) > 1:
         outcome = measure_shots(ctx, cfg, rows, shots, outcome)
     with defer_signals, Progress("saving"):
@@ -1202,7 +1202,7 @@ def measure_untrained(ctx, cfg, rows, shots):
     return state
 
 
-def train(ctx, cfg, run, rows, row_type, state, known):
+def train(ctx, cfg, run, rows, state, known, params_total):
     """Apply the method, run the loop, measure. Returns (LoopState, {name: parameter}, Outcome)."""
     task = find_task(cfg.task)
     forgetting = forgetting_examples(cfg, ctx)
@@ -1210,11 +1210,10 @@ def train(ctx, cfg, run, rows, row_type, state, known):
         key = known and [known, forgetting]
         state.update(remembered(run, key, "forgetting before training",
                                 lambda: {"forgetting_before": forgetting_loss(ctx, forgetting)}))
-    total_params = count_numbers(ctx.model.parameters())
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
     untrained.warn(ctx, cfg, examples["train"])
-    feed, total = open_feed(ctx, cfg, examples["train"], row_type)
+    feed, total = open_feed(ctx, cfg, examples["train"])
     ctx.trunk = open_trunk(ctx, cfg, feed, total)
     if task.prepare:
         with Progress("before training"):
@@ -1223,8 +1222,8 @@ def train(ctx, cfg, run, rows, row_type, state, known):
         ctx.trunk.read(ctx, kept_examples(cfg, feed, total))
         ctx.trunk.describe()
     count = count_numbers(trainable.values())
-    log_progress(f"{count:,} of {total_params:,} parameters are trainable; {total} steps")
-    run.add_facts(params_trainable=count, params_total=total_params, total_steps=total)
+    log_progress(f"{count:,} of {params_total:,} parameters are trainable; {total} steps")
+    run.add_facts(params_trainable=count, params_total=params_total, total_steps=total)
     if cfg.keep_best is not None and not task.baseline_metrics:         # it has needed its head, or a reference
         require_metric(ctx, cfg, rows["valid"], examples["valid"])
     loop = train_loop(ctx, cfg, run, trainable, feed, total, state,
@@ -1264,9 +1263,9 @@ def kept_examples(cfg, feed, total):
     return []
 
 
-def open_feed(ctx, cfg, examples, row_type):
+def open_feed(ctx, cfg, examples):
     """(Feed of the training examples, number of optimiser steps)."""
-    block = ctx.block_size(cfg.block_size) if row_type == "text" else None
+    block = ctx.block_size(cfg.block_size) if find_task(cfg.task).raw_text else None
     feed = Feed(examples, cfg.batch, cfg.micro_batch_tokens, cfg.seed, block, ctx.text)
     return feed, math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
 
@@ -1352,14 +1351,14 @@ def dry_run(cfg, data):
     ctx = open_context(cfg)
     check_rows(ctx, cfg, data)
     rows = drop_equal_answers(ctx, cfg, data.rows)
-    expected = preview(ctx, cfg, rows, data.row_type, shown=2)
+    expected = preview(ctx, cfg, rows, shown=2)
     advice = forecast.advice_on_steps(cfg, expected.steps) if expected else ""
     if advice:
         print_result(advice)
     return 0
 
 
-def preview(ctx, cfg, rows, row_type, shown=0):
+def preview(ctx, cfg, rows, shown=0):
     """Print what a run takes, and so many of its examples. The model is changed. Returns the Forecast, None
     with several processes."""
     method = find_method(cfg.method)
@@ -1372,11 +1371,11 @@ def preview(ctx, cfg, rows, row_type, shown=0):
     if method.trains:
         untrained.warn(ctx, cfg, examples["train"])
         plan = plan_of(ctx, cfg, trainable, examples["train"], ctx.block_size(cfg.block_size))
-        feed, steps = open_feed(ctx, cfg, examples["train"], row_type)
+        feed, steps = open_feed(ctx, cfg, examples["train"])
         trunk, kept = planned_trunk(ctx, cfg, feed, steps)
         if kept:
             plan = plan._replace(shared_blocks=trunk.layer, kept_tokens=count_tokens(kept))
-        describe_plan(ctx, plan, params_total, [] if row_type == "text" else examples["train"][:shown])
+        describe_plan(ctx, plan, params_total, [] if find_task(cfg.task).raw_text else examples["train"][:shown])
     if dist_state.size > 1:                             # a measurement ends by each process's own clock
         print_result("\nthe time is measured by one process only: leave torchrun out")
         return None
@@ -2384,7 +2383,7 @@ def forecast_stage(cfg):
     rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, data["train"].row_type)
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
-    feed, steps = open_feed(ctx, cfg, examples["train"], data["train"].row_type)
+    feed, steps = open_feed(ctx, cfg, examples["train"])
     return forecast_run(ctx, cfg, rows, examples, feed, steps, trainable, budget=8.0)
 
 
@@ -2541,7 +2540,7 @@ def run_check(argv):
     rows = drop_equal_answers(ctx, cfg, rows)
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     return inspect_data.examine(ctx, cfg, data, command_line(*words),
-                                (lambda: preview(ctx, cfg, rows, row_type)) if has_forecast else None, clean_copy,
+                                (lambda: preview(ctx, cfg, rows)) if has_forecast else None, clean_copy,
                                 takes_shots=task.baseline and ShotFlags in task.baseline_flags)
 
 
