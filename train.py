@@ -1467,7 +1467,7 @@ def open_data(cfg):
         log_progress(f"{len(against)} pairs have more votes against chosen than for it ({against[0]['line']} is "
                      "the first); chosen is taken as the better answer all the same")
     labels = formats.label_names(sum(rows.values(), [])) if train.row_type in ("label", "tags") else ()
-    rows = measured_rows(cfg, rows, train.row_type)
+    rows = measured_rows(cfg, data)
     if train.row_type != "text":                    # text is measured in windows, see measure_baseline
         say_if_few({split: len(rows[split]) for split in ("valid", "test")})
     return TaskData(rows, train.row_type, labels)
@@ -1509,13 +1509,14 @@ def say_if_few(counts, item="item"):
         log_progress(f"{' and '.join(few)}: metrics mean nothing with fewer than {FEW_ITEMS}")
 
 
-def measured_rows(cfg, rows, row_type):
-    """{split: rows} as a run uses them: --eval_items of test, at most 100 of valid. Of raw text --eval_items are
-    windows, which encode_rows counts."""
-    if row_type != "text":
-        rows = {**rows, "test": rows["test"][:cfg.eval_items or None]}
+def measured_rows(cfg, data):
+    """{split: Data} -> {split: rows} as a run uses them: --eval_items of test, at most 100 of valid. Of raw text
+    --eval_items are windows, which encode_rows counts."""
+    rows = {split: part.rows for split, part in data.items()}
+    if data["test"].row_type != "text":
+        rows["test"] = rows["test"][:cfg.eval_items or None]
     if not find_task(cfg.task).all_valid:
-        rows = {**rows, "valid": rows["valid"][:100]}       # for progress; results come from test
+        rows["valid"] = rows["valid"][:100]             # for progress; results come from test
     return rows
 
 
@@ -2379,8 +2380,7 @@ def forecast_stage(cfg):
     It trains a model of its own, for a moment: the run then opens another one, and describes it.
     """
     ctx = open_context(cfg, log=lambda line: None)
-    data = formats.load_splits(cfg.data)
-    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, data["train"].row_type)
+    rows = measured_rows(cfg, formats.load_splits(cfg.data))
     trainable = apply_method(ctx, cfg)
     examples = encode_rows(ctx, cfg, rows)
     feed, steps = open_feed(ctx, cfg, examples["train"])
@@ -2536,8 +2536,7 @@ def run_check(argv):
     if of_a_run:
         raise UserError(f"--{of_a_run[0]} means nothing to --task check, which leaves no run; leave it out")
     ctx = open_context(cfg)
-    rows = measured_rows(cfg, {split: part.rows for split, part in data.items()}, row_type)
-    rows = drop_equal_answers(ctx, cfg, rows)
+    rows = drop_equal_answers(ctx, cfg, measured_rows(cfg, data))
     has_forecast = task.loss is not None                # the supervised loop; RL has none
     return inspect_data.examine(ctx, cfg, data, command_line(*words),
                                 (lambda: preview(ctx, cfg, rows)) if has_forecast else None, clean_copy,
