@@ -2524,11 +2524,12 @@ def run_check(argv):
     parser.add_argument("--data", default="toy")
     parser.add_argument("--write", action="store_true")
     own, others = parser.parse_known_args(argv)
-    data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write)
+    data, clean_copy = inspect_data.load_for_check(own.data, own.write)
+    row_type = data["train"].row_type
     reading = [task for task in TASKS if row_type in task.reads]
     task = next((task for task in reading if task.reads[0] == row_type), reading[0])
     if task.scores_samples:
-        data, row_type, clean_copy = inspect_data.load_for_check(own.data, own.write, keep=True)
+        data, clean_copy = inspect_data.load_for_check(own.data, own.write, keep=True)
     needed = task.flags_for_rows(row_type) if task.flags_for_rows else []
     words = ["--task", task.name, "--data", own.data, *needed, *others]
     cfg = parse(words)

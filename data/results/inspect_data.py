@@ -8,7 +8,7 @@
 Everything is counted but time and memory. --write puts a clean copy into FILE-clean/: of equal rows the first
 stays; of rows with one prompt in two splits those in test stay, or else those in valid.
 
-    data, row_type, clean_copy = load_for_check(path, write)        then the task for that row type is chosen
+    data, clean_copy = load_for_check(path, write)          then the task for its row type is chosen
     examine(ctx, cfg, data, command, estimate, clean_copy)
 
 Public: load_for_check, examine, clean
@@ -49,17 +49,16 @@ COLUMNS = ("rows", "repeated", "in train", "tokens", "shortest", "median", "90 %
 # --------------------------------------------------------------------------------------------- the clean copy
 
 def load_for_check(path, write=False, keep=False):
-    """(data, row_type, clean_copy) of --data; keep: rows have their record, as formats.load_splits says.
+    """(data, clean_copy) of --data; keep: rows have their record, as formats.load_splits says.
 
-    data         {"train", "valid", "test": data/text/formats.Data}
-    row_type     of all three, a name in row_types.ROW_TYPES
+    data         {"train", "valid", "test": data/text/formats.Data}, of one row type
     clean_copy   (folder, {split: rows}) for --write, else None; nothing is written yet
 
     Raises DataError for data that cannot be read; UserError where --write cannot make a copy.
     """
     data = formats.load_splits(path, keep)
     clean_copy = plan_copy(path, data) if write else None
-    return data, data["train"].row_type, clean_copy
+    return data, clean_copy
 
 
 def plan_copy(path, data):
