@@ -2579,7 +2579,6 @@ class Task:
     one_process: bool = False
     input_flags: tuple = ("reward", "gold_reward")  # folders or module:function, whose content is hashed
     parses_itself: bool = False                     # run takes the words of the command line
-    resumes: bool = True                            # an interrupted command goes on from what it saved
     scales_loss: bool = True                        # its loop has the loss scaler that --dtype fp16 needs
     # the supervised loop
     loss: Callable = None                           # (ctx, cfg, batch, past) -> summed loss
@@ -2693,18 +2692,15 @@ TASKS = (
          flags=(*RUN, MicroBatchFlags, TextFlags, EvalFlags, AnswerFlags), defaults=dict(data=None),
          generates=True, measures=True, next_command=no_command),
     Task("chat", "talk to a model", run_chat, trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
-         generates=True, measures=True, one_process=True, resumes=False),
+         generates=True, measures=True, one_process=True),
     Task("show", "the next-token distribution; without --prompt: the words nearest to a soft prompt", run_show,
          trains=False, flags=(TextFlags, AnswerFlags, GenerationFlags),
-         defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True,
-         resumes=False),
+         defaults=dict(temperature=1.0, max_new_tokens=12), one_process=True),
     Task("merge", "an adapter run as a plain model folder", run_merge, trains=False, flags=(MergeFlags,),
-         one_process=True, resumes=False),
+         one_process=True),
     Task("check", "look at a data file", run_check, trains=False, flags=(DataFlags, CheckFlags),
-         one_process=True,
-         parses_itself=True, resumes=False),
-    Task("table", "look at runs", run_table, trains=False, flags=(tables.TableFlags,), one_process=True,
-         resumes=False),
+         one_process=True, parses_itself=True),
+    Task("table", "look at runs", run_table, trains=False, flags=(tables.TableFlags,), one_process=True),
 )
 
 
@@ -2735,7 +2731,7 @@ def main(argv=None):
             log_progress(f"train.py: {e}", dist_state.rank)
         return e.code
     except Interrupted as e:
-        if cfg is None or not task.resumes or cfg.get("dry_run"):
+        if cfg is None or RunFolderFlags not in task.flags or cfg.get("dry_run"):
             # there was nothing to save; with several processes the signal's number is not known here
             return 128 + (defer_signals.pending or signal.SIGTERM)
         log_progress(f"train.py: interrupted; {e or 'the same command starts again'}")
