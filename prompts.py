@@ -664,8 +664,7 @@ class PromptMethod:
 
     def param_groups(self, ctx, cfg, trainable):
         """One group: virtual tokens do not decay."""
-        own = [p for name, p in trainable.items() if name.startswith("prompt.")]
-        return [dict(params=own, lr=cfg.lr, weight_decay=0.0)]
+        return [dict(params=list(trainable.values()), lr=cfg.lr, weight_decay=0.0)]
 
     def detach_past(self, past):
         return detach_for_accumulation(past)

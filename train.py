@@ -565,8 +565,9 @@ def apply_method(ctx, cfg):
 
 def param_groups(ctx, cfg, trainable):
     """Optimiser groups: the method's, and one for a head. Raises UserError if a parameter is in none."""
-    groups = find_method(cfg.method).param_groups(ctx, cfg, trainable)
-    head = [p for name, p in trainable.items() if name.startswith("head.score.")]
+    own = {name: p for name, p in trainable.items() if not name.startswith("head.score.")}
+    groups = find_method(cfg.method).param_groups(ctx, cfg, own)
+    head = [p for name, p in trainable.items() if name not in own]
     if head:                                        # rates that suit virtual tokens would destroy a head
         groups.append(dict(params=head, lr=min(cfg.lr, 0.03), weight_decay=0.0))
     grouped = {id(p) for group in groups for p in group["params"]}
@@ -648,10 +649,9 @@ class FullMethod:
         return dict(ctx.model.named_parameters())
 
     def param_groups(self, ctx, cfg, trainable):
-        """Matrices decay; norms, biases and a head do not."""
-        own = {name: p for name, p in trainable.items() if not name.startswith("head.score.")}
-        matrices = [p for p in own.values() if p.dim() > 1]
-        others = [p for p in own.values() if p.dim() <= 1]
+        """Matrices decay; norms and biases do not."""
+        matrices = [p for p in trainable.values() if p.dim() > 1]
+        others = [p for p in trainable.values() if p.dim() <= 1]
         groups = [dict(params=matrices, lr=cfg.lr, weight_decay=cfg.weight_decay),
                   dict(params=others, lr=cfg.lr, weight_decay=0.0)]
         return [group for group in groups if group["params"]]
