@@ -1044,7 +1044,7 @@ def train_and_measure(cfg, run, data, identity):
         few = rows["valid"][:2]
         cut = cfg.replace(too_long="truncate")              # these two say what is measured, not how well
         examples = encode_rows(ctx, cut, {"valid": few})["valid"]
-        require_metric(ctx, cfg, few, task.prepare(ctx, cfg, examples) if task.prepare else examples)
+        require_metric(ctx, cfg, few, prepared(ctx, cfg, examples))
     windows = len(encode_rows(ctx, cfg, {"test": rows["test"]})["test"]) if row_type == "text" else None
     state = run.start(facts_of(ctx, rows, windows)) or {}
     shots = few_shot.parse_shots(cfg.get("shots", "0"), row_type, ctx.text.classifier)
@@ -1186,11 +1186,9 @@ def measure_untrained(ctx, cfg, rows, shots):
     task = find_task(cfg.task)
     test = rows["test"]
     if task.baseline_metrics:
-        examples = encode_rows(ctx, cfg, {"test": test})
-        if task.prepare:
-            examples["test"] = task.prepare(ctx, cfg, examples["test"])
+        examples = prepared(ctx, cfg, encode_rows(ctx, cfg, {"test": test})["test"])
         with Progress("test before training" if find_method(cfg.method).trains else "test"):
-            metrics, answers = task.evaluate(ctx, cfg, test, examples["test"], rows["train"][:shots])
+            metrics, answers = task.evaluate(ctx, cfg, test, examples, rows["train"][:shots])
     else:                                               # nothing to measure yet, but answers to compare with
         metrics = {}
         answers = evaluate.answer(ctx, [ctx.prompt_ids(row) for row in test[:3]])
@@ -1270,14 +1268,19 @@ def open_feed(ctx, cfg, examples):
     return feed, math.ceil(cfg.epochs * feed.steps_per_epoch) if cfg.steps is None else cfg.steps
 
 
-def prepare_examples(ctx, cfg, feed, total, examples):
-    """What a task computes for examples before training, in place: only for those that the run reads."""
+def prepared(ctx, cfg, examples):
+    """Examples with what the task computes for them before training, if it does."""
     prepare = find_task(cfg.task).prepare
+    return prepare(ctx, cfg, examples) if prepare else examples
+
+
+def prepare_examples(ctx, cfg, feed, total, examples):
+    """All examples prepared, in place: of training only those that the run reads."""
     used = feed.used(total)
-    for i, example in zip(used, prepare(ctx, cfg, [feed.examples[i] for i in used])):
+    for i, example in zip(used, prepared(ctx, cfg, [feed.examples[i] for i in used])):
         feed.examples[i] = example
     for split in ("valid", "test"):
-        examples[split] = prepare(ctx, cfg, examples[split])
+        examples[split] = prepared(ctx, cfg, examples[split])
 
 
 def measure_shots(ctx, cfg, rows, shots, first):
@@ -1420,8 +1423,7 @@ def planned_trunk(ctx, cfg, feed, steps):
 
 def prepared_micro_batch(ctx, cfg, examples):
     """Examples as the steps of a run take them: prepared by the task, known to the trunk."""
-    prepare = find_task(cfg.task).prepare
-    examples = prepare(ctx, cfg, examples) if prepare else examples
+    examples = prepared(ctx, cfg, examples)
     if ctx.trunk:
         ctx.trunk.read(ctx, examples)
     return examples
