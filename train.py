@@ -113,8 +113,8 @@ def dtype_name(word):
 @dataclass(frozen=True)
 class CommonFlags:
     """the run"""
-    task: str = flag("sft", "the objective", choices=lambda: tuple(t.name for t in TASKS))
-    method: str = flag("lora", "which parameters are trained", choices=lambda: tuple(m.name for m in METHODS))
+    task: str = flag("sft", "the objective", choices=lambda: names(TASKS))
+    method: str = flag("lora", "which parameters are trained", choices=lambda: names(METHODS))
     init: str = flag("data/base", "a model, adapter or run folder, a fetched model, or new", type=path_type)
     seed: int = flag(1, "of initialisation, data order, dropout and sampling", low=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -788,7 +788,7 @@ def train_loop(ctx, cfg, run, trainable, feed, total, state, evaluate_now):
     """
     compute_loss = find_task(cfg.task).loss
     loop = start_loop(ctx, cfg, trainable, total)
-    resume(ctx, cfg, run, loop, trainable, state)
+    resume(cfg, run, loop, trainable, state)
     say_where(loop.step, total)
     progress = Progress("step", total, loop.step, "steps").start()
     ctx.train()
@@ -867,7 +867,7 @@ def start_loop(ctx, cfg, trainable, total):
     return LoopState(optimizer, scaler, allocator, lr_scales, Best(cfg.keep_best, cfg.patience))
 
 
-def resume(ctx, cfg, run, loop, trainable, state):
+def resume(cfg, run, loop, trainable, state):
     """Go on from state.pt, if it holds steps.
 
     Raises UserError for other processes than the run began with.
@@ -1695,12 +1695,8 @@ def reward_loss(ctx, cfg, batch, past):
 def preference_loss(ctx, cfg, batch, past):
     """--preference_loss, summed over prompts."""
     z0 = batch[0].z0 if preference_record(cfg).unpaired else 0.0
-    config = preference_config(cfg)
+    config = ppo.PreferenceConfig.from_flags(cfg)
     return ppo.preference_step(adapter_context(ctx, past), batch, config, z0, ctx.find_trunk)[0]
-
-
-def preference_config(cfg):
-    return ppo.PreferenceConfig.from_flags(cfg)
 
 
 def preference_record(cfg):
@@ -1770,7 +1766,7 @@ def evaluate_preferences(ctx, cfg, rows, examples, shots=()):
             yield [examples[i] for i in part]
     total = 0.0
     parts = []
-    config = preference_config(cfg)
+    config = ppo.PreferenceConfig.from_flags(cfg)
     unpaired = preference_record(cfg).unpaired
     past = ctx.past()
     z0 = find_z0(ctx, cfg, batches("answers to other prompts"), past) if unpaired else 0.0
@@ -2512,10 +2508,6 @@ def setting_of(name, flag):
     return None
 
 
-def run_table(cfg):
-    return tables.show(cfg)
-
-
 def run_check(argv):
     """--task check: what a data file holds, what training on it would take, what to change first.
 
@@ -2702,7 +2694,7 @@ TASKS = (
          one_process=True),
     Task("check", "look at a data file", run_check, trains=False, flags=(DataFlags, CheckFlags),
          one_process=True, parses_itself=True),
-    Task("table", "look at runs", run_table, trains=False, flags=(tables.TableFlags,), one_process=True),
+    Task("table", "look at runs", tables.show, trains=False, flags=(tables.TableFlags,), one_process=True),
 )
 
 
