@@ -38,7 +38,6 @@ import copy
 import json
 import math
 import pathlib
-import re
 import shlex
 import sys
 import time
@@ -92,9 +91,8 @@ from data.runtime.records import find_record
 from data.runtime.run_files import read_run_config
 from data.runtime.run_folder import (Interrupted, Run, RunError, RunFolderFlags, defer_signals, log_progress,
                                      print_result)
-from data.runtime.user_functions import is_function, load_reward, no_such_reward, split_words, target
+from data.runtime.user_functions import is_function, no_such_reward, split_words, target
 from data.text import chat, formats
-from data.text.messages import as_text
 from data.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -228,7 +226,7 @@ class RewardFlags:
 
     @staticmethod
     def check(cfg):
-        parse_weights(cfg.reward_weights, reward_words(cfg))
+        reward_models.parse_weights(cfg.reward_weights, reward_words(cfg))
         if cfg.gold_reward and len(split_words("gold_reward", cfg.gold_reward)) > 1:
             raise UserError(f"--gold_reward {cfg.gold_reward} names several functions; it takes one, which "
                             "is only measured")
@@ -1949,51 +1947,6 @@ def require_rewards(cfg):
                 raise DataError(no_such_reward("reward", word)) from None
 
 
-def parse_weights(text, words):
-    """--reward_weights "1,0.5" -> [1.0, 0.5], a weight for each word of --reward. Raises UserError."""
-    if text is None:
-        return [1.0] * len(words)
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if not weights or not all(map(math.isfinite, weights)):
-        raise UserError(f"--reward_weights {text} cannot be read; give a finite number for each --reward: "
-                        "1,0.5")
-    if len(weights) != len(words):
-        named = ",".join(words) or "(none)"
-        raise UserError(f"--reward_weights {text} has {len(weights)} numbers, and --reward {named} names "
-                        f"{len(words)} rewards; give one for each")
-    if not any(weights):
-        raise UserError(f"--reward_weights {text} gives every answer the score 0; give one that is not 0")
-    return weights
-
-
-def reward_names(words):
-    """The names under which rewards are logged: of their functions or folders; two equal ones are f, f_2."""
-    names = []
-    for word in words:
-        last = target(word).rpartition(":")[2] if is_function(word) else os.path.basename(word.rstrip("/"))
-        name = re.sub(r"\W", "_", last)
-        while name in names:
-            name += "_2"
-        names.append(name)
-    return names
-
-
-def reward_function(flag_name, word, ctx):
-    """module:function -> a reward for ppo.py, of ids and of rows as open_data returns them."""
-    score_texts = load_reward(flag_name, word)
-
-    def score(prompt_ids, answers, rows, batch=None):
-        def call():                                     # it may draw random numbers, or ask another program
-            asked_texts = [as_text(ctx.text.turns(row)[:-1]) for row in rows]
-            answer_texts = [ctx.text.decode_answer(y) for y in answers]
-            return torch.tensor(score_texts(asked_texts, answer_texts, [row["record"] for row in rows]))
-        return distributed.broadcast(call)
-    return score
-
-
 def open_rewards(cfg, ctx, base, rows):
     """(what scores answers, the head of a reward model, its adapter's folder). Raises UserError.
 
@@ -2003,17 +1956,18 @@ def open_rewards(cfg, ctx, base, rows):
     words = reward_words(cfg)
     if not words:
         raise UserError(f"--task {cfg.task} needs --reward: a run of --task reward, or module:function")
-    weights = parse_weights(cfg.reward_weights, words)
+    weights = reward_models.parse_weights(cfg.reward_weights, words)
     opened = []
     for word in words:
         if is_function(word):
-            opened.append((reward_function("reward", word, ctx), None, None))
+            opened.append((reward_models.reward_function("reward", word, ctx.text), None, None))
         else:
             opened.append(open_reward_model(cfg, ctx, base, word, rows))
     if len(opened) == 1 and cfg.reward_weights is None:
         return opened[0]
     rewards = [reward for reward, _, _ in opened]
-    return ppo.combine_rewards(dict(zip(reward_names(words), zip(weights, rewards)))), None, None
+    names_of_rewards = reward_models.reward_names(words)
+    return ppo.combine_rewards(dict(zip(names_of_rewards, zip(weights, rewards)))), None, None
 
 
 def open_reward_model(cfg, ctx, base, word, rows):
@@ -2089,8 +2043,8 @@ def set_up_rollouts(cfg, ctx, rows, base, config):
     gold = gold_reward_of(cfg)
     unnamed = range(ctx.text.tokenizer.vocab_size, ctx.model.config.vocab_size)
     banned = sorted({*ctx.text.tokenizer.special.values(), *unnamed} - {ctx.text.end_token})
-    return RolloutSetup(ctx, cfg.seed, config, prompt_ids, rows, reward, head, folder,
-                        gold and reward_function("gold_reward", gold, ctx), banned)
+    gold_reward = gold and reward_models.reward_function("gold_reward", gold, ctx.text)
+    return RolloutSetup(ctx, cfg.seed, config, prompt_ids, rows, reward, head, folder, gold_reward, banned)
 
 
 def gold_reward_of(cfg):

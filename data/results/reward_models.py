@@ -1,5 +1,6 @@
-"""data/results/reward_models.py: give a reward model the tokens that it was trained on, and check its scores.
+"""data/results/reward_models.py: what scores answers: functions of texts, reward models in their own tokens.
 
+    row, text of the answer ----------------------------> module:function
     policy's ids ---------------------------------------> reward model      same tokens, template and system
     row, text of the answer --Text of the reward model--> reward model      another of them: rendered anew
 
@@ -8,13 +9,68 @@ from, and the rollout (ppo.model_reward). A reward model that reads other tokens
 the rollout. Where prompt and answer do not fit the context, they are cut as in training (row_types.py): the
 answer on the right, down to half of the context, then the prompt on the left behind its first token.
 
-Public: same_tokens, in_own_tokens, within, checked
+Several rewards make one score: the sum of each times its weight, and each is logged under a name of its own.
+
+Public: parse_weights, reward_names, reward_function, same_tokens, in_own_tokens, within, checked
 """
+import math
+import os
+import re
+
+import torch
+
+from data.runtime import distributed
 from data.runtime.files import UserError
+from data.runtime.user_functions import is_function, load_reward, target
 from data.text import chat
 from data.text.messages import as_text
 
 PROBES = 50                                             # rows of each split whose tokens are compared
+
+
+def parse_weights(text, words):
+    """--reward_weights "1,0.5" -> [1.0, 0.5], a weight for each word of --reward. Raises UserError."""
+    if text is None:
+        return [1.0] * len(words)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(map(math.isfinite, weights)):
+        raise UserError(f"--reward_weights {text} cannot be read; give a finite number for each --reward: "
+                        "1,0.5")
+    if len(weights) != len(words):
+        named = ",".join(words) or "(none)"
+        raise UserError(f"--reward_weights {text} has {len(weights)} numbers, and --reward {named} names "
+                        f"{len(words)} rewards; give one for each")
+    if not any(weights):
+        raise UserError(f"--reward_weights {text} gives every answer the score 0; give one that is not 0")
+    return weights
+
+
+def reward_names(words):
+    """The names under which rewards are logged: of their functions or folders; two equal ones are f, f_2."""
+    names = []
+    for word in words:
+        last = target(word).rpartition(":")[2] if is_function(word) else os.path.basename(word.rstrip("/"))
+        name = re.sub(r"\W", "_", last)
+        while name in names:
+            name += "_2"
+        names.append(name)
+    return names
+
+
+def reward_function(flag_name, word, text):
+    """module:function -> a reward for ppo.py, of ids and of rows as open_data returns them."""
+    score_texts = load_reward(flag_name, word)
+
+    def score(prompt_ids, answers, rows, batch=None):
+        def call():                                     # it may draw random numbers, or ask another program
+            asked_texts = [as_text(text.turns(row)[:-1]) for row in rows]
+            answer_texts = [text.decode_answer(y) for y in answers]
+            return torch.tensor(score_texts(asked_texts, answer_texts, [row["record"] for row in rows]))
+        return distributed.broadcast(call)
+    return score
 
 
 def same_tokens(text, own, rows):
