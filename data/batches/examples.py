@@ -235,17 +235,18 @@ def training_facts(text, rows):
     row_type = row_type_of(rows[0])
     if row_type.turns is None:                              # raw text
         return {"row_type": row_type.name}
-    turns = 0
-    found = set()
+    questions = 0
+    systems = set()                                         # None stands for a row without one
     for row in rows:
-        roles = [turn["role"] for turn in text.turns(row)]
-        turns = max(turns, roles.count("user"))
-        found.update(turn["content"] for turn in text.turns(row) if turn["role"] == "system")
+        turns = text.turns(row)
+        roles = [turn["role"] for turn in turns]
+        questions = max(questions, roles.count("user"))
+        systems.update(turn["content"] for turn in turns if turn["role"] == "system")
         if "system" not in roles:
-            found.add(None)
-    facts = {"row_type": row_type.name, "turns": turns, "systems": len(found - {None})}
-    if text.system is None and len(found) == 1 and None not in found:
-        facts["system"] = found.pop()
+            systems.add(None)
+    facts = {"row_type": row_type.name, "turns": questions, "systems": len(systems - {None})}
+    if text.system is None and len(systems) == 1 and None not in systems:
+        facts["system"] = systems.pop()
     return facts
 
 
