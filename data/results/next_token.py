@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from data.results.layout import print_wrapped, terminal_width
+from data.results.predict import open_row
 from data.runtime.files import UserError
 from data.runtime.flags import flag
 from data.runtime.run_folder import log_progress, print_result
@@ -195,8 +196,8 @@ def continue_prompt(ctx, side, role, cfg, sampling):
     in_template = side == "tuned" and ctx.prompt is not None and ctx.prompt.template
     if not in_template:
         text = dataclasses.replace(text, soft_prompt_ids=([], []))
-    row = {"messages": [{"role": "user", "content": cfg.prompt}, {"role": "assistant", "content": ""}]}
-    ids = text.prompt_ids(row, (), ctx.max_text_len() - 1)
+    row = open_row([{"role": "user", "content": cfg.prompt}])
+    ids = text.prompt_ids(row, limit=ctx.max_text_len() - 1)
     if len(ids) < len(text.prompt_ids(row)):
         log_progress(f"the prompt is longer than the context of {ctx.model.config.block_size} tokens: its beginning is "
                      "cut, and little room is left to continue it")
