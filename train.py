@@ -2398,9 +2398,9 @@ def first_test_prompt(ctx, init):
     data = setting_of(init, "data")
     if data is None:
         return None
-    row = formats.load_splits(data)["test"].rows[0]
-    is_text = "text" in row and "label" not in row
-    if is_text:
+    test = formats.load_splits(data)["test"]
+    row = test.rows[0]
+    if test.row_type == "text":
         prompt = " ".join(row["text"].split()[:8])
     else:
         turns = ctx.text.turns(row)[:-1]
