@@ -408,15 +408,8 @@ def open_context(cfg, log=log_progress):
     stored = settings(cfg.init) if cfg.init != "new" else {}
     check_settings(stored, cfg.init)
     made_by = task_of(stored)
-    by_head = stored.get("classifier") == "head" and not task.measures
-    if task.measures and stored.get("classifier") == "head" and stored.get("row_type") == "tags":
-        unread = sorted(cfg.given & {"template", "system", "max_new_tokens"})
-        if unread:
-            raise UserError(f"--{unread[0]} means nothing to --init {cfg.init}, whose head tags the words of a text as "
-                            "they are; leave it out")
-    if made_by and task.generates and (made_by.judges or by_head):
-        raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
-                        "generate; --task eval measures it, and the model below it can generate")
+    has_label_head = stored.get("classifier") == "head"
+    refuse_head(cfg, task, made_by, has_label_head, stored.get("row_type"))
     width = cfg.n_embd if cfg.init == "new" else read_config(root_model(cfg.init))["n_embd"]
     dtype, because = pick_dtype(cfg.dtype, device, width)
     threads, by = pick_threads(cfg.get("threads", 0), width)
@@ -444,13 +437,25 @@ def open_context(cfg, log=log_progress):
                                 f"{cfg.task} cannot use; train it with --prompt_template front")
             text.soft_prompt_ids = prompt.template_ids(tokenizer.encode)
     if made_by and made_by.load_head:
-        labels_by_head = stored.get("classifier") == "head" and text.classifier == "head"
+        labels_by_head = has_label_head and text.classifier == "head"
         scores_by_head = made_by.judges and (task.judges or task.measures)
         if labels_by_head or scores_by_head:
             ctx.head = made_by.load_head(cfg.init).to(device)
     if ctx.head is None and cfg.init != "new" and read_head(cfg.init):
         log(f"--init {cfg.init} has a head, which this command does not use")
     return ctx
+
+
+def refuse_head(cfg, task, made_by, has_label_head, row_type):
+    """Raises UserError for a model whose head the task has no use for, and for flags that a head does not read."""
+    if task.measures and has_label_head and row_type == "tags":
+        unread = sorted(cfg.given & {"template", "system", "max_new_tokens"})
+        if unread:
+            raise UserError(f"--{unread[0]} means nothing to --init {cfg.init}, whose head tags the words of a text as "
+                            "they are; leave it out")
+    if made_by and task.generates and (made_by.judges or has_label_head and not task.measures):
+        raise UserError(f"--init {cfg.init} is a model of --task {made_by.name}, which scores and does not "
+                        "generate; --task eval measures it, and the model below it can generate")
 
 
 def check_settings(stored, name):
