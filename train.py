@@ -298,13 +298,15 @@ def defaults_by_init(task, method, init, usual):
     found = {}
     if task.full_lr and method.trains_base:
         found["lr"] = task.full_lr["new" if init == "new" else "existing"]
-    if init != "new" and method.trains:
+    if init == "new":
+        return found
+    if method.trains:
         width = width_of(init)
         if method.rate_falls:
             found["lr"] = rate_at_width(found.get("lr", usual["lr"]), width)
         if "value_lr" in usual:                     # the rate of a critic that is a LoRA
             found["value_lr"] = rate_at_width(usual["value_lr"], width)
-    if init != "new" and not reads_toy(init):
+    if not reads_toy(init):
         found["forgetting_data"] = "none"
     return found
 
