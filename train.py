@@ -592,9 +592,10 @@ def save_weights(ctx, cfg, folder, rows):
     """
     method = find_method(cfg.method)
     inner = folder / ("model" if method.trains_base else "adapter")
-    base = cfg.init if method.mergeable or method.trains_base else prompt_base(cfg.init)
-    if method.trains_base or dist_state.rank == 0:      # the slices of a whole model come from all processes
-        method.save(ctx, inner, None if method.trains_base else portable(base))
+    if method.trains_base:                              # the slices of a whole model come from all processes
+        method.save(ctx, inner, None)
+    elif not dist_state.rank:
+        method.save(ctx, inner, portable(cfg.init if method.mergeable else prompt_base(cfg.init)))
     if dist_state.rank:
         return {}
     if ctx.head is not None:
