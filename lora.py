@@ -45,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints.peft import (base_fingerprint, fused, peft_type_of, read_adapter,        # noqa: F401
-                                   require_known_extra, write_adapter)
+                                   require_known_extra, variant_of, write_adapter)
 from data.checkpoints.quantization import (QUANT_SOURCES, QUANT_TYPES, QuantizedWeight, QuantProduct,
                                            compute_dtype, keep_wide)
 from data.runtime.files import DataError, UserError
@@ -157,8 +157,8 @@ class LoRA(nn.Module):
     def factors(self):
         """(A, B) of the plain LoRA that this adapter amounts to.
 
-        A variant whose change is not B A overrides forward and merged instead. With peft_type None,
-        peft_tensors, from_peft and identity are not used.
+        A variant whose change is not B A overrides forward and merged instead, and sets peft_type = None, because
+        the file of "LORA" holds these two alone. peft_tensors, from_peft and identity are then not used.
         """
         return self.lora_A, self.lora_B
 
@@ -442,8 +442,38 @@ def inject(model, targets=("q", "v"), variant="lora", rank=8, alpha=16, dropout=
         made[path] = cls.build(wrap_linear(module), path, r, scale, dropout, generator, **options)
         made[path].rslora = rslora
         made[path].settings = dict(rank=r, scale=scale, dropout=dropout, **options)
+    path = next(iter(made))
+    check_saved_form(model.get_submodule(path), made[path])
     add_adapter(model, made, name)
     return list(made)
+
+
+@torch.no_grad()
+def check_saved_form(linear, adapter):
+    """UserError where peft's file would hold another adapter than this one: a variant with a forward of its own to
+    which its factors do not amount. Tried with random numbers in place of the trained ones."""
+    cls = type(adapter)
+    device = next(adapter.parameters()).device
+    if cls.peft_type is None or device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    trained = copy.deepcopy(adapter).eval()
+    for p in trained.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator))
+    scale = adapter.settings["scale"]
+    tensors = trained.peft_tensors(scale, fold=False, keep_all=True)
+    reader = variant_of({"peft_type": cls.peft_type, **cls.peft_config}, VARIANTS, cls.__name__)
+    loaded = reader.from_peft(linear, tensors, dict(scale=scale, dropout=0.0, rslora=adapter.rslora,
+                                                    inputs=getattr(adapter, "inputs", None))).eval()
+    for leaf in reader.peft_fields:
+        getattr(loaded, leaf).copy_(tensors[leaf])
+    dtype = torch.float32 if linear.weight is None else linear.weight.dtype
+    x = torch.randn(4, linear.in_features, generator=generator).to(device, dtype)
+    y = trained(x, linear)
+    if (y - loaded(x, linear)).norm() > 0.05 * (y - linear.base_forward(x)).norm():        # rounding is far less
+        raise UserError(f"{cls.__name__}: peft's file of it would lose a part, because it keeps "
+                        f"{' and '.join(cls.peft_fields)} alone; let factors() be what its forward amounts to, or set "
+                        "peft_type = None and override merged")
 
 
 def check_inject(cls, targets, rank, rank_pattern, alpha, dropout, layers, seed, options):

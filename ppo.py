@@ -361,7 +361,7 @@ class PreferenceConfig(RecordConfig):
     preference_loss: str = flag("dpo", "the loss on preferred answers",
                                 choices=lambda: tuple(one.name for one in PREFERENCE_LOSSES))
     beta: float = flag(0.1, "how strongly the policy is held to the reference; of SimPO, its scale", low=0)
-    label_smoothing: float = flag(0.0, "the probability that a label is wrong (cDPO)", low=0, high=1)
+    label_smoothing: float = flag(0.0, "the probability that a label is wrong", low=0, high=1)
     simpo_gamma: float = flag(1.0, "SimPO's gamma: the margin that it asks for", low=0)
     orpo_lambda: float = flag(0.1, "ORPO's lambda: weight of the odds ratio beside the likelihood", low=0)
     desirable_weight: float = flag(1.0, "KTO's lambda_D: weight of good answers", low=0)

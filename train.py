@@ -1737,7 +1737,8 @@ def adapter_context(ctx, past):
 def evaluate_answers(ctx, cfg, rows, examples, shots=()):
     """(metrics, answers as text) of a model that answers, or that labels by a head."""
     if isinstance(examples[0] if examples else None, Ranking):
-        raise UserError(f"--data {cfg.data} holds preferences, which only a run of --task reward can score")
+        raise UserError(f"--data {cfg.data} holds preferences, which --task eval measures of runs of --task reward "
+                        "alone; a run of --task dpo has measured them at its end; give --data with questions")
     return evaluate.evaluate_rows(ctx, rows, examples, shots)
 
 

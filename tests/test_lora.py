@@ -552,6 +552,49 @@ def test_a_wrong_request_is_a_sentence(kw, error, bases):
     assert e.value.code == 2 and "\n" not in str(e.value)
 
 
+class Scaled(lora.LoRA):
+    """s D A^T R B^T: R is trained, and no field of peft's file."""
+    name = "scaled"
+    groups = (*lora.LoRA.groups, lora.Group("lora_R", decay=False))
+
+    def __init__(self, linear, *args, **settings):
+        super().__init__(linear, *args, **settings)
+        self.lora_R = lora.new_parameter(linear, torch.ones(len(self.lora_A)))
+
+    def forward(self, x, linear):
+        return linear.base_forward(x) + self.branch(x, self.lora_A * self.lora_R[:, None], self.lora_B)
+
+
+class ScaledFactors(Scaled):
+    forward = lora.LoRA.forward
+
+    def factors(self):
+        return self.lora_A * self.lora_R[:, None], self.lora_B
+
+
+class ScaledDoRA(lora.DoRA):
+    name = "scaled"
+
+    def forward(self, x, linear):
+        return linear.base_forward(x) + 2 * (super().forward(x, linear) - linear.base_forward(x))
+
+
+class ScaledAlone(Scaled):
+    peft_type = None
+
+
+@pytest.mark.parametrize("variant, refused", [(Scaled, True), (ScaledDoRA, True), (ScaledFactors, False),
+                                              (ScaledAlone, False)])
+def test_a_variant_that_its_file_would_change_is_refused(variant, refused, bases, monkeypatch):
+    monkeypatch.setattr(lora, "VARIANTS", (*lora.VARIANTS, variant))
+    model = GPT.from_pretrained(bases["llama"])
+    if not refused:
+        lora.inject(model, variant="scaled")
+        return
+    with pytest.raises(UserError, match=f"{variant.__name__}: peft's file of it would lose a part"):
+        lora.inject(model, variant="scaled")
+
+
 def test_targets_layers_and_counts(bases):
     model = make(bases, "llama", targets="q,gate,head", layers=[1])
     assert list(lora.adapters(model)) == ["blocks.1.attn.q", "blocks.1.mlp.gate", "head"]

@@ -78,7 +78,8 @@ def compare_identity(old, new):
 
 
 def compare_flags(old, new, defaults):
-    """The stored flags that no longer exist. Raises UserError for the first flag that has another value.
+    """The stored flags that no longer exist, but for those that were off, as that of a variant that was tried and
+    taken out again. Raises UserError for the first flag that has another value.
 
     old   from config.json     new   of this command     defaults   {flag: value where `old` does not have it}
     """
@@ -95,4 +96,5 @@ def compare_flags(old, new, defaults):
         if before != new[name]:
             raise UserError(f"holds a run with --{name} {before}; this command says --{name} {new[name]}. "
                             "Use another --out, or --fresh to start over")
-    return [f"--{name} (gone)" for name, value in old.items() if name not in new and value is not None]
+    on = [name for name, value in old.items() if value is not None and value is not False]
+    return [f"--{name} (gone)" for name in on if name not in new]
