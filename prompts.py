@@ -48,7 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints.hf import from_stored, key_order, to_stored
-from data.checkpoints.peft import read_adapter_config
+from data.checkpoints.peft import base_fingerprint, read_adapter_config, require_base
 from data.checkpoints.safetensors import read_tensors, write_tensors
 from data.runtime.files import DataError, UserError, write_json
 from data.runtime.flags import flag
@@ -673,11 +673,12 @@ class PromptMethod:
         save_prompt(ctx.prompt, folder, base=base)
 
     def load(self, model, folder, settings):
-        """The soft prompt of an adapter folder."""
+        """The soft prompt of an adapter folder. Raises DataError on another base than it was trained on."""
+        require_base(model, folder, settings)
         return load_prompt(model, folder)
 
     def run_settings(self, ctx, cfg):
-        return {}
+        return {"base_fingerprint": base_fingerprint(ctx.model)}
 
     def cost(self, cfg, n_layer):
         """What data/results/cost_model.py needs to know."""

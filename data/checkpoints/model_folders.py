@@ -73,7 +73,8 @@ def base_of(folder):
     try:
         return weights_folder(base, folder)
     except DataError as e:
-        raise DataError(f"{path}: its base_model_name_or_path leads to no base: {e}") from None
+        raise DataError(f"{path}: its base_model_name_or_path leads to no base: {e}; if it was moved, write its new "
+                        "place there") from None
 
 
 def folders(name):

@@ -21,8 +21,8 @@ What an adapter file holds beside the adapter (modules_to_save) is `extra`: the 
 `score.weight` (labels, C), is a classifier's; anything else is refused by whoever would not use it.
 
 Models and adapters are used through their attributes only.
-Public: peft_type_of, fused, fuse, split, base_fingerprint, same_base, write_adapter, read_adapter_config,
-read_adapter, require_known_extra
+Public: peft_type_of, fused, fuse, split, base_fingerprint, same_base, require_base, write_adapter,
+read_adapter_config, read_adapter, require_known_extra
 """
 import math
 import os
@@ -109,6 +109,20 @@ def same_base(a, b):
     eps = max(torch.finfo(getattr(torch, d.removeprefix("torch."))).eps for d in (da, db))
     return len(a) == len(b) and all(math.isclose(float(x), float(y), rel_tol=2 * eps, abs_tol=1e-7)
                                 for x, y in zip(a, b))
+
+
+def require_base(model, folder, side):
+    """Raises DataError unless the model is the base of an adapter folder, as its run.json (`side`) knows it."""
+    was = side.get("base_fingerprint")
+    try:
+        other = was and not same_base(was, base_fingerprint(model))
+    except (AttributeError, TypeError, ValueError) as e:
+        raise DataError(f"{folder}/run.json: base_fingerprint is {was!r:.80}, which names no base; train this "
+                        "adapter again, or delete the entry") from e
+    if other:
+        base = read_adapter_config(folder).get("base_model_name_or_path") or "none"
+        raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here (it names "
+                        f"{base}); load that one, or force it")
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -279,11 +293,8 @@ def read_adapter(model, folder, variants, force):
     side = read_json(run) if os.path.exists(run) else {}
     try:
         variant = variant_of(config, variants, path)
-        was = side.get("base_fingerprint")
-        if was and not force and not same_base(was, base_fingerprint(model)):
-            raise DataError(f"{folder}: this adapter was trained on another base than the one loaded here "
-                            f"(it names {config.get('base_model_name_or_path') or 'none'}); load that one, "
-                            "or force it")
+        if not force:
+            require_base(model, folder, side)
         tensors = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
         read = read_own_format if variant.peft_type is None else read_peft_format
         modules = read(model, folder, config, side, variant, tensors)

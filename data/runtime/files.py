@@ -152,6 +152,8 @@ def atomic_folder(path):
             try_lock(descriptor)
             yield temp
         os.replace(temp, path)
+    except WriteError as e:                             # of a file inside, which is not there any more
+        raise WriteError(str(e).replace(str(temp), str(path))) from e
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{path} has been written by another process meanwhile; use another --out") from e

@@ -293,6 +293,7 @@ class Run:
         if not names & {"log.jsonl", self.state.name, self.result.name}:
             self.require_run_config()
         if self.fresh:
+            self.require_own_weights()
             return None
         with or_start_over():
             config = read_run_config(self.folder)
@@ -317,6 +318,15 @@ class Run:
             read_run_config(self.folder)
         except DataError:
             raise UserError(f"{self.folder} holds a model, not a run; use another --out") from None
+
+    def require_own_weights(self):
+        """Raises UserError for a folder inside adapter/ or model/, where a run writes files alone: --fresh would
+        delete somebody's run or model."""
+        for inner in (self.folder / name for name in WEIGHTS):
+            for path in inner.iterdir() if inner.is_dir() else ():
+                if path.is_dir() and not path.name.startswith("."):
+                    raise UserError(f"{path} was not written by this run, and --fresh would delete it; move it "
+                                    "away, or use another --out")
 
     def check_ranks(self, identity):
         """Raises DataError where this process has another identity than process 0."""
