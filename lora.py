@@ -467,7 +467,8 @@ def check_saved_form(linear, adapter):
                                                     inputs=getattr(adapter, "inputs", None))).eval()
     for leaf in reader.peft_fields:
         getattr(loaded, leaf).copy_(tensors[leaf])
-    dtype = torch.float32 if linear.weight is None else linear.weight.dtype
+    like = linear.bias if linear.weight is None else linear.weight          # codes compute beside a bias
+    dtype = torch.float32 if like is None else like.dtype
     x = torch.randn(4, linear.in_features, generator=generator).to(device, dtype)
     y = trained(x, linear)
     if (y - loaded(x, linear)).norm() > 0.05 * (y - linear.base_forward(x)).norm():        # rounding is far less
