@@ -882,6 +882,9 @@ def test_every_plot(what, end, tmp_path, capsys):
     assert file.stat().st_size > 5000
     if end == "svg":
         assert file.read_text().count("<path") > 20
+    drawn = file.read_bytes()
+    shown(tmp_path, capsys, "--plot", str(file), "--x", what)
+    assert file.read_bytes() == drawn
 
 
 def test_a_curve_shows_the_loss_on_valid_beside_that_of_training(tmp_path):

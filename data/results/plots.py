@@ -38,7 +38,9 @@ from data.runtime.files import UserError
 SPECIAL_AXES = ("step", "ranks", "sqrt_kl", "k")        # what --x takes besides a field
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
          "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False, "axes.titlesize": 8,
-         "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True}
+         "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True,
+         "svg.hashsalt": "plaintune"}                   # the same runs make the same file, to the byte
+UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 def draw(path, groups, fields, metric, x=None, y=None, chosen=None):
@@ -52,7 +54,8 @@ def draw(path, groups, fields, metric, x=None, y=None, chosen=None):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    if pathlib.Path(path).suffix not in (".svg", ".png", ".pdf"):
+    ending = pathlib.Path(path).suffix
+    if ending not in UNDATED:
         raise UserError(f"--plot {path}: the name must end in .svg, .png or .pdf")
     x = x or ("step" if y else choose_axis(groups, fields))
     with matplotlib.rc_context(STYLE):
@@ -61,7 +64,7 @@ def draw(path, groups, fields, metric, x=None, y=None, chosen=None):
         try:
             with warnings.catch_warnings():             # too many labels for the layout: they overlap
                 warnings.simplefilter("ignore", UserWarning)
-                figure.savefig(path)
+                figure.savefig(path, metadata=UNDATED[ending])
         except OSError as e:
             raise UserError(f"--plot {path} cannot be written ({e.strerror})") from e
 
