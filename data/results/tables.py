@@ -258,11 +258,7 @@ def metric_columns(groups, metric, main):
     means = []
     intervals = []
     for key, runs in groups.items():
-        mean = interval = MISSING
-        if metric_values(runs, metric):
-            mean, interval = format_estimate(estimate(runs, metric))
-            if measured_differently(runs, metric):
-                mean = "mixed"
+        mean, interval = estimate_cells(runs, metric)
         means.append(mean)
         intervals.append(interval)
     winning = tuple(row for row, key in enumerate(groups) if key in winners)
@@ -270,6 +266,14 @@ def metric_columns(groups, metric, main):
     if any(interval != MISSING for interval in intervals):
         columns.append(Column("95 %", intervals, 1 if main else 3))
     return columns
+
+
+def estimate_cells(runs, metric):
+    """(mean ± sd, 95 % interval) of a metric over runs, as cells; metric None: of nothing."""
+    if not metric or not metric_values(runs, metric):
+        return MISSING, MISSING
+    mean, interval = format_estimate(estimate(runs, metric))
+    return "mixed" if measured_differently(runs, metric) else mean, interval
 
 
 def matrix(groups, fields, across, metrics=None):
@@ -280,10 +284,7 @@ def matrix(groups, fields, across, metrics=None):
     i = fields.index(across)
     lines = {}
     for key, runs in groups.items():
-        name = metric_of_cell(runs, metrics)
-        cell = format_estimate(estimate(runs, name))[0] if name else MISSING
-        if name and measured_differently(runs, name):
-            cell = "mixed"
+        cell, _ = estimate_cells(runs, metric_of_cell(runs, metrics))
         lines.setdefault((*key[:i], *key[i + 1:]), {})[key[i]] = cell
     others = [name for name in fields if name != across]
     columns = [Column(name, display_values([key[j] for key in lines])) for j, name in enumerate(others)]

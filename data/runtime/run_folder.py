@@ -322,9 +322,9 @@ class Run:
     def require_own_weights(self):
         """Raises UserError for a folder inside adapter/ or model/, where a run writes files alone: --fresh would
         delete somebody's run or model."""
-        for inner in (self.folder / name for name in WEIGHTS):
-            for path in inner.iterdir() if inner.is_dir() else ():
-                if path.is_dir() and not path.name.startswith("."):
+        for name in WEIGHTS:
+            for path in (self.folder / name).glob("[!.]*"):
+                if path.is_dir():
                     raise UserError(f"{path} was not written by this run, and --fresh would delete it; move it "
                                     "away, or use another --out")
 
